@@ -1,0 +1,110 @@
+"""From loose settings to frozen dataclasses: one door, with errors that name the remedy.
+
+Everything below the command line sees dataclasses only. `build` takes any nested mapping (a
+ConfigDict is one), so defaults live once, in the dataclass, and a misspelt key cannot be ignored.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake of the person who typed the command; shown as one line, exit code 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the known words when none is close."""
+    names = sorted(map(str, known))
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.55)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def reject_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises UserError for the first key of `given` that is not in `known`."""
+    names = list(known)
+    for key in given:
+        if key not in names:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
+
+
+def build[T](cls: type[T], values: Any, *, path: str = "config") -> T:
+    """Builds the (frozen) dataclass `cls` from a mapping, recursively.
+
+    Lists become tuples and whole numbers become floats where the field says so. An unknown key, a
+    missing one, a value of the wrong type, and a ValueError from `__post_init__` raise UserError
+    with the dotted path.
+    """
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"build needs a dataclass, got {cls}")
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise UserError(f"{path}: expected settings for {cls.__name__}, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    reject_unknown(values, fields, path)
+    hints = typing.get_type_hints(cls)
+    chosen = {k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()}
+    for name, field in fields.items():
+        bare = field.default is field.default_factory is dataclasses.MISSING
+        if bare and name not in chosen:
+            raise UserError(f"{path}: missing key {name!r}")
+    try:
+        return typing.cast(T, cls(**chosen))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotation `hint` wants it; hints it does not know let everything through."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, path)
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        return origin(_convert_items(origin, args, value, path))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else build(hint, value, path=path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is not hint:
+        raise UserError(f"{path}: expected {hint.__name__}, got {value!r}")
+    if origin is tuple or hint is tuple:
+        raise UserError(f"{path}: expected a list, got {value!r}")
+    return value
+
+
+def _convert_items(origin: Any, args: tuple, values: Any, path: str) -> list:
+    if not args:
+        return list(values)
+    if origin is list or args[-1] is Ellipsis:
+        hints = [args[0]] * len(values)
+    elif len(args) != len(values):
+        raise UserError(f"{path}: expected {len(args)} values, got {len(values)}: {values!r}")
+    else:
+        hints = list(args)
+    return [
+        _convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(hints, values, strict=True))
+    ]
+
+
+def _convert_union(args: tuple, value: Any, path: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    complaints = []
+    for option in args:
+        if option is type(None):
+            continue
+        try:
+            return _convert(option, value, path)
+        except UserError as error:
+            complaints.append(error)
+    raise complaints[0]

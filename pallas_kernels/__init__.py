@@ -1,0 +1,1 @@
+"""Array-in, array-out operations with one reference each; imports nothing of longlive_jax."""

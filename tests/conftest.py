@@ -1,0 +1,48 @@
+"""Eight CPU devices, exact float32 matmuls, and the paths of the shared reference material."""
+
+import os
+from pathlib import Path
+
+FLAG = "--xla_force_host_platform_device_count"
+if FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+
+import jax  # noqa: E402  (XLA reads its flags once, at import)
+import pytest  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _shared(folder: str) -> Path:
+    root = Path(os.environ.get("LONGLIVE_SHARED", REPOSITORY.parent / "shared"))
+    if not (root / folder).is_dir():
+        pytest.skip(f"no {root / folder}; set LONGLIVE_SHARED to the folder with the goldens")
+    return root / folder
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of the reference's numbers (`*.npz`)."""
+    return _shared("goldens")
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Folder of checkpoint files written by other libraries, some of them hostile."""
+    return _shared("fixtures")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the working tree."""
+    return REPOSITORY
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items) and jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
