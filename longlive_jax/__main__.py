@@ -1,0 +1,8 @@
+"""`python -m longlive_jax <verb>` is the same as `longlive <verb>`."""
+
+import sys
+
+from longlive_jax.cli.app import run
+
+if __name__ == "__main__":
+    sys.exit(run())

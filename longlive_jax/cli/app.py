@@ -1,0 +1,206 @@
+"""Verb dispatch, the shape of errors, and loading a config file with overrides.
+
+A verb is a module `longlive_jax.cli.<verb>` with `main(argv)`; it is imported when asked for, so
+`longlive --help` stays instant. Exit codes: 0 done, 2 the user's mistake (one line, no traceback),
+130 interrupted (after the verb has cleaned up); anything else is a bug and shows its traceback.
+
+`ml_collections.config_flags` is not used: it accepts an override only for a key that the file
+spells out, while here a config says only what differs from the dataclass defaults. Overrides are
+merged into the ConfigDict, and `spec.build` judges every key and names the nearest known one.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from longlive_jax import __version__
+from longlive_jax.spec import UserError, nearest
+
+VERBS = {
+    "sample": "a shot script to a video",
+    "demo": "a short video from the built-in model, and the judge's opinion of it",
+    "train": "train the model of a config: --config=configs/small_world.py:vae",
+    "evaluate": "sample held-out scripts and report how often the video is right",
+    "convert": "checkpoints of other libraries to ours, without unpickling anything",
+    "export": "our checkpoint back to safetensors, original or diffusers names",
+    "bench": "speed and memory by stage",
+}
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: this process's) and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(argv)
+    except UserError as error:
+        print(f"longlive: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("longlive: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) left; point stdout elsewhere so that the exit flush cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as leave:  # argparse leaves this way after --help
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+
+
+def dispatch(argv: list[str]) -> int:
+    """Calls the verb named by `argv[0]`; UserError if there is none."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+    code = importlib.import_module(f"longlive_jax.cli.{verb}").main(rest)
+    return int(code or 0)
+
+
+def usage() -> str:
+    """The text of `longlive --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        ["usage: longlive <verb> [options]   (longlive <verb> --help)", "", "verbs:", *lines]
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors and name the nearest option."""
+
+    def __init__(self, verb: str, description: str, **settings: Any):
+        super().__init__(
+            prog=f"longlive {verb}", description=description, allow_abbrev=False, **settings
+        )
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Parses everything or raises UserError."""
+        parsed, extra = self.parse_known_args(args, namespace)
+        if extra:
+            name = extra[0].split("=")[0]
+            options = [o for o in self._option_string_actions if o.startswith("--")]
+            kind = "option" if name.startswith("-") else "argument"
+            hint = nearest(name, options) if kind == "option" else ""
+            raise UserError(f"{self.prog}: unknown {kind} {name!r}{hint}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's way to complain, without its usage dump."""
+        raise UserError(f"{self.prog}: {message}")
+
+
+def take_config(argv: Sequence[str], *, default: str | None = None) -> tuple[ConfigDict, list[str]]:
+    """Splits `--config=FILE.py[:ARG]` and `--config.a.b=VALUE` off a command line.
+
+    Returns the file's `get_config(ARG)` with the overrides merged in, and the other arguments.
+    Overrides may name keys the file leaves at their defaults; give the result to `spec.build`,
+    which knows them all. FILE is looked up from here, then from the repository root. Raises
+    UserError for a missing file, an unknown argument, or a broken override.
+    """
+    where, overrides, rest = default, [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config" and not name.startswith("--config."):
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+        if not value and name == "--config":
+            raise UserError("--config: expected FILE.py or FILE.py:ARGUMENT")
+        if name == "--config":
+            where = value
+        else:
+            overrides.append((name.removeprefix("--config."), value))
+    if where is None:
+        raise UserError(f"--config is missing; one of: {', '.join(known_configs())}")
+    config = load_config(where)
+    for path, value in overrides:
+        override(config, path, value)
+    return config, rest
+
+
+def load_config(where: str) -> ConfigDict:
+    """`get_config(ARG)` of `FILE.py:ARG`, unlocked."""
+    name, _, argument = where.partition(":")
+    module = _load_module(find_config(name))
+    known = getattr(module, "ARGUMENTS", None)
+    for word in filter(None, argument.split(",")):
+        if known is not None and word.split("=")[0] not in known:
+            raise UserError(f"{name}: unknown argument {word!r}{nearest(word, known)}")
+    try:
+        config = module.get_config(argument)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{name}:{argument}: {error}") from error
+    config.unlock()
+    return config
+
+
+def known_configs() -> list[str]:
+    """The config files of the repository, as `configs/x.py`."""
+    return sorted(f"configs/{p.name}" for p in (REPOSITORY / "configs").glob("[!_]*.py"))
+
+
+def find_config(name: str) -> Path:
+    """Path of a config file, from the current folder or the repository root."""
+    for path in (Path(name), REPOSITORY / name):
+        if path.is_file() and path.suffix == ".py":
+            return path
+    raise UserError(f"--config: no config file {name!r}{nearest(name, known_configs())}")
+
+
+def _load_module(path: Path) -> ModuleType:
+    source = importlib.util.spec_from_file_location(f"longlive_config_{path.stem}", path)
+    if source is None or source.loader is None:
+        raise UserError(f"--config: {path} is no Python file")
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {path} has no get_config(arg)")
+    return module
+
+
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Sets the dotted `path` of `config` to the value spelt by `text`, making parents as needed."""
+    *parents, leaf = path.split(".")
+    if not all((*parents, leaf)):
+        raise UserError(f"--config.{path}: empty key")
+    node: Any = config
+    for i, key in enumerate(parents):
+        if node.get(key) is None:
+            node[key] = ConfigDict()
+        node = node[key]
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"--config.{path}: {'.'.join(parents[: i + 1])} has no keys below it")
+    if isinstance(node.get(leaf), ConfigDict):
+        raise UserError(f"--config.{path}: is a group of {', '.join(sorted(node[leaf]))}")
+    value = text if isinstance(node.get(leaf), str) else spelled(text)
+    with node.ignore_type():
+        node[leaf] = value
+
+
+def spelled(text: str) -> Any:
+    """Python literals, true/false/none in any case, else the text itself."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
