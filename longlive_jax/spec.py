@@ -54,8 +54,6 @@ def build[T](cls: type[T], values: Any, *, path: str = "config") -> T:
             raise UserError(f"{path}: missing key {name!r}")
     try:
         return typing.cast(T, cls(**chosen))
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -1,0 +1,263 @@
+"""Shot scripts: what is shown when, and where the camera cuts.
+
+A script is a list of segments. Each has a prompt, a duration, and `cut`: true (the default) starts
+a new shot, false changes the prompt while the shot goes on. The two differ in everything that
+follows a cut: the prompt prefix the model was trained with, the shot sink, the position offset.
+
+    shots:
+      - {prompt: a red circle drifts left, seconds: 4}
+      - {prompt: a blue square rises, chunks: 3}
+      - {prompt: the blue square falls, seconds: 2, cut: false}
+    seed: 7
+    size: [64, 96]          # height, width; optional
+    image: first.png        # conditions the first frame; optional, relative to this file
+    negative_prompt: blurry # optional
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longlive_jax.io.pictures import check_image
+from longlive_jax.spec import UserError, build, reject_unknown
+
+CUT_PREFIX = "The scene transitions. "
+"""Opens the prompt of the first chunk after a cut, as in the training captions."""
+
+SIZE_MULTIPLE = 32
+"""Pixels per token edge: 16 by the VAE times 2 by the patch embedding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """One segment: a prompt and its duration, in seconds or in chunks (exactly one of them)."""
+
+    prompt: str
+    seconds: float | None = None
+    chunks: int | None = None
+    cut: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise UserError(f"a shot needs a prompt, got {self.prompt!r}")
+        if (self.seconds is None) == (self.chunks is None):
+            raise UserError(f"shot {self.prompt[:40]!r}: give either seconds or chunks")
+        name, value = ("chunks", self.chunks) if self.seconds is None else ("seconds", self.seconds)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise UserError(f"shot {self.prompt[:40]!r}: {name} must be positive, got {value!r}")
+
+    def length(self, chunk_seconds: float) -> int:
+        """Duration in chunks, rounded up."""
+        if self.chunks is not None:
+            return self.chunks
+        assert self.seconds is not None
+        return max(1, math.ceil(self.seconds / chunk_seconds - 1e-6))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShotScript:
+    """One video: its shots, seed, and optionally size (height, width), image, negative prompt.
+
+    `notes` are remarks for the user, such as shots that a layout left unused. Raises UserError
+    for no shots, an illegal size, or an image that is missing or no image.
+    """
+
+    shots: tuple[Shot, ...]
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    image: str | None = None
+    negative_prompt: str | None = None
+    name: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shots", tuple(self.shots))
+        if not self.shots:
+            raise UserError("the script has no shots; give at least one {prompt, seconds}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must lie in [0, 2**32), got {self.seed}")
+        if self.size is not None:
+            check_size(*self.size)
+        if self.image is not None:
+            check_image(self.image)
+
+    @classmethod
+    def of(cls, *prompts: str, seconds: float, **settings: Any) -> "ShotScript":
+        """A script of equally long shots with a cut between any two."""
+        return cls(tuple(Shot(p, seconds=seconds) for p in prompts), **settings)
+
+    @classmethod
+    def read(cls, path: str | Path, **settings: Any) -> "ShotScript":
+        """The one script of `path`; see `read_scripts`."""
+        scripts = read_scripts(path, **settings)
+        if len(scripts) > 1:
+            raise UserError(f"{path} holds {len(scripts)} videos; use read_scripts")
+        return scripts[0]
+
+
+def check_size(height: int, width: int, *, multiple: int = SIZE_MULTIPLE) -> None:
+    """UserError unless both are positive multiples of `multiple`; names the nearest legal size."""
+    if all(edge > 0 and edge % multiple == 0 for edge in (height, width)):
+        return
+    below = [max(multiple, edge // multiple * multiple) for edge in (height, width)]
+    above = [max(multiple, -(-edge // multiple) * multiple) for edge in (height, width)]
+    near = [sorted(set(pair)) for pair in zip(below, above, strict=True)]
+    legal = ", ".join(f"{h}x{w}" for h in near[0] for w in near[1])
+    raise UserError(
+        f"size {height}x{width} (height x width) is not divisible by {multiple}; nearest: {legal}"
+    )
+
+
+def read_scripts(
+    path: str | Path, *, chunks: int | None = None, chunks_per_shot: int | None = None
+) -> list[ShotScript]:
+    """Reads every layout: YAML or JSON script, text file, or caption folder.
+
+    A text file holds one single-shot video a line. A folder holds `caption/<video>/<shot>.json`
+    with `{"caption": ...}` (or the videos, or the shots of one video, directly), and optionally
+    `shot_durations.txt` with the chunks of each shot. `chunks` is the total length of each video in
+    these two layouts; a text file needs it, a folder needs it unless durations say it.
+    """
+    path = Path(path)
+    for name, value in (("chunks", chunks), ("chunks_per_shot", chunks_per_shot)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} must be positive, got {value}")
+    if path.is_dir():
+        return [
+            _read_captions(folder, chunks, chunks_per_shot) for folder in _caption_folders(path)
+        ]
+    if not path.is_file():
+        raise UserError(f"no script at {path}")
+    if path.suffix == ".txt":
+        return _read_lines(path, chunks)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise UserError(f"{path}: a script ends in .yaml, .json or .txt, or is a caption folder")
+    return [parse_script(_load(path), folder=path.parent, name=path.stem, where=str(path))]
+
+
+def parse_script(
+    values: Any, *, folder: Path = Path(), name: str = "", where: str = "script"
+) -> ShotScript:
+    """A script from its nested mapping; `image` is looked up from `folder`."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected a mapping with 'shots', got {type(values).__name__}")
+    known = ("shots", "seed", "size", "image", "negative_prompt", "name")
+    reject_unknown(map(str, values), known, where)
+    values = {"name": name, **values}
+    shots = values.get("shots") or []
+    if not isinstance(shots, Sequence) or isinstance(shots, str):
+        raise UserError(f"{where}: shots must be a list of {{prompt, seconds or chunks, cut}}")
+    values["shots"] = [
+        build(Shot, shot, path=f"{where}: shots[{i}]") for i, shot in enumerate(shots)
+    ]
+    if isinstance(values.get("size"), str):
+        values["size"] = _parse_size(values["size"], where)
+    if isinstance(values.get("image"), str):
+        values["image"] = str(folder / values["image"])
+    return build(ShotScript, values, path=where)
+
+
+def _parse_size(text: str, where: str) -> list[int]:
+    try:
+        height, width = (int(edge) for edge in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"{where}: size {text!r} is not HEIGHTxWIDTH, such as 704x1280") from None
+    return [height, width]
+
+
+def _load(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid {path.suffix[1:]}: {reason}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _read_lines(path: Path, chunks: int | None) -> list[ShotScript]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file: {error.reason}") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"{path}: no caption in it; write one per line")
+    if chunks is None:
+        raise UserError(f"{path}: a text file does not say how long; give the number of chunks")
+    return [
+        ShotScript((Shot(prompt, chunks=chunks),), name=f"{path.stem}-{i}")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _caption_folders(root: Path) -> list[Path]:
+    root = root / "caption" if (root / "caption").is_dir() else root
+    if any(root.glob("*.json")):
+        return [root]
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and any(p.glob("*.json")))
+    if not folders:
+        raise UserError(f"{root}: no caption files; expected caption/<video>/<shot>.json")
+    return folders
+
+
+def _read_captions(folder: Path, chunks: int | None, chunks_per_shot: int | None) -> ShotScript:
+    files = [p for p in folder.glob("*.json") if p.name != "global.json"]
+    # Named shots come before numbered ones, and 2 before 10, as in the released tools.
+    files.sort(key=lambda p: (p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
+    captions = [_caption(path) for path in files]
+    if not captions:
+        raise UserError(f"{folder}: no caption files besides global.json")
+    counts = _durations(folder, len(captions), chunks, chunks_per_shot)
+    used = [(text, n) for text, n in zip(captions, counts, strict=False) if n > 0]
+    notes = ()
+    if len(used) < len(captions):
+        notes = (f"{folder.name}: {len(used)} of {len(captions)} shots fit the length",)
+    shots = tuple(Shot(text, chunks=n) for text, n in used)
+    return ShotScript(shots, name=folder.name, notes=notes)
+
+
+def _caption(path: Path) -> str:
+    values = _load(path)
+    text = values.get("caption") if isinstance(values, Mapping) else None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{path}: expected {{"caption": "..."}}')
+    return text.strip()
+
+
+def _durations(
+    folder: Path, shots: int, chunks: int | None, chunks_per_shot: int | None
+) -> list[int]:
+    """Chunks of each shot: the file, else equal lengths, else an even split of `chunks`.
+
+    A total cuts the list off, or lengthens the last shot that is used.
+    """
+    path = folder / "shot_durations.txt"
+    if path.is_file():
+        words = path.read_text(encoding="utf-8").replace(",", " ").split()
+        if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+            raise UserError(f"{path}: expected positive whole numbers of chunks, got {words}")
+        counts = [int(word) for word in words]
+        if len(counts) > shots:
+            raise UserError(f"{path}: {len(counts)} durations for {shots} shots")
+    elif chunks_per_shot is not None:
+        counts = [chunks_per_shot] * shots
+    elif chunks is not None:
+        counts = [chunks // shots + (i < chunks % shots) for i in range(shots)]
+    else:
+        raise UserError(f"{folder}: no shot_durations.txt; give the number of chunks")
+    if chunks is None:
+        return counts
+    left, kept = chunks, []
+    for count in counts:
+        kept.append(min(count, left))
+        left -= kept[-1]
+    last = max(i for i, count in enumerate(kept) if count)
+    kept[last] += left
+    return kept
