@@ -1,0 +1,147 @@
+"""The command line: exit codes, one-line errors, configs and their overrides."""
+
+import subprocess
+import sys
+import textwrap
+from types import ModuleType
+
+import pytest
+
+from longlive_jax.cli import app
+from longlive_jax.spec import UserError
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        textwrap.dedent('''
+        """A config for tests."""
+        from ml_collections import ConfigDict
+
+        ARGUMENTS = ("fast", "slow")
+
+        def get_config(arg=""):
+            if arg == "fast,slow":
+                raise ValueError("choose one")
+            return ConfigDict({"name": "7", "sample": {"steps": 4}, "arg": arg})
+        ''')
+    )
+    return str(path)
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Installs a verb `probe` whose main is the given function."""
+
+    def install(main):
+        module = ModuleType("longlive_jax.cli.probe")
+        module.main = main
+        monkeypatch.setitem(sys.modules, "longlive_jax.cli.probe", module)
+        monkeypatch.setitem(app.VERBS, "probe", "for tests")
+
+    return install
+
+
+def test_help_is_quick_and_imports_no_jax():
+    code = "import sys; from longlive_jax.cli import app; app.run(['--help'])"
+    code += "; assert 'jax' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(verb in done.stdout for verb in app.VERBS)
+
+
+@pytest.mark.parametrize("name", sorted(app.VERBS))
+def test_every_verb_has_its_help(name, capsys):
+    assert app.run([name, "--help"]) == 0
+    assert f"longlive {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(app.VERBS))
+def test_every_verb_refuses_an_unknown_option(name, capsys):
+    assert app.run([name, "--no-such-option=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_unknown_verb_names_the_nearest(capsys):
+    assert app.run(["smaple"]) == 2
+    assert capsys.readouterr().err == "longlive: unknown verb 'smaple'; did you mean 'sample'?\n"
+
+
+def test_user_errors_exit_2_in_one_line(verb, capsys):
+    def main(argv):
+        raise UserError(f"no checkpoint at {argv[0]}")
+
+    verb(main)
+    assert app.run(["probe", "x"]) == 2
+    assert capsys.readouterr().err == "longlive: no checkpoint at x\n"
+
+
+def test_interrupts_exit_130_and_bugs_stay_visible(verb):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    def broken(argv):
+        raise RuntimeError("bug")
+
+    verb(interrupted)
+    assert app.run(["probe"]) == 130
+    verb(broken)
+    with pytest.raises(RuntimeError, match="bug"):
+        app.run(["probe"])
+
+
+def test_parser_names_the_nearest_option():
+    parser = app.Parser("probe", "for tests")
+    parser.add_argument("--script", required=True)
+    with pytest.raises(UserError, match=r"'--scrpt'; did you mean '--script'"):
+        parser.parse_args(["--script=a", "--scrpt=a"])
+    with pytest.raises(UserError, match="required"):
+        parser.parse_args([])
+    with pytest.raises(UserError, match="unknown argument 'b'"):
+        parser.parse_args(["--script=a", "b"])
+
+
+def test_config_argument_and_overrides(config_file):
+    config, rest = app.take_config(
+        [
+            f"--config={config_file}:fast",
+            "--script=a.yaml",
+            "--config.sample.steps=2e-5",
+            "--config.name=8",
+            "--config.new.shape=(1, 2)",
+            "--config.flag",
+            "true",
+        ]
+    )
+    assert rest == ["--script=a.yaml"]
+    assert config.to_dict() == {
+        "name": "8",  # was a string, stays one
+        "sample": {"steps": 2e-5},
+        "arg": "fast",
+        "new": {"shape": (1, 2)},
+        "flag": True,
+    }
+
+
+def test_config_default_is_used_and_may_be_overridden(config_file):
+    config, _ = app.take_config(["--config.sample.steps=1"], default=config_file)
+    assert config.sample.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config="], "expected FILE.py"),
+        (["--config=configs/smal_world.py"], "no config file"),
+        (["--config={}:fsat"], "unknown argument 'fsat'; did you mean 'fast'"),
+        (["--config={}:fast,slow"], "choose one"),
+        (["--config={}", "--config.name.x=1"], "has no keys below it"),
+        (["--config={}", "--config.sample=1"], "is a group of steps"),
+        (["--config={}", "--config.sample..steps=1"], "empty key"),
+    ],
+)
+def test_config_errors(words, message, config_file):
+    with pytest.raises(UserError, match=message):
+        app.take_config([word.format(config_file) for word in words])

@@ -1,0 +1,157 @@
+"""The house's rules, read off the syntax trees: who may import whom, and how long a file may be."""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    p for top in ("longlive_jax", "pallas_kernels", "configs") for p in (ROOT / top).rglob("*.py")
+)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+FLOORS = {
+    "pallas_kernels": 0,
+    **{f"longlive_jax.{n}": 1 for n in ("typing", "spec", "layout", "diffusion", "parallel")},
+    "longlive_jax.quant": 1,
+    "longlive_jax.models": 2,
+    "longlive_jax.io": 3,
+    "longlive_jax.sampling": 4,
+    "longlive_jax.data": 4,
+    "longlive_jax.training": 5,
+    "longlive_jax.evals": 5,
+    **{f"longlive_jax.{n}": 6 for n in ("cli", "bench", "demo", "__main__")},
+}
+ALONE = ("typing", "spec")
+"""Single modules of floor 1 that every package of that floor may use."""
+
+KERNEL_IMPORTS = {"jax", "numpy", "ml_dtypes", "jaxtyping", "flax", "pallas_kernels"}
+TOP = 6
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@functools.cache
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Absolute names a file imports, wherever in it, with line numbers."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                home = name_of(path).split(".")
+                base = ".".join(filter(None, [*home[: len(home) - node.level], base]))
+            found += [(f"{base}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def home_of(name: str) -> str | None:
+    """The package of the floor table that a dotted name belongs to."""
+    for length in (2, 1):
+        prefix = ".".join(name.split(".")[:length])
+        if prefix in FLOORS:
+            return prefix
+    return None
+
+
+def standard_library() -> set[str]:
+    import sys
+
+    return set(sys.stdlib_module_names)
+
+
+def complaints(path: Path) -> list[str]:
+    me = name_of(path)
+    home, out = home_of(me), []
+    for name, line in imports(path):
+        other, place = home_of(name), f"{me}:{line} imports {name}"
+        top = name.split(".")[0]
+        if home == "pallas_kernels" and top not in KERNEL_IMPORTS | standard_library():
+            out.append(f"{place}: a kernel knows arrays only")
+        if home == "pallas_kernels" and top == "flax" and not name.startswith("flax.struct"):
+            out.append(f"{place}: of flax, kernels use flax.struct only")
+        if home is None or other is None or other == home:
+            continue
+        if FLOORS[other] > FLOORS[home]:
+            out.append(f"{place}: floor {FLOORS[home]} reaches up to floor {FLOORS[other]}")
+        same = FLOORS[other] == FLOORS[home] and FLOORS[home] != TOP
+        if same and other.split(".")[1] not in ALONE:
+            out.append(f"{place}: packages of one floor do not import each other")
+    return out
+
+
+def test_every_package_has_a_floor():
+    homeless = [name_of(p) for p in SOURCES if p.parts[len(ROOT.parts)] != "configs"]
+    homeless = [n for n in homeless if home_of(n) is None and n != "longlive_jax.__init__"]
+    assert not homeless, f"give these a floor: {homeless}"
+
+
+def test_imports_go_down():
+    found = [c for p in SOURCES for c in complaints(p)]
+    assert not found, "\n".join(found)
+
+
+def test_configs_import_ml_collections_only():
+    allowed = standard_library() | {"ml_collections", "configs"}
+    for path in SOURCES:
+        if name_of(path).startswith("configs"):
+            wrong = [n for n, _ in imports(path) if n.split(".")[0] not in allowed]
+            assert not wrong, f"{path.name} imports {wrong}"
+
+
+def test_config_dicts_stop_at_the_command_line():
+    wrong = [
+        f"{name_of(p)}:{line}"
+        for p in SOURCES
+        for name, line in imports(p)
+        if name.startswith("ml_collections")
+        and not name_of(p).startswith(("longlive_jax.cli", "configs"))
+    ]
+    assert not wrong, wrong
+
+
+def test_nothing_needs_pytorch_or_unpickles():
+    """`pickletools` reads opcodes without running them, so it alone is allowed."""
+    banned = ("torch", "pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+    wrong = [
+        f"{name_of(p)}:{line} imports {name}"
+        for p in SOURCES
+        for name, line in imports(p)
+        if name.split(".")[0] in banned
+    ]
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                    wrong.append(f"{name_of(path)}:{node.lineno} allows pickles")
+    assert not wrong, wrong
+
+
+def test_no_bare_except_and_no_environment_switches():
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                wrong.append(f"{name_of(path)}:{node.lineno} bare except")
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                if not name_of(path).startswith(("longlive_jax.cli", "longlive_jax.bench")):
+                    wrong.append(f"{name_of(path)}:{node.lineno} reads the environment")
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=name_of)
+def test_files_are_short(path):
+    """The aim is 400 lines; the last tenth is there so that nobody splits a file mid-thought."""
+    lines = len(path.read_text().splitlines())
+    assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines; split it by job"
+
+
+def test_no_catch_all_modules():
+    names = ("utils", "util", "common", "helpers", "misc")
+    wrong = [name_of(p) for p in SOURCES if p.stem in names]
+    assert not wrong, wrong
