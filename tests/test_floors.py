@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,15 @@ def name_of(path: Path) -> str:
 
 
 @functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[str, int]]:
     """Absolute names a file imports, wherever in it, with line numbers."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -59,19 +65,13 @@ def home_of(name: str) -> str | None:
     return None
 
 
-def standard_library() -> set[str]:
-    import sys
-
-    return set(sys.stdlib_module_names)
-
-
 def complaints(path: Path) -> list[str]:
     me = name_of(path)
     home, out = home_of(me), []
     for name, line in imports(path):
         other, place = home_of(name), f"{me}:{line} imports {name}"
         top = name.split(".")[0]
-        if home == "pallas_kernels" and top not in KERNEL_IMPORTS | standard_library():
+        if home == "pallas_kernels" and top not in KERNEL_IMPORTS | set(sys.stdlib_module_names):
             out.append(f"{place}: a kernel knows arrays only")
         if home == "pallas_kernels" and top == "flax" and not name.startswith("flax.struct"):
             out.append(f"{place}: of flax, kernels use flax.struct only")
@@ -97,7 +97,7 @@ def test_imports_go_down():
 
 
 def test_configs_import_ml_collections_only():
-    allowed = standard_library() | {"ml_collections", "configs"}
+    allowed = set(sys.stdlib_module_names) | {"ml_collections", "configs"}
     for path in SOURCES:
         if name_of(path).startswith("configs"):
             wrong = [n for n, _ in imports(path) if n.split(".")[0] not in allowed]
@@ -125,22 +125,24 @@ def test_nothing_needs_pytorch_or_unpickles():
         if name.split(".")[0] in banned
     ]
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                    wrong.append(f"{name_of(path)}:{node.lineno} allows pickles")
+                value = node.value
+                if not isinstance(value, ast.Constant) or value.value is not False:
+                    wrong.append(f"{name_of(path)}:{value.lineno} allows pickles")
     assert not wrong, wrong
 
 
 def test_no_bare_except_and_no_environment_switches():
     wrong = []
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        outside = not name_of(path).startswith(("longlive_jax.cli", "longlive_jax.bench"))
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ExceptHandler) and node.type is None:
                 wrong.append(f"{name_of(path)}:{node.lineno} bare except")
-            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
-                if not name_of(path).startswith(("longlive_jax.cli", "longlive_jax.bench")):
-                    wrong.append(f"{name_of(path)}:{node.lineno} reads the environment")
+            reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+            if reads and outside:
+                wrong.append(f"{name_of(path)}:{node.lineno} reads the environment")
     assert not wrong, wrong
 
 
