@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"longlive {verb}", description=description, allow_abbrev=False, **settings
         )
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args=None, namespace=None):
         """Parses everything or raises UserError."""
         parsed, extra = self.parse_known_args(args, namespace)
         if extra:
@@ -110,8 +110,9 @@ def take_config(argv: Sequence[str], *, default: str | None = None) -> tuple[Con
 
     Returns the file's `get_config(ARG)` with the overrides merged in, and the other arguments.
     Overrides may name keys the file leaves at their defaults; give the result to `spec.build`,
-    which knows them all. FILE is looked up from here, then from the repository root. Raises
-    UserError for a missing file, an unknown argument, or a broken override.
+    which knows them all. FILE is looked up from here, then from the repository root. Asking for
+    help needs no config. Raises UserError for a missing file, an unknown argument, or a broken
+    override.
     """
     where, overrides, rest = default, [], []
     words = iter(argv)
@@ -128,6 +129,8 @@ def take_config(argv: Sequence[str], *, default: str | None = None) -> tuple[Con
             where = value
         else:
             overrides.append((name.removeprefix("--config."), value))
+    if where is None and {"-h", "--help"} & set(rest):
+        return ConfigDict(), rest
     if where is None:
         raise UserError(f"--config is missing; one of: {', '.join(known_configs())}")
     config = load_config(where)

@@ -216,7 +216,7 @@ def _read_captions(folder: Path, chunks: int | None, chunks_per_shot: int | None
         raise UserError(f"{folder}: no caption files besides global.json")
     counts = _durations(folder, len(captions), chunks, chunks_per_shot)
     used = [(text, n) for text, n in zip(captions, counts, strict=False) if n > 0]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(used) < len(captions):
         notes = (f"{folder.name}: {len(used)} of {len(captions)} shots fit the length",)
     shots = tuple(Shot(text, chunks=n) for text, n in used)

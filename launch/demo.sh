@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# A short multi-shot video from the built-in model, on any CPU: out/demo/video.mp4.
+# Arguments go to `longlive demo`; see ./launch/demo.sh --help.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/setup.sh
+setup
+exec .venv/bin/python -m longlive_jax demo "$@"

@@ -1,0 +1,54 @@
+# Sourced by the other scripts: `setup` or `setup dev` leaves a working .venv in the repository.
+# It finds Python >= 3.12 by itself and installs only when pyproject.toml has changed.
+
+OLDEST=12 # Python 3.12
+
+new_enough() { # a shim on PATH may exist and still fail, so the interpreter is really run
+    "$1" -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $OLDEST))" >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.12 python3.13 python3.14 python3 python \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do
+        if command -v "$candidate" >/dev/null && new_enough "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+make_environment() {
+    local python
+    rm -rf .venv
+    if python=$(find_python); then
+        echo "Creating .venv with $("$python" --version 2>&1) ($python)" >&2
+        "$python" -m venv .venv
+    elif command -v uv >/dev/null; then
+        echo "Creating .venv with a Python from uv" >&2
+        uv venv --quiet --seed --python ">=3.$OLDEST" .venv
+    else
+        echo "No Python >= 3.$OLDEST found; install uv (https://docs.astral.sh/uv) or python3.12 with its venv module, then run this again." >&2
+        return 1
+    fi
+}
+
+setup() { # setup [dev]
+    local extra=${1:-} stamp want
+    .venv/bin/python -c "import sys; sys.exit(sys.version_info < (3, $OLDEST))" 2>/dev/null ||
+        make_environment || return 1
+    # The folder is part of the stamp because a moved checkout has a broken .venv.
+    want="$(cksum <pyproject.toml) $PWD"
+    for stamp in .venv/stamp-dev .venv/stamp-"${extra:-base}"; do
+        [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return 0
+    done
+    echo "Installing the dependencies${extra:+ and the $extra tools} (once, a few minutes)" >&2
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        -e ".${extra:+[$extra]}" >.venv/install.log 2>&1; then
+        tail -5 .venv/install.log >&2
+        echo "Installing failed; the whole log is in .venv/install.log" >&2
+        return 1
+    fi
+    echo "$want" >.venv/stamp-"${extra:-base}"
+}
