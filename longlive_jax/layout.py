@@ -1,0 +1,115 @@
+"""Token layouts: the same model is bidirectional, causal, teacher-forced or windowed by these alone.
+
+Row and column counts are of tokens (2x2 latent patches). A layout is built inside or outside jit;
+`start`, `offset` and `cuts` may be traced, the rest is static.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.typing import Array, Bool, Int
+from pallas_kernels.tokens import EMPTY, Tokens, concat, make
+
+__all__ = ["Tokens", "concat", "grid", "shot_sinks", "teacher_forcing", "windowed", "windows"]
+
+
+def grid(
+    frames: int,
+    rows: int,
+    columns: int,
+    *,
+    chunk: int,
+    start: int | Int[Array, ""] = 0,
+    offset: Array | None = None,
+    noisy: bool = False,
+) -> Tokens:
+    """Frames `start` to `start + frames` in chunks of `chunk` frames, column fastest.
+
+    One chunk is bidirectional attention; several clean ones are block-causal. `noisy` tokens see
+    no noisy chunk but their own, which is what a chunk under denoising needs beside its cache.
+    `offset` (`[frames]` or `[b, frames]`, in frames) is added to the temporal position, not to the
+    chunk: the shot phase of multi-shot RoPE. `start` is a multiple of `chunk`.
+    """
+    if chunk < 1 or frames < 1:
+        raise ValueError(f"{frames} frames in chunks of {chunk}; both must be at least 1")
+    if isinstance(start, int | np.integer) and start % chunk:
+        raise ValueError(f"start {start} cuts a chunk of {chunk} frames; begin at a multiple of it")
+    f, r, c = (x.reshape(-1) for x in np.mgrid[:frames, :rows, :columns].astype(np.int32))
+    frame = f + jnp.asarray(start, jnp.int32)
+    place = frame
+    if offset is not None:
+        place = frame + jnp.repeat(jnp.asarray(offset), rows * columns, axis=-1)
+    space = [jnp.broadcast_to(jnp.asarray(x, place.dtype), place.shape) for x in (r, c)]
+    pos = jnp.stack([place, *space], axis=-1)
+    return make(pos, frame // chunk, noisy, alike=frames <= chunk)
+
+
+def teacher_forcing(
+    frames: int, rows: int, columns: int, *, chunk: int, offset: Array | None = None
+) -> Tokens:
+    """All clean frames, then the same frames noisy, at the same positions (paper, section 3.1)."""
+    if frames % chunk:
+        raise ValueError(f"{frames} frames are no whole number of chunks of {chunk}")
+    parts = (
+        grid(frames, rows, columns, chunk=chunk, offset=offset, noisy=noisy)
+        for noisy in (False, True)
+    )
+    return concat(*parts)
+
+
+def shot_sinks(cuts: Bool[Array, "*b s"]) -> Int[Array, "*b s"]:
+    """The shot sink of every chunk: the last cut strictly before it, or -1.
+
+    While the chunk at a cut is made, the sink of the shot before is still in force.
+    """
+    count = cuts.shape[-1]
+    marked = jnp.where(cuts, jnp.arange(count), EMPTY)
+    latest = jnp.maximum.accumulate(marked, axis=-1)
+    before = jnp.concatenate([jnp.full_like(latest[..., :1], EMPTY), latest[..., :-1]], axis=-1)
+    return before.astype(jnp.int32)
+
+
+def windows(
+    cuts: Bool[Array, "*b s"], *, window: int, global_sinks: int, shot_sink: bool = True
+) -> tuple[Int[Array, "*b s"], Int[Array, "*b s"]]:
+    """(`since`, `sink`) of every chunk for a budget of `window` chunks, its own included.
+
+    Sinks lie inside the budget: what they do not take goes to the most recent chunks. The sets are
+    those a cache of `window` chunks holds that overwrites its oldest unprotected slot.
+    """
+    least = global_sinks + 2 + shot_sink
+    if window < least:
+        raise ValueError(
+            f"a window of {window} chunks has no room for {global_sinks} global sinks"
+            f"{' and a shot sink' if shot_sink else ''}; use at least {least}"
+        )
+    now = jnp.arange(cuts.shape[-1], dtype=jnp.int32)
+    sink = shot_sinks(cuts) if shot_sink else jnp.full(cuts.shape, EMPTY, jnp.int32)
+    recent = now - (window - 1 - global_sinks)
+    # A sink that is neither recent nor global costs one of the recent chunks.
+    apart = (sink >= global_sinks) & (sink < recent)
+    return jnp.maximum(recent + apart, 0), sink
+
+
+def windowed(
+    tokens: Tokens,
+    cuts: Bool[Array, "*b s"],
+    *,
+    window: int,
+    global_sinks: int,
+    shot_sink: bool = True,
+) -> Tokens:
+    """The same tokens, looking back only as far as `windows` says; `cuts` covers all their chunks."""
+    since, sink = windows(cuts, window=window, global_sinks=global_sinks, shot_sink=shot_sink)
+    since, sink = (jnp.take(x, tokens.chunk, axis=-1) for x in (since, sink))
+    if since.ndim != tokens.chunk.ndim and tokens.chunk.ndim == 2:
+        raise ValueError("tokens with a batch axis need cuts without one, or unbatched tokens")
+    return make(
+        tokens.pos,
+        jnp.broadcast_to(tokens.chunk, since.shape),
+        tokens.noisy,
+        since=since,
+        sink=sink,
+        global_sinks=global_sinks,
+        alike=tokens.alike,
+    )

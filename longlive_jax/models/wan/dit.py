@@ -1,0 +1,236 @@
+"""The diffusion transformer of Wan 2.2 (paper, section 3; Wan 2.2 report).
+
+One model for bidirectional, block-causal, teacher-forced and cached use: only `tokens` and `cache`
+differ. Layers are stacked and scanned; each may hand back its keys and values, and what becomes of
+them is the caller's business.
+"""
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from longlive_jax.models.wan.attention import (
+    KV,
+    Cache,
+    CrossAttention,
+    Seen,
+    SelfAttention,
+    TextKV,
+)
+from longlive_jax.models.wan.config import DiTConfig
+from longlive_jax.models.wan.layers import (
+    FeedForward,
+    LayerNorm,
+    TextEmbedding,
+    TimeEmbedding,
+    linear,
+    modulate,
+    stored,
+    time_dtype,
+)
+from longlive_jax.models.wan.positions import rope_rotation
+from longlive_jax.typing import Array, Float, typechecked
+from pallas_kernels.attention import AttentionFn, attention
+from pallas_kernels.tokens import Tokens, concat
+
+__all__ = ["DiT", "DiTBlock", "TextKV"]
+
+
+class DiTBlock(nnx.Module):
+    """Self-attention and feed-forward, shifted, scaled and gated by the noise level; text between."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        table = jax.random.normal(rngs.params(), (6, cfg.dim), cfg.param_dtype) * cfg.dim**-0.5
+        self.modulation = nnx.Param(table)
+        self.self_attn = SelfAttention(cfg, rngs=rngs)
+        self.cross_attn = CrossAttention(cfg, rngs=rngs)
+        self.norm3 = LayerNorm(cfg)
+        self.ffn = FeedForward(cfg, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b g p e"],
+        mod: Float[Array, "b g 6 e"],
+        text: KV,
+        seen: Seen,
+        past: KV | None,
+        *,
+        streams: int,
+        attend: AttentionFn,
+    ) -> tuple[Float[Array, "b g p e"], KV]:
+        """`x` is grouped so that the `p` tokens of a group share their noise level."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._slots(mod)
+        y, kv = self.self_attn(
+            _flat(modulate(x, shift1, scale1, self.cfg)), seen, past, attend=attend
+        )
+        x = self._add(x, y, gate1)
+        x = self._add(x, self.cross_attn(_flat(self.norm3(x)), text, streams=streams))
+        y = self.ffn(_flat(modulate(x, shift2, scale2, self.cfg)))
+        return self._add(x, y, gate2), kv
+
+    def remember(self, x: Float[Array, "b g p e"], mod: Array, seen: Seen) -> KV:
+        """Only the keys and values that `__call__` would give."""
+        shift, scale, *_ = self._slots(mod)
+        return self.self_attn.remember(_flat(modulate(x, shift, scale, self.cfg)), seen)
+
+    def _slots(self, mod: Array) -> tuple[Array, ...]:
+        """Six [b, g, 1, e]: shift, scale, gate of attention, then of the feed-forward."""
+        slots = stored(self.modulation[...].astype(jnp.float32) + mod, self.cfg)
+        return tuple(slots[:, :, i : i + 1] for i in range(6))
+
+    def _add(self, x: Array, y: Array, gate: Array | None = None) -> Array:
+        y = y.astype(jnp.float32).reshape(x.shape)
+        return stored(x + (y if gate is None else stored(gate * y, self.cfg)), self.cfg)
+
+
+class Head(nnx.Module):
+    """Modulated norm and the linear to patch values; zero at initialisation."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        table = jax.random.normal(rngs.params(), (2, cfg.dim), cfg.param_dtype) * cfg.dim**-0.5
+        self.modulation = nnx.Param(table)
+        zeros = nnx.initializers.zeros_init()
+        self.linear = linear(cfg.dim, 4 * cfg.out_channels, cfg, rngs=rngs, kernel_init=zeros)
+
+    def __call__(self, x: Float[Array, "b g p e"], time: Float[Array, "b g e"]) -> Array:
+        mod = stored(self.modulation[...].astype(jnp.float32) + time[:, :, None], self.cfg)
+        return self.linear(modulate(x, mod[:, :, :1], mod[:, :, 1:], self.cfg))
+
+
+class DiT(nnx.Module):
+    """Velocity model over latents of any length and size."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.patch_embedding = linear(4 * cfg.in_channels, cfg.dim, cfg, rngs=rngs)
+        self.text_embedding = TextEmbedding(cfg, rngs=rngs)
+        self.time_embedding = TimeEmbedding(cfg, rngs=rngs)
+        self.time_projection = linear(cfg.dim, 6 * cfg.dim, cfg, rngs=rngs, dtype=time_dtype(cfg))
+        keys = jax.random.split(rngs.params(), cfg.layers)
+        self.blocks = jax.vmap(lambda key: DiTBlock(cfg, rngs=nnx.Rngs(key)))(keys)
+        self.head = Head(cfg, rngs=rngs)
+
+    @typechecked
+    def text_kv(self, text: Float[Array, "b s t e"], *, streams: int = 1) -> TextKV:
+        """Keys and values of `s` prompts a sample, given as text encoder rows with zeroed padding.
+
+        Rows are zero-padded to `cfg.text_len`, and padding is attended like text: the weights were
+        trained so. Raises ValueError for longer prompts.
+        """
+        length = text.shape[2]
+        if length > self.cfg.text_len:
+            raise ValueError(f"{length} text rows; this model takes at most {self.cfg.text_len}")
+        text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
+        rows = self.text_embedding(text)
+        _, (k, v) = lax.scan(
+            lambda _, attn: (None, attn.keys_values(rows)), None, self.blocks.cross_attn
+        )
+        return TextKV(k, v, streams=streams)
+
+    @typechecked
+    def __call__(
+        self,
+        latents: Float[Array, "b f h w c"],
+        timestep: Float[Array, "b g"],
+        text: TextKV,
+        tokens: Tokens,
+        cache: Cache | None = None,
+        *,
+        attend: AttentionFn = attention,
+        noisy_from: int = 0,
+        output: bool = True,
+        return_kv: bool = False,
+        relative_rope: bool = False,
+        remat: bool = False,
+        unroll: int = 1,
+    ) -> tuple[Float[Array, "b f2 h w c2"] | None, KV | None]:
+        """Velocity (noise - x0) of `latents`, and the keys and values of every layer.
+
+        `timestep` in [0, 1000] has one entry a frame or one a token (frame, row, column order).
+        `tokens` describe the latents' 2x2 patches. Teacher forcing concatenates clean and noisy
+        frames and sets `noisy_from`: the head then runs from that frame on, and the velocity has
+        only those frames. With a `cache` its keys follow the latents' own. `relative_rope`: the
+        cache holds keys that are not rotated, and `cache.tokens` says at which positions to see them.
+
+        Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
+        `cfg.dtype` if `return_kv`, else None. `output=False` (a pass that only fills a cache) gives
+        no velocity, always k and v, and skips what only the velocity needs.
+        """
+        x, groups = self._embed(latents, timestep, tokens, text)
+        time = self.time_embedding(timestep).astype(jnp.float32)
+        mod = self.time_projection(jax.nn.silu(time).astype(time_dtype(self.cfg)))
+        mod = einops.rearrange(mod.astype(jnp.float32), "b g (six e) -> b g six e", six=6)
+        seen = _seen(tokens, cache, self.cfg, relative_rope)
+        keep = return_kv or not output
+
+        def layer(x, xs):
+            block, words, past = xs
+            x, kv = block(x, mod, words, seen, past, streams=text.streams, attend=attend)
+            return x, kv if keep else None
+
+        past = None if cache is None else tuple(_joined(part) for part in (cache.k, cache.v))
+        layers = (self.blocks, (text.k, text.v), past)
+        if not output:
+            return None, self._fill(layer, x, layers, mod, seen)
+        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        x, kv = lax.scan(body, x, layers, unroll=unroll)
+        first = noisy_from * groups // latents.shape[1]
+        velocity = self.head(x[:, first:], time[:, first:])
+        return self._unpatchify(velocity, latents.shape, noisy_from), kv
+
+    def _fill(self, layer, x: Array, layers, mod: Array, seen: Seen) -> KV:
+        """Keys and values of all layers; of the last layer nothing else is computed."""
+
+        def at(i):
+            return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), layers)
+
+        last = self.cfg.layers - 1
+        x, kv = lax.scan(lambda x, i: layer(x, at(i)), x, jnp.arange(last))
+        block, _, _ = at(last)
+        final = block.remember(x, mod, seen)
+        return tuple(jnp.concatenate([a, b[None]]) for a, b in zip(kv, final, strict=True))
+
+    def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV):
+        """Patches as [b, groups, tokens a group, e], one group a timestep."""
+        b, frames, height, width, channels = latents.shape
+        if channels != self.cfg.in_channels or height % 2 or width % 2:
+            raise ValueError(
+                f"latents {latents.shape} for a model of {self.cfg.in_channels} channels; "
+                "height and width must be even"
+            )
+        length = frames * height * width // 4
+        groups = timestep.shape[1]
+        if groups not in (frames, length):
+            raise ValueError(f"{groups} timesteps for {frames} frames of {length} tokens in all")
+        if len(tokens) != length:
+            raise ValueError(f"{len(tokens)} tokens described, {length} given")
+        parts = text.streams * text.k.shape[2]
+        if frames % parts:
+            raise ValueError(f"{frames} frames do not split into {parts} segments of text")
+        pattern = "b f (h ph) (w pw) c -> b (f h w) (ph pw c)"
+        x = self.patch_embedding(einops.rearrange(latents, pattern, ph=2, pw=2))
+        return stored(x, self.cfg).reshape(b, groups, length // groups, -1), groups
+
+    def _unpatchify(self, x: Array, shape: tuple[int, ...], first: int) -> Array:
+        b, frames, height, width, _ = shape
+        x = x.astype(jnp.float32).reshape(b, frames - first, height // 2, width // 2, -1)
+        return einops.rearrange(x, "b f h w (ph pw c) -> b f (h ph) (w pw) c", ph=2, pw=2)
+
+
+def _seen(tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool) -> Seen:
+    keys = tokens if cache is None else concat(tokens, cache.tokens(tokens))
+    rotation = rope_rotation(tokens.pos, cfg.head_dim)
+    turned = rope_rotation(keys.pos, cfg.head_dim) if relative else rotation
+    return Seen(tokens, keys, rotation, turned, relative=relative)
+
+
+def _joined(x: Float[Array, "layers b slots m n d"]) -> Float[Array, "layers b k n d"]:
+    return x.reshape(*x.shape[:2], -1, *x.shape[-2:])
+
+
+def _flat(x: Float[Array, "b g p e"]) -> Float[Array, "b l e"]:
+    return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,0 +1,137 @@
+"""Norms, feed-forward parts and the time embedding of the DiT.
+
+Everything here works in float32 except the matrix products, which take `cfg.dtype`. Under
+`cfg.reference_bf16` the intermediate results are rounded where the reference stores bfloat16; XLA
+would remove a plain cast there and back, `lax.reduce_precision` it keeps.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from longlive_jax.models.wan.config import DiTConfig
+from longlive_jax.models.wan.positions import BASE, angles
+from longlive_jax.typing import Array, Float, Float32
+
+gelu = partial(jax.nn.gelu, approximate=True)
+small_normal = nnx.initializers.normal(0.02)
+
+
+def stored(x: Array, cfg: DiTConfig) -> Float32[Array, "..."]:
+    """`x` in float32, rounded to bfloat16 if the reference would store it so."""
+    x = x.astype(jnp.float32)
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if cfg.reference_bf16 else x
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    cfg: DiTConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype=None,
+    kernel_init=nnx.initializers.xavier_uniform(),
+) -> nnx.Linear:
+    """A Wan linear: bias, Xavier-uniform kernel `[inputs, outputs]`, product in `cfg.dtype`."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        dtype=cfg.dtype if dtype is None else dtype,
+        param_dtype=cfg.param_dtype,
+        kernel_init=kernel_init,
+        rngs=rngs,
+    )
+
+
+def normalise(x: Float[Array, "... e"], eps: float) -> Float32[Array, "... e"]:
+    """LayerNorm without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+
+
+def modulate(x: Array, shift: Array, scale: Array, cfg: DiTConfig) -> Array:
+    """LayerNorm(x) * (1 + scale) + shift, in `cfg.dtype` for the product that follows."""
+    y = stored(normalise(x, cfg.eps), cfg)
+    y = stored(y * stored(1 + scale, cfg), cfg)
+    return (y + shift).astype(cfg.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with scale and bias, in float32; the result has `cfg.dtype`."""
+
+    def __init__(self, cfg: DiTConfig):
+        self.cfg = cfg
+        self.scale = nnx.Param(jnp.ones(cfg.dim, cfg.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(cfg.dim, cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+        y = normalise(x, self.cfg.eps) * self.scale[...].astype(jnp.float32)
+        return (y + self.bias[...].astype(jnp.float32)).astype(self.cfg.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the whole width, before heads are split; float32 inside."""
+
+    def __init__(self, cfg: DiTConfig):
+        self.cfg = cfg
+        self.scale = nnx.Param(jnp.ones(cfg.dim, cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+        y = x.astype(jnp.float32)
+        y = stored(y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.eps), self.cfg)
+        return (y * self.scale[...].astype(jnp.float32)).astype(self.cfg.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.up = linear(cfg.dim, cfg.ffn_dim, cfg, rngs=rngs)
+        self.down = linear(cfg.ffn_dim, cfg.dim, cfg, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b l e"]) -> Float[Array, "b l e"]:
+        return self.down(gelu(self.up(x)))
+
+
+class TextEmbedding(nnx.Module):
+    """Projects text encoder rows to the model's width."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        init = dict(rngs=rngs, kernel_init=small_normal)
+        self.fc1 = linear(cfg.text_dim, cfg.dim, cfg, **init)
+        self.fc2 = linear(cfg.dim, cfg.dim, cfg, **init)
+
+    def __call__(self, x: Float[Array, "... t"]) -> Float[Array, "... e"]:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+def sinusoid(timestep: Array, width: int) -> Float32[Array, "... w"]:
+    """Cosines, then sines, of timestep * 10000^(-2i/width); timesteps lie in [0, 1000]."""
+    half = width // 2
+    freqs = BASE ** (-np.arange(half, dtype=np.float64) / half)
+    angle = angles(timestep.astype(jnp.float32), freqs)
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class TimeEmbedding(nnx.Module):
+    """Timesteps to one vector each, in float32 (bfloat16 under `reference_bf16`)."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        init = dict(rngs=rngs, dtype=time_dtype(cfg), kernel_init=small_normal)
+        self.fc1 = linear(cfg.freq_dim, cfg.dim, cfg, **init)
+        self.fc2 = linear(cfg.dim, cfg.dim, cfg, **init)
+
+    def __call__(self, timestep: Float[Array, "b g"]) -> Float[Array, "b g e"]:
+        x = stored(sinusoid(timestep, self.cfg.freq_dim), self.cfg)
+        return self.fc2(jax.nn.silu(self.fc1(x)))
+
+
+def time_dtype(cfg: DiTConfig):
+    """Of the time path: it steers every layer and is cheap, so float32 unless parity is asked."""
+    return jnp.bfloat16 if cfg.reference_bf16 else jnp.float32

@@ -1,0 +1,70 @@
+"""attention(): checks, choice of implementation, and the type that wrappers keep."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention import cudnn, reference, xla
+from pallas_kernels.dispatch import Implementation, Unsupported, platform
+from pallas_kernels.tokens import Tokens
+
+AttentionFn = Callable[..., Array]
+"""`(q, k, v, q_tokens, k_tokens) -> out`, as `attention`; what parallelism wraps."""
+
+_RUN = {"reference": reference.attend, "xla": xla.attend, "cudnn": cudnn.attend}
+
+
+def attention(
+    q: Float[Array, "b q n d"],
+    k: Float[Array, "b k n d"],
+    v: Float[Array, "b k n d"],
+    q_tokens: Tokens | None = None,
+    k_tokens: Tokens | None = None,
+    *,
+    implementation: Implementation = "auto",
+) -> Float[Array, "b q n d"]:
+    """softmax(q k^T / sqrt(d)) v over the pairs that `visible(q_tokens, k_tokens)` allows.
+
+    Without tokens every pair is visible. A query that sees nothing gives zeros. The softmax is in
+    float32; the result has the dtype of `v`. Raises ValueError for tokens that do not fit the arrays
+    and `Unsupported` where a named implementation cannot run.
+    """
+    _check(q, k, q_tokens, k_tokens)
+    chosen = which(q, k, v, q_tokens, k_tokens, implementation=implementation)
+    return _RUN[chosen](q, k, v, q_tokens, k_tokens)
+
+
+def which(
+    q: Array | jax.ShapeDtypeStruct,
+    k: Array | jax.ShapeDtypeStruct,
+    v: Array | jax.ShapeDtypeStruct,
+    q_tokens: Tokens | None = None,
+    k_tokens: Tokens | None = None,
+    *,
+    implementation: Implementation = "auto",
+) -> Implementation:
+    """The implementation that `attention` uses for these arguments, by name.
+
+    "cudnn" where it can run (a GPU, 16-bit arguments, one mask row a sample), else "xla".
+    """
+    if implementation == "auto":
+        return "xla" if cudnn.refusal(q, q_tokens) else "cudnn"
+    if implementation not in _RUN:
+        raise ValueError(f"implementation {implementation!r}; choose from auto, {', '.join(_RUN)}")
+    if implementation == "cudnn" and (why := cudnn.refusal(q, q_tokens)):
+        raise Unsupported(f"cudnn attention on {platform()}: {why}")
+    return implementation
+
+
+def _check(q, k, q_tokens: Tokens | None, k_tokens: Tokens | None) -> None:
+    if (q_tokens is None) != (k_tokens is None):
+        raise ValueError("give tokens for queries and keys, or for neither")
+    for name, x, tokens in (("query", q, q_tokens), ("key", k, k_tokens)):
+        if tokens is None:
+            continue
+        if len(tokens) != x.shape[1]:
+            raise ValueError(f"{len(tokens)} {name} tokens for {x.shape[1]} {name} rows")
+        if jnp.ndim(tokens.chunk) == 2 and tokens.chunk.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{name} tokens of {tokens.chunk.shape[0]} samples, not {x.shape[0]}")
