@@ -1,0 +1,41 @@
+"""Every config with every one of its arguments builds its dataclass."""
+
+import ast
+
+import pytest
+
+from longlive_jax.cli import app
+from longlive_jax.spec import build
+
+
+def cases() -> list[str]:
+    """`configs/x.py:ARG` for the default and for each name in its ARGUMENTS, read without import."""
+    found = []
+    for name in app.known_configs():
+        module = ast.parse((app.REPOSITORY / name).read_text())
+        arguments = [
+            ast.literal_eval(node.value)
+            for node in module.body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ARGUMENTS"
+        ]
+        assert len(arguments) == 1, f"{name}: name its legal arguments in ARGUMENTS = (...)"
+        found += [f"{name}:{argument}" for argument in ("", *arguments[0])]
+    return found
+
+
+@pytest.mark.parametrize("where", cases())
+def test_config_builds(where):
+    settings = app.load_config(where).to_dict()
+    if "stage" in settings:
+        from longlive_jax.training.stages import STAGES
+
+        cls = STAGES[settings.pop("stage")]
+    else:
+        from longlive_jax.cli.sample import SampleSpec as cls
+    assert build(cls, settings, path=where)
+
+
+@pytest.mark.parametrize("name", app.known_configs())
+def test_config_says_how_to_run_it(name):
+    words = ast.get_docstring(ast.parse((app.REPOSITORY / name).read_text())) or ""
+    assert f"--config={name}" in words, f"{name}: put the command line into the docstring"
