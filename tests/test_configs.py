@@ -9,7 +9,7 @@ from longlive_jax.spec import build
 
 
 def cases() -> list[str]:
-    """`configs/x.py:ARG` for the default and for each name in its ARGUMENTS, read without import."""
+    """`configs/x.py:ARG` for no argument and for each name in ARGUMENTS, found without import."""
     found = []
     for name in app.known_configs():
         module = ast.parse((app.REPOSITORY / name).read_text())

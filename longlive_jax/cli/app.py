@@ -149,7 +149,7 @@ def load_config(where: str) -> ConfigDict:
             raise UserError(f"{name}: unknown argument {word!r}{nearest(word, known)}")
     try:
         config = module.get_config(argument)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise UserError(f"{name}:{argument}: {error}") from error
     config.unlock()
     return config

@@ -1,9 +1,8 @@
-"""Still pictures: conditioning images in; strips of frames and training curves out."""
+"""Still pictures: conditioning images in, strips of frames out."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -12,7 +11,7 @@ from longlive_jax.spec import UserError
 
 MARGIN = 6
 FONT_SIZE = 15
-INK, PAPER, PALE = (20, 20, 20), (255, 255, 255), (120, 120, 120)
+INK, PAPER = (20, 20, 20), (255, 255, 255)
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -109,36 +108,3 @@ def _cells(shot: np.ndarray, columns: int, cell_width: int) -> list[Image.Image]
         size = (cell_width, max(1, round(height * cell_width / width)))
         filter = Image.Resampling.LANCZOS
     return [Image.fromarray(to_uint8(shot[i])).resize(size, filter) for i in picks]
-
-
-def curves(
-    path: str | Path,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    title: str = "",
-    x_label: str = "step",
-    y_label: str = "loss",
-    log: bool = False,
-) -> None:
-    """Writes a plot of named (x, y) series; a long series gets a running mean over its points."""
-    from matplotlib.figure import Figure  # slow to import, and only this function needs it
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, (x, y) in series.items():
-        _draw_series(axes, name, np.asarray(x, float), np.asarray(y, float))
-    axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
-    axes.grid(alpha=0.3)
-    if series:
-        axes.legend()
-    figure.savefig(path, dpi=110)
-
-
-def _draw_series(axes: Any, name: str, x: np.ndarray, y: np.ndarray) -> None:
-    width = len(y) // 40
-    if width < 2:
-        axes.plot(x, y, label=name)
-        return
-    (faint,) = axes.plot(x, y, alpha=0.25, linewidth=0.8)
-    smooth = np.convolve(y, np.full(width, 1 / width), "valid")
-    axes.plot(x[width - 1 :], smooth, color=faint.get_color(), label=f"{name} (mean of {width})")

@@ -9,7 +9,7 @@ follows a cut: the prompt prefix the model was trained with, the shot sink, the 
       - {prompt: a blue square rises, chunks: 3}
       - {prompt: the blue square falls, seconds: 2, cut: false}
     seed: 7
-    size: [64, 96]          # height, width; optional
+    size: [64, 64]          # height, width; optional
     image: first.png        # conditions the first frame; optional, relative to this file
     negative_prompt: blurry # optional
 """
