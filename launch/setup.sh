@@ -27,7 +27,7 @@ make_environment() {
         "$python" -m venv .venv
     elif command -v uv >/dev/null; then
         echo "Creating .venv with a Python from uv" >&2
-        uv venv --quiet --seed --python ">=3.$OLDEST" .venv
+        uv venv --quiet --seed --python ">=3.$OLDEST,<3.15" .venv
     else
         echo "No Python >= 3.$OLDEST found; install uv (https://docs.astral.sh/uv) or python3.12 with its venv module, then run this again." >&2
         return 1

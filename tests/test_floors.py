@@ -153,6 +153,18 @@ def test_files_are_short(path):
     assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines; split it by job"
 
 
+def test_functions_are_short():
+    """The aim is 45 lines, docstring included."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [
+        f"{name_of(p)}:{node.lineno} {node.name} has {length} lines"
+        for p in SOURCES
+        for node in ast.walk(tree(p))
+        if isinstance(node, functions) and (length := node.end_lineno - node.lineno + 1) > 50
+    ]
+    assert not long, long
+
+
 def test_no_catch_all_modules():
     names = ("utils", "util", "common", "helpers", "misc")
     wrong = [name_of(p) for p in SOURCES if p.stem in names]
