@@ -1,0 +1,1 @@
+"""Flow matching: noise levels, solvers and guidance, as pure functions of arrays."""

@@ -1,0 +1,143 @@
+"""Multistep solvers of the flow as tables of coefficients.
+
+At every step the model turns the current sample into an estimate m_0 of the clean one. What follows
+is linear in a handful of arrays:
+
+    corrected = C . (sample, last corrected, m_0, m_-1, m_-2)
+    next      = P . (corrected, m_0, m_-1)
+
+The coefficients depend on the noise levels only, so they are worked out on the host in float64 and
+reach the device as one small float32 table. `step` is then a pure function that scans.
+
+UniPC: Zhao et al. 2023, arXiv:2302.04867; here order 2, B2(h) = expm1(-h), data prediction, with
+corrector and with a first-order last step, which returns the last estimate exactly.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from longlive_jax.diffusion.flow import TIMESTEPS, shifted, x0_from_velocity
+from longlive_jax.typing import Array, Float
+
+
+@struct.dataclass
+class Solver:
+    """One row a step. A pytree whose leaves `lax.scan` slices.
+
+    sigma: level of the sample that the model sees; timestep: what the model is told, a whole
+    number; correct, predict: the rows C and P above.
+    """
+
+    sigma: Float[Array, "steps"]
+    timestep: Float[Array, "steps"]
+    correct: Float[Array, "steps 5"]
+    predict: Float[Array, "steps 3"]
+
+    @property
+    def steps(self) -> int:
+        """Model calls per chunk."""
+        return self.sigma.shape[0]
+
+
+@struct.dataclass
+class SolverState:
+    """The sample now, the last corrected sample, and the last two clean estimates."""
+
+    x: Float[Array, "*shape"]
+    corrected: Float[Array, "*shape"]
+    m1: Float[Array, "*shape"]
+    m2: Float[Array, "*shape"]
+
+
+def start(noise: Float[Array, "*shape"]) -> SolverState:
+    """The state before the first step, in float32."""
+    x = noise.astype(jnp.float32)
+    empty = jnp.zeros_like(x)
+    return SolverState(x=x, corrected=x, m1=empty, m2=empty)
+
+
+def step(state: SolverState, velocity: Float[Array, "*shape"], row: Solver) -> SolverState:
+    """Advances by one step; `velocity` is the model's answer at `state.x`, `row` one row."""
+    m0 = x0_from_velocity(state.x, velocity, row.sigma)
+    c, p = row.correct, row.predict
+    corrected = (
+        c[0] * state.x + c[1] * state.corrected + c[2] * m0 + c[3] * state.m1 + c[4] * state.m2
+    )
+    x = p[0] * corrected + p[1] * m0 + p[2] * state.m1
+    return SolverState(x=x, corrected=corrected, m1=m0, m2=state.m1)
+
+
+def levels(steps: int, *, shift: float = 5.0) -> np.ndarray:
+    """The noise levels of a run of `steps` model calls, float64 [steps + 1], ending in 0."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    # The reference starts from the float32 value of 0.999, and truncates timesteps made from it.
+    even = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
+    return np.append(shifted(even, shift), 0.0)
+
+
+def unipc(steps: int, *, shift: float = 5.0) -> Solver:
+    """UniPC of order 2 with any number of steps; with one or two it equals Euler."""
+    sigma = levels(steps, shift=shift)
+    correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
+    correct[0, 0] = 1.0
+    for k in range(steps):
+        second = 0 < k < steps - 1
+        predict[k] = _predictor(sigma, k, second=second)
+        if k > 0:
+            correct[k] = _corrector(sigma, k, second=k > 1)
+    return _table(sigma, correct, predict)
+
+
+def euler(steps: int, *, shift: float = 5.0) -> Solver:
+    """First-order steps along the velocity, on the same levels."""
+    sigma = levels(steps, shift=shift)
+    correct = np.zeros((steps, 5))
+    correct[:, 0] = 1.0
+    predict = np.stack([_predictor(sigma, k, second=False) for k in range(steps)])
+    return _table(sigma, correct, predict)
+
+
+def _table(sigma: np.ndarray, correct: np.ndarray, predict: np.ndarray) -> Solver:
+    timestep = np.trunc(TIMESTEPS * sigma[:-1])
+    leaves = (sigma[:-1], timestep, correct, predict)
+    return Solver(*(leaf.astype(np.float32) for leaf in leaves))
+
+
+def _log_snr(sigma: float) -> float:
+    """log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite for 0."""
+    return np.inf if sigma == 0 else float(np.log1p(-sigma) - np.log(sigma))
+
+
+def _predictor(sigma: np.ndarray, k: int, *, second: bool) -> np.ndarray:
+    """Weights of (corrected, m_0, m_-1) in the sample at level k + 1."""
+    now, after = sigma[k], sigma[k + 1]
+    h = _log_snr(after) - _log_snr(now)
+    gain = -(1 - after) * np.expm1(-h)
+    row = np.array([after / now, gain, 0.0])
+    if second:
+        ratio = (_log_snr(sigma[k - 1]) - _log_snr(now)) / h
+        row += gain * 0.5 / ratio * np.array([0.0, -1.0, 1.0])
+    return row
+
+
+def _corrector(sigma: np.ndarray, k: int, *, second: bool) -> np.ndarray:
+    """Weights of (sample, corrected at k - 1, m_0, m_-1, m_-2) in the corrected sample at level k.
+
+    m_0 is the estimate at level k itself: the step from k - 1 is taken again, knowing its end.
+    """
+    before, now = sigma[k - 1], sigma[k]
+    h = _log_snr(now) - _log_snr(before)
+    b = np.expm1(-h)
+    gain = -(1 - now) * b
+    rho_past, rho_now, ratio = 0.0, 0.5, 1.0
+    if second:
+        ratio = (_log_snr(sigma[k - 2]) - _log_snr(before)) / h
+        phi2 = b / -h - 1.0
+        phi3 = phi2 / -h - 0.5
+        rho_past, rho_now = np.linalg.solve(
+            np.array([[1.0, 1.0], [ratio, 1.0]]), np.array([phi2 / b, 2.0 * phi3 / b])
+        )
+    past = rho_past / ratio
+    return np.array([0.0, now / before, gain * rho_now, gain * (1.0 - rho_now - past), gain * past])

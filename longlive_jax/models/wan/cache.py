@@ -1,0 +1,215 @@
+"""The key-value cache: slots of whole chunks, and the rule that says which slot is overwritten.
+
+A window of W chunks is the chunk being made, which brings its own keys, and W - 1 slots. A finished
+chunk takes the first empty slot; when there is none, the slot of the oldest chunk that is neither a
+global sink (one of the first chunks of the video) nor the shot sink (the first chunk of the current
+shot). Attention does not care in which order keys arrive, so nothing is ever moved: a cut only
+re-binds two scalars a sample, START and LEN of the shot sink, after the cut chunk is remembered.
+While the cut chunk itself is made, the sink of the shot before is still in force. (LongLive 2.0,
+section 3.2; the reference keeps the same sets by shifting its buffer.)
+
+Keys carry the rotation of their absolute position, or none if positions are relative to the window.
+Everything that differs between samples (what each slot holds, where the shot began) is an array,
+so samples of a batch may cut at different times.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
+
+from longlive_jax.models.wan.config import DiTConfig
+from longlive_jax.typing import Array, Bool, Float, Int
+from pallas_kernels.tokens import EMPTY, Tokens, make
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePolicy:
+    """What is kept. Static: one compilation each.
+
+    Fields: `window` chunks that attention sees, the current one included; `global_sinks` first
+    chunks of the video kept for ever; `shot_sinks` keeps the first chunk of the current shot;
+    `clean_recache` forgets all but the global sinks when a cut chunk is remembered;
+    `relative_rope` counts temporal positions from the start of the window.
+    """
+
+    window: int = 4
+    global_sinks: int = 1
+    shot_sinks: bool = True
+    clean_recache: bool = False
+    relative_rope: bool = False
+
+    def __post_init__(self) -> None:
+        least = 1 + max(1, self.global_sinks + self.shot_sinks)
+        if self.global_sinks < 0 or self.window < least:
+            raise ValueError(
+                f"a window of {self.window} chunks cannot hold {self.global_sinks} global sinks, "
+                f"{int(self.shot_sinks)} shot sinks and the current chunk; use at least {least}"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Chunks that are stored."""
+        return self.window - 1
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of past chunks, and what they are.
+
+    `held` is the chunk in each slot or -1, `start` the temporal position of its first frame;
+    `sink_start` and `sink_length` are the shot sink in chunks; `count` is the number of chunks made
+    so far, which is also the index of the next one. `size` is (frames, rows, columns) of a chunk in
+    tokens.
+    """
+
+    k: Float[Array, "layers b slots m n d"]
+    v: Float[Array, "layers b slots m n d"]
+    held: Int[Array, "b slots"]
+    start: Int[Array, "b slots"]
+    sink_start: Int[Array, "b"]
+    sink_length: Int[Array, "b"]
+    count: Int[Array, "b"]
+    size: tuple[int, int, int] = struct.field(pytree_node=False)
+    policy: CachePolicy = struct.field(pytree_node=False)
+
+    def tokens(self, queries: Tokens | None = None, /) -> Tokens:
+        """What the stored keys are, `[b, slots * m]` in slot order; nobody sees an empty slot."""
+        start = self._ordered() if self.policy.relative_rope else self.start
+        pos = start[..., None, None] * _FRAME + _grid(self.size)
+        chunk = jnp.repeat(self.held, _volume(self.size), axis=-1)
+        return make(pos.reshape(*chunk.shape, 3), chunk, False)
+
+    def upcoming(self, offset: Int[Array, "b"] | int = 0, *, noisy: bool) -> Tokens:
+        """The tokens of the next chunk, `[b, m]`: being denoised, or finished and to be remembered.
+
+        `offset` frames are added to its absolute temporal position (the phase of its shot); it has
+        no effect on positions relative to the window.
+        """
+        pos = self._next_start(offset)[:, None, None] * _FRAME + _grid(self.size)
+        chunk = jnp.broadcast_to(self.count[:, None], pos.shape[:-1])
+        return make(pos, chunk, noisy, alike=True)
+
+    def opened(self, cut: Bool[Array, "b"]) -> "KVCache":
+        """The cache against which the finished next chunk is remembered; `cut` begins a shot."""
+        if not self.policy.clean_recache:
+            return self
+        drop = cut[:, None] & (self.held >= self.policy.global_sinks)
+        return self.replace(held=jnp.where(drop, EMPTY, self.held))
+
+    def write(
+        self,
+        k: Float[Array, "layers b m n d"],
+        v: Float[Array, "layers b m n d"],
+        *,
+        cut: Bool[Array, "b"],
+        offset: Int[Array, "b"] | int = 0,
+    ) -> "KVCache":
+        """Stores the finished next chunk; if it begins a shot it becomes the shot sink.
+
+        In place when the cache is donated. If sinks fill every slot, the chunk is not stored.
+        """
+        bound = self.bind_shot(cut | (self.count == 0))
+        at = bound.free_slot()
+        written = jnp.arange(self.held.shape[1]) == at[:, None]
+        start = self._next_start(offset)[:, None]
+        return bound.replace(
+            k=_put(self.k, k, at),
+            v=_put(self.v, v, at),
+            held=jnp.where(written, self.count[:, None], self.held),
+            start=jnp.where(written, start, self.start),
+            count=self.count + 1,
+        )
+
+    def bind_shot(self, cut: Bool[Array, "b"]) -> "KVCache":
+        """Points the shot sink at the next chunk where a shot begins; releases the one before."""
+        if not self.policy.shot_sinks:
+            return self
+        return self.replace(
+            sink_start=jnp.where(cut, self.count, self.sink_start),
+            sink_length=jnp.where(cut, 1, self.sink_length),
+        )
+
+    def free_slot(self) -> Int[Array, "b"]:
+        """The slot to overwrite in every sample; the number of slots if all are protected."""
+        slots = self.held.shape[1]
+        first, length = self.sink_start[:, None], self.sink_length[:, None]
+        protected = self.held < self.policy.global_sinks
+        protected |= (self.held >= first) & (self.held < first + length)
+        never = jnp.iinfo(jnp.int32).max
+        age = jnp.where(protected, never, self.held)
+        age = jnp.where(self.held == EMPTY, jnp.arange(slots) - slots, age)
+        slot = jnp.argmin(age, axis=-1)
+        return jnp.where(jnp.min(age, axis=-1) == never, slots, slot).astype(jnp.int32)
+
+    def _next_start(self, offset: Int[Array, "b"] | int) -> Int[Array, "b"]:
+        """Temporal position of the next chunk: absolute, or behind what the window holds."""
+        frames = self.size[0]
+        if self.policy.relative_rope:
+            return jnp.sum(self.held != EMPTY, axis=-1, dtype=jnp.int32) * frames
+        return self.count * frames + jnp.broadcast_to(offset, self.count.shape)
+
+    def _ordered(self) -> Int[Array, "b slots"]:
+        """Window-relative positions: the kept chunks side by side, in order of age."""
+        older = (self.held[:, :, None] > self.held[:, None, :]) & (self.held[:, None, :] != EMPTY)
+        return jnp.sum(older, axis=-1, dtype=jnp.int32) * self.size[0]
+
+
+_FRAME = np.array([1, 0, 0], np.int32)
+
+
+def empty_cache(
+    cfg: DiTConfig,
+    batch: int,
+    size: tuple[int, int, int],
+    policy: CachePolicy,
+    *,
+    dtype: DTypeLike | None = None,
+) -> KVCache:
+    """A cache that has seen nothing, for chunks of `size` (frames, rows, columns) in tokens.
+
+    It takes 2 * layers * slots * tokens * dim values a sample, in `dtype` (default: the model's).
+    """
+    shape = (cfg.layers, batch, policy.slots, _volume(size), cfg.heads, cfg.head_dim)
+    dtype = cfg.dtype if dtype is None else dtype
+    nothing = jnp.full((batch, policy.slots), EMPTY, jnp.int32)
+
+    # Distinct buffers: a donated argument may not appear twice.
+    return KVCache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        held=nothing,
+        start=jnp.zeros((batch, policy.slots), jnp.int32),
+        sink_start=jnp.full(batch, EMPTY, jnp.int32),
+        sink_length=jnp.zeros(batch, jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        size=size,
+        policy=policy,
+    )
+
+
+def _put(
+    store: Float[Array, "layers b slots m n d"],
+    new: Float[Array, "layers b m n d"],
+    at: Int[Array, "b"],
+) -> Float[Array, "layers b slots m n d"]:
+    """`new` in slot `at` of every sample; slots beyond the last are not written."""
+
+    def one(store: Array, new: Array, at: Array) -> Array:
+        return store.at[:, at].set(new.astype(store.dtype), mode="drop")
+
+    return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(store, new, at)
+
+
+def _volume(size: tuple[int, int, int]) -> int:
+    return size[0] * size[1] * size[2]
+
+
+def _grid(size: tuple[int, int, int]) -> np.ndarray:
+    """Frame, row and column of the tokens of a chunk, int32 [m, 3], column fastest."""
+    return np.stack([axis.reshape(-1) for axis in np.mgrid[tuple(map(slice, size))]], -1).astype(
+        np.int32
+    )
