@@ -1,1 +1,1 @@
-"""Disks, checkpoint files of other libraries, and video files; the only place that is channel-first."""
+"""Disks: checkpoints, files of other libraries, videos; the only channel-first place."""
