@@ -47,10 +47,10 @@ def distance(shape: int, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np
 
 
 def coverage(
-    shape: Int[np.ndarray, "n"],
-    radius: Float[np.ndarray, "n"],
-    x: Float[np.ndarray, "n"],
-    y: Float[np.ndarray, "n"],
+    shape: Int[np.ndarray, " n"],
+    radius: Float[np.ndarray, " n"],
+    x: Float[np.ndarray, " n"],
+    y: Float[np.ndarray, " n"],
     *,
     ramp: float = RAMP,
 ) -> tuple[Float[np.ndarray, "n h w"], Float[np.ndarray, "n h w"]]:

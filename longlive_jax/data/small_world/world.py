@@ -9,6 +9,8 @@ generator has to remember.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 
 import numpy as np
 
@@ -91,7 +93,7 @@ def frame_bounds(
     """(first, one past last) raw frame of every shot."""
     ends = np.cumsum([0, *(shot.chunks for shot in spec.shots)])
     edges = [frame_count(int(end), chunk_latents) for end in ends]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(itertools.pairwise(edges))
 
 
 def sample_spec(
@@ -102,6 +104,7 @@ def sample_spec(
     shot_chunks: tuple[int, int] = (3, 6),
     shots: int | None = None,
     cast: int = 3,
+    chunk_latents: int = CHUNK_LATENTS,
 ) -> VideoSpec:
     """Draw a video of `chunks` chunks.
 
@@ -112,6 +115,7 @@ def sample_spec(
         shot_chunks: least and most chunks of a shot. A video shorter than the least is one shot.
         shots: exact number of shots; drawn among the possible ones when None.
         cast: most subjects in one video, at least 2; later shots often bring one back.
+        chunk_latents: latents of a chunk, so that a cut knows where the last subject has got to.
 
     Raises:
         ValueError: if no number of shots within the limits adds up to `chunks`.
@@ -122,11 +126,20 @@ def sample_spec(
     lengths = _lengths(rng, chunks, shot_chunks, shots)
     made: list[Shot] = []
     known: list[Subject] = []
+    at = 0
     for length in lengths:
-        shot = _next_shot(rng, made[-1] if made else None, known, length, split, cast)
-        if shot.subject not in known:
-            known.append(shot.subject)
-        made.append(shot)
+        last = made[-1] if made else None
+        subject, background, motion = _next_scene(rng, last, known, split, cast)
+        x, y = _place(rng)
+        if last:
+            begin = frame_count(at - last.chunks, chunk_latents)
+            ahead = _position(last, frame_count(at, chunk_latents) - begin)
+            while _distance(ahead, (x, y)) < _LEAST_JUMP:
+                x, y = _place(rng)
+        if subject not in known:
+            known.append(subject)
+        made.append(Shot(subject, background, motion, x, y, length))
+        at += length
     return VideoSpec(tuple(made))
 
 
@@ -202,18 +215,20 @@ def _draw(rows: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return video, outline
 
 
-def _random_rows(rng: np.random.Generator, n: int) -> np.ndarray:
-    scenes = np.asarray(
+@functools.cache
+def _training_scenes() -> np.ndarray:
+    """Shape, colour, background and motion indices of every training combination."""
+    tables = [list(t) for t in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS)]
+    return np.asarray(
         [
-            (
-                SHAPES.index(s.shape),
-                list(COLOURS).index(s.colour),
-                list(BACKGROUNDS).index(s.background),
-                list(MOTIONS).index(s.motion),
-            )
+            [table.index(word) for table, word in zip(tables, dataclasses.astuple(s), strict=True)]
             for s in words.all_scenes("train")
         ]
     )
+
+
+def _random_rows(rng: np.random.Generator, n: int) -> np.ndarray:
+    scenes = _training_scenes()
     return np.column_stack(
         [
             scenes[rng.integers(len(scenes), size=n)],
@@ -252,8 +267,8 @@ def _lengths(rng, chunks: int, limits: tuple[int, int], shots: int | None) -> li
     return [lengths[i] for i in rng.permutation(len(lengths))]
 
 
-def _next_shot(rng, last: Shot | None, known: list, chunks: int, split, cast: int) -> Shot:
-    """A shot that differs from the last one in subject, background or motion, or in several."""
+def _next_scene(rng, last: Shot | None, known: list, split, cast: int) -> tuple:
+    """Subject, background and motion: one of them differs from the last shot, or several."""
     while True:
         subject = last.subject if last else None
         if last is None or rng.random() < 0.6:
@@ -266,11 +281,7 @@ def _next_shot(rng, last: Shot | None, known: list, chunks: int, split, cast: in
         scene = words.Scene(subject.shape, subject.colour, background, motion)
         changed = last is None or words.caption(scene) != last.caption
         if changed and words.in_split(scene, split):
-            break
-    while True:
-        x, y = float(rng.uniform(0, WIDTH)), float(rng.uniform(0, HEIGHT))
-        if last is None or _jump(last, x, y) >= _LEAST_JUMP:
-            return Shot(subject, background, motion, x, y, chunks)
+            return subject, background, motion
 
 
 def _choose_subject(rng, current: Subject | None, known: list, cast: int) -> Subject:
@@ -285,13 +296,23 @@ def _choose_subject(rng, current: Subject | None, known: list, cast: int) -> Sub
             return Subject(shape, colour, float(rng.uniform(*drawing.RADIUS)), _pick(rng, MARKS))
 
 
-def _jump(last: Shot, x: float, y: float) -> float:
-    """Distance on the torus from where the last shot's subject would be next."""
-    steps = last.chunks * CHUNK_LATENTS * TEMPORAL_RATIO * SPEED
-    ahead = MOTIONS[last.motion]
-    dx = abs((x - last.x - ahead[0] * steps + WIDTH / 2) % WIDTH - WIDTH / 2)
-    dy = abs((y - last.y - ahead[1] * steps + HEIGHT / 2) % HEIGHT - HEIGHT / 2)
-    return float(np.hypot(dx, dy))
+def _place(rng) -> tuple[float, float]:
+    return float(rng.uniform(0, WIDTH)), float(rng.uniform(0, HEIGHT))
+
+
+def _position(shot: Shot, frames: int) -> tuple[float, float]:
+    """Centre so many frames after the shot's first, not folded."""
+    ahead = MOTIONS[shot.motion]
+    return shot.x + SPEED * frames * ahead[0], shot.y + SPEED * frames * ahead[1]
+
+
+def _distance(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Length of the shortest way between two places on the torus."""
+    gaps = [
+        (p - q + size / 2) % size - size / 2
+        for p, q, size in zip(a, b, (WIDTH, HEIGHT), strict=True)
+    ]
+    return float(np.hypot(*gaps))
 
 
 def _pick(rng, names) -> str:
