@@ -1,0 +1,1 @@
+"""Models as parameter containers: DiT, VAE, text encoder."""

@@ -1,0 +1,148 @@
+"""Layers of the causal VAE. Whatever looks back in time takes a tail and hands back the next one.
+
+A tail is the end of the layer's previous input; `None` says that there was none (the start of a clip).
+Cutting a clip anywhere and passing tails along gives the same numbers as one call on the whole clip.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from longlive_jax.models.vae.config import VAEConfig
+from longlive_jax.typing import Array, Float
+
+Tail = Array | None
+
+
+def _fan_in(key, shape, fan, dtype):
+    return jax.random.normal(key, shape, dtype) / jnp.sqrt(fan).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """A 1x1 or 1x1x1 convolution: `x @ kernel + bias` over the channel axis."""
+
+    def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs, scale=1.0):
+        self.dtype = cfg.dtype
+        kernel = _fan_in(rngs.params(), (inputs, outputs), inputs, cfg.param_dtype)
+        self.kernel = nnx.Param(kernel * scale)
+        self.bias = nnx.Param(jnp.zeros(outputs, cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+
+
+class Conv2d(nnx.Module):
+    """3x3 convolution applied to every frame; stride 2 pads only right and bottom."""
+
+    def __init__(self, width: int, cfg: VAEConfig, *, stride: int = 1, rngs: nnx.Rngs):
+        self.stride, self.dtype = stride, cfg.dtype
+        kernel = _fan_in(rngs.params(), (3, 3, width, width), 9 * width, cfg.param_dtype)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(width, cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w2 c"]:
+        pad = (1, 1) if self.stride == 1 else (0, 1)
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return _conv2d_frames(x, kernel, self.stride, pad) + bias
+
+
+class CausalConv3d(nnx.Module):
+    """3x3x3 convolution that sees the present and the two frames before it.
+
+    The three temporal taps are stacked on the channel axis and done as one 2-D convolution: the same sum,
+    and several times faster than a 3-D one on CPUs.
+    """
+
+    def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs, scale=1.0):
+        self.dtype = cfg.dtype
+        # Only the present tap starts non-zero, so a model trained on images is a video model at rest.
+        present = _fan_in(rngs.params(), (3, 3, inputs, outputs), 9 * inputs, cfg.param_dtype)
+        kernel = jnp.zeros((3, 3, 3, inputs, outputs), cfg.param_dtype).at[2].set(present * scale)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(outputs, cfg.param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "b f h w i"], tail: Tail
+    ) -> tuple[Float[Array, "b f h w o"], Float[Array, "b 2 h w i"]]:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        frames = x.shape[1]
+        past = _no_past(x, 2) if tail is None else tail
+        seen = jnp.concatenate([past, x], axis=1)
+        if tail is None and frames == 1:  # an image: the other taps would multiply zeros
+            return _conv2d_frames(x, kernel[2], 1, (1, 1)) + bias, seen[:, -2:]
+        taps = jnp.concatenate([seen[:, i : i + frames] for i in range(3)], axis=-1)
+        stacked = jnp.concatenate(list(kernel), axis=2)
+        return _conv2d_frames(taps, stacked, 1, (1, 1)) + bias, seen[:, -2:]
+
+
+class RMSNorm(nnx.Module):
+    """x / |x| * sqrt(c) * gamma over the channel axis, in float32."""
+
+    def __init__(self, width: int, cfg: VAEConfig):
+        self.gamma = nnx.Param(jnp.ones(width, cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        x32 = x.astype(jnp.float32)
+        # rsqrt of the clamped square is torch's x / max(|x|, 1e-12), with a finite gradient at 0.
+        inverse = lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis=-1, keepdims=True), 1e-24))
+        gamma = self.gamma[...].astype(jnp.float32) * x.shape[-1] ** 0.5
+        return (x32 * inverse * gamma).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """Two (norm, SiLU, causal convolution) and a shortcut, which is 1x1x1 where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(inputs, cfg)
+        self.conv1 = CausalConv3d(inputs, outputs, cfg, rngs=rngs)
+        self.norm2 = RMSNorm(outputs, cfg)
+        self.conv2 = CausalConv3d(outputs, outputs, cfg, rngs=rngs, scale=0.3)
+        self.shortcut = Linear(inputs, outputs, cfg, rngs=rngs) if inputs != outputs else None
+
+    def __call__(self, x: Float[Array, "b f h w i"], tails):
+        tail1, tail2 = tails or (None, None)
+        y, tail1 = self.conv1(jax.nn.silu(self.norm1(x)), tail1)
+        y, tail2 = self.conv2(jax.nn.silu(self.norm2(y)), tail2)
+        return y + (x if self.shortcut is None else self.shortcut(x)), (tail1, tail2)
+
+
+class FrameAttention(nnx.Module):
+    """Single-head self-attention over the pixels of each frame, added to the input."""
+
+    def __init__(self, width: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(width, cfg)
+        self.qkv = Linear(width, 3 * width, cfg, rngs=rngs)
+        self.proj = Linear(width, width, cfg, rngs=rngs, scale=0.0)
+
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
+        b, f, h, w, c = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b * f, h * w, 3, 1, c)
+        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return x + self.proj(y.reshape(x.shape))
+
+
+class Middle(nnx.Module):
+    """Residual block, attention, residual block: the deepest point of encoder and decoder."""
+
+    def __init__(self, width: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.res0 = ResidualBlock(width, width, cfg, rngs=rngs)
+        self.attn = FrameAttention(width, cfg, rngs=rngs)
+        self.res1 = ResidualBlock(width, width, cfg, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], tails):
+        tails0, tails1 = tails or (None, None)
+        x, tails0 = self.res0(x, tails0)
+        x, tails1 = self.res1(self.attn(x), tails1)
+        return x, (tails0, tails1)
+
+
+def _no_past(x: Array, frames: int) -> Array:
+    return jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
+
+
+def _conv2d_frames(x: Array, kernel: Array, stride: int, pad: tuple[int, int]) -> Array:
+    flat = x.reshape(-1, *x.shape[2:])
+    dims = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(flat, kernel, (stride, stride), (pad, pad), dimension_numbers=dims)
+    return y.reshape(*x.shape[:2], *y.shape[1:])

@@ -1,0 +1,97 @@
+"""The causal 3-D VAE of Wan 2.2: whole clips, or chunk by chunk with the state in the caller's hands.
+
+`encode_chunk` and `decode_chunk` carry `tails`: a pytree with the last input frames of every layer that
+looks back. It has a fixed shape, so one compiled call serves every chunk after the first.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longlive_jax.models.vae.config import VAEConfig
+from longlive_jax.models.vae.decoder import Decoder
+from longlive_jax.models.vae.encoder import Encoder
+from longlive_jax.models.vae.layers import Linear
+from longlive_jax.typing import Array, Float
+
+
+class VAE(nnx.Module):
+    """Parameters of encoder and decoder; latents going in and out are normalised per channel."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.encoder = Encoder(cfg, rngs=rngs)
+        self.quant_conv = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg, rngs=rngs)
+        self.post_quant_conv = Linear(cfg.z_dim, cfg.z_dim, cfg, rngs=rngs)
+        self.decoder = Decoder(cfg, rngs=rngs)
+
+
+def encode_chunk(vae: VAE, frames: Float[Array, "b f h w 3"], tails=None):
+    """Encodes the next raw frames of a clip to normalised latents.
+
+    Args:
+      frames: pixels in [-1, 1]. The first chunk (`tails=None`) has 1 + 4n frames, later ones 4n.
+      tails: what the previous call returned.
+
+    Returns:
+      (latents float32 [b, g, h/16, w/16, z], tails), where g is n + 1 for the first chunk and n later.
+    """
+    cfg = vae.cfg
+    _check_frames(frames.shape, cfg, first=tails is None)
+    moments, tails = vae.encoder(frames.astype(cfg.dtype), tails)
+    mu = vae.quant_conv(moments)[..., : cfg.z_dim].astype(jnp.float32)
+    return (mu - jnp.array(cfg.latent_mean)) / jnp.array(cfg.latent_std), tails
+
+
+def decode_chunk(vae: VAE, z: Float[Array, "b f h w z"], tails=None):
+    """Decodes the next latents of a clip to pixels (float32, not clipped to [-1, 1]).
+
+    n latents give 4n frames, or 1 + 4(n-1) in the first chunk (`tails=None`).
+    """
+    cfg = vae.cfg
+    z = z.astype(jnp.float32) * jnp.array(cfg.latent_std) + jnp.array(cfg.latent_mean)
+    frames, tails = vae.decoder(vae.post_quant_conv(z.astype(cfg.dtype)), tails)
+    return frames.astype(jnp.float32), tails
+
+
+def encode(vae: VAE, video: Float[Array, "b f h w 3"], *, chunk: int | None = None):
+    """Encodes a whole clip of 1 + 4n frames; with `chunk`, that many latents a step in constant memory."""
+    if chunk is None:
+        return encode_chunk(vae, video)[0]
+    ratio = vae.cfg.temporal_ratio
+    return _in_chunks(lambda x, tails: encode_chunk(vae, x, tails), video, 1, chunk * ratio)
+
+
+def decode(vae: VAE, z: Float[Array, "b f h w z"], *, chunk: int | None = None):
+    """Decodes a whole clip; with `chunk`, that many latents a step in constant working memory."""
+    if chunk is None:
+        return decode_chunk(vae, z)[0]
+    return _in_chunks(lambda x, tails: decode_chunk(vae, x, tails), z, 1, chunk)
+
+
+def _in_chunks(step, x: Array, head: int, size: int) -> Array:
+    """Runs `step(piece, tails)` on the first `head` frames, then scans pieces of `size`, then the rest."""
+    first, tails = step(x[:, :head], None)
+    body = x[:, head:]
+    whole = body.shape[1] // size
+    pieces = [first]
+    if whole:
+        stacked = body[:, : whole * size].reshape(x.shape[0], whole, size, *x.shape[2:])
+        tails, ys = jax.lax.scan(
+            lambda tails, piece: step(piece, tails)[::-1], tails, jnp.moveaxis(stacked, 1, 0)
+        )
+        ys = jnp.moveaxis(ys, 0, 1)
+        pieces.append(ys.reshape(x.shape[0], -1, *ys.shape[3:]))
+    if body.shape[1] > whole * size:
+        pieces.append(step(body[:, whole * size :], tails)[0])
+    return jnp.concatenate(pieces, axis=1)
+
+
+def _check_frames(shape: tuple[int, ...], cfg: VAEConfig, *, first: bool) -> None:
+    frames, height, width = shape[1:4]
+    ratio, space = cfg.temporal_ratio, cfg.spatial_ratio
+    if (frames - first) % ratio or frames < 1:
+        rule = f"1 + {ratio}n" if first else f"{ratio}n"
+        raise ValueError(f"{frames} frames cannot be encoded here; give {rule} of them")
+    if height % space or width % space:
+        raise ValueError(f"frames of {height}x{width} pixels; both sides must divide by {space}")

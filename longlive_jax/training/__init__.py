@@ -1,0 +1,1 @@
+"""Training: one update, one loop, and a task per model that is trained."""
