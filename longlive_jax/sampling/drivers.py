@@ -1,0 +1,142 @@
+"""Two drivers of `sample_chunk`: `sample`, one scan over all chunks, and `stream`, one at a time.
+
+Both draw the same noise and give the same latents bit for bit. Neither waits for the device: a
+stream hands out arrays that may still be under way, and the cache never leaves the device.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax import lax
+
+from longlive_jax.diffusion.solvers import Solver
+from longlive_jax.models.params import with_params
+from longlive_jax.models.wan.cache import KVCache
+from longlive_jax.models.wan.dit import DiT, TextKV
+from longlive_jax.sampling.chunk import Request, chunk_noise, remember_chunk, sample_chunk
+from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
+from pallas_kernels.attention import AttentionFn, attention
+
+
+@struct.dataclass
+class Order:
+    """What one chunk shall be, small enough to make on the host between two chunks.
+
+    Fields: `text`, the prompts' keys and values (`stream`) or their places in a bank of prompts
+    (`sample`), with guidance the b prompts and then the b negative ones; `cut`, `offset` as in
+    `Request`; `noise` overrides the noise drawn from the keys, where given.
+    """
+
+    text: TextKV | Int[Array, "b"]
+    cut: Bool[Array, "b"]
+    offset: Int[Array, "b"]
+    noise: Float[Array, "b f h w c"] | None = None
+
+
+@struct.dataclass
+class Setting:
+    """What stays the same for a whole video.
+
+    Fields: `solver` (its length is the number of steps); `keys`, one a sample; `first` latents and
+    whether they are `given`: where so, frame 0 of chunk 0 is held at them (image to video);
+    `guidance` scale or None.
+    """
+
+    solver: Solver
+    keys: Key[Array, "b"]
+    first: Float[Array, "b h w c"]
+    given: Bool[Array, "b"]
+    guidance: Float[Array, ""] | None = None
+
+
+class Sampler:
+    """The jitted drivers of one DiT structure; parameters are arguments.
+
+    Every method compiles once: for all chunks, prompts, cuts, seeds, and with or without a given
+    first frame. Caches passed in are donated and must not be used again.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef[DiT], *, attend: AttentionFn = attention):
+        self._dit = functools.partial(with_params, graphdef)
+        self._attend = attend
+        self.step = jax.jit(self._step, donate_argnums=1)
+        self.remember = jax.jit(self._remember, donate_argnums=1)
+        self.text = jax.jit(self._text)
+        self._sample = jax.jit(self._scan, donate_argnums=1)
+
+    def sample(
+        self, params: Params, cache: KVCache, setting: Setting, orders: Order, bank: TextKV
+    ) -> tuple[Float[Array, "b f h w c"], KVCache]:
+        """Latents of all chunks by one scan, and the cache after them.
+
+        `orders` has a leading axis of chunks; its text are indices into the prompt axis of `bank`
+        (`[layers, p, 1, t, n, d]`).
+        """
+        return self._sample(params, cache, setting, orders, bank)
+
+    def stream(
+        self, params: Params, cache: KVCache, setting: Setting, orders: Iterable[Order]
+    ) -> Iterator[Float[Array, "b f h w c"]]:
+        """Yields the latents of one chunk for each order, in constant memory, however long.
+
+        An order is taken when the chunk before it has been handed out, so `orders` may be a
+        generator that decides about the next prompt or cut at the last moment.
+        """
+        for order in orders:
+            latents, cache = self.step(params, cache, setting, order)
+            yield latents
+
+    def _step(self, params: Params, cache: KVCache, setting: Setting, order: Order):
+        request = self._request(cache, setting, order)
+        return sample_chunk(
+            self._dit(params), cache, request, setting.solver,
+            guidance=setting.guidance, attend=self._attend,
+        )  # fmt: skip
+
+    def _scan(self, params, cache: KVCache, setting: Setting, orders: Order, bank: TextKV):
+        def body(cache: KVCache, order: Order):
+            text = jax.tree.map(lambda x: jnp.take(x, order.text, axis=1), bank)
+            latents, cache = self._step(params, cache, setting, order.replace(text=text))
+            return cache, latents
+
+        cache, latents = lax.scan(body, cache, orders)
+        latents = jnp.moveaxis(latents, 0, 1)
+        return latents.reshape(latents.shape[0], -1, *latents.shape[3:]), cache
+
+    def _remember(
+        self, params: Params, cache: KVCache, setting: Setting, order: Order, latents: Array
+    ) -> KVCache:
+        """The cache after a given chunk of latents, of the video to be continued."""
+        request = self._request(cache, setting, order)
+        return remember_chunk(
+            self._dit(params), cache, latents, request,
+            guidance=setting.guidance, attend=self._attend,
+        )  # fmt: skip
+
+    def _text(self, params: Params, embedding: Float[Array, "b t e"]) -> TextKV:
+        """Keys and values of prompts, one a sample, for `Order.text` or as a bank."""
+        return self._dit(params).text_kv(embedding[:, None])
+
+    def _request(self, cache: KVCache, setting: Setting, order: Order) -> Request:
+        batch, *space = setting.first.shape
+        frames, chunk = cache.size[0], cache.count[:batch]
+        noise = order.noise
+        if noise is None:
+            noise = chunk_noise(setting.keys, chunk, (frames, *space))
+        held = setting.given & (chunk == 0)
+        return Request(
+            noise=noise,
+            text=order.text,
+            cut=order.cut,
+            offset=order.offset,
+            clamp=jnp.broadcast_to(setting.first[:, None], noise.shape),
+            clamped=held[:, None] & (jnp.arange(frames) == 0),
+        )
+
+
+def stack_orders(orders: Iterable[Order]) -> Order:
+    """Orders with indices for text as the one stacked order that `Sampler.sample` scans."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *orders)
