@@ -1,0 +1,132 @@
+"""The loop on a toy regression: resuming, dropped updates, schedules, averages."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from longlive_jax.training.loop import LoopSpec, Task, train
+from longlive_jax.training.optim import OptimSpec, make_optimizer, matrix_axes, schedule
+from longlive_jax.training.state import init_state
+from longlive_jax.training.step import EMASpec, make_train_step
+
+OPTIM = OptimSpec(lr=1e-2, weight_decay=0.0, clip=1.0)
+EMA = EMASpec(decay=0.9, start=3)
+
+
+class Batches:
+    """Points of a line, another few at every step; `poison` steps hold a NaN."""
+
+    def __init__(self, steps, poison=()):
+        self.steps, self.poison = steps, poison
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        x = np.random.default_rng(int(i)).normal(size=(8, 2)).astype(np.float32)
+        return x * np.nan if int(i) in self.poison else x
+
+
+def loss_fn(params, x, key):
+    noise = 0.01 * jax.random.normal(key, (len(x),))
+    error = x @ params["kernel"] - x.sum(1) - noise
+    return jnp.mean(error**2), {"error": jnp.abs(error).mean()}
+
+
+def task(steps, poison=()):
+    return Task(
+        init=lambda key: {"kernel": jax.random.normal(key, (2,))},
+        loss_fn=loss_fn,
+        batches=Batches(steps, poison),
+        evaluate=lambda params, step, workdir: {"held_out": float(params["kernel"].sum())},
+        export=lambda params, directory: None,
+    )
+
+
+def spec(**kw):
+    return LoopSpec(**{"steps": 10, "log_every": 2, "save_every": 5, "eval_every": 5} | kw)
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    whole = train(task(10), tmp_path / "whole", loop=spec(), optim=OPTIM, ema=EMA)
+
+    class Stop(Exception):
+        pass
+
+    class Interrupted(Batches):
+        def __getitem__(self, i):
+            if int(i) == 9:
+                raise Stop
+            return super().__getitem__(i)
+
+    broken = Task(**vars(task(10)) | {"batches": Interrupted(10)})
+    with pytest.raises(Exception):  # noqa: B017 - the data worker wraps what it raises
+        train(broken, tmp_path / "parts", loop=spec(), optim=OPTIM, ema=EMA)
+    resumed = train(task(10), tmp_path / "parts", loop=spec(), optim=OPTIM, ema=EMA)
+    chex.assert_trees_all_equal(whole, resumed)
+    logged = [json.loads(x) for x in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in logged if "loss" in r]
+    assert steps == [2, 4, 6, 8, 10]
+    assert (tmp_path / "parts/curves.png").stat().st_size > 1000
+
+
+def test_non_finite_updates_change_nothing_and_then_stop_the_run(tmp_path):
+    tx = make_optimizer(OPTIM, 10)
+    step = make_train_step(loss_fn, tx, EMA)
+    state, _ = step(init_state({"kernel": jnp.ones(2)}, tx), Batches(1)[0])
+    before = jax.tree.map(np.array, (state.params, state.ema, state.opt_state))
+    state, metrics = step(state, Batches(1, poison=[0])[0])
+    chex.assert_trees_all_equal((state.params, state.ema, state.opt_state), before)
+    assert int(state.step) == 2 and int(metrics["bad_steps"]) == 1
+    state, metrics = step(state, Batches(1)[0])
+    assert int(metrics["bad_steps"]) == 0
+    with pytest.raises(FloatingPointError, match="last 4 updates before step 8"):
+        train(task(10, poison=range(4, 10)), tmp_path, loop=spec(patience=3), optim=OPTIM, ema=EMA)
+
+
+def test_average_copies_until_its_start():
+    tx = make_optimizer(OPTIM, 10)
+    step = make_train_step(loss_fn, tx, EMA)
+    state = init_state({"kernel": jnp.zeros(2)}, tx)
+    for i in range(3):
+        state, _ = step(state, Batches(9)[i])
+        chex.assert_trees_all_close(state.ema, state.params)
+    old = np.array(state.ema["kernel"])
+    state, _ = step(state, Batches(9)[3])
+    want = 0.9 * old + 0.1 * np.array(state.params["kernel"])
+    chex.assert_trees_all_close(state.ema["kernel"], want, rtol=1e-6)
+
+
+def test_schedule_warms_up_holds_and_falls():
+    rate = schedule(1.0, OptimSpec(warmup=10, decay=0.5), 100)
+    got = [float(rate(i)) for i in (0, 9, 10, 49, 75, 100)]
+    assert got == pytest.approx([0.1, 0.91, 1.0, 1.0, 0.5, 0.0], abs=1e-6)
+    assert float(schedule(1.0, OptimSpec(), 100)(100)) == 1.0
+
+
+def test_muon_takes_matrices_and_leaves_the_rest_to_adam():
+    params = {
+        "conv": {"kernel": jnp.zeros((3, 3, 3, 4, 8)), "bias": jnp.zeros(8)},
+        "blocks": {"q": {"kernel": jnp.zeros((2, 4, 8))}, "modulation": jnp.zeros((2, 6, 4))},
+    }
+    axes = matrix_axes(params)
+    assert axes["conv"]["bias"] is None and axes["blocks"]["modulation"] is None
+    assert axes["conv"]["kernel"].reduction_axis == (0, 1, 2, 3)
+    assert axes["blocks"]["q"]["kernel"].reduction_axis == (1,)
+    tx = make_optimizer(OptimSpec(name="muon", lr=0.1), 10)
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    singular = jnp.linalg.svd(updates["blocks"]["q"]["kernel"][0], compute_uv=False)
+    assert float(singular.min()) > 0.3 * float(singular.max())  # orthogonalised, unlike the gradient
+    chex.assert_trees_all_equal_shapes(optax.apply_updates(params, updates), params)
+
+
+@pytest.mark.parametrize("bad", [{"name": "sgd"}, {"decay": 1.5}])
+def test_bad_optimizer_settings_are_named(bad):
+    with pytest.raises(ValueError, match="sgd|1.5"):
+        OptimSpec(**bad)
