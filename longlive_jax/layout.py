@@ -1,7 +1,7 @@
-"""Token layouts: the same model is bidirectional, causal, teacher-forced or windowed by these alone.
+"""Token layouts: by these alone the model is bidirectional, causal, teacher-forced or windowed.
 
-Row and column counts are of tokens (2x2 latent patches). A layout is built inside or outside jit;
-`start`, `offset` and `cuts` may be traced, the rest is static.
+Row and column counts are of tokens (2x2 latent patches). `start`, `offset` and `cuts` may be traced;
+columns that depend on none of them are NumPy, so that attention can skip what is never visible.
 """
 
 import jax.numpy as jnp
@@ -34,13 +34,11 @@ def grid(
         raise ValueError(f"{frames} frames in chunks of {chunk}; both must be at least 1")
     if isinstance(start, int | np.integer) and start % chunk:
         raise ValueError(f"start {start} cuts a chunk of {chunk} frames; begin at a multiple of it")
-    f, r, c = (x.reshape(-1) for x in np.mgrid[:frames, :rows, :columns].astype(np.int32))
-    frame = f + jnp.asarray(start, jnp.int32)
-    place = frame
-    if offset is not None:
-        place = frame + jnp.repeat(jnp.asarray(offset), rows * columns, axis=-1)
-    space = [jnp.broadcast_to(jnp.asarray(x, place.dtype), place.shape) for x in (r, c)]
-    pos = jnp.stack([place, *space], axis=-1)
+    frame, *space = (x.reshape(-1).astype(np.int32) for x in np.mgrid[:frames, :rows, :columns])
+    frame = frame + (np.int32(start) if isinstance(start, int | np.integer) else start)
+    place = frame if offset is None else frame + jnp.repeat(offset, rows * columns, axis=-1)
+    xp = np if isinstance(place, np.ndarray) else jnp
+    pos = xp.stack([place, *(xp.broadcast_to(x, place.shape) for x in space)], axis=-1)
     return make(pos, frame // chunk, noisy, alike=frames <= chunk)
 
 
@@ -58,12 +56,13 @@ def teacher_forcing(
 
 
 def shot_sinks(cuts: Bool[Array, "*b s"]) -> Int[Array, "*b s"]:
-    """The shot sink of every chunk: the last cut strictly before it, or -1.
+    """The shot sink of every chunk: the last chunk strictly before it that begins a shot, or -1.
 
-    While the chunk at a cut is made, the sink of the shot before is still in force.
+    Chunk 0 begins a shot, cut or not. While the chunk at a cut is made, the sink of the shot before
+    is still in force.
     """
-    count = cuts.shape[-1]
-    marked = jnp.where(cuts, jnp.arange(count), EMPTY)
+    now = jnp.arange(cuts.shape[-1])
+    marked = jnp.where(cuts | (now == 0), now, EMPTY)
     latest = jnp.maximum.accumulate(marked, axis=-1)
     before = jnp.concatenate([jnp.full_like(latest[..., :1], EMPTY), latest[..., :-1]], axis=-1)
     return before.astype(jnp.int32)
@@ -77,7 +76,7 @@ def windows(
     Sinks lie inside the budget: what they do not take goes to the most recent chunks. The sets are
     those a cache of `window` chunks holds that overwrites its oldest unprotected slot.
     """
-    least = global_sinks + 2 + shot_sink
+    least = 1 + max(1, global_sinks + shot_sink)
     if window < least:
         raise ValueError(
             f"a window of {window} chunks has no room for {global_sinks} global sinks"
@@ -99,14 +98,17 @@ def windowed(
     global_sinks: int,
     shot_sink: bool = True,
 ) -> Tokens:
-    """The same tokens, looking back only as far as `windows` says; `cuts` covers all their chunks."""
+    """The same tokens, looking back only as far as `windows` says.
+
+    `cuts` covers all chunks of the tokens; with a batch axis, so do the tokens returned.
+    """
     since, sink = windows(cuts, window=window, global_sinks=global_sinks, shot_sink=shot_sink)
-    since, sink = (jnp.take(x, tokens.chunk, axis=-1) for x in (since, sink))
-    if since.ndim != tokens.chunk.ndim and tokens.chunk.ndim == 2:
-        raise ValueError("tokens with a batch axis need cuts without one, or unbatched tokens")
+    if tokens.chunk.ndim > 1:
+        raise ValueError("tokens already have a batch axis; give windowed() one sequence")
+    since, sink = (x[..., tokens.chunk] for x in (since, sink))
     return make(
         tokens.pos,
-        jnp.broadcast_to(tokens.chunk, since.shape),
+        tokens.chunk,
         tokens.noisy,
         since=since,
         sink=sink,

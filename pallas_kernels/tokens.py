@@ -5,11 +5,16 @@ not an argument but a set of columns; `visible` is the whole contract that an im
 """
 
 import flax.struct
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Real
 
 EMPTY = -1
 """The chunk of a cache slot or padding token that holds nothing."""
+
+COLUMNS = ("chunk", "noisy", "since", "sink", "global_sinks")
+"""What `visible` reads, one value a token."""
 
 
 @flax.struct.dataclass
@@ -41,27 +46,39 @@ class Tokens:
 
 
 def make(pos, chunk, noisy, *, since=0, sink=EMPTY, global_sinks=0, alike: bool = False) -> Tokens:
-    """Tokens from columns or scalars; everything is broadcast to the shape of `pos[..., 0]`."""
-    pos = jnp.asarray(pos)
-    columns = (jnp.asarray(x, jnp.int32) for x in (chunk, since, sink, global_sinks))
-    batch = jnp.broadcast_shapes(pos.shape[:-1], jnp.shape(chunk), jnp.shape(noisy))
-    chunk, since, sink, global_sinks = (jnp.broadcast_to(x, batch) for x in columns)
-    noisy = jnp.broadcast_to(jnp.asarray(noisy, bool), batch)
-    pos = jnp.broadcast_to(pos, (*batch, 3))
-    return Tokens(pos, chunk, noisy, since, sink, global_sinks, alike=alike)
+    """Tokens from columns or scalars; everything is broadcast to the shape of `pos[..., 0]`.
+
+    Columns given as NumPy arrays or Python numbers stay NumPy: attention then knows the mask while
+    it traces, and does no work for pairs that are never visible.
+    """
+    shapes = (pos.shape[:-1], *(np.shape(x) for x in (chunk, noisy, since, sink, global_sinks)))
+    batch = np.broadcast_shapes(*shapes)
+    columns = (_column(x, batch, np.int32) for x in (chunk, since, sink, global_sinks))
+    chunk, since, sink, global_sinks = columns
+    pos = _namespace(pos).broadcast_to(pos, (*batch, 3))
+    return Tokens(pos, chunk, _column(noisy, batch, np.bool_), since, sink, global_sinks, alike)
+
+
+def _namespace(*arrays):
+    return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
+
+
+def _column(x, shape: tuple[int, ...], dtype) -> Array:
+    xp = _namespace(x)
+    return xp.broadcast_to(xp.asarray(x, dtype), shape)
 
 
 def concat(*parts: Tokens) -> Tokens:
     """One sequence after the other; batch axes are broadcast."""
-    batch = jnp.broadcast_shapes(*(part.chunk.shape[:-1] for part in parts))
+    batch = np.broadcast_shapes(*(part.chunk.shape[:-1] for part in parts))
 
     def join(own: int, *columns: Array) -> Array:
-        wide = [jnp.broadcast_to(x, (*batch, *x.shape[-own:])) for x in columns]
-        return jnp.concatenate(wide, axis=len(batch))
+        xp = _namespace(*columns)
+        wide = [xp.broadcast_to(x, (*batch, *x.shape[-own:])) for x in columns]
+        return xp.concatenate(wide, axis=len(batch))
 
     pos = join(2, *(part.pos for part in parts))
-    names = ("chunk", "noisy", "since", "sink", "global_sinks")
-    columns = (join(1, *(getattr(part, name) for part in parts)) for name in names)
+    columns = (join(1, *(getattr(part, name) for part in parts)) for name in COLUMNS)
     return Tokens(pos, *columns)
 
 
@@ -75,17 +92,17 @@ def visible(q: Tokens, k: Tokens) -> Bool[Array, "*b q k"]:
     mine, noisy, since = q.chunk[..., :, None], q.noisy[..., :, None], q.since[..., :, None]
     theirs = k.chunk[..., None, :]
     kept = (theirs >= since) | (theirs == q.sink[..., :, None])
-    kept |= theirs < q.global_sinks[..., :, None]
+    kept = kept | (theirs < q.global_sinks[..., :, None])
     clean = ((theirs < mine) & kept) | ((theirs == mine) & ~noisy)
-    return jnp.where(k.noisy[..., None, :], noisy & (theirs == mine), clean) & (theirs >= 0)
+    own = noisy & (theirs == mine)
+    noisy_key = k.noisy[..., None, :]
+    # Operators only, so that NumPy columns give a NumPy mask.
+    return ((noisy_key & own) | (~noisy_key & clean)) & (theirs >= 0)
 
 
 def visible_keys(q: Tokens, k: Tokens) -> Bool[Array, "*b k"]:
     """The single row of `visible` when the queries are alike."""
     if not q.alike:
         raise ValueError("queries differ in what they see; use visible()")
-    first = Tokens(
-        q.pos[..., :1, :],
-        *(x[..., :1] for x in (q.chunk, q.noisy, q.since, q.sink, q.global_sinks)),
-    )
+    first = Tokens(q.pos[..., :1, :], *(getattr(q, name)[..., :1] for name in COLUMNS))
     return visible(first, k)[..., 0, :]

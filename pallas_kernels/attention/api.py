@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import cudnn, reference, xla
+from pallas_kernels.attention.segments import by_segments, segments
 from pallas_kernels.dispatch import Implementation, Unsupported, platform
 from pallas_kernels.tokens import Tokens
 
@@ -28,12 +29,14 @@ def attention(
     """softmax(q k^T / sqrt(d)) v over the pairs that `visible(q_tokens, k_tokens)` allows.
 
     Without tokens every pair is visible. A query that sees nothing gives zeros. The softmax is in
-    float32; the result has the dtype of `v`. Raises ValueError for tokens that do not fit the arrays
-    and `Unsupported` where a named implementation cannot run.
+    float32; the result has the dtype of `v`. Raises ValueError for tokens that do not fit the
+    arrays and `Unsupported` where a named implementation cannot run.
     """
     _check(q, k, q_tokens, k_tokens)
     chosen = which(q, k, v, q_tokens, k_tokens, implementation=implementation)
-    return _RUN[chosen](q, k, v, q_tokens, k_tokens)
+    run = _RUN[chosen]
+    parts = None if chosen == "reference" else segments(q_tokens, k_tokens)
+    return run(q, k, v, q_tokens, k_tokens) if parts is None else by_segments(run, q, k, v, parts)
 
 
 def which(
@@ -47,13 +50,15 @@ def which(
 ) -> Implementation:
     """The implementation that `attention` uses for these arguments, by name.
 
-    "cudnn" where it can run (a GPU, 16-bit arguments, one mask row a sample), else "xla".
+    "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that is one row a sample or falls
+    into `segments`), else "xla".
     """
+    why = cudnn.refusal(q, q_tokens, segments(q_tokens, k_tokens))
     if implementation == "auto":
-        return "xla" if cudnn.refusal(q, q_tokens) else "cudnn"
+        return "xla" if why else "cudnn"
     if implementation not in _RUN:
         raise ValueError(f"implementation {implementation!r}; choose from auto, {', '.join(_RUN)}")
-    if implementation == "cudnn" and (why := cudnn.refusal(q, q_tokens)):
+    if implementation == "cudnn" and why:
         raise Unsupported(f"cudnn attention on {platform()}: {why}")
     return implementation
 

@@ -11,11 +11,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import xla
+from pallas_kernels.attention.segments import Segment
 from pallas_kernels.dispatch import platform
 from pallas_kernels.tokens import Tokens, visible_keys
 
 
-def refusal(q: Array | jax.ShapeDtypeStruct, q_tokens: Tokens | None) -> str | None:
+def refusal(
+    q: Array | jax.ShapeDtypeStruct, q_tokens: Tokens | None, parts: list[Segment] | None
+) -> str | None:
     """Why cuDNN cannot run this, or None."""
     if platform() not in ("gpu", "cuda"):
         return "needs a CUDA device"
@@ -23,7 +26,7 @@ def refusal(q: Array | jax.ShapeDtypeStruct, q_tokens: Tokens | None) -> str | N
         return f"needs 16-bit arguments, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"needs heads of a multiple of 8 up to 128, not {q.shape[-1]}"
-    if q_tokens is not None and not q_tokens.alike:
+    if q_tokens is not None and parts is None and not q_tokens.alike:
         return "queries differ in what they see"
     return None
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.dispatch import platform
 from pallas_kernels.tokens import Tokens, visible, visible_keys
 
 DENSE_BYTES = 1 << 29
@@ -45,9 +46,16 @@ def _mask(q_tokens: Tokens | None, k_tokens: Tokens | None) -> Bool[Array, "#b #
     return seen.reshape(-1, 1, *seen.shape[-2:])
 
 
+def _logits(q, k):
+    """Float32 products of 16-bit arguments; CPUs do that faster by widening the arguments first."""
+    if platform() == "cpu":
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    return jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
+
+
 def _dense(q, k, v, seen):
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
+    logits = _logits(q, k)
     if seen is not None:
         logits = jnp.where(seen, logits, _NEVER)
     weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
@@ -77,7 +85,7 @@ def _blocked(q, k, v, q_tokens, k_tokens):
         def step(carry, xs):
             top, total, acc = carry
             k, v, k_part, real = xs
-            logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
+            logits = _logits(q, k)
             seen = real if not masked else _mask(q_part, k_part) & real
             logits = jnp.where(seen, logits, _NEVER)
             new_top = jnp.maximum(top, logits.max(-1))
