@@ -24,9 +24,10 @@ class Request:
     """What the next chunk shall be.
 
     Fields: `noise` is its pure noise; `text` the prompts' keys and values, one prompt a sample
-    (with guidance the b prompts, then the b negative ones); `cut` marks the first chunk of a shot other
-    than the first; `offset` is added to its temporal positions, in latent frames; where `clamped`,
-    frames are held at `clamp` and count as clean (image to video: the first frame of chunk 0).
+    (with guidance the b prompts, then the b negative ones); `cut` marks the first chunk of a shot
+    other than the first; `offset` is added to its temporal positions, in latent frames; where
+    `clamped`, frames are held at `clamp` and count as clean (image to video: the first frame of
+    chunk 0).
     """
 
     noise: Float[Array, "b f h w c"]

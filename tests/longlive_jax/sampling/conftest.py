@@ -15,6 +15,9 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy, empty_cache
 from longlive_jax.sampling.drivers import Order, Sampler, Setting, stack_orders
+from longlive_jax.sampling.pipeline import Pipeline
+from longlive_jax.sampling.settings import SampleSpec
+from tests.tiny import TINY, tiny_parts, write_tiny
 
 
 def state_dict_params(tensors):
@@ -139,6 +142,18 @@ class Toy:
     def stream(self, orders, setting, *, rows=1):
         words = map(self.words, orders)
         return list(self.sampler.stream(self.params, self.cache(rows), setting, words))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A whole pipeline with random weights."""
+    return Pipeline(*tiny_parts(), SampleSpec(**TINY))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """The same parts in a checkpoint directory."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")

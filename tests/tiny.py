@@ -1,0 +1,53 @@
+"""A whole model of random weights, small enough for tests, and its checkpoint directory."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import sentencepiece
+from flax import nnx
+
+from longlive_jax.io.checkpoint import save_component
+from longlive_jax.models.params import params_of
+from longlive_jax.models.umt5 import UMT5, Tokenizer, UMT5Config
+from longlive_jax.models.vae import VAE, VAEConfig
+from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.sampling.settings import save_settings
+
+
+def tiny_parts():
+    """(dit, vae, umt5, tokenizer), random, for 64x32 pixels in chunks of two latents."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["a cat runs", "a dog sleeps", "The scene transitions."] * 20),
+        model_writer=out, model_type="unigram", byte_fallback=True, hard_vocab_limit=False,
+        vocab_size=300, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer(out.getvalue())
+    umt5 = UMT5Config(tokenizer.vocab_size, dim=12, dim_attn=12, ffn_dim=16, heads=2, layers=1)
+    vae = VAEConfig(
+        encoder_dim=4, decoder_dim=4, z_dim=4, res_blocks=1,
+        latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4,
+    )  # fmt: skip
+    dit = DiTConfig(
+        dim=24, ffn_dim=32, freq_dim=8, text_dim=12, text_len=16, heads=2, layers=2,
+        in_channels=4, out_channels=4,
+    )  # fmt: skip
+    rngs = nnx.Rngs(0)
+    return DiT(dit, rngs=rngs), VAE(vae, rngs=rngs), UMT5(umt5, rngs=rngs), tokenizer
+
+
+TINY = {"size": (64, 32), "chunk": 2, "steps": 2}
+
+
+def write_tiny(folder: Path) -> Path:
+    """Writes the parts and their settings to a new checkpoint directory."""
+    dit, vae, umt5, tokenizer = tiny_parts()
+    for name, part in {"dit": dit, "vae": vae, "umt5": umt5}.items():
+        settings = {
+            k: v for k, v in dataclasses.asdict(part.cfg).items() if not k.endswith("dtype")
+        }
+        save_component(folder, name, params_of(part), settings)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    save_settings(folder, TINY)
+    return folder
