@@ -191,6 +191,22 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Collected:
+    """What a table made of a set of keys, sound or not.
+
+    Attributes:
+      leaves: the sound ones.
+      shapes: of all leaves, as if gaps between layers were filled.
+      paths: of all leaves that have at least one key.
+    """
+
+    leaves: list[Leaf]
+    shapes: dict[Path, Shape]
+    paths: set[Path]
+    report: KeyReport
+
+
+@dataclasses.dataclass(frozen=True)
 class KeyTable:
     """Rules of one component in one naming; `ignore`: templates of keys that carry no weight."""
 
@@ -221,6 +237,14 @@ class KeyTable:
         With `expected` (path -> shape of the model's parameters) every leaf must be there in that
         shape and no other. Raises ValueError with the whole `KeyReport`.
         """
+        found = self.collect(shapes)
+        if expected is not None:
+            self.compare(found, expected)
+        found.report.check(self.name)
+        return found.leaves
+
+    def collect(self, shapes: Mapping[str, Shape]) -> Collected:
+        """What `forward` finds before it judges: the report is not raised."""
         report = KeyReport()
         found: dict[Path, tuple[KeyRule, dict[int, str]]] = {}
         for key in shapes:
@@ -238,21 +262,20 @@ class KeyTable:
             else:
                 layers[layer] = key
         depth = max((1 + max(m) for r, m in found.values() if r.stacked), default=0)
-        leaves = [self._leaf(p, r, m, depth, shapes, report) for p, (r, m) in found.items()]
-        good = [leaf for leaf in leaves if leaf is not None]
-        if expected is not None:
-            self._compare(good, set(found), expected, report)
-        report.check(self.name)
-        return good
+        made, provisional = [], {}
+        for path, (rule, members) in found.items():
+            leaf, shape = self._leaf(path, rule, members, depth, shapes, report)
+            made += [leaf] if leaf is not None else []
+            if shape is not None:
+                provisional[path] = shape
+        return Collected(made, provisional, set(found), report)
 
-    def _leaf(self, path, rule, members, depth, shapes, report) -> Leaf | None:
-        if rule.stacked:
-            # a layer number far beyond the number of tensors is damage, not a model
-            limit = min(depth, 4 * len(members) + 64)
-            gaps = [i for i in range(limit) if i not in members]
-            report.missing += [self._key_at(rule, path, i) for i in gaps]
-            if gaps or limit < depth:
-                return None
+    def _leaf(self, path, rule, members, depth, shapes, report) -> tuple[Leaf | None, Shape | None]:
+        """The leaf if it is sound, and its shape as far as it can be told."""
+        # a layer number far beyond the number of tensors is damage, not a model
+        limit = min(depth, 4 * len(members) + 64) if rule.stacked else 0
+        gaps = [i for i in range(limit) if i not in members]
+        report.missing += [self._key_at(rule, path, i) for i in gaps]
         keys = tuple(members[i] for i in sorted(members))
         placed = {}
         for key in keys:
@@ -260,30 +283,37 @@ class KeyTable:
                 placed[key] = transformed_shape(rule.transform, shapes[key])
             except ValueError as error:
                 report.misshapen.append(f"{key} {tuple(shapes[key])} ({error})")
-        if len(placed) < len(keys):
-            return None
-        first = placed[keys[0]]
-        odd = [key for key in keys if placed[key] != first]
+        if not placed:
+            return None, None
+        first = next(iter(placed.values()))
+        odd = [key for key in placed if placed[key] != first]
         report.misshapen += [f"{key} {placed[key]} instead of {first}" for key in odd]
-        return (
-            None if odd else Leaf(path, rule, keys, (len(keys), *first) if rule.stacked else first)
-        )
+        shape = (limit, *first) if rule.stacked else first
+        sound = len(placed) == len(keys) and not odd and not gaps and limit in (0, depth)
+        return (Leaf(path, rule, keys, shape) if sound else None), shape
 
     def _key_at(self, rule: KeyRule, path: Path, layer: int) -> str:
-        fields = rule.path_regex.match(".".join(path)).groupdict()
+        found = rule.path_regex.match(".".join(path))
+        fields = found.groupdict() if found else {}
         return rule.key_of(fields | {_LAYER: str(layer)})
 
-    def _compare(self, leaves, seen: set[Path], expected: Mapping[Path, Shape], report) -> None:
-        for leaf in leaves:
+    def compare(self, found: Collected, expected: Mapping[Path, Shape]) -> None:
+        """Adds to the report what the model's parameters lack or do not know."""
+        report = found.report
+        for leaf in found.leaves:
             want = expected.get(leaf.path)
             if want is None:
                 report.extra += leaf.keys
             elif tuple(want) != leaf.shape:
                 report.misshapen.append(f"{leaf.keys[0]} {leaf.shape} instead of {tuple(want)}")
         for path, shape in expected.items():
-            if path not in seen:
-                layer_keys = self._keys_or_path(path, shape)
-                report.missing += layer_keys
+            if path not in found.paths:
+                report.missing += self._keys_or_path(path, shape)
+
+    def unmatched(self, found: Collected) -> list[str]:
+        """Key templates of the rules that none of the keys fit."""
+        used = [".".join(path) for path in found.paths]
+        return [r.key for r in self.rules if not any(r.path_regex.match(path) for path in used)]
 
     def _keys_or_path(self, path: Path, shape: Shape) -> list[str]:
         try:
@@ -304,7 +334,8 @@ class KeyTable:
 
         Raises ValueError naming every path no rule knows and every key written twice.
         """
-        report, leaves, seen = KeyReport(), [], set()
+        report, leaves = KeyReport(), []
+        seen: set[str] = set()
         for path, shape in shapes.items():
             try:
                 leaf = self._outgoing(path, shape)

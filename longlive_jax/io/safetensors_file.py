@@ -177,7 +177,8 @@ def write_safetensors(
         path = folder / f"{stem}.safetensors"
         _write_one(path, shards[0], progress)
         return [path]
-    paths, placed = [], {}
+    paths: list[Path] = []
+    placed: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         path = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         _write_one(path, shard, progress)
