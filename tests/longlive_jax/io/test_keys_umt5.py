@@ -1,8 +1,10 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from longlive_jax.io.keys_umt5 import ORIGINAL, TRANSFORMERS, config_of
+from longlive_jax.io.torch_file import read_torch
 from longlive_jax.models.params import abstract
 from longlive_jax.models.umt5 import UMT5, UMT5Config
 
@@ -64,3 +66,20 @@ def test_a_repeated_embedding_is_ignored():
 def test_config_of_other_weights_says_what_is_missing():
     with pytest.raises(ValueError, match="token_embedding/embedding"):
         config_of({("patch_embedding", "kernel"): (4, 4)})
+
+
+def test_wans_file_fits_and_goes_back_bit_for_bit(fixtures):
+    """No expected output comes with this file; `test_encoder` checks the naming's numbers."""
+    tensors = {key: x.read() for key, x in read_torch(fixtures / "umt5_bf16.pth").items()}
+    leaves = ORIGINAL.forward({key: x.shape for key, x in tensors.items()})
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
+    cfg = config_of(shapes, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert shapes == shapes_of(cfg)
+    back = {}
+    for leaf in leaves:
+        for key in leaf.keys:
+            back[key] = leaf.extract(leaf.place(tensors[key]))
+    assert set(back) == set(tensors)
+    for key, value in tensors.items():
+        assert value.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(back[key].view(np.uint16), value.view(np.uint16))
