@@ -27,6 +27,7 @@ _STEADY = 0.9  # share of a shot's frames that have to agree for its identity to
 _SIZE_TOLERANCE = 1.0  # pixels of radius
 _CUT_FLOOR = 0.04  # least mean absolute change over a cut; the least true one is near 0.1
 _CUT_CONTRAST = 3.0  # ... and so many times the median change around it
+_LEAP = 8.0  # pixels from one frame to the next: no motion of the world, so a cut
 _SHORTEST_PIECE = 12  # frames: a shorter rest of a shot in a quarter is not judged
 
 
@@ -96,11 +97,16 @@ class Quarter:
 
 @dataclasses.dataclass(frozen=True)
 class VideoVerdict:
-    """Everything the judge says of one video."""
+    """Everything the judge says of one video.
+
+    extra_cuts: frames where the subject leaps or the background changes although the script has no
+    cut (one that is found on a wrong frame counts under `cuts`, not here).
+    """
 
     shots: tuple[ShotVerdict, ...]
     cuts: tuple[CutVerdict, ...]
     returns: tuple[ReturnVerdict, ...]
+    extra_cuts: tuple[int, ...]
     quarters: tuple[Quarter, ...]
 
     @property
@@ -132,10 +138,12 @@ def judge_video(
         _judge_shot(frames, words.caption(scene), scene, span)
         for scene, span in zip(scenes, bounds, strict=True)
     )
+    cuts = tuple(_judge_cut(frames, bounds, k) for k in range(1, len(bounds)))
     return VideoVerdict(
         shots,
-        tuple(_judge_cut(frames, bounds, k) for k in range(1, len(bounds))),
+        cuts,
         tuple(_judge_returns(shots, scenes)),
+        _extra_cuts(frames, cuts),
         tuple(_judge_quarters(frames, scenes, bounds)),
     )
 
@@ -196,13 +204,19 @@ def _velocity(frames: FrameReadings, span: tuple[int, int]) -> tuple[float, floa
     clear = (frames.shape[early] != UNCLEAR) & (frames.shape[late] != UNCLEAR)
     if 2 * clear.sum() <= len(clear):
         return None
-    dx = (frames.x[late] - frames.x[early] + WIDTH / 2) % WIDTH - WIDTH / 2
-    dy = (frames.y[late] - frames.y[early] + HEIGHT / 2) % HEIGHT - HEIGHT / 2
+    dx, dy = _moved(frames, early, late)
     vx, vy = float(np.median(dx[clear])), float(np.median(dy[clear]))
     agree = np.hypot(dx - vx, dy - vy) < SPEED * lag / 2
     if 2 * (agree & clear).sum() <= len(clear):
         return None
     return vx / lag, vy / lag
+
+
+def _moved(frames: FrameReadings, early: slice, late: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Shortest way (x, y) on the torus from the subject's place in one frame to another."""
+    dx = (frames.x[late] - frames.x[early] + WIDTH / 2) % WIDTH - WIDTH / 2
+    dy = (frames.y[late] - frames.y[early] + HEIGHT / 2) % HEIGHT - HEIGHT / 2
+    return dx, dy
 
 
 def _motion(velocity: tuple[float, float] | None) -> str | None:
@@ -236,6 +250,16 @@ def _judge_cut(frames: FrameReadings, bounds: list[tuple[int, int]], shot: int) 
     if len(window) < 3:  # too short to compare with its surroundings
         floor = _CUT_FLOOR
     return CutVerdict(cut, low + peak if window[peak] >= floor else None)
+
+
+def _extra_cuts(frames: FrameReadings, cuts: Sequence[CutVerdict]) -> tuple[int, ...]:
+    """Frames where the subject leaps or the ground turns into another, away from known cuts."""
+    dx, dy = _moved(frames, slice(None, -1), slice(1, None))
+    clear, plain = frames.shape != UNCLEAR, frames.background != UNCLEAR
+    leap = (np.hypot(dx, dy) > _LEAP) & clear[1:] & clear[:-1]
+    turn = (np.diff(frames.background) != 0) & plain[1:] & plain[:-1]
+    known = {cut.found for cut in cuts}
+    return tuple(int(k) for k in np.flatnonzero(leap | turn) + 1 if k not in known)
 
 
 def _judge_returns(shots: Sequence[ShotVerdict], scenes: Sequence[words.Scene]):
@@ -290,7 +314,9 @@ def summary(verdicts: Sequence[VideoVerdict]) -> dict:
     Every rate is {"rate", "n", "low", "high"} with rate None for n = 0. `quarters` lists error,
     overlap, sharpness and the rate of shot pieces that are all right, from the first quarter of
     the videos to the last; `last_to_first` is the ratio of that rate, last to first; `drift` the
-    growth of the pixel error between the same two. Raises ValueError for no verdicts.
+    growth of the pixel error between the same two; `extra_cuts` a plain count.
+
+    Raises ValueError for no verdicts.
     """
     if not verdicts:
         raise ValueError("no verdicts to summarise; judge at least one video")
@@ -317,6 +343,7 @@ def summary(verdicts: Sequence[VideoVerdict]) -> dict:
         "return_held": _rate(returns, lambda back: back.held),
         "return_mark": _rate(returns, lambda back: back.same_mark),
         "return_size": _rate(returns, lambda back: back.same_size),
+        "extra_cuts": sum(len(verdict.extra_cuts) for verdict in verdicts),
         "drift": float(np.mean([verdict.drift for verdict in verdicts])),
         "last_to_first": last / first if first and last is not None else None,
         "quarters": quarters,
