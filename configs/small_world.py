@@ -1,20 +1,36 @@
 """The built-in small world on two CPU cores: VAE, text encoder, then the autoregressive DiT.
 
+One stage of the recipe after the other, into the same checkpoint:
+
     longlive train --config=configs/small_world.py:vae --workdir=runs/vae --out=runs/small_world
 """
 
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("vae", "text", "ar")
+ARGUMENTS = ("sample", "evaluate", "vae", "text", "ar")
 
 
-def get_config(arg: str = "vae") -> ConfigDict:
-    """One stage of the recipe."""
-    return ConfigDict({"vae": _vae, "text": _text, "ar": _ar}[arg or "vae"]())
+def get_config(arg: str = "sample") -> ConfigDict:
+    """Sampling from the built-in checkpoint, or one stage of the recipe that made it."""
+    parts = {"sample": _sample, "evaluate": _evaluate, "vae": _vae, "text": _text, "ar": _ar}
+    return ConfigDict(parts[arg or "sample"]())
+
+
+def _sample() -> dict:
+    return dict(checkpoint="longlive_jax/assets/small_world", sample={})
+
+
+def _evaluate() -> dict:
+    return dict(evaluate=dict(batch=8, sample=dict(steps=32), fewer_steps=(4, 2)))
 
 
 def _vae() -> dict:
-    phases = [dict(steps=1500, batch=48, frames=1), dict(steps=2000, batch=4, frames=17)]
+    phases = [
+        dict(steps=1500, batch=48, frames=1),
+        dict(steps=100, batch=4, frames=17),
+        dict(steps=1300, batch=8, frames=9),
+        dict(steps=300, batch=4, frames=21),
+    ]
     return dict(
         stage="vae",
         model=dict(
@@ -28,8 +44,20 @@ def _vae() -> dict:
             latent_std=(1.0,) * 16,
         ),
         phases=phases,
-        loop=dict(steps=sum(p["steps"] for p in phases), log_every=20, eval_every=200, save_every=400),
-        optim=dict(name="muon", lr=0.02, adam_lr=2e-3, b1=0.9, b2=0.98, weight_decay=0.0, warmup=50, decay=0.6, clip=1.0),
+        loop=dict(
+            steps=sum(p["steps"] for p in phases), log_every=20, eval_every=200, save_every=400
+        ),
+        optim=dict(
+            name="muon",
+            lr=0.02,
+            adam_lr=2e-3,
+            b1=0.9,
+            b2=0.98,
+            weight_decay=0.0,
+            warmup=50,
+            decay=0.6,
+            clip=1.0,
+        ),
         ema=dict(decay=0.995, start=200),
     )
 
@@ -49,21 +77,30 @@ def _ar() -> dict:
     return dict(
         stage="ar",
         model=dict(
-            dim=192,
-            ffn_dim=768,
+            dim=160,
+            ffn_dim=640,
             freq_dim=64,
             text_dim=64,
             text_len=16,
-            heads=6,
+            heads=4,
             layers=6,
             in_channels=16,
             out_channels=16,
-            dtype="bfloat16",
         ),
-        corpus=dict(videos=800, chunks=24, shot_chunks=(3, 12)),
-        episodes=dict(batch=32, targets=7, window=4, global_sinks=1, phase=8, far=320),
+        corpus=dict(videos=1200, chunks=24, shot_chunks=(2, 10)),
+        episodes=dict(batch=16, targets=7, window=4, global_sinks=1, phase=8, far=320),
         loss=dict(shift=5.0, context_noise=0.1, text_dropout=0.1),
         loop=dict(steps=3000, log_every=20, eval_every=200, save_every=200),
-        optim=dict(name="muon", lr=0.02, adam_lr=2e-3, b1=0.9, b2=0.98, weight_decay=0.0, warmup=50, decay=0.6, clip=1.0),
+        optim=dict(
+            name="muon",
+            lr=0.02,
+            adam_lr=2e-3,
+            b1=0.9,
+            b2=0.98,
+            weight_decay=0.0,
+            warmup=50,
+            decay=0.6,
+            clip=1.0,
+        ),
         ema=dict(decay=0.998, start=200),
     )

@@ -30,6 +30,6 @@ def load_model(
     """
     make, config = MODELS[name]
     params, settings = load_component(folder, name, dtype=param_dtype)
-    cfg = build(config, settings | run, path=f"{folder}: settings of {name}")
+    cfg: Any = build(config, settings | run, path=f"{folder}: settings of {name}")
     graphdef, _ = abstract(lambda: make(cfg, rngs=nnx.Rngs(0)))
     return with_params(graphdef, params)

@@ -1,8 +1,8 @@
 """Autoregressive training by teacher forcing (paper, section 2.1; Balanced order comes with SP).
 
-One sequence holds clean context chunks and, after them, the chunks to denoise. Who sees whom follows
-from the chunks' numbers, window and sinks, so full-history training (the reference) and training with
-exactly the sampler's window are the same code on other numbers.
+One sequence holds clean context chunks and, after them, the chunks to denoise. Who sees whom
+follows from the chunks' numbers, window and sinks, so full-history training (the reference) and
+training with exactly the sampler's window are the same code on other numbers.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from flax import nnx
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target
 from longlive_jax.models.params import with_params
 from longlive_jax.models.wan.dit import DiT
-from longlive_jax.typing import Array, Float, Int, Key, Params
+from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
+from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, make
 
 
@@ -43,8 +44,8 @@ class ARLossSpec:
     Attributes:
       shift: of the noise levels' table (paper: 5).
       global_sinks: first chunks that every later one sees.
-      context_noise: context latents get noise of a level uniform in [0, this], per chunk, while their
-        timestep stays 0: what the sampler feeds back is never quite clean either.
+      context_noise: context latents get noise of a level uniform in [0, this], per chunk, while
+        their timestep stays 0: what the sampler feeds back is never quite clean either.
       text_dropout: share of samples whose prompts are all replaced by the empty one, for guidance.
     """
 
@@ -52,6 +53,24 @@ class ARLossSpec:
     global_sinks: int = 1
     context_noise: float = 0.0
     text_dropout: float = 0.0
+
+
+@flax.struct.dataclass
+class Draws:
+    """All that is random in one evaluation of the loss.
+
+    Fields: `noise` of the target frames, their levels `sigma`, the `timestep` that the model is
+    told and the `weight` of their errors; `context` latents as the model sees them and the timestep
+    it is told of these; `dropped` samples have all their prompts replaced by the empty one.
+    """
+
+    noise: Float[Array, "b km h w c"]
+    sigma: Float[Array, "b km"]
+    timestep: Float[Array, "b km"]
+    weight: Float[Array, "b km"]
+    context: Float[Array, "b jm h w c"]
+    context_timestep: Float[Array, "b jm"]
+    dropped: Bool[Array, "b"]
 
 
 def ar_loss(
@@ -64,6 +83,7 @@ def ar_loss(
     empty_prompt: int,
     chunk: int,
     spec: ARLossSpec,
+    attend: AttentionFn = attention,
     unroll: int = 1,
     remat: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -71,33 +91,123 @@ def ar_loss(
 
     Returns the loss and metrics: the plain velocity error, also by tercile of the noise level.
     """
-    dit = with_params(graphdef, params)
-    schedule = FlowSchedule(spec.shift)
-    keys = jax.random.split(key, 5)
-    b, frames = batch.target.shape[:2]
-    context_frames = batch.context.shape[1]
-    index = schedule.draw(keys[0], (b, frames // chunk))
-    index = jnp.repeat(index, chunk, axis=1)
-    sigma = jnp.asarray(schedule.sigmas)[index]
-    noise = jax.random.normal(keys[1], batch.target.shape)
-    noisy = corrupt(batch.target, noise, sigma)
-    context = roughen(keys[2], batch.context, chunk, spec.context_noise)
-    dropped = jax.random.uniform(keys[3], (b, 1)) < spec.text_dropout
-    prompts = text[jnp.where(dropped, empty_prompt, batch.prompt)]
-    timestep = jnp.asarray(schedule.timesteps)[index]
-    velocity, _ = dit(
-        jnp.concatenate([context, noisy], axis=1),
-        jnp.concatenate([jnp.zeros((b, context_frames)), timestep], axis=1),
-        dit.text_kv(prompts),
-        episode_tokens(batch, chunk, spec.global_sinks),
-        noisy_from=context_frames,
+    draws = draw(key, batch, chunk=chunk, spec=spec)
+    velocity = predict(
+        with_params(graphdef, params),
+        batch,
+        draws,
+        text=text,
+        empty_prompt=empty_prompt,
+        chunk=chunk,
+        global_sinks=spec.global_sinks,
+        attend=attend,
         unroll=unroll,
         remat=remat,
     )
-    error = jnp.mean((velocity - velocity_target(batch.target, noise)) ** 2, axis=(2, 3, 4))
-    weight = jnp.asarray(schedule.weights)[index] * batch.mask
+    return flow_loss(velocity, batch, draws)
+
+
+def draw(key: Key[Array, ""], batch: Episode, *, chunk: int, spec: ARLossSpec) -> Draws:
+    """One level a chunk, uniform over the table; noise; roughened context; dropped prompts."""
+    schedule = FlowSchedule(spec.shift)
+    keys = jax.random.split(key, 5)
+    b, frames = batch.target.shape[:2]
+    index = schedule.draw(keys[0], (b, frames // chunk))
+    index = jnp.repeat(index, chunk, axis=1)
+    return Draws(
+        noise=jax.random.normal(keys[1], batch.target.shape),
+        sigma=jnp.asarray(schedule.sigmas)[index],
+        timestep=jnp.asarray(schedule.timesteps)[index],
+        weight=jnp.asarray(schedule.weights)[index],
+        context=roughen(keys[2], batch.context, chunk, spec.context_noise),
+        context_timestep=jnp.zeros((b, batch.context.shape[1])),
+        dropped=jax.random.uniform(keys[3], (b, 1))[:, 0] < spec.text_dropout,
+    )
+
+
+def predict(
+    dit: DiT,
+    batch: Episode,
+    draws: Draws,
+    *,
+    text: Float[Array, "p t e"],
+    empty_prompt: int,
+    chunk: int,
+    global_sinks: int,
+    attend: AttentionFn = attention,
+    unroll: int = 1,
+    remat: bool = False,
+) -> Float[Array, "b km h w c"]:
+    """The model's velocity for the target frames, corrupted as drawn, behind their context."""
+    noisy = corrupt(batch.target, draws.noise, draws.sigma)
+    prompts = jnp.where(draws.dropped[:, None], empty_prompt, batch.prompt)
+    context_chunks = batch.context.shape[1] // chunk
+    tokens = episode_tokens(batch, chunk, global_sinks)
+    per_chunk = len(tokens) // prompts.shape[1]
+    packing = Packing(batch.context.shape[0], context_chunks * per_chunk)
+    velocity, _ = dit(
+        packing.join(draws.context, noisy),
+        packing.join(draws.context_timestep, draws.timestep),
+        dit.text_kv(text[packing.join(*_cut(prompts, context_chunks))]),
+        jax.tree.map(lambda x: packing.join(*_cut(x, packing.context)), tokens),
+        attend=packing.wrap(attend, tokens),
+        noisy_from=batch.context.shape[0] * batch.context.shape[1],
+        unroll=unroll,
+        remat=remat,
+    )
+    assert velocity is not None  # only a call with output=False gives none
+    return velocity.reshape(noisy.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """A batch as one long sequence: the context of all samples, then the targets of all.
+
+    Every matrix product then has a single axis of rows, which the gradient of a weight on CPUs is
+    about twice as fast for, and the head runs on one slice. Samples meet nowhere but in attention,
+    which `wrap` gives them apart.
+
+    Attributes:
+      batch: samples.
+      context: context tokens of a sample.
+    """
+
+    batch: int
+    context: int
+
+    def join(self, context: Array, target: Array) -> Array:
+        """[b, i, ...] and [b, j, ...] to [1, b i + b j, ...]."""
+        parts = (x.reshape(1, -1, *x.shape[2:]) for x in (context, target))
+        return jnp.concatenate(list(parts), axis=1)
+
+    def split(self, x: Array) -> Array:
+        """[1, b l, ...] back to [b, l, ...]."""
+        parts = _cut(x, self.batch * self.context)
+        return jnp.concatenate([p.reshape(self.batch, -1, *x.shape[2:]) for p in parts], axis=1)
+
+    def wrap(self, attend: AttentionFn, tokens: Tokens) -> AttentionFn:
+        """`attend` on each sample of a packed sequence; `tokens` [b, l] are the samples' own."""
+
+        def packed(q: Array, k: Array, v: Array, *_: Tokens) -> Array:
+            out = attend(*map(self.split, (q, k, v)), tokens, tokens)
+            return self.join(*_cut(out, self.context))
+
+        return packed
+
+
+def _cut(x: Array, at: int) -> tuple[Array, Array]:
+    return x[:, :at], x[:, at:]
+
+
+def flow_loss(
+    velocity: Float[Array, "b km h w c"], batch: Episode, draws: Draws
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Weighted squared error of a velocity over the frames that count, and metrics."""
+    wanted = velocity_target(batch.target, draws.noise)
+    error = jnp.mean((velocity - wanted) ** 2, axis=(2, 3, 4))
+    weight = draws.weight * batch.mask
     loss = jnp.sum(error * weight) / jnp.maximum(jnp.sum(batch.mask), 1)
-    return loss, _by_level(error, sigma, batch.mask)
+    return loss, _by_level(error, draws.sigma, batch.mask)
 
 
 def roughen(key, context: Float[Array, "b f h w c"], chunk: int, most: float) -> Array:

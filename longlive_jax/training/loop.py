@@ -1,6 +1,7 @@
 """The loop: resume, then step, log, evaluate and save until done.
 
-Batches are a function of the step, so a run that stops anywhere and resumes sees what it would have seen.
+Batches are a function of the step, so a run that stops anywhere and resumes sees what it would have
+seen without the stop.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longlive_jax.training.metrics import MetricsLog, mean_of, plot_curves
@@ -41,7 +41,7 @@ class Task:
     Attributes:
       init: key -> parameters.
       loss_fn: (params, batch, key) -> (loss, metrics).
-      batches: `batches[i]` is the batch of step i, made by a worker thread while the device is busy.
+      batches: `batches[i]` is the batch of step i; a worker thread makes it while the device works.
       evaluate: (averaged params, step, workdir) -> numbers; may write pictures to the workdir.
       export: (averaged params, directory) writes what the run was for.
     """
@@ -68,7 +68,6 @@ def train(
     with ocp.CheckpointManager((workdir / "state").absolute(), options=options) as manager:
         if (latest := manager.latest_step()) is not None:
             state = manager.restore(latest, args=ocp.args.StandardRestore(state))
-            logging.info("Resumed from step %d of %s.", latest, workdir)
         step_fn = make_train_step(task.loss_fn, tx, ema, loop.seed)
         log = MetricsLog(workdir, resume_at=int(state.step))
         try:
@@ -78,13 +77,18 @@ def train(
     return state
 
 
-def _run(state, step_fn, task: Task, manager, log: MetricsLog, loop: LoopSpec, workdir) -> TrainState:
+def _run(
+    state, step_fn, task: Task, manager, log: MetricsLog, loop: LoopSpec, workdir
+) -> TrainState:
     start = int(state.step)
     window: list[dict] = []
     began = time.perf_counter()
     with _progress() as bar:
+        if start:
+            _say(bar, f"Resumed from step {start} of {workdir}.")
         line = bar.add_task("train", total=loop.steps, completed=start, note="compiling")
-        for i, batch in zip(range(start, loop.steps), _prefetched(task.batches, start), strict=False):
+        steps = range(start, loop.steps)
+        for i, batch in zip(steps, _prefetched(task.batches, start), strict=False):
             state, metrics = step_fn(state, batch)
             window.append(metrics)
             done = i + 1
@@ -116,9 +120,14 @@ def _progress() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
 
 
+def _say(bar: Progress, text: str) -> None:
+    bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _stop_if_diverged(bad_steps: int, step: int, patience: int) -> None:
     if bad_steps >= patience:
         raise FloatingPointError(
             f"loss or gradient was not finite in the last {bad_steps} updates before step {step}; "
-            "the last checkpoint is from before them: lower optim.lr, or look at the data of these steps"
+            "the last checkpoint is from before them: lower optim.lr, or look at the data of these "
+            "steps"
         )

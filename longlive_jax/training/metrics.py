@@ -8,7 +8,7 @@ import jax
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl`. After a restart, records past the restored step are dropped."""
+    """Appends records to `metrics.jsonl`; a restart drops those past the restored step."""
 
     def __init__(self, workdir: pathlib.Path, *, resume_at: int = 0):
         self.path = workdir / "metrics.jsonl"

@@ -36,7 +36,7 @@ class OptimSpec:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optim.name is {self.name!r}; choose 'adamw' or 'muon'")
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"optim.decay is {self.decay}; it is a fraction of the run, from 0 to 1")
+            raise ValueError(f"optim.decay is {self.decay}; give a fraction of the run, 0 to 1")
 
 
 def schedule(lr: float, spec: OptimSpec, steps: int) -> optax.Schedule:

@@ -6,6 +6,7 @@ A later stage reads what the earlier ones wrote to the same checkpoint directory
 import dataclasses
 import functools
 import pathlib
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,14 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.models.vae import VAEConfig
 from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.sampling.settings import save_settings
 from longlive_jax.training.ar import ARLossSpec, Episode, ar_loss
 from longlive_jax.training.loop import LoopSpec, Task
 from longlive_jax.training.optim import OptimSpec
 from longlive_jax.training.step import EMASpec
 from longlive_jax.training.text import CaptionBatches, text_task
 from longlive_jax.training.vae import ClipBatches, Phase, VAELossSpec, vae_task
+from pallas_kernels.attention.chunks import attend_chunks
 
 HELD_OUT_SEED = 2**31
 
@@ -45,12 +48,13 @@ class RunSpec:
     loop: LoopSpec = dataclasses.field(default_factory=LoopSpec)
     optim: OptimSpec = dataclasses.field(default_factory=OptimSpec)
     ema: EMASpec = dataclasses.field(default_factory=EMASpec)
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the exported parameters
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path) -> Task:
         """What to train, given the checkpoint directory so far and a place for cached data."""
         raise TypeError(f"{type(self).__name__} is no stage; choose from {', '.join(STAGES)}")
 
-    def provenance(self, stage: str) -> dict:
+    def provenance(self, stage: str) -> dict[str, Any]:
         """What the checkpoint remembers of this run."""
         return {"stage": stage, "steps": self.loop.steps, "seed": self.loop.seed}
 
@@ -117,6 +121,8 @@ class ARStage(RunSpec):
     episodes: EpisodeSpec = dataclasses.field(default_factory=EpisodeSpec)
     loss: ARLossSpec = dataclasses.field(default_factory=ARLossSpec)
     held_out_batches: int = 8
+    steps: int = 32  # of the sampler, as the checkpoint's default
+    guidance: float = 2.0  # likewise
     unroll: int = 1
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path) -> Task:
@@ -132,6 +138,9 @@ class ARStage(RunSpec):
             empty_prompt=len(prompts) - 1,
             chunk=world.CHUNK_LATENTS,
             spec=self.loss,
+            attend=functools.partial(
+                attend_chunks, size=self._chunk_tokens(videos), most=self.episodes.window
+            ),
             unroll=self.unroll,
         )
         train, held_out = _split(videos, share=0.03)
@@ -144,7 +153,10 @@ class ARStage(RunSpec):
 
         def export(params, directory):
             provenance = self.provenance("ar")
-            save_component(directory, "dit", params, self.model, provenance=provenance, overwrite=True)
+            save_component(
+                directory, "dit", params, self.model, provenance=provenance, overwrite=True
+            )
+            save_settings(directory, self.sampling())
 
         return Task(
             init=lambda key: params_of(DiT(self.model, rngs=nnx.Rngs(key))),
@@ -153,6 +165,25 @@ class ARStage(RunSpec):
             evaluate=evaluate,
             export=export,
         )
+
+    def sampling(self) -> dict[str, Any]:
+        """Sampler settings that fit what was trained; the checkpoint carries them as defaults."""
+        episodes = self.episodes
+        return {
+            "size": [world.HEIGHT, world.WIDTH],
+            "chunk": world.CHUNK_LATENTS,
+            "window": episodes.window,
+            "global_sinks": episodes.global_sinks,
+            "rope_offset": episodes.phase,
+            "shift": self.loss.shift,
+            "steps": self.steps,
+            "guidance": self.guidance,
+        }
+
+    @staticmethod
+    def _chunk_tokens(videos: EncodedVideos) -> int:
+        height, width = videos.latents.shape[2:4]
+        return world.CHUNK_LATENTS * (height // 2) * (width // 2)
 
     def _latents(self, out: pathlib.Path, workdir: pathlib.Path) -> EncodedVideos:
         """The encoded corpus, from the work directory if an earlier run left it there."""
@@ -169,7 +200,7 @@ class ARStage(RunSpec):
             seed=self.loop.seed,
         )
         found = list(track(parts, "encoding", total=-(-spec.videos // 8)))
-        fields = {
+        fields: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in found])
             for name in ("latents", "prompt", "shot")
         }
@@ -183,8 +214,11 @@ class ARStage(RunSpec):
 def _split(videos: EncodedVideos, *, share: float) -> tuple[EncodedVideos, EncodedVideos]:
     """Videos to train on, and a share (at least one) kept for measuring."""
     kept = max(1, round(share * len(videos.latents)))
-    parts = [{k: v[cut] for k, v in vars(videos).items()} for cut in (slice(kept, None), slice(kept))]
-    return EncodedVideos(**parts[0]), EncodedVideos(**parts[1])
+    rest, first = (
+        EncodedVideos(**{name: column[part] for name, column in vars(videos).items()})
+        for part in (slice(kept, None), slice(kept))
+    )
+    return rest, first
 
 
 STAGES: dict[str, type[RunSpec]] = {"vae": VAEStage, "text": TextStage, "ar": ARStage}

@@ -21,7 +21,7 @@ class TrainState:
       params: float32 master parameters.
       ema: their exponential moving average, float32.
       opt_state: the optimizer's moments.
-      bad_steps: how many updates in a row were dropped because the loss or the gradient was not finite.
+      bad_steps: updates in a row that were dropped because loss or gradient were not finite.
     """
 
     step: Int[Array, ""]

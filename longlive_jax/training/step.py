@@ -24,8 +24,9 @@ class EMASpec:
 def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, ema: EMASpec, seed: int = 0):
     """`loss_fn(params, batch, key) -> (loss, metrics)` becomes one donated, jitted update.
 
-    The key depends on `seed` and the step alone, so a resumed run draws what the uninterrupted one would.
-    An update with a non-finite loss or gradient changes nothing but the step and `bad_steps`.
+    The key depends on `seed` and the step alone, so a resumed run draws what the uninterrupted one
+    would. An update with a non-finite loss or gradient changes nothing but the step and
+    `bad_steps`.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -39,10 +40,11 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, ema: EMAS
         params = optax.apply_updates(state.params, updates)
         keep = jnp.where(state.step < ema.start, 0.0, ema.decay)
         average = optax.incremental_update(params, state.ema, 1 - keep)
-        new = _choose(good, (params, average, opt_state), (state.params, state.ema, state.opt_state))
+        old = (state.params, state.ema, state.opt_state)
+        params, average, opt_state = _choose(good, (params, average, opt_state), old)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
-        return TrainState(state.step + 1, *new, bad_steps), metrics
+        return TrainState(state.step + 1, params, average, opt_state, bad_steps), metrics
 
     return train_step
 

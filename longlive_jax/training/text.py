@@ -103,7 +103,7 @@ def text_task(
         return guess | probe_accuracy(umt5, tokenizer)
 
     def export(params: Params, directory: pathlib.Path) -> None:
-        save_component(directory, "umt5", params, cfg, provenance=provenance)
+        save_component(directory, "umt5", params, cfg, provenance=provenance, overwrite=True)
         with CheckpointWriter(directory, overwrite=True) as writer:
             writer.stage(TOKENIZER).write_bytes(tokenizer.model)
             writer.commit()

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longlive_jax.io.checkpoint import save_component
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
 from longlive_jax.training.loop import Task
 from longlive_jax.typing import Array, Float, Params
 
 ClipSource = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
-"""(rng, batch, frames) -> video [b, f, h, w, 3] in [-1, 1] and weight [b, f, h, w, 1] of its pixels."""
+"""(rng, batch, frames) -> video [b, f, h, w, 3] in [-1, 1], weight [b, f, h, w, 1] of pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class VAELossSpec:
-    """Weights of the reconstruction loss (absolute + `square` x squared error, both pixel-weighted).
+    """Weights of the reconstruction loss: absolute + `square` x squared error, pixel by pixel.
 
     Attributes:
       square: weight of the squared error beside the absolute one.
@@ -95,7 +96,7 @@ def vae_task(
     loss: VAELossSpec,
     provenance: dict[str, Any],
 ) -> Task:
-    """The VAE as a `Task`; its export measures the latent statistics on `held_out` and stores them."""
+    """The VAE as a `Task`; its export measures latent statistics on `held_out` and stores them."""
     graphdef, _ = abstract(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
     round_trip = jax.jit(lambda p, x: decode(with_params(graphdef, p), _encode(p, x), chunk=4))
 
@@ -107,19 +108,19 @@ def vae_task(
         frames = np.concatenate([np.asarray(held_out[0, ::8]), np.asarray(rebuilt[0, ::8])])
         _save_frames(frames, workdir / f"reconstruction_{step:06d}.png")
         worst = jnp.mean((rebuilt - held_out) ** 2, axis=(2, 3, 4)).max()
-        return {"held_out_psnr": psnr(rebuilt - held_out), "worst_psnr": 10 * jnp.log10(4 / worst)}
+        found = {"held_out_psnr": psnr(rebuilt - held_out), "worst_psnr": 10 * jnp.log10(4 / worst)}
+        return {name: float(value) for name, value in found.items()}
 
     def export(params: Params, directory: pathlib.Path) -> None:
-        from longlive_jax.io.checkpoint import save_component
-
         z = jax.jit(_encode)(params, held_out)
         mean, std = z.mean((0, 1, 2, 3)), z.std((0, 1, 2, 3))
-        stats = {
-            "latent_mean": tuple(map(float, mean * jnp.array(cfg.latent_std) + jnp.array(cfg.latent_mean))),
-            "latent_std": tuple(map(float, std * jnp.array(cfg.latent_std))),
-        }
-        final = dataclasses.replace(cfg, **stats)
-        save_component(directory, "vae", params, final, provenance=provenance)
+        old_mean, old_std = jnp.array(cfg.latent_mean), jnp.array(cfg.latent_std)
+        final = dataclasses.replace(
+            cfg,
+            latent_mean=tuple(map(float, mean * old_std + old_mean)),
+            latent_std=tuple(map(float, std * old_std)),
+        )
+        save_component(directory, "vae", params, final, provenance=provenance, overwrite=True)
 
     return Task(
         init=lambda key: params_of(VAE(cfg, rngs=nnx.Rngs(key))),

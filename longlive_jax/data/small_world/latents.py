@@ -68,8 +68,9 @@ class EpisodeSpec:
       targets: consecutive chunks to denoise, beside the video's first one.
       window: chunks that a chunk may see, itself and sinks included.
       phase: frames added to temporal positions at every cut.
-      far: most frames by which the rest of a video is moved away from its global sink, and the recent
-        chunks from their shot sink: minutes of distance out of videos of seconds.
+      far: most frames by which the rest of a video is moved away from its global sink; the recent
+        chunks are moved from their shot sink by up to a quarter of it. So videos of seconds teach
+        distances of minutes.
     """
 
     batch: int = 16
@@ -92,7 +93,7 @@ class EpisodeBatches(Sequence):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, i) -> dict[str, np.ndarray]:
+    def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, int(i)))
         rows = [self._episode(rng) for _ in range(self.spec.batch)]
         return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
@@ -124,8 +125,10 @@ class EpisodeBatches(Sequence):
 
     def _windows(self, shot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cuts = np.diff(shot, prepend=0) > 0
-        since, sink = windows(cuts, window=self.spec.window, global_sinks=self.spec.global_sinks)
-        return np.asarray(since), np.asarray(sink)
+        spec = self.spec
+        columns = windows(jnp.asarray(cuts), window=spec.window, global_sinks=spec.global_sinks)
+        since, sink = map(np.asarray, columns)
+        return since, sink
 
     def _positions(self, rng, order: np.ndarray, shot: np.ndarray, first: int) -> np.ndarray:
         spec = self.spec
@@ -138,5 +141,7 @@ class EpisodeBatches(Sequence):
 
 def _distinct(chunks: list[int]) -> np.ndarray:
     """The same chunks with repeats and those before the video replaced by EMPTY."""
-    seen: set[int] = set()
-    return np.array([EMPTY if c < 0 or c in seen or seen.add(c) else c for c in chunks])
+    found: list[int] = []
+    for chunk in chunks:
+        found.append(EMPTY if chunk < 0 or chunk in found else chunk)
+    return np.array(found)
