@@ -1,5 +1,7 @@
 """The VAE's decoder: latents to pixels."""
 
+from itertools import pairwise
+
 import jax
 from flax import nnx
 
@@ -17,9 +19,7 @@ class UpStage(nnx.Module):
     ):
         self.outputs, self.time = outputs, 2 if temporal else 1
         widths = [inputs] + [outputs] * cfg.decoder_blocks
-        self.resnets = nnx.List(
-            ResidualBlock(a, b, cfg, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.resnets = nnx.List(ResidualBlock(a, b, cfg, rngs=rngs) for a, b in pairwise(widths))
         self.up = Upsample(outputs, cfg, temporal=temporal, rngs=rngs) if up else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tails):
@@ -36,7 +36,10 @@ class UpStage(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`[b, f, h, w, z]` to `[b, g, 16h, 16w, 3]`, not clipped; tails is a pytree, or None at a clip's start."""
+    """`[b, f, h, w, z]` to `[b, g, 16h, 16w, 3]`, not clipped.
+
+    Tails are a pytree, or None at a clip's start.
+    """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         widths, stages = cfg.decoder_widths, len(cfg.dim_mult)
@@ -44,7 +47,9 @@ class Decoder(nnx.Module):
         self.conv_in = CausalConv3d(cfg.z_dim, widths[0], cfg, rngs=rngs)
         self.mid = Middle(widths[0], cfg, rngs=rngs)
         self.stages = nnx.List(
-            UpStage(widths[s], widths[s + 1], cfg, up=s < stages - 1, temporal=temporal[s], rngs=rngs)
+            UpStage(
+                widths[s], widths[s + 1], cfg, up=s < stages - 1, temporal=temporal[s], rngs=rngs
+            )
             for s in range(stages)
         )
         self.norm_out = RMSNorm(widths[-1], cfg)

@@ -1,5 +1,7 @@
 """The VAE's encoder: pixels to (unnormalised) latent means."""
 
+from itertools import pairwise
+
 import jax
 from flax import nnx
 
@@ -13,13 +15,18 @@ class DownStage(nnx.Module):
     """Residual blocks, then a halving; the averaged input is added as a shortcut."""
 
     def __init__(
-        self, inputs: int, outputs: int, cfg: VAEConfig, *, down: bool, temporal: bool, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        cfg: VAEConfig,
+        *,
+        down: bool,
+        temporal: bool,
+        rngs: nnx.Rngs,
     ):
         self.outputs, self.time, self.space = outputs, 2 if temporal else 1, 2 if down else 1
         widths = [inputs] + [outputs] * cfg.res_blocks
-        self.resnets = nnx.List(
-            ResidualBlock(a, b, cfg, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.resnets = nnx.List(ResidualBlock(a, b, cfg, rngs=rngs) for a, b in pairwise(widths))
         self.down = Downsample(outputs, cfg, temporal=temporal, rngs=rngs) if down else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tails):
@@ -35,7 +42,10 @@ class DownStage(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """`[b, f, h, w, 3]` in [-1, 1] to `[b, g, h/16, w/16, 2z]`; tails is a pytree, or None at a clip's start."""
+    """`[b, f, h, w, 3]` in [-1, 1] to `[b, g, h/16, w/16, 2z]`.
+
+    Tails are a pytree, or None at a clip's start.
+    """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         widths, stages = cfg.encoder_widths, len(cfg.dim_mult)

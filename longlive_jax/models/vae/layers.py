@@ -1,7 +1,8 @@
 """Layers of the causal VAE. Whatever looks back in time takes a tail and hands back the next one.
 
-A tail is the end of the layer's previous input; `None` says that there was none (the start of a clip).
-Cutting a clip anywhere and passing tails along gives the same numbers as one call on the whole clip.
+A tail is the end of the layer's previous input; `None` says that there was none (the start of a
+clip). Cutting a clip anywhere and passing tails along gives the same numbers as one call on the
+whole clip.
 """
 
 import jax
@@ -50,13 +51,13 @@ class Conv2d(nnx.Module):
 class CausalConv3d(nnx.Module):
     """3x3x3 convolution that sees the present and the two frames before it.
 
-    The three temporal taps are stacked on the channel axis and done as one 2-D convolution: the same sum,
-    and several times faster than a 3-D one on CPUs.
+    The three temporal taps are stacked on the channel axis and done as one 2-D convolution: the
+    same sum, and several times faster than a 3-D one on CPUs.
     """
 
     def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs, scale=1.0):
         self.dtype = cfg.dtype
-        # Only the present tap starts non-zero, so a model trained on images is a video model at rest.
+        # Only the present tap starts non-zero: trained on images, it is a video model at rest.
         present = _fan_in(rngs.params(), (3, 3, inputs, outputs), 9 * inputs, cfg.param_dtype)
         kernel = jnp.zeros((3, 3, 3, inputs, outputs), cfg.param_dtype).at[2].set(present * scale)
         self.kernel = nnx.Param(kernel)
@@ -91,7 +92,7 @@ class RMSNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Two (norm, SiLU, causal convolution) and a shortcut, which is 1x1x1 where the width changes."""
+    """Twice norm, SiLU, causal convolution; a shortcut, which is 1x1x1 where the width changes."""
 
     def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.norm1 = RMSNorm(inputs, cfg)

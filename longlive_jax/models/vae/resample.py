@@ -22,13 +22,11 @@ def unpatchify(x: Float[Array, "b f h w 4c"]) -> Float[Array, "b f h2 w2 c"]:
 def average_down(x: Float[Array, "b f h w c"], outputs: int, *, time: int, space: int) -> Array:
     """Shortcut of a down stage: space and time to channels, then means of neighbouring channels.
 
-    A clip whose length does not divide by `time` is padded with zeros in front, which only its first
-    frame does.
+    Frames whose number does not divide by `time` (a clip's first one) are padded with zeros in
+    front.
     """
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
-    x = einops.rearrange(
-        x, "b (f t) (h y) (w x) c -> b f h w (c t y x)", t=time, y=space, x=space
-    )
+    x = einops.rearrange(x, "b (f t) (h y) (w x) c -> b f h w (c t y x)", t=time, y=space, x=space)
     return jnp.mean(x.reshape(*x.shape[:-1], outputs, -1), axis=-1)
 
 
@@ -37,13 +35,12 @@ def duplicate_up(
 ) -> Array:
     """Shortcut of an up stage: channels repeated, then channels to space and time.
 
-    At the start of a clip (`first`) the leading `time - 1` frames are dropped: its first latent is one frame.
+    At the start of a clip (`first`) the leading `time - 1` frames are dropped: its first latent is
+    one frame.
     """
     factor = time * space * space
     x = jnp.repeat(x, outputs * factor // x.shape[-1], axis=-1)
-    x = einops.rearrange(
-        x, "b f h w (c t y x) -> b (f t) (h y) (w x) c", t=time, y=space, x=space
-    )
+    x = einops.rearrange(x, "b f h w (c t y x) -> b (f t) (h y) (w x) c", t=time, y=space, x=space)
     return x[:, time - 1 :] if first else x
 
 
@@ -52,7 +49,9 @@ class TimeConv(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.dtype = cfg.dtype
-        noise = rngs.params.normal((3, inputs, outputs), cfg.param_dtype) * 0.1 / (3 * inputs) ** 0.5
+        noise = (
+            rngs.params.normal((3, inputs, outputs), cfg.param_dtype) * 0.1 / (3 * inputs) ** 0.5
+        )
         copies = jnp.tile(jnp.eye(inputs, dtype=cfg.param_dtype), (1, outputs // inputs))
         self.kernel = nnx.Param(noise.at[2].add(copies))  # starts as "repeat the present"
         self.bias = nnx.Param(jnp.zeros(outputs, cfg.param_dtype))
@@ -94,15 +93,16 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "b f h w c"], tail: Tail):
         if self.time_conv is not None:
-            x, tail = self._double_time(x, tail)
+            x, tail = _double_time(self.time_conv, x, tail)
         x = einops.repeat(x, "b f h w c -> b f (h y) (w x) c", y=2, x=2)
         return self.conv(x), tail
 
-    def _double_time(self, x: Array, tail: Tail):
-        first, rest = (x[:, :0], x) if tail is not None else (x[:, :1], x[:, 1:])
-        past = jnp.zeros_like(jnp.repeat(x[:, :1], 2, axis=1)) if tail is None else tail
-        seen = jnp.concatenate([past, rest], axis=1)
-        if rest.shape[1]:
-            y = self.time_conv(seen, stride=1)
-            rest = einops.rearrange(y, "b f h w (two c) -> b (f two) h w c", two=2)
-        return jnp.concatenate([first, rest], axis=1), seen[:, -2:]
+
+def _double_time(conv: TimeConv, x: Array, tail: Tail) -> tuple[Array, Array]:
+    first, rest = (x[:, :0], x) if tail is not None else (x[:, :1], x[:, 1:])
+    past = jnp.zeros_like(jnp.repeat(x[:, :1], 2, axis=1)) if tail is None else tail
+    seen = jnp.concatenate([past, rest], axis=1)
+    if rest.shape[1]:
+        y = conv(seen, stride=1)
+        rest = einops.rearrange(y, "b f h w (two c) -> b (f two) h w c", two=2)
+    return jnp.concatenate([first, rest], axis=1), seen[:, -2:]

@@ -1,7 +1,7 @@
-"""The causal 3-D VAE of Wan 2.2: whole clips, or chunk by chunk with the state in the caller's hands.
+"""The causal 3-D VAE of Wan 2.2: whole clips, or chunk by chunk with state in the caller's hands.
 
-`encode_chunk` and `decode_chunk` carry `tails`: a pytree with the last input frames of every layer that
-looks back. It has a fixed shape, so one compiled call serves every chunk after the first.
+`encode_chunk` and `decode_chunk` carry `tails`: a pytree with the last input frames of every layer
+that looks back. It has a fixed shape, so one compiled call serves every chunk after the first.
 """
 
 import jax
@@ -34,7 +34,7 @@ def encode_chunk(vae: VAE, frames: Float[Array, "b f h w 3"], tails=None):
       tails: what the previous call returned.
 
     Returns:
-      (latents float32 [b, g, h/16, w/16, z], tails), where g is n + 1 for the first chunk and n later.
+      (latents float32 [b, g, h/16, w/16, z], tails); g is n + 1 for the first chunk and n later.
     """
     cfg = vae.cfg
     _check_frames(frames.shape, cfg, first=tails is None)
@@ -55,7 +55,10 @@ def decode_chunk(vae: VAE, z: Float[Array, "b f h w z"], tails=None):
 
 
 def encode(vae: VAE, video: Float[Array, "b f h w 3"], *, chunk: int | None = None):
-    """Encodes a whole clip of 1 + 4n frames; with `chunk`, that many latents a step in constant memory."""
+    """Encodes a whole clip of 1 + 4n frames; with `chunk`, so many latents a step.
+
+    Working memory is then constant in the clip's length.
+    """
     if chunk is None:
         return encode_chunk(vae, video)[0]
     ratio = vae.cfg.temporal_ratio
@@ -70,7 +73,7 @@ def decode(vae: VAE, z: Float[Array, "b f h w z"], *, chunk: int | None = None):
 
 
 def _in_chunks(step, x: Array, head: int, size: int) -> Array:
-    """Runs `step(piece, tails)` on the first `head` frames, then scans pieces of `size`, then the rest."""
+    """`step(piece, tails)` on the first `head` frames, on pieces of `size`, and on the rest."""
     first, tails = step(x[:, :head], None)
     body = x[:, head:]
     whole = body.shape[1] // size

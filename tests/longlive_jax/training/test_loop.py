@@ -122,11 +122,12 @@ def test_muon_takes_matrices_and_leaves_the_rest_to_adam():
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     singular = jnp.linalg.svd(updates["blocks"]["q"]["kernel"][0], compute_uv=False)
-    assert float(singular.min()) > 0.3 * float(singular.max())  # orthogonalised, unlike the gradient
+    # Orthogonalised, unlike the gradient.
+    assert float(singular.min()) > 0.3 * float(singular.max())
     chex.assert_trees_all_equal_shapes(optax.apply_updates(params, updates), params)
 
 
 @pytest.mark.parametrize("bad", [{"name": "sgd"}, {"decay": 1.5}])
 def test_bad_optimizer_settings_are_named(bad):
-    with pytest.raises(ValueError, match="sgd|1.5"):
+    with pytest.raises(ValueError, match=r"sgd|1\.5"):
         OptimSpec(**bad)

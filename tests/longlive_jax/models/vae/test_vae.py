@@ -143,5 +143,5 @@ def test_later_chunks_are_whole_latents(tiny):
 
 @pytest.mark.parametrize("change", [{"temporal_down": (True,)}, {"latent_std": (1.0,)}])
 def test_config_that_does_not_fit_is_refused(change):
-    with pytest.raises(ValueError, match="stage|latent channel"):
+    with pytest.raises(ValueError, match=r"stage|latent channel"):
         VAEConfig(**change)
