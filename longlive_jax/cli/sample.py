@@ -2,15 +2,13 @@
 
 import dataclasses
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from longlive_jax.cli.app import REPOSITORY, Parser, take_config
+from longlive_jax.cli.progress import ChunkBar
 from longlive_jax.spec import UserError, reject_unknown
 
 if TYPE_CHECKING:
@@ -117,17 +115,7 @@ def _film(pipe, batch, out: Path, args: Any, *, first: int, many: bool, video) -
 
 def _shown(stream: "Stream") -> Iterator[Any]:
     """The chunks of a stream, with a bar: chunk, seconds of video, frames a second."""
-    plan, frames = stream.plan, 0
-    name, speed = TextColumn("{task.description}"), TextColumn("{task.fields[speed]}")
-    columns = (name, BarColumn(), MofNCompleteColumn(), speed)
-    with Progress(*columns, TimeRemainingColumn(), transient=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("chunk", total=plan.chunks, speed="compiling")
-        began = 0.0
+    with ChunkBar(stream.plan.chunks, fps=stream.plan.fps) as bar:
         for chunk in stream:
             yield chunk
-            began = began or time.perf_counter()
-            frames += chunk.shape[1] * (stream.made > 1)
-            speed = len(chunk) * frames / max(time.perf_counter() - began, 1e-9)
-            seconds = plan.frames(stream.made) / plan.fps
-            text = f"{seconds:.1f} s of video" + (f", {speed:.1f} frames/s" if frames else "")
-            bar.update(task, completed=stream.made, speed=text)
+            bar.advance(chunk.shape[1], videos=chunk.shape[0])

@@ -9,6 +9,8 @@ The shortest use:
 or `for chunk in pipe.stream(script): ...`, to have them as they are made.
 """
 
+import copy
+import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -37,7 +39,7 @@ from longlive_jax.sampling.plan import Plan, plan
 from longlive_jax.sampling.script import ShotScript, check_size
 from longlive_jax.sampling.settings import SampleSpec, precision, spec_for
 from longlive_jax.sampling.stream import Stream
-from longlive_jax.spec import UserError
+from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.attention import AttentionFn, attention
 
@@ -90,6 +92,17 @@ class Pipeline:
         )
         vae = load_model(folder, "vae", param_dtype=vae_dtype, dtype=vae_dtype)
         return cls(dit, vae, umt5, tokenizer, spec)
+
+    def with_settings(self, **changes: Any) -> "Pipeline":
+        """The same weights and compiled functions, sampling with other settings.
+
+        Precision and the VAE's device are what the weights were loaded with, and stay.
+        """
+        if fixed := {"dtype", "vae_dtype", "vae_device"} & set(changes):
+            raise UserError(f"{', '.join(sorted(fixed))} cannot change after loading; load again")
+        other = copy.copy(self)
+        other.spec = build(SampleSpec, dataclasses.asdict(self.spec) | changes, path="sample")
+        return other
 
     def sample(self, scripts: Scripts, **options: Any) -> UInt8[np.ndarray, "b f h w 3"]:
         """All frames of one script or a batch of them; `options` as in `stream`.

@@ -17,7 +17,7 @@ from longlive_jax.models.wan.cache import CachePolicy, empty_cache
 from longlive_jax.sampling.drivers import Order, Sampler, Setting, stack_orders
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.settings import SampleSpec
-from tests.tiny import TINY, tiny_parts, write_tiny
+from tests.tiny import TINY, lively, tiny_parts, write_tiny
 
 
 def state_dict_params(tensors):
@@ -107,7 +107,7 @@ class Toy:
             in_channels=4, out_channels=4,
         )  # fmt: skip
         model = DiT(self.config, rngs=nnx.Rngs(0))
-        self.graphdef, self.params = nnx.graphdef(model), params_of(model)
+        self.graphdef, self.params = nnx.graphdef(model), lively(params_of(model))
         self.sampler = Sampler(self.graphdef)
         self.policy = policy
         texts = jax.random.normal(jax.random.key(9), (4, 6, 12))

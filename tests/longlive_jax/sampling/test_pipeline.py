@@ -33,20 +33,18 @@ def test_scan_gives_the_latents_of_the_stream(tiny):
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_how_far_it_runs_ahead_changes_nothing(tiny, frames, ahead, monkeypatch):
-    monkeypatch.setattr(tiny, "spec", dataclasses.replace(tiny.spec, ahead=ahead))
-    np.testing.assert_array_equal(tiny.sample(SCRIPT), frames)
+def test_how_far_it_runs_ahead_changes_nothing(tiny, frames, ahead):
+    np.testing.assert_array_equal(tiny.with_settings(ahead=ahead).sample(SCRIPT), frames)
 
 
-def test_steering_by_hand_equals_the_script(tiny, frames, monkeypatch):
-    monkeypatch.setattr(tiny, "spec", dataclasses.replace(tiny.spec, ahead=0))
-    stream = tiny.stream(ShotScript.of("a cat runs", seconds=0.1), endless=True)
-    again = tiny.stream(dataclasses.replace(SCRIPT, shots=(SCRIPT.shots[0],)), endless=True)
+def test_steering_by_hand_equals_the_script(tiny, frames):
+    first = dataclasses.replace(SCRIPT, shots=SCRIPT.shots[:1])
+    stream = tiny.with_settings(ahead=0).stream(first, endless=True)
     got = []
-    for chunk in itertools.islice(again, 4):
+    for chunk in itertools.islice(stream, 4):
         got.append(chunk)
-        if again.made == 2:
-            again.steer("a dog sleeps", cut=True)
+        if stream.made == 2:
+            stream.steer("a dog sleeps", cut=True)
     np.testing.assert_array_equal(np.concatenate(got, axis=1), frames)
     stream.close()
 
@@ -112,14 +110,13 @@ def test_equal_prompts_are_computed_once(tiny):
     assert tiny._prompt("a cat runs") is tiny._prompt("a cat runs")
 
 
-def test_guidance_needs_negative_rows(tiny, monkeypatch):
+def test_guidance_needs_negative_rows(tiny):
     assert tiny.cache(1, (64, 32)).k.shape[1] == 1 and tiny.negative_prompts([SCRIPT]) == ()
-    guided = dataclasses.replace(tiny.spec, guidance=3.0, negative_prompt="bad")
-    monkeypatch.setattr(tiny, "spec", guided)
-    assert tiny.cache(1, (64, 32)).k.shape[1] == 2
-    assert tiny.negative_prompts([SCRIPT]) == ("bad",)
+    guided = tiny.with_settings(guidance=3.0, negative_prompt="bad")
+    assert guided.cache(1, (64, 32)).k.shape[1] == 2
+    assert guided.negative_prompts([SCRIPT]) == ("bad",)
     own = dataclasses.replace(SCRIPT, negative_prompt="worse")
-    assert tiny.negative_prompts([own]) == ("worse",)
+    assert guided.negative_prompts([own]) == ("worse",)
 
 
 def test_a_long_prompt_is_reported(tiny):
@@ -161,3 +158,8 @@ def test_foreign_directories(tmp_path):
         Pipeline.from_checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"longlive\.json is missing"):
         Pipeline.from_checkpoint(tmp_path)
+
+
+def test_what_cannot_change_after_loading(tiny):
+    with pytest.raises(UserError, match="load again"):
+        tiny.with_settings(dtype="bfloat16")
