@@ -1,0 +1,44 @@
+"""The kinds of golden files, and how each is compared with this project's own functions.
+
+`KINDS` maps the name of a golden file to a function that lists its cases. Names with something
+appended (`dit_bidirectional_2.npz`, `vae22.seed3.npz`) are of the kind they begin with. Sizes,
+configurations and options come from a file's own `__meta__` and arrays.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from conformance_cases import dit, facts, sampling, tables, text, training, vae
+from conformance_cases.golden import Golden
+from conformance_cases.rows import Case, later
+
+KINDS: dict[str, Callable[[Golden], Sequence[Case]]] = {
+    "ar_training_loss": training.ar_training_loss,
+    "dit_bidirectional": dit.bidirectional,
+    "dit_teacher_forcing": dit.teacher_forcing,
+    "flow_schedulers": tables.flow_schedulers,
+    "sampling_i2v": sampling.videos,
+    "sampling_kvquant": sampling.quantised_cache,
+    "sampling_multishot": sampling.videos,
+    "teacher_forcing_masks": tables.masks,
+    "umt5_encoder": text.umt5_encoder,
+    "vae22": vae.whole_and_streamed,
+    "vae_halo": vae.halo,
+}
+"""What exists. Every other `.npz` is reported as not implemented."""
+
+
+def golden_files(folder: Path) -> list[Path]:
+    """The files of a folder that are goldens: every `.npz`, and `facts.json`."""
+    return sorted([*folder.glob("*.npz"), *folder.glob("facts.json")])
+
+
+def cases_of(path: Path) -> Sequence[Case]:
+    """The cases of one golden file; whatever is wrong with the file as a whole is raised."""
+    if path.suffix == ".json":
+        return facts.facts(path)
+    known = [kind for kind in KINDS if re.match(rf"{kind}(?![a-z0-9])", path.stem)]
+    if not known:
+        return [later("all")]
+    return KINDS[max(known, key=len)](Golden(path))

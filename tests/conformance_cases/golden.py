@@ -1,0 +1,123 @@
+"""Golden files, and models around the weights in them, loaded as the converter loads weights."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longlive_jax.io.arrays import flatten, nest
+from longlive_jax.io.components import COMPONENTS, Component, expected_shapes, identify
+from longlive_jax.io.keytable import KeyTable, Leaf
+from longlive_jax.models.params import abstract, with_params
+from longlive_jax.typing import Params
+
+
+class Golden:
+    """The arrays of a file by name, its `meta`, and its weights under `w/<original key>`."""
+
+    def __init__(self, path: Path):
+        with np.load(path, allow_pickle=False) as file:
+            self.arrays: dict[str, np.ndarray] = {key: file[key] for key in file.files}
+        if "__meta__" not in self.arrays:
+            raise ValueError("has no __meta__; it is no golden file")
+        self.meta: dict[str, Any] = json.loads(bytes(self.arrays.pop("__meta__")))
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def under(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays whose names begin with `prefix`, by what follows it."""
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.arrays.items()
+            if key.startswith(prefix)
+        }
+
+    def frames(self, key: str, channels: int) -> jnp.ndarray:
+        """Latents or pixels as we keep them, `[b, f, h, w, c]`; theirs is on axis `channels`."""
+        return jnp.asarray(np.moveaxis(self.arrays[key], channels, -1))
+
+    @functools.cached_property
+    def dit(self) -> "Model":
+        """The DiT of the weights and of `meta["config"]`."""
+        return load("dit", self.under("w/"), self.meta["config"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model's structure, its parameters, and the state dict they came from."""
+
+    config: Any
+    graphdef: nnx.GraphDef
+    params: Params
+    leaves: Sequence[Leaf]
+
+    def around(self, params: Params) -> Any:
+        """The module with these parameters."""
+        return with_params(self.graphdef, params)
+
+    def state_dict(self, tree: Params, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """Some entries of a tree like `params` (gradients) under their original names."""
+        flat = flatten(tree)
+        out: dict[str, np.ndarray] = {}
+        for leaf in self.leaves:
+            value = np.asarray(flat[leaf.path])
+            for layer, key in enumerate(leaf.keys):
+                if key in keys:
+                    out[key] = leaf.extract(value[layer] if leaf.rule.stacked else value)
+        return out
+
+
+def load(name: str, tensors: Mapping[str, np.ndarray], hints: Mapping[str, Any]) -> Model:
+    """Component `name` ("dit", "vae" or "umt5") from a state dict in original naming.
+
+    Everything is done as in conversion: the naming is recognised, settings are read off the shapes
+    and checked against `hints`, and every key must be there in its shape and no other.
+    """
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    component, table = identify(shapes, "weights of the golden")
+    if component.name != name:
+        raise ValueError(f"weights are of {component.name}, not of {name}")
+    found = table.collect(shapes)
+    found.report.check(table.name)
+    return assemble(component, table, tensors, component.settings(found.shapes, hints))
+
+
+def assemble(
+    component: Component, table: KeyTable, tensors: Mapping[str, np.ndarray], config: Any
+) -> Model:
+    """A model of known settings from a state dict through a key table."""
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    leaves = table.forward(shapes, expected=expected_shapes(component, config))
+    flat = {}
+    for leaf in leaves:
+        parts = [leaf.place(tensors[key]) for key in leaf.keys]
+        flat[leaf.path] = jnp.asarray(np.stack(parts) if leaf.rule.stacked else parts[0])
+    make = component.make
+    if make is None:
+        raise ValueError(f"{component.name} is no model of its own")
+    graphdef, _ = abstract(lambda: make(config))
+    return Model(config, graphdef, nest(flat), leaves)
+
+
+def zeros_for(
+    table: KeyTable, expected: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """A state dict of zeros with every key that a model of these shapes has."""
+    out: dict[str, np.ndarray] = {}
+    for leaf in table.backward(expected):
+        shape = leaf.shape[1:] if leaf.rule.stacked else leaf.shape
+        out |= {key: leaf.extract(np.zeros(shape, np.float32)) for key in leaf.keys}
+    return out
+
+
+VAE = COMPONENTS["vae"]

@@ -1,0 +1,233 @@
+"""Whole videos: denoising chunk by chunk against the cache, with sinks, cuts and guidance."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conformance_cases.golden import Golden
+from conformance_cases.rows import (
+    CLOSE,
+    EXACT,
+    Case,
+    NotThere,
+    compared,
+    differing,
+    distance,
+    later,
+    relative,
+)
+from longlive_jax import layout
+from longlive_jax.diffusion import solvers
+from longlive_jax.models.wan.cache import CachePolicy, KVCache, empty_cache
+from longlive_jax.sampling.drivers import Order, Sampler, Setting, stack_orders
+
+CACHE_KEY = re.compile(r"([kv])_cache_layer(\d+)")
+OPTIONS = {
+    "guidance_scale",
+    "independent_first_frame",
+    "local_attn_size",
+    "multi_shot_rope_offset",
+    "multi_shot_sink",
+    "sampling_steps",
+    "shot_clean_recache",
+    "sink_size",
+    "use_relative_rope",
+}
+
+
+def videos(golden: Golden) -> Sequence[Case]:
+    """Latents and caches of every case, and single model calls where the file has them."""
+    studio = Studio(golden)
+    return [case for entry in golden.meta["cases"] for case in studio.cases(entry)]
+
+
+def quantised_cache(golden: Golden) -> Sequence[Case]:
+    """The run without quantisation, which the file has beside the quantised one."""
+    entry = {"name": "unquantized", "inference": golden.meta["inference"]}
+    return [*Studio(golden).cases(entry), later("kvquant")]
+
+
+class Studio:
+    """What the cases of a file share: model, prompts and noise."""
+
+    def __init__(self, golden: Golden):
+        self.golden, self.model = golden, golden.dit
+        self.chunk = golden.meta["num_frame_per_block"]
+        self.noise = golden.frames("noise", 2)
+        self.order: list[str] = golden.meta["prompt_order"]
+        self.sampler = Sampler(self.model.graphdef)
+
+    @functools.cached_property
+    def bank(self):
+        """Keys and values of every prompt of the file."""
+        embeds = jnp.asarray(self.golden["prompt_embeds"])
+        return self.sampler.text(self.model.params, embeds)
+
+    def cases(self, entry: Mapping[str, Any]) -> list[Case]:
+        name, golden = entry["name"], self.golden
+        video = functools.cache(lambda: self._video(entry))
+
+        def cached(key: str) -> float:
+            return _matched(video()[1], key, golden[f"{name}/{key}"])[0]
+
+        latents, flow = f"{name}/latents", f"{name}/block0_flow"
+        cases = [compared(latents, CLOSE, lambda: video()[0], golden.frames(latents, 2), distance)]
+        if entry.get("uses_initial_latent"):
+            first = golden.frames("initial_latent", 2)
+            frame = lambda: video()[0][:, : first.shape[1]]  # noqa: E731
+            cases.append(compared(f"{name}/first_frame", EXACT, frame, first, differing))
+        caches = [key for key in golden.under(f"{name}/") if CACHE_KEY.fullmatch(key)]
+        cases += [Case(f"{name}/{key}", CLOSE, partial(cached, key)) for key in caches]
+        if "cache_state" in entry and caches:
+            theirs = golden[f"{name}/{caches[0]}"]
+            state = partial(_state_error, entry["cache_state"], caches[0], theirs)
+            cases.append(Case(f"{name}/cache_state", EXACT, lambda: state(video()[1])))
+        if flow in golden:
+            want = golden.frames(flow, 2)
+            cases.append(compared(flow, CLOSE, lambda: self._first_chunk(entry), want))
+        return cases
+
+    def _video(self, entry: Mapping[str, Any]) -> tuple[jax.Array, KVCache]:
+        """Latents of the video, and the cache after it."""
+        options, prompts = entry["inference"], self._prompts(entry)
+        scale = options.get("guidance_scale", 1.0)
+        batch, _, height, width, channels = self.noise.shape
+        given = bool(entry.get("uses_initial_latent"))
+        first = jnp.zeros((batch, height, width, channels))
+        if given:
+            held = self.golden.frames("initial_latent", 2)
+            if held.shape[1] != 1:
+                raise NotThere("more than one initial latent frame")
+            first = held[:, 0]
+        setting = Setting(
+            solver=solvers.unipc(
+                options["sampling_steps"], shift=self.golden.meta["timestep_shift"]
+            ),
+            keys=jax.random.split(jax.random.key(0), batch),
+            first=first,
+            given=jnp.full(batch, given),
+            guidance=None if scale == 1 else jnp.float32(scale),
+        )
+        size = (self.chunk, height // 2, width // 2)
+        samples = batch if scale == 1 else 2 * batch
+        cache = empty_cache(self.model.config, samples, size, self._policy(options, len(prompts)))
+        orders = self._orders(prompts, options, guided=scale != 1)
+        return self.sampler.sample(self.model.params, cache, setting, orders, self.bank)
+
+    def _policy(self, options: Mapping[str, Any], chunks: int) -> CachePolicy:
+        unknown = sorted(key for key in set(options) - OPTIONS if options[key])
+        if unknown:
+            raise NotThere(f"options {unknown}")
+        window = options.get("local_attn_size", self.golden.meta.get("local_attn_size", -1))
+        window = chunks * self.chunk if window < 0 else window
+        sinks = options.get("sink_size", 0)
+        if window % self.chunk or sinks % self.chunk:
+            raise NotThere(
+                f"window of {window} and sinks of {sinks} frames for chunks of {self.chunk}"
+            )
+        return CachePolicy(
+            window=window // self.chunk,
+            global_sinks=sinks // self.chunk,
+            shot_sinks=bool(options.get("multi_shot_sink")) and sinks > 0,
+            clean_recache=bool(options.get("shot_clean_recache")),
+            relative_rope=bool(options.get("use_relative_rope")),
+        )
+
+    def _prompts(self, entry: Mapping[str, Any]) -> list[str]:
+        prompts = entry.get("prompts", self.golden.meta.get("prompts"))
+        if len(prompts) * self.chunk != self.noise.shape[1]:
+            raise ValueError(f"{len(prompts)} prompts for {self.noise.shape[1]} frames of noise")
+        return prompts
+
+    def _negative(self) -> str:
+        """Named by the file, or the one prompt that no chunk has."""
+        meta = self.golden.meta
+        if "negative_prompt" in meta:
+            return meta["negative_prompt"]
+        used = {p for entry in meta["cases"] for p in self._prompts(entry)}
+        (left,) = set(self.order) - used
+        return left
+
+    def _orders(self, prompts: Sequence[str], options: Mapping[str, Any], *, guided: bool) -> Order:
+        phase, prefix = (
+            options.get("multi_shot_rope_offset", 0),
+            self.golden.meta["scene_cut_prefix"],
+        )
+        batch, shot, orders = len(self.noise), 0, []
+        for i, prompt in enumerate(prompts):
+            cut = i > 0 and prompt.startswith(prefix)
+            shot += cut
+            rows = [self.order.index(prompt)] * batch
+            if guided:
+                rows += [self.order.index(self._negative())] * batch
+            order = Order(
+                text=jnp.array(rows),
+                cut=jnp.full(batch, cut),
+                offset=jnp.full(batch, shot * phase, jnp.int32),
+                noise=self.noise[:, i * self.chunk : (i + 1) * self.chunk],
+            )
+            orders.append(order)
+        return stack_orders(orders)
+
+    def _first_chunk(self, entry: Mapping[str, Any]) -> jax.Array:
+        """The model calls of chunk 0, fed with the reference's own inputs."""
+        name, prompts = entry["name"], self._prompts(entry)
+        x = self.golden.frames(f"{name}/block0_model_input", 2)
+        spoken = [self.order.index(prompts[0])]
+        if entry["inference"].get("guidance_scale", 1.0) != 1:
+            spoken.append(self.order.index(self._negative()))
+        rows = np.resize(spoken, len(x))
+        text = jax.tree.map(lambda leaf: leaf[:, rows], self.bank)
+        tokens = layout.grid(self.chunk, x.shape[2] // 2, x.shape[3] // 2, chunk=self.chunk)
+        timestep = jnp.asarray(self.golden[f"{name}/block0_timestep"])
+
+        @jax.jit
+        def velocity(params, x, timestep, text):
+            return self.model.around(params)(x, timestep, text, tokens)[0]
+
+        return velocity(self.model.params, x, timestep, text)
+
+
+def _matched(cache: KVCache, key: str, theirs: np.ndarray) -> tuple[float, dict[int, int]]:
+    """The largest error of our chunks against their counterparts, and the places of those.
+
+    The reference keeps chunks in order of age. What it drops when the next chunk arrives we have
+    dropped already, so it holds at least the chunks that we hold.
+    """
+    if cache.policy.relative_rope:
+        raise NotThere("keys are stored without rotation")
+    found = CACHE_KEY.fullmatch(key)
+    if found is None:
+        raise ValueError(f"{key} is no cache")
+    held = np.asarray(cache.held[0])
+    stored = np.asarray(getattr(cache, found[1]))[int(found[2]), 0]
+    want = theirs[0].reshape(-1, *stored.shape[1:])
+    worst, places = 0.0, {}
+    for slot in np.argsort(held):
+        if held[slot] >= 0:
+            errors = [relative(stored[slot], block) for block in want]
+            places[int(held[slot])] = int(np.argmin(errors))
+            worst = max(worst, min(errors))
+    order = list(places.values())
+    if order != sorted(set(order)):
+        raise ValueError(f"chunks {list(places)} match the golden's places {order}")
+    return worst, places
+
+
+def _state_error(state: Mapping[str, int], key: str, theirs: np.ndarray, cache: KVCache) -> float:
+    """Share of the reference's bookkeeping that ours contradicts."""
+    frames, rows, columns = cache.size
+    tokens = frames * rows * columns
+    ours, want = [int(cache.count[0]) * tokens], [state["global_end_index"]]
+    if state["pinned_start"] >= 0:
+        _, places = _matched(cache, key, theirs)
+        place = places.get(int(cache.sink_start[0]), -1)
+        ours += [place * tokens, int(cache.sink_length[0]) * tokens]
+        want += [state["pinned_start"], state["pinned_len"]]
+    return differing(ours, want)

@@ -1,0 +1,150 @@
+"""The training loss with everything random given: levels, noise, roughened context."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conformance_cases.dit import prompts_of_blocks
+from conformance_cases.golden import Golden
+from conformance_cases.rows import CLOSE, TIGHT, Case, compared, later
+from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target, x0_from_velocity
+from longlive_jax.training.ar import Draws, Episode, flow_loss, predict
+
+OPTIONS = {
+    "i2v",
+    "independent_first_frame",
+    "mixed_precision",
+    "noise_augmentation_max_timestep",
+}
+
+
+def ar_training_loss(golden: Golden) -> Sequence[Case]:
+    """Inputs made from the draws, then prediction, loss and gradients of every case."""
+    files = _Files(golden)
+    return [case for entry in golden.meta["cases"] for case in files.cases(entry)]
+
+
+class _Files:
+    """What the cases of a file share: the model, and one compiled function for all of them."""
+
+    def __init__(self, golden: Golden):
+        self.golden, self.model = golden, golden.dit
+        self.chunk = golden.meta["num_frame_per_block"]
+        self.schedule = FlowSchedule(golden.meta["timestep_shift"])
+        self.clean = golden.frames("clean_latent", 2)
+        text = prompts_of_blocks(golden)
+        self.blocks = text.shape[1]
+        self.text = text.reshape(-1, *text.shape[2:])
+        self._measured = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
+
+    def cases(self, entry: Mapping[str, Any]) -> list[Case]:
+        name, golden = entry["name"], self.golden
+        unknown = sorted(set(entry["args"]) - OPTIONS)
+        if unknown:
+            return [later(name, f"options {unknown}")]
+        result = functools.cache(lambda: self._result(name, entry["args"]))
+        latents = {
+            "noisy_latents": TIGHT, "clean_x": TIGHT, "target": TIGHT,
+            "flow_pred": CLOSE, "x0_pred": CLOSE,
+        }  # fmt: skip
+        numbers = {
+            "timestep": TIGHT, "sigma": TIGHT, "frame_weight": TIGHT,
+            "frame_mse": CLOSE, "loss": CLOSE,
+        }  # fmt: skip
+
+        def gradient(key: str) -> np.ndarray:
+            return self.model.state_dict(result()["grads"], [key])[key]
+
+        cases = []
+        for key, tolerance in {**numbers, **latents}.items():
+            path = f"{name}/{key}"
+            if path in golden:
+                want = golden.frames(path, 2) if key in latents else golden[path]
+                cases.append(
+                    compared(path, tolerance, partial(lambda key: result()[key], key), want)
+                )
+        return cases + [
+            compared(f"{name}/grad/{key}", CLOSE, partial(gradient, key), want)
+            for key, want in golden.under(f"{name}/grad/").items()
+        ]
+
+    def _result(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        batch, draws, levels = self._given(name, options)
+        (loss, velocity), grads = self._measured(self.model.params, batch, draws)
+        wanted = velocity_target(batch.target, draws.noise)
+        noisy = corrupt(batch.target, draws.noise, draws.sigma)
+        return {
+            **levels,
+            "timestep": draws.timestep,
+            "frame_weight": draws.weight,
+            "noisy_latents": noisy,
+            "clean_x": draws.context,
+            "target": wanted,
+            "flow_pred": velocity,
+            # the reference reads the level off the table, which ends just above 0
+            "x0_pred": x0_from_velocity(noisy, velocity, levels["sigma"]),
+            "frame_mse": jnp.mean((velocity - wanted) ** 2, axis=(2, 3, 4)),
+            "loss": loss,
+            "grads": grads,
+        }
+
+    def _given(self, name: str, options: Mapping[str, Any]):
+        """Batch and draws of a case, from the reference's own random numbers."""
+        golden, table = self.golden, self.schedule
+        noise, clean = golden.frames(f"{name}/noise", 2), self.clean
+        timestep = jnp.asarray(table.timesteps)[self._of_blocks(f"{name}/index_draw")]
+        if options.get("mixed_precision"):
+            timestep = timestep.astype(jnp.bfloat16).astype(jnp.float32)
+        context, told = clean, jnp.zeros(timestep.shape)
+        if f"{name}/aug_index_draw" in golden:
+            rough = self._of_blocks(f"{name}/aug_index_draw")
+            context = corrupt(clean, noise, jnp.asarray(table.sigmas)[rough])
+            told = jnp.asarray(table.timesteps)[rough]
+        clamp = bool(options.get("i2v"))
+        if clamp:
+            first = golden.frames("initial_latent", 2)
+            clean, context, noise = (x.at[:, :1].set(first) for x in (clean, context, noise))
+            timestep, told = timestep.at[:, 0].set(0.0), told.at[:, 0].set(0.0)
+        index = table.index(timestep)
+        sigma = jnp.asarray(table.sigmas)[index]
+        draws = Draws(
+            noise=noise,
+            sigma=sigma.at[:, 0].set(0.0) if clamp else sigma,
+            timestep=timestep,
+            weight=jnp.asarray(table.weights)[index],
+            context=context,
+            context_timestep=told,
+            dropped=jnp.zeros(clean.shape[0], bool),
+        )
+        mask = jnp.asarray(golden[f"{name}/loss_mask"])
+        return self._episode(clean, mask), draws, {"sigma": sigma}
+
+    def _of_blocks(self, key: str) -> np.ndarray:
+        """Table entries with every frame of a block set to the block's first draw."""
+        return np.repeat(self.golden[key][:, :: self.chunk], self.chunk, axis=1)
+
+    def _episode(self, clean, mask) -> Episode:
+        chunk = jnp.tile(jnp.arange(self.blocks), (len(clean), 2))
+        prompt = chunk + jnp.arange(len(clean))[:, None] * self.blocks
+        return Episode(
+            context=clean,
+            target=clean,
+            mask=mask,
+            chunk=chunk,
+            start=chunk * self.chunk,
+            since=jnp.zeros_like(chunk),
+            sink=jnp.full_like(chunk, -1),
+            prompt=prompt,
+        )
+
+    def _loss(self, params, batch: Episode, draws: Draws):
+        velocity = predict(
+            self.model.around(params), batch, draws,
+            text=self.text, empty_prompt=0, chunk=self.chunk, global_sinks=0,
+        )  # fmt: skip
+        return flow_loss(velocity, batch, draws)[0], velocity

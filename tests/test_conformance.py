@@ -1,0 +1,138 @@
+"""The conformance runner: that our goldens pass, and that it fails when it should."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+KINDS = (
+    "ar_training_loss",
+    "dit_bidirectional",
+    "dit_teacher_forcing",
+    "facts",
+    "flow_schedulers",
+    "sampling_i2v",
+    "sampling_kvquant",
+    "sampling_multishot",
+    "teacher_forcing_masks",
+    "umt5_encoder",
+    "vae22",
+    "vae_halo",
+)
+FIELDS = ["file", "case", "error", "tolerance", "status"]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    """The script as a module; it puts its own folder on the path, as Python does for a script."""
+    before = list(sys.path)
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    yield importlib.import_module("conformance")
+    sys.path[:] = before
+
+
+@pytest.fixture
+def report(runner, capsys):
+    """Exit code and rows of a run with --json."""
+
+    def run(folder):
+        capsys.readouterr()
+        code = runner.main([str(folder), "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def golden_of(goldens, kind):
+    return next(path for path in sorted(goldens.iterdir()) if path.stem == kind)
+
+
+def rewritten(path, target, change):
+    """A copy of a golden file with some arrays changed."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez(target, **arrays)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_goldens_pass(goldens, tmp_path, report, kind):
+    shutil.copy(golden_of(goldens, kind), tmp_path)
+    code, rows = report(tmp_path)
+    assert code == 0, [row for row in rows if row["status"] == "fail"]
+    assert any(row["status"] == "pass" for row in rows)
+
+
+def test_every_golden_has_a_row(goldens, runner):
+    """Without running them: kinds of later issues say so in one case."""
+    for path in runner.golden_files(goldens):
+        cases = runner.cases_of(path)
+        assert cases, path.name
+        assert path.stem in KINDS or [case.name for case in cases] == ["all"]
+
+
+def test_report_has_exactly_the_fields(goldens, tmp_path, report):
+    shutil.copy(golden_of(goldens, "umt5_encoder"), tmp_path)
+    np.savez(tmp_path / "something_else.npz", x=np.zeros(3))
+    _, rows = report(tmp_path)
+    assert all(list(row) == FIELDS for row in rows)
+    found = {(row["file"], row["status"]) for row in rows}
+    assert found == {("umt5_encoder.npz", "pass"), ("something_else.npz", "not implemented")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "change", "case"),
+    [
+        ("umt5_encoder", "y", lambda x: x * 1.001, "y"),
+        ("umt5_encoder", "w/norm.weight", lambda x: x * 1.001, "y"),
+        ("teacher_forcing_masks", "natural_1", lambda x: ~x, "natural_1"),
+        ("flow_schedulers", "unipc4_traj", lambda x: x + 1e-3, "unipc4/trajectory"),
+        ("flow_schedulers", "fm_sigmas", lambda x: x[::-1], "fm_sigmas"),
+        ("flow_schedulers", "fm_weights", lambda x: x * np.nan, "fm_weights"),
+    ],
+)
+def test_changed_goldens_fail(goldens, tmp_path, report, kind, name, change, case):
+    """Only the case that rests on the changed array; a value that is no number fails, too."""
+    source = golden_of(goldens, kind)
+
+    def apply(arrays):
+        arrays[name] = change(arrays[name])
+
+    rewritten(source, tmp_path / source.name, apply)
+    code, rows = report(tmp_path)
+    assert code == 1
+    assert [row["case"] for row in rows if row["status"] == "fail"] == [case]
+
+
+def test_names_with_something_appended(goldens, tmp_path, report):
+    shutil.copy(
+        golden_of(goldens, "teacher_forcing_masks"), tmp_path / "teacher_forcing_masks_7.npz"
+    )
+    code, rows = report(tmp_path)
+    assert code == 0 and {row["status"] for row in rows} == {"pass"}
+
+
+def test_broken_files_fail_and_the_rest_runs(goldens, tmp_path, runner, capsys):
+    (tmp_path / "dit_bidirectional.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "vae22.npz", x=np.zeros(3))
+    shutil.copy(golden_of(goldens, "teacher_forcing_masks"), tmp_path)
+    assert runner.main([str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    status = {(line.split()[0], line.split()[-1]) for line in out.splitlines()[1:]}
+    assert status == {
+        ("dit_bidirectional.npz", "fail"),
+        ("vae22.npz", "fail"),
+        ("teacher_forcing_masks.npz", "pass"),
+    }
+    assert "__meta__" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", [".", "missing"])
+def test_nothing_to_run(tmp_path, runner, capsys, name):
+    assert runner.main([str(tmp_path / name)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1
