@@ -30,8 +30,14 @@ def test_config_builds(where):
         from longlive_jax.training.stages import STAGES
 
         cls = STAGES[settings.pop("stage")]
+    elif "evaluate" in settings:
+        from longlive_jax.evals.evaluate import EvaluateSpec as cls
+
+        settings = settings["evaluate"]
     else:
-        from longlive_jax.cli.sample import SampleSpec as cls
+        from longlive_jax.sampling.settings import SampleSpec as cls
+
+        settings = settings["sample"]
     assert build(cls, settings, path=where)
 
 

@@ -1,0 +1,115 @@
+"""One denoising call of a mid-size DiT against a full cache: the sampler's inner loop alone.
+
+Large enough that arithmetic decides and not overhead, small enough for two CPU cores: what another
+implementation of the same model can be held against.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longlive_jax.bench.timing import Compilations, machine, peak_memory, repeated
+from longlive_jax.models.params import params_of, with_params
+from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.models.wan.cache import CachePolicy, KVCache, empty_cache
+from longlive_jax.models.wan.dit import TextKV
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallSpec:
+    """The call: one video, `chunk` latents of `latent` (height, width) seen with window chunks."""
+
+    model: DiTConfig
+    chunk: int = 8
+    latent: tuple[int, int] = (24, 40)
+    window: int = 4
+    repeats: int = 5
+
+
+MODELS = {
+    "mid": CallSpec(
+        model=DiTConfig(
+            dim=512,
+            ffn_dim=2048,
+            freq_dim=256,
+            text_dim=512,
+            text_len=512,
+            heads=4,
+            layers=8,
+        )
+    ),
+    "5b": CallSpec(
+        model=DiTConfig(dtype="bfloat16", param_dtype="bfloat16"), latent=(44, 80), repeats=10
+    ),
+}
+"""Name -> the call that `longlive bench sampler --model=NAME` times."""
+
+
+def bench_call(spec: CallSpec) -> dict[str, Any]:
+    """Times the call with random weights; everything but the repeated call is left out."""
+    about = machine()
+    model = DiT(spec.model, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.graphdef(model), params_of(model)
+    cache, text = full_cache(spec), prompt(spec)
+    latents = jax.random.normal(
+        jax.random.key(1), (1, spec.chunk, *spec.latent, spec.model.in_channels)
+    )
+    level = jnp.full((1, spec.chunk), 500.0)
+
+    @jax.jit
+    def denoising_call(params, cache: KVCache, latents, text: TextKV):
+        tokens = cache.upcoming(noisy=True)
+        return with_params(graphdef, params)(latents, level, text, tokens, cache)[0]
+
+    with Compilations() as compiled:
+        times = repeated(lambda: denoising_call(params, cache, latents, text), spec.repeats)
+    flops = call_flops(spec)
+    return {
+        "machine": about,
+        "spec": _plain(spec),
+        "seconds_per_call": times,
+        "frames_per_second_4_steps": round(4 * spec.chunk / (5 * times["median"]), 2),
+        "gflop": round(flops / 1e9, 1),
+        "gflop_per_second": round(flops / 1e9 / times["median"], 1),
+        "compilations": compiled.counts["denoising_call"],
+        "peak": peak_memory(),
+    }
+
+
+def full_cache(spec: CallSpec) -> KVCache:
+    """A cache in mid-video: every slot holds random keys and values."""
+    size = (spec.chunk, spec.latent[0] // 2, spec.latent[1] // 2)
+    cache = empty_cache(spec.model, 1, size, CachePolicy(window=spec.window))
+    k, v = (jax.random.normal(jax.random.key(i), cache.k.shape, cache.k.dtype) for i in (2, 3))
+    held = jnp.arange(spec.window - 1, dtype=jnp.int32)[None]
+    count = jnp.full(1, spec.window - 1, jnp.int32)
+    return dataclasses.replace(cache, k=k, v=v, held=held, start=held * spec.chunk, count=count)
+
+
+def prompt(spec: CallSpec) -> TextKV:
+    """Random keys and values of one prompt in every layer."""
+    cfg = spec.model
+    shape = (cfg.layers, 1, 1, cfg.text_len, cfg.heads, cfg.head_dim)
+    k, v = (jax.random.normal(jax.random.key(i), shape, cfg.dtype) for i in (4, 5))
+    return TextKV(k, v)
+
+
+def call_flops(spec: CallSpec) -> float:
+    """Multiplications and additions of the matrix products of one call."""
+    cfg = spec.model
+    queries = spec.chunk * (spec.latent[0] // 2) * (spec.latent[1] // 2)
+    linears = queries * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
+    seen = spec.window * queries + cfg.text_len
+    return 2.0 * cfg.layers * (linears + 2 * queries * seen * cfg.dim)
+
+
+def _plain(spec: CallSpec) -> dict[str, Any]:
+    settings = dataclasses.asdict(spec)
+    model = settings["model"]
+    settings["model"] = {
+        k: v if isinstance(v, int | float) else jnp.dtype(v).name for k, v in model.items()
+    }
+    return settings

@@ -1,0 +1,1 @@
+"""A short video from the built-in model, and the judge's opinion of it."""

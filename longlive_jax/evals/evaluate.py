@@ -1,0 +1,191 @@
+"""Which cases are measured, and the run over them: resumable, one case after the other."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longlive_jax.evals.report import (
+    chart,
+    is_done,
+    markdown,
+    read_report,
+    write_report,
+    write_strip,
+)
+from longlive_jax.evals.small_world import (
+    Example,
+    Footage,
+    Reconstruction,
+    Sampled,
+    Tick,
+    measure,
+    truth,
+)
+from longlive_jax.io.checkpoint import read_manifest
+from longlive_jax.io.models import load_model
+from longlive_jax.sampling.pipeline import Pipeline
+from longlive_jax.sampling.settings import SampleSpec, spec_for
+from longlive_jax.spec import UserError, nearest
+
+PARTS = ("ceilings", "steps", "long", "sinks")
+
+type Progress = Callable[[str], Tick]
+"""Announces a case by its name; what it returns is told how far that case is."""
+
+
+SHORT = Footage()
+LONG = Footage(least_shots=120, chunks=91, shot_chunks=(8, 30), shots=(4, 8), seed=1)
+"""91 chunks are 60.5 seconds."""
+RETURNING = Footage(least_shots=120, chunks=30, shot_chunks=(5, 9), cast=2, seed=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSpec:
+    """What is measured.
+
+    Attributes:
+      sample: settings of `SampleSpec` in the place of the checkpoint's own.
+      fewer_steps: numbers of model calls to measure beside the checkpoint's own.
+      batch: videos made together.
+      short: footage of the ceilings and of all numbers of steps.
+      long: footage for drift.
+      returning: footage for the sinks: long shots, and few subjects that leave and come back.
+    """
+
+    sample: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fewer_steps: tuple[int, ...] = (4, 2)
+    batch: int = 8
+    short: Footage = SHORT
+    long: Footage = LONG
+    returning: Footage = RETURNING
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; make at least one video at a time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the report. sample: settings of the sampler, or None for "truth" and "vae"."""
+
+    part: str
+    name: str
+    footage: Footage
+    sample: Mapping[str, Any] | None = None
+
+
+SINKS = {
+    "both sinks": (1, True),
+    "global sink only": (1, False),
+    "shot sink only": (0, True),
+    "no sinks": (0, False),
+}
+"""Case -> global sinks, shot sink."""
+
+
+def cases(spec: EvaluateSpec) -> list[Case]:
+    """Every case, in the order of the report."""
+    own = spec.sample
+    found = [Case("ceilings", "truth", spec.short), Case("ceilings", "vae", spec.short)]
+    found += [Case("steps", "shots", spec.short, own)]
+    found += [
+        Case("steps", f"{n} steps", spec.short, {**own, "steps": n}) for n in spec.fewer_steps
+    ]
+    found += [Case("long", "minute", spec.long, own)]
+    found += [
+        Case("sinks", name, spec.returning, {**own, "global_sinks": first, "shot_sinks": shot})
+        for name, (first, shot) in SINKS.items()
+    ]
+    return found
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """UserError for a part that does not exist."""
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--parts: unknown part {part!r}{nearest(part, PARTS)}")
+
+
+class Workshop:
+    """Makes the film of a case; cases with equal settings share a pipeline and its compilations."""
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self.weights = weights_of(checkpoint)
+        self._pipes: dict[SampleSpec, Pipeline] = {}
+
+    def settings(self, case: Case) -> SampleSpec | None:
+        """All settings of the sampler, or None where nothing is sampled."""
+        return None if case.sample is None else spec_for(self.checkpoint, case.sample)
+
+    def asked(self, case: Case, batch: int) -> dict[str, Any]:
+        """Everything the result depends on, in plain JSON."""
+        settings = self.settings(case)
+        sample = None if settings is None else dataclasses.asdict(settings)
+        footage = dataclasses.asdict(case.footage)
+        return {"sample": sample, "footage": footage, "batch": batch, "weights": self.weights}
+
+    def measure(self, case: Case, batch: int, tick: Tick) -> tuple[dict, Example]:
+        """The result of one case, and a video of it."""
+        if case.name == "truth":
+            return measure(truth, case.footage, batch=batch, tick=tick)
+        if case.name == "vae":
+            again = Reconstruction(load_model(self.checkpoint, "vae"))
+            result, example = measure(again, case.footage, batch=batch, tick=tick)
+            return {**result, **again.fidelity()}, example
+        return measure(Sampled(self._pipe(case)), case.footage, batch=batch, tick=tick)
+
+    def _pipe(self, case: Case) -> Pipeline:
+        settings = self.settings(case)
+        assert settings is not None
+        if settings not in self._pipes:
+            pipe = Pipeline.from_checkpoint(self.checkpoint, **dict(case.sample or {}))
+            self._pipes[settings] = pipe
+        return self._pipes[settings]
+
+
+def weights_of(checkpoint: Path) -> str:
+    """A fingerprint of all arrays of a checkpoint directory."""
+    arrays = read_manifest(checkpoint)["arrays"]
+    return f"{zlib.crc32(json.dumps(arrays, sort_keys=True).encode()):08x}"
+
+
+def evaluate(
+    spec: EvaluateSpec,
+    checkpoint: Path,
+    out: Path,
+    *,
+    parts: Sequence[str] = PARTS,
+    about: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measures the cases of `parts` that `out` does not hold yet, and writes the report.
+
+    Writes report.json after every case, then report.md, rates.png and a strip of frames per case.
+    A case is measured again when anything it depends on has changed.
+
+    Raises UserError for a bad checkpoint, unknown parts, or a report.json that is something else.
+    """
+    check_parts(parts)
+    workshop, path = Workshop(checkpoint), out / "report.json"
+    report = read_report(path)
+    report["about"] = {"checkpoint": str(checkpoint), "weights": workshop.weights, **about}
+    all_cases = cases(spec)
+    wanted = [case for case in all_cases if case.part in parts]
+    asked = {case.name: workshop.asked(case, spec.batch) for case in wanted}
+    for case in wanted:
+        if is_done(report, case.name, asked[case.name]):
+            continue
+        result, example = workshop.measure(case, spec.batch, progress(case.name))
+        report["cases"][case.name] = {"asked": asked[case.name], **result}
+        write_strip(out / f"{case.name.replace(' ', '_')}.png", example)
+        write_report(path, report)
+    order = [case.name for case in all_cases if case.name in report["cases"]]
+    report["cases"] = {name: report["cases"][name] for name in order}
+    write_report(path, report)
+    (out / "report.md").write_text(markdown(report))
+    chart(report, out / "rates.png")
+    return report
