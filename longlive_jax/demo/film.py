@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from longlive_jax.io.pictures import strip
 from longlive_jax.io.video import Mp4Writer
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.script import ShotScript
+from longlive_jax.sampling.stream import Stream
 from longlive_jax.spec import UserError
 from longlive_jax.typing import UInt8
 
@@ -75,14 +76,12 @@ def film(
         stream = pipe.stream(script)
     chunks: list[np.ndarray] = []
     with Mp4Writer(files.video, fps=pipe.spec.fps) as video:
-        for frames in stream:
-            clock.lap("later chunks" if chunks else "first chunk, with compilation")
-            chunks.append(frames[0])
-            video.append(enlarged(frames[0], scale))
+        for frames in _timed(stream, clock):
+            chunks.append(frames)
+            video.append(enlarged(frames, scale))
             clock.lap("writing")
             if on_chunk is not None:
-                on_chunk(len(frames[0]))
-    clock.lap("writing")
+                on_chunk(len(frames))
     whole = np.concatenate(chunks)
     edges = [0, *stream.plan.cut_frames(0), len(whole)]
     bounds = list(itertools.pairwise(edges))
@@ -105,6 +104,15 @@ def film(
     }
     files.report.write_text(json.dumps(report, indent=1) + "\n")
     return files, report
+
+
+def _timed(stream: Stream, clock: Clock) -> Iterator[UInt8[np.ndarray, "f h w 3"]]:
+    """The chunks of the only video of a stream; the clock runs while one is waited for."""
+    stage = "first chunk, with compilation"
+    for frames in stream:
+        clock.lap(stage)
+        stage = "later chunks"
+        yield frames[0]
 
 
 def _facts(pipe: Pipeline, frames: int, first: int, clock: Clock) -> dict[str, Any]:

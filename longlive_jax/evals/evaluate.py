@@ -1,6 +1,7 @@
 """Which cases are measured, and the run over them: resumable, one case after the other."""
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -69,12 +70,12 @@ class EvaluateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the report. sample: settings of the sampler, or None for "truth" and "vae"."""
+    """One row of the report. changes: of the sampler's settings; None for "truth" and "vae"."""
 
     part: str
     name: str
     footage: Footage
-    sample: Mapping[str, Any] | None = None
+    changes: Mapping[str, Any] | None = None
 
 
 SINKS = {
@@ -88,15 +89,12 @@ SINKS = {
 
 def cases(spec: EvaluateSpec) -> list[Case]:
     """Every case, in the order of the report."""
-    own = spec.sample
     found = [Case("ceilings", "truth", spec.short), Case("ceilings", "vae", spec.short)]
-    found += [Case("steps", "shots", spec.short, own)]
+    found += [Case("steps", "shots", spec.short, {})]
+    found += [Case("steps", f"{n} steps", spec.short, {"steps": n}) for n in spec.fewer_steps]
+    found += [Case("long", "minute", spec.long, {})]
     found += [
-        Case("steps", f"{n} steps", spec.short, {**own, "steps": n}) for n in spec.fewer_steps
-    ]
-    found += [Case("long", "minute", spec.long, own)]
-    found += [
-        Case("sinks", name, spec.returning, {**own, "global_sinks": first, "shot_sinks": shot})
+        Case("sinks", name, spec.returning, {"global_sinks": first, "shot_sinks": shot})
         for name, (first, shot) in SINKS.items()
     ]
     return found
@@ -110,16 +108,18 @@ def check_parts(parts: Sequence[str]) -> None:
 
 
 class Workshop:
-    """Makes the film of a case; cases with equal settings share a pipeline and its compilations."""
+    """Makes the film of a case; all cases share weights and, where they can, compilations."""
 
-    def __init__(self, checkpoint: Path):
+    def __init__(self, checkpoint: Path, sample: Mapping[str, Any]):
         self.checkpoint = checkpoint
         self.weights = weights_of(checkpoint)
-        self._pipes: dict[SampleSpec, Pipeline] = {}
+        self._sample = dict(sample)
 
     def settings(self, case: Case) -> SampleSpec | None:
         """All settings of the sampler, or None where nothing is sampled."""
-        return None if case.sample is None else spec_for(self.checkpoint, case.sample)
+        if case.changes is None:
+            return None
+        return spec_for(self.checkpoint, {**self._sample, **case.changes})
 
     def asked(self, case: Case, batch: int) -> dict[str, Any]:
         """Everything the result depends on, in plain JSON."""
@@ -136,15 +136,12 @@ class Workshop:
             again = Reconstruction(load_model(self.checkpoint, "vae"))
             result, example = measure(again, case.footage, batch=batch, tick=tick)
             return {**result, **again.fidelity()}, example
-        return measure(Sampled(self._pipe(case)), case.footage, batch=batch, tick=tick)
+        pipe = self._pipe.with_settings(**dict(case.changes or {}))
+        return measure(Sampled(pipe), case.footage, batch=batch, tick=tick)
 
-    def _pipe(self, case: Case) -> Pipeline:
-        settings = self.settings(case)
-        assert settings is not None
-        if settings not in self._pipes:
-            pipe = Pipeline.from_checkpoint(self.checkpoint, **dict(case.sample or {}))
-            self._pipes[settings] = pipe
-        return self._pipes[settings]
+    @functools.cached_property
+    def _pipe(self) -> Pipeline:
+        return Pipeline.from_checkpoint(self.checkpoint, **self._sample)
 
 
 def weights_of(checkpoint: Path) -> str:
@@ -170,7 +167,7 @@ def evaluate(
     Raises UserError for a bad checkpoint, unknown parts, or a report.json that is something else.
     """
     check_parts(parts)
-    workshop, path = Workshop(checkpoint), out / "report.json"
+    workshop, path = Workshop(checkpoint, spec.sample), out / "report.json"
     report = read_report(path)
     report["about"] = {"checkpoint": str(checkpoint), "weights": workshop.weights, **about}
     all_cases = cases(spec)

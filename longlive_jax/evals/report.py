@@ -102,20 +102,31 @@ def markdown(report: Mapping[str, Any]) -> str:
             [[n, *_times(c)] for n, c in cases.items()],
         ),
     ]
-    fidelity = [(n, c) for n, c in cases.items() if "psnr" in c]
-    for name, case in fidelity:
-        parts.append(
-            f"VAE ({name}): {case['psnr']:.2f} dB; worst video {case['psnr_worst_video']:.2f} dB, "
-            f"worst frame {case['psnr_worst_frame']:.2f} dB."
-        )
-    met = list(judgements(report))
-    if met:
-        rows = [
-            [case, key.replace("_", " "), _number(value), _number(bar), "yes" if ok else "no"]
-            for case, key, value, bar, ok in met
-        ]
-        parts += ["## Bars", _table(["case", "quantity", "measured", "bar", "reached"], rows)]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    parts += ["## Mistakes, the most frequent first", _mistakes(cases)]
+    parts += [_fidelity(name, case) for name, case in cases.items() if "psnr" in case]
+    parts += ["## Bars", _bars(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _mistakes(cases: Mapping[str, Any]) -> str:
+    lists = [[f"{k} ({v})" for k, v in case["mistakes"].items()] for case in cases.values()]
+    rows = [[name, ", ".join(words)] for name, words in zip(cases, lists, strict=True)]
+    return _table(["case", "seen for meant"], rows)
+
+
+def _fidelity(name: str, case: Mapping[str, Any]) -> str:
+    return (
+        f"VAE ({name}): {case['psnr']:.2f} dB; worst video {case['psnr_worst_video']:.2f} dB, "
+        f"worst frame {case['psnr_worst_frame']:.2f} dB."
+    )
+
+
+def _bars(report: Mapping[str, Any]) -> str:
+    rows = [
+        [case, key.replace("_", " "), _number(value), _number(bar), "yes" if reached else "no"]
+        for case, key, value, bar, reached in judgements(report)
+    ]
+    return _table(["case", "quantity", "measured", "bar", "reached"], rows)
 
 
 _KEPT = ("mark", "size")
@@ -190,9 +201,7 @@ def chart(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(RATES)), list(RATES.values()))
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of shots (cuts)")
-    axes.legend(
-        fontsize=8, ncols=max(1, len(cases)), loc="upper center", bbox_to_anchor=(0.5, -0.1)
-    )
+    axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path, dpi=120)
 
 

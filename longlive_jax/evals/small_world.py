@@ -8,6 +8,7 @@ ceilings of the third: what the judge gets wrong, and what the VAE loses.
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -19,6 +20,7 @@ from longlive_jax.data.small_world import (
     VideoSpec,
     frame_bounds,
     frame_count,
+    parse_caption,
     render,
     sample_spec,
 )
@@ -176,7 +178,7 @@ def measure(
             examples.append(_example(videos[0], group[0]))
         making.append(made - begin)
         judging += time.perf_counter() - made
-    result = {**summary(verdicts), "returns": _returns(verdicts)}
+    result = {**summary(verdicts), "returns": _returns(verdicts), "mistakes": _mistakes(verdicts)}
     result["shots"] = sum(len(spec.shots) for spec in specs)
     result["times"] = _times(making, judging, batch * frames)
     return result, examples[0]
@@ -209,6 +211,18 @@ def _returns(verdicts: Sequence[VideoVerdict]) -> dict[str, dict]:
         }
         for name, group in split.items()
     }
+
+
+def _mistakes(verdicts: Sequence[VideoVerdict], most: int = 10) -> dict[str, int]:
+    """What is wrong most often: attribute, what the caption says, and what is seen instead."""
+    found: Counter[str] = Counter()
+    for shot in (shot for verdict in verdicts for shot in verdict.shots):
+        scene = parse_caption(shot.caption)
+        for kind, right in shot.right.items():
+            if not right:
+                meant, seen = getattr(scene, kind), shot.shown[kind] or "nothing clear"
+                found[f"{kind}: {seen} for {meant}"] += 1
+    return dict(found.most_common(most))
 
 
 def rate(right: int, n: int) -> dict:
