@@ -152,7 +152,7 @@ def _check_bounds(bounds, captions: int, frames: int) -> list[tuple[int, int]]:
     spans = [(int(start), int(stop)) for start, stop in bounds]
     if len(spans) != captions or not spans:
         raise ValueError(
-            f"{captions} captions for {len(spans)} shots; give one for each, at least one"
+            f"{captions} captions for {len(spans)} shot bounds; give as many of each, at least one"
         )
     edges = [0, *(stop for _, stop in spans)]
     if edges[-1] != frames or any(
@@ -283,7 +283,7 @@ def _judge_returns(shots: Sequence[ShotVerdict], scenes: Sequence[words.Scene]):
 def _judge_quarters(frames: FrameReadings, scenes, bounds):
     edges = [round(len(frames) * k / 4) for k in range(5)]
     for low, high in itertools.pairwise(edges):
-        part = slice(low, max(high, low + 1))
+        part = slice(min(low, len(frames) - 1), max(high, low + 1))
         verdicts = [
             _judge_shot(frames, "", scene, (max(start, low), min(stop, high))).all_right
             for scene, (start, stop) in zip(scenes, bounds, strict=True)

@@ -27,7 +27,7 @@ def _specs(seed, videos, chunks=20, **options):
 
 @pytest.fixture(scope="module")
 def specs():
-    return _specs(3, 6)
+    return _specs(3, 4, chunks=16, shot_chunks=(3, 4))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ PROMISES = (*ATTRIBUTES, "all_right", "identity_held", "cut_exact", "return_held
 
 
 def test_two_hundred_true_shots():
-    clips = _rendered(_specs(11, 26, shot_chunks=(2, 3)))
+    clips = _rendered(_specs(11, 17, shot_chunks=(1, 2)))
     result = _judged(clips)
     assert result["shape"]["n"] >= 200 and result["cut_exact"]["n"] >= 150
     assert result["return_held"]["n"] >= 40
@@ -138,7 +138,7 @@ def test_frozen_and_reversed_motion_fail(clips):
     ):  # fmt: skip
         result = _judged(clips, lambda v, c, b, f=change: (np.concatenate(f(v, b)), c, b))
         motion = result["motion"]
-        assert motion["n"] - round(motion["rate"] * motion["n"]) == moving > 10
+        assert motion["n"] - round(motion["rate"] * motion["n"]) == moving > 8
         assert result["shape"]["rate"] == 1
 
 
@@ -289,7 +289,7 @@ def test_wilson_interval():
         (lambda v, c, b: (v, [*c[:-1], "a dog runs"], b), "has 3 words"),
         (lambda v, c, b: (v[:, :-2], c, b), re.escape(f"[f, {sw.HEIGHT}, {sw.WIDTH}, 3]")),
         (lambda v, c, b: (v.astype(np.uint8), c, b), "pixels are uint8"),
-        (lambda v, c, b: (np.where(v > 0.9, np.nan, v), c, b), "not finite"),
+        (lambda v, c, b: (np.where(v >= v.max(), np.nan, v), c, b), "not finite"),
     ],
 )
 def test_bad_input_is_refused(clips, change, message):
