@@ -42,7 +42,7 @@ def tiny_parts():
         latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4,
     )  # fmt: skip
     dit = DiTConfig(
-        dim=24, ffn_dim=32, freq_dim=8, text_dim=12, text_len=16, heads=2, layers=2,
+        dim=24, ffn_dim=32, freq_dim=8, text_dim=12, text_len=48, heads=2, layers=2,
         in_channels=4, out_channels=4,
     )  # fmt: skip
     rngs = nnx.Rngs(0)

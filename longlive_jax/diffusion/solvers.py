@@ -29,10 +29,10 @@ class Solver:
     number; correct, predict: the rows C and P above.
     """
 
-    sigma: Float[Array, "steps"]
-    timestep: Float[Array, "steps"]
-    correct: Float[Array, "steps 5"]
-    predict: Float[Array, "steps 3"]
+    sigma: Float[Array | np.ndarray, "steps"]
+    timestep: Float[Array | np.ndarray, "steps"]
+    correct: Float[Array | np.ndarray, "steps 5"]
+    predict: Float[Array | np.ndarray, "steps 3"]
 
     @property
     def steps(self) -> int:
@@ -59,7 +59,7 @@ def start(noise: Float[Array, "*shape"]) -> SolverState:
 
 def step(state: SolverState, velocity: Float[Array, "*shape"], row: Solver) -> SolverState:
     """Advances by one step; `velocity` is the model's answer at `state.x`, `row` one row."""
-    m0 = x0_from_velocity(state.x, velocity, row.sigma)
+    m0 = x0_from_velocity(state.x, velocity, jnp.asarray(row.sigma))
     c, p = row.correct, row.predict
     corrected = (
         c[0] * state.x + c[1] * state.corrected + c[2] * m0 + c[3] * state.m1 + c[4] * state.m2

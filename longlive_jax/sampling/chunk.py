@@ -5,6 +5,8 @@ frame) is an array in `Request`, so all chunks of a run share one compilation. (
 sections 3.2 and 3.3.)
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -55,17 +57,18 @@ def sample_chunk(
     twice = _same if guidance is None else doubled
     tokens = cache.upcoming(twice(request.offset), noisy=True)
 
-    def velocity(x: Array, timestep: Array) -> Array:
+    def predict(x: Array, timestep: Array) -> Array:
         relative = cache.policy.relative_rope
-        return dit(x, timestep, request.text, tokens, cache, attend=attend, relative_rope=relative)[
-            0
-        ]
+        velocity, _ = dit(
+            x, timestep, request.text, tokens, cache, attend=attend, relative_rope=relative
+        )
+        assert velocity is not None
+        return velocity
 
-    if guidance is not None:
-        velocity = guided(velocity, guidance)
+    velocity = predict if guidance is None else guided(predict, guidance)
 
     def denoise(state: solvers.SolverState, row: Solver):
-        state = state.replace(x=_clamp(state.x, request))
+        state = dataclasses.replace(state, x=_clamp(state.x, request))
         timestep = jnp.where(request.clamped, 0.0, row.timestep)
         return solvers.step(state, velocity(state.x, timestep), row), None
 
@@ -91,7 +94,7 @@ def remember_chunk(
     twice = _same if guidance is None else doubled
     cut, offset = twice(request.cut), twice(request.offset)
     cache = cache.opened(cut)
-    _, (k, v) = dit(
+    _, kv = dit(
         twice(latents),
         jnp.zeros((cache.count.shape[0], latents.shape[1])),
         request.text,
@@ -101,7 +104,8 @@ def remember_chunk(
         output=False,
         relative_rope=cache.policy.relative_rope,
     )
-    return cache.write(k, v, cut=cut, offset=offset)
+    assert kv is not None
+    return cache.write(*kv, cut=cut, offset=offset)
 
 
 def chunk_noise(

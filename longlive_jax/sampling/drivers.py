@@ -4,11 +4,14 @@ Both draw the same noise and give the same latents bit for bit. Neither waits fo
 stream hands out arrays that may still be under way, and the cache never leaves the device.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jax import lax
 
@@ -30,9 +33,9 @@ class Order:
     `Request`; `noise` overrides the noise drawn from the keys, where given.
     """
 
-    text: TextKV | Int[Array, "b"]
-    cut: Bool[Array, "b"]
-    offset: Int[Array, "b"]
+    text: TextKV | Int[Array | np.ndarray, "b"]
+    cut: Bool[Array | np.ndarray, "b"]
+    offset: Int[Array | np.ndarray, "b"]
     noise: Float[Array, "b f h w c"] | None = None
 
 
@@ -48,8 +51,8 @@ class Setting:
     solver: Solver
     keys: Key[Array, "b"]
     first: Float[Array, "b h w c"]
-    given: Bool[Array, "b"]
-    guidance: Float[Array, ""] | None = None
+    given: Bool[Array | np.ndarray, "b"]
+    guidance: Float[Array, ""] | float | None = None
 
 
 class Sampler:
@@ -98,8 +101,10 @@ class Sampler:
 
     def _scan(self, params, cache: KVCache, setting: Setting, orders: Order, bank: TextKV):
         def body(cache: KVCache, order: Order):
-            text = jax.tree.map(lambda x: jnp.take(x, order.text, axis=1), bank)
-            latents, cache = self._step(params, cache, setting, order.replace(text=text))
+            index = cast(Array, order.text)
+            text = jax.tree.map(lambda x: jnp.take(x, index, axis=1), bank)
+            order = dataclasses.replace(order, text=text)
+            latents, cache = self._step(params, cache, setting, order)
             return cache, latents
 
         cache, latents = lax.scan(body, cache, orders)
@@ -126,12 +131,12 @@ class Sampler:
         noise = order.noise
         if noise is None:
             noise = chunk_noise(setting.keys, chunk, (frames, *space))
-        held = setting.given & (chunk == 0)
+        held = jnp.asarray(setting.given) & (chunk == 0)
         return Request(
             noise=noise,
-            text=order.text,
-            cut=order.cut,
-            offset=order.offset,
+            text=cast(TextKV, order.text),
+            cut=jnp.asarray(order.cut),
+            offset=jnp.asarray(order.offset),
             clamp=jnp.broadcast_to(setting.first[:, None], noise.shape),
             clamped=held[:, None] & (jnp.arange(frames) == 0),
         )

@@ -219,7 +219,7 @@ class Pipeline:
             keys=jnp.stack([jax.random.key(script.seed) for script in scripts]),
             first=jnp.concatenate(first),
             given=np.array([script.image is not None for script in scripts]),
-            guidance=None if spec.guidance == 1 else np.float32(spec.guidance),
+            guidance=None if spec.guidance == 1 else float(spec.guidance),
         )
 
     def _image(self, path: str, size: tuple[int, int]) -> Float[Array, "1 h w c"]:

@@ -50,7 +50,7 @@ class Take:
         self._writer = Mp4Writer(self.path, fps=plan.fps)
         self._length = plan.frames(int(plan.lengths[video]))
         self._chunks = int(plan.lengths[video])
-        self._latents: list[Array] | None = [] if latents else None
+        self._latents: list[np.ndarray] | None = [] if latents else None
         self._rows = segments(plan, video)[:STRIP_ROWS] if stills else []
         self._picks = [
             np.unique(np.linspace(a, b - 1, stills).astype(int)) for a, b, _ in self._rows

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,7 +136,7 @@ class Stream(Iterator[UInt8[np.ndarray, "b f h w 3"]]):
                 offset=np.array(shots, np.int32) * np.int32(pipe.spec.rope_offset),
             )
 
-    def _run(self) -> Iterator[tuple[np.ndarray, Array]]:
+    def _run(self) -> Generator[tuple[np.ndarray, Array], None, None]:
         pipe = self._pipe
         setting = pipe.setting(self._scripts, self._size)
         cache = pipe.cache(len(self._scripts), self._size)

@@ -97,7 +97,7 @@ class KVCache:
         if not self.policy.clean_recache:
             return self
         drop = cut[:, None] & (self.held >= self.policy.global_sinks)
-        return self.replace(held=jnp.where(drop, EMPTY, self.held))
+        return dataclasses.replace(self, held=jnp.where(drop, EMPTY, self.held))
 
     def write(
         self,
@@ -115,7 +115,8 @@ class KVCache:
         at = bound.free_slot()
         written = jnp.arange(self.held.shape[1]) == at[:, None]
         start = self._next_start(offset)[:, None]
-        return bound.replace(
+        return dataclasses.replace(
+            bound,
             k=_put(self.k, k, at),
             v=_put(self.v, v, at),
             held=jnp.where(written, self.count[:, None], self.held),
@@ -127,7 +128,8 @@ class KVCache:
         """Points the shot sink at the next chunk where a shot begins; releases the one before."""
         if not self.policy.shot_sinks:
             return self
-        return self.replace(
+        return dataclasses.replace(
+            self,
             sink_start=jnp.where(cut, self.count, self.sink_start),
             sink_length=jnp.where(cut, 1, self.sink_length),
         )

@@ -38,10 +38,10 @@ def test_files(command, tmp_path, capsys):
     assert run([*command, "--latents"]) == 0
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"video.mp4", "strip.png", "video.latents.npy"}
-    assert read_video(out / "video.mp4").shape == (5 + 8 + 8, 64, 32, 3)
-    assert np.load(out / "video.latents.npy").shape == (6, 4, 2, 4)
+    assert read_video(out / "video.mp4").shape == (5 + 3 * 8, 64, 32, 3)
+    assert np.load(out / "video.latents.npy").shape == (8, 4, 2, 4)
     said = capsys.readouterr()
-    assert "21 frames" in said.out and "rounded up" in said.err
+    assert "29 frames" in said.out and "rounded up" in said.err
 
 
 def test_interruption_keeps_what_is_finished(command, tmp_path, monkeypatch, capsys):
