@@ -1,7 +1,8 @@
 """Token layouts: by these alone the model is bidirectional, causal, teacher-forced or windowed.
 
-Row and column counts are of tokens (2x2 latent patches). `start`, `offset` and `cuts` may be traced;
-columns that depend on none of them are NumPy, so that attention can skip what is never visible.
+Row and column counts are of tokens (2x2 latent patches). `start`, `offset` and `cuts` may be
+traced; columns that depend on none of them are NumPy, so that attention can skip what is never
+visible.
 """
 
 import jax.numpy as jnp

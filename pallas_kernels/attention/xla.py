@@ -26,11 +26,18 @@ def attend(
     q_tokens: Tokens | None,
     k_tokens: Tokens | None,
     *,
-    dense_bytes: int = DENSE_BYTES,
+    dense_bytes: int | None = None,
 ) -> Float[Array, "b q n d"]:
-    """The same as `reference.attend`, with matrix products in the dtype of the arguments."""
+    """The same as `reference.attend`, with matrix products in the dtype of the arguments.
+
+    CPUs have no fast batched products of 16-bit arguments into float32, so there it is all float32.
+    """
+    if platform() == "cpu" and v.dtype != jnp.float32:
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        return attend(*wide, q_tokens, k_tokens, dense_bytes=dense_bytes).astype(v.dtype)
     b, length, n, _ = q.shape
-    if 4 * b * n * length * k.shape[1] <= dense_bytes:
+    limit = DENSE_BYTES if dense_bytes is None else dense_bytes
+    if 4 * b * n * length * k.shape[1] <= limit:
         return _dense(q, k, v, _mask(q_tokens, k_tokens))
     return _blocked(q, k, v, q_tokens, k_tokens)
 
@@ -46,16 +53,9 @@ def _mask(q_tokens: Tokens | None, k_tokens: Tokens | None) -> Bool[Array, "#b #
     return seen.reshape(-1, 1, *seen.shape[-2:])
 
 
-def _logits(q, k):
-    """Float32 products of 16-bit arguments; CPUs do that faster by widening the arguments first."""
-    if platform() == "cpu":
-        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-    return jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
-
-
 def _dense(q, k, v, seen):
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    logits = _logits(q, k)
+    logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
     if seen is not None:
         logits = jnp.where(seen, logits, _NEVER)
     weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
@@ -85,7 +85,7 @@ def _blocked(q, k, v, q_tokens, k_tokens):
         def step(carry, xs):
             top, total, acc = carry
             k, v, k_part, real = xs
-            logits = _logits(q, k)
+            logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
             seen = real if not masked else _mask(q_part, k_part) & real
             logits = jnp.where(seen, logits, _NEVER)
             new_top = jnp.maximum(top, logits.max(-1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longlive_jax.models.wan.config import DiTConfig
-from longlive_jax.models.wan.layers import RMSNorm, linear
+from longlive_jax.models.wan.layers import Linear, RMSNorm
 from longlive_jax.models.wan.positions import rotate
 from longlive_jax.typing import Array, Float
 from pallas_kernels.attention import AttentionFn, attention
@@ -46,10 +46,10 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.heads = cfg.heads
-        self.q = linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
-        self.k = linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
-        self.v = linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
-        self.o = linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
+        self.q = Linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
+        self.k = Linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
+        self.v = Linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
+        self.o = Linear(cfg.dim, cfg.dim, cfg, rngs=rngs)
         self.norm_q, self.norm_k = RMSNorm(cfg), RMSNorm(cfg)
 
     def queries(self, x: Float[Array, "... l e"]) -> Float[Array, "... l n d"]:

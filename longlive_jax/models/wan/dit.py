@@ -23,9 +23,9 @@ from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.layers import (
     FeedForward,
     LayerNorm,
+    Linear,
     TextEmbedding,
     TimeEmbedding,
-    linear,
     modulate,
     stored,
     time_dtype,
@@ -39,7 +39,7 @@ __all__ = ["DiT", "DiTBlock", "TextKV"]
 
 
 class DiTBlock(nnx.Module):
-    """Self-attention and feed-forward, shifted, scaled and gated by the noise level; text between."""
+    """Self-attention, text, feed-forward; the noise level steers the first and the last."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -94,7 +94,7 @@ class Head(nnx.Module):
         table = jax.random.normal(rngs.params(), (2, cfg.dim), cfg.param_dtype) * cfg.dim**-0.5
         self.modulation = nnx.Param(table)
         zeros = nnx.initializers.zeros_init()
-        self.linear = linear(cfg.dim, 4 * cfg.out_channels, cfg, rngs=rngs, kernel_init=zeros)
+        self.linear = Linear(cfg.dim, 4 * cfg.out_channels, cfg, rngs=rngs, kernel_init=zeros)
 
     def __call__(self, x: Float[Array, "b g p e"], time: Float[Array, "b g e"]) -> Array:
         mod = stored(self.modulation[...].astype(jnp.float32) + time[:, :, None], self.cfg)
@@ -106,10 +106,10 @@ class DiT(nnx.Module):
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.patch_embedding = linear(4 * cfg.in_channels, cfg.dim, cfg, rngs=rngs)
+        self.patch_embedding = Linear(4 * cfg.in_channels, cfg.dim, cfg, rngs=rngs)
         self.text_embedding = TextEmbedding(cfg, rngs=rngs)
         self.time_embedding = TimeEmbedding(cfg, rngs=rngs)
-        self.time_projection = linear(cfg.dim, 6 * cfg.dim, cfg, rngs=rngs, dtype=time_dtype(cfg))
+        self.time_projection = Linear(cfg.dim, 6 * cfg.dim, cfg, rngs=rngs, dtype=time_dtype(cfg))
         keys = jax.random.split(rngs.params(), cfg.layers)
         self.blocks = jax.vmap(lambda key: DiTBlock(cfg, rngs=nnx.Rngs(key)))(keys)
         self.head = Head(cfg, rngs=rngs)
@@ -154,7 +154,7 @@ class DiT(nnx.Module):
         `tokens` describe the latents' 2x2 patches. Teacher forcing concatenates clean and noisy
         frames and sets `noisy_from`: the head then runs from that frame on, and the velocity has
         only those frames. With a `cache` its keys follow the latents' own. `relative_rope`: the
-        cache holds keys that are not rotated, and `cache.tokens` says at which positions to see them.
+        cache holds keys that are not rotated; `cache.tokens` says at which positions to see them.
 
         Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
         `cfg.dtype` if `return_kv`, else None. `output=False` (a pass that only fills a cache) gives

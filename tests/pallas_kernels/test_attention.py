@@ -1,0 +1,143 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.layout import grid, teacher_forcing, windowed
+from pallas_kernels.attention import attention, which, xla
+from pallas_kernels.attention.segments import Segment, segments
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.tokens import EMPTY, concat, make
+
+
+def arrays(queries, keys, *, batch=2, heads=3, width=8, dtype=jnp.float32):
+    shapes = ((batch, queries, heads, width), *2 * ((batch, keys, heads, width),))
+    return [
+        jax.random.normal(key, shape, dtype)
+        for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
+    ]
+
+
+def traced(tokens):
+    """The same tokens, unknown while tracing."""
+    return jax.tree.map(jnp.asarray, tokens)
+
+
+def cached():
+    """A chunk being denoised against slots, one sample with an empty slot."""
+    own = grid(2, 1, 3, chunk=2, start=4, noisy=True)
+    held = np.repeat([[0, 1], [0, EMPTY]], 6, axis=1)
+    return own, concat(own, make(np.zeros((2, 12, 3), np.int32), held, False))
+
+
+def layouts():
+    forced = teacher_forcing(6, 1, 3, chunk=2)
+    cuts = np.array([False, True, False])
+    return {
+        "bidirectional": 2 * (grid(4, 1, 3, chunk=4),),
+        "causal": 2 * (grid(6, 1, 3, chunk=2),),
+        "teacher forcing": 2 * (forced,),
+        "windowed": 2 * (windowed(forced, cuts, window=2, global_sinks=0),),
+        "cached": cached(),
+        "blind queries": (
+            make(np.zeros((4, 3), np.int32), [0, 0, EMPTY, EMPTY], False),
+            grid(2, 1, 3, chunk=1),
+        ),
+    }
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "traced"])
+@pytest.mark.parametrize("dense_bytes", [1 << 30, 0], ids=["dense", "blocked"])
+@pytest.mark.parametrize("name", layouts())
+def test_xla_equals_reference_in_values_and_gradients(name, dense_bytes, known, monkeypatch):
+    monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
+    monkeypatch.setattr(xla, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(xla, "KEY_BLOCK", 8)
+    q_tokens, k_tokens = layouts()[name]
+    if not known:
+        q_tokens, k_tokens = traced(q_tokens), traced(k_tokens)
+    operands = arrays(len(q_tokens), len(k_tokens))
+
+    def weighted(implementation, q, k, v):
+        out = attention(q, k, v, q_tokens, k_tokens, implementation=implementation)
+        return jnp.sum(jnp.sin(out)), out
+
+    def run(implementation):
+        fn = jax.value_and_grad(partial(weighted, implementation), (0, 1, 2), has_aux=True)
+        return jax.jit(fn)(*operands)
+
+    got, want = run("xla"), run("reference")
+    chex.assert_tree_all_finite(got)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_without_tokens_everything_is_visible():
+    q, k, v = arrays(5, 7)
+    want = jax.nn.dot_product_attention(q, k, v)
+    for implementation in ("reference", "xla"):
+        got = attention(q, k, v, implementation=implementation)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_sixteen_bit_arguments_keep_a_float32_softmax():
+    q, k, v = arrays(12, 12, dtype=jnp.bfloat16)
+    tokens = grid(4, 1, 3, chunk=2)
+    got = attention(q, k, v, tokens, tokens, implementation="xla")
+    want = attention(
+        *(x.astype(jnp.float32) for x in (q, k, v)), tokens, tokens, implementation="reference"
+    )
+    assert got.dtype == jnp.bfloat16
+    chex.assert_trees_all_close(got.astype(jnp.float32), want, rtol=2e-2, atol=2e-2)
+
+
+def test_segments_name_the_visible_slices():
+    tokens = teacher_forcing(3, 1, 2, chunk=1)
+    clean = [Segment(0, 2, ((0, 2),)), Segment(2, 4, ((0, 4),)), Segment(4, 6, ((0, 6),))]
+    noisy = [
+        Segment(6, 8, ((6, 8),)),
+        Segment(8, 10, ((0, 2), (8, 10))),
+        Segment(10, 12, ((0, 4), (10, 12))),
+    ]
+    assert segments(tokens, tokens) == clean + noisy
+    assert segments(traced(tokens), tokens) is None
+    assert segments(*cached()) is None  # samples differ
+    many = grid(100, 1, 1, chunk=1)
+    assert segments(many, many) is None
+
+
+def test_a_named_implementation_runs_or_raises():
+    q, k, v = arrays(6, 6)
+    assert which(q, k, v) == ("xla" if jax.default_backend() == "cpu" else which(q, k, v))
+    assert which(q, k, v, implementation="reference") == "reference"
+    with pytest.raises(Unsupported, match="cudnn"):
+        attention(q, k, v, implementation="cudnn")
+    with pytest.raises(ValueError, match="choose from"):
+        attention(q, k, v, implementation="flash")
+
+
+def test_tokens_must_fit_the_arrays():
+    q, k, v = arrays(6, 6)
+    tokens = grid(6, 1, 1, chunk=6)
+    with pytest.raises(ValueError, match="or for neither"):
+        attention(q, k, v, tokens)
+    with pytest.raises(ValueError, match="3 key tokens for 6 key rows"):
+        attention(q, k, v, tokens, grid(3, 1, 1, chunk=3))
+    with pytest.raises(ValueError, match="tokens of 3 samples, not 2"):
+        batch = make(np.zeros((3, 6, 3), np.int32), 0, False)
+        attention(q, k, v, batch, batch)
+
+
+@pytest.mark.gpu
+def test_cudnn_equals_reference():
+    for name in ("bidirectional", "causal", "teacher forcing", "cached"):
+        q_tokens, k_tokens = layouts()[name]
+        q, k, v = arrays(len(q_tokens), len(k_tokens), width=64, dtype=jnp.bfloat16)
+        assert which(q, k, v, q_tokens, k_tokens) == "cudnn"
+        got, want = (
+            attention(q, k, v, q_tokens, k_tokens, implementation=i).astype(jnp.float32)
+            for i in ("cudnn", "reference")
+        )
+        chex.assert_trees_all_close(got, want, rtol=2e-2, atol=2e-2)
