@@ -108,6 +108,47 @@ def test_changed_goldens_fail(goldens, tmp_path, report, kind, name, change, cas
     assert [row["case"] for row in rows if row["status"] == "fail"] == [case]
 
 
+def one_video(arrays):
+    for name in ("x", "t_tokens", "t_scalar", "context", "context_lens", "y", "y_scalar_t"):
+        arrays[name] = arrays[name][:1]
+
+
+def shorter_text(arrays):
+    inside = arrays["mask"][0] > 0
+    for name in ("ids", "mask", "y"):
+        arrays[name] = arrays[name][:1, inside]
+
+
+def shorter_video(arrays):
+    """One case, five chunks of it: what comes later does not change what was before."""
+    meta = json.loads(bytes(arrays["__meta__"]))
+    meta["cases"] = [case for case in meta["cases"] if case["inference"]["sampling_steps"] == 2]
+    frames = 5 * meta["num_frame_per_block"]
+    for case in meta["cases"]:
+        del case["cache_state"]
+        case["prompts"] = case["prompts"][:5]
+        name = f"{case['name']}/latents"
+        arrays[name] = arrays[name][:, :frames]
+        del arrays[f"{case['name']}/k_cache_layer0"]
+    arrays["noise"] = arrays["noise"][:, :frames]
+    arrays["__meta__"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("dit_bidirectional", one_video),
+        ("umt5_encoder", shorter_text),
+        ("sampling_multishot", shorter_video),
+    ],
+)
+def test_sizes_are_the_files_own(goldens, tmp_path, report, kind, change):
+    source = golden_of(goldens, kind)
+    rewritten(source, tmp_path / source.name, change)
+    code, rows = report(tmp_path)
+    assert code == 0 and {row["status"] for row in rows} == {"pass"}, rows
+
+
 def test_names_with_something_appended(goldens, tmp_path, report):
     shutil.copy(
         golden_of(goldens, "teacher_forcing_masks"), tmp_path / "teacher_forcing_masks_7.npz"

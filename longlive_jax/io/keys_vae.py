@@ -74,8 +74,8 @@ def original_for(keys: Iterable[str]) -> KeyTable:
     blocks = {"downsamples": 0, "upsamples": 0}
     for key in keys:
         parts = key.split(".")
-        if len(parts) > 5 and parts[1] in blocks and parts[4] == "residual" and parts[3].isdigit():
-            blocks[parts[1]] = max(blocks[parts[1]], int(parts[3]) + 1)
+        if len(parts) > 5 and parts[1] in blocks and parts[5] == "residual" and parts[4].isdigit():
+            blocks[parts[1]] = max(blocks[parts[1]], int(parts[4]) + 1)
     return original(blocks["downsamples"] or 2, blocks["upsamples"] or 3)
 
 
