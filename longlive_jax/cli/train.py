@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"config.stage is {name!r}{nearest(str(name), STAGES)}")
     stage = build(STAGES[name], settings)
     workdir, out = check_writable(args.workdir), check_writable(args.out)
+    if out.resolve() in (workdir.resolve(), *workdir.resolve().parents):
+        raise UserError(f"--workdir {workdir} lies in --out {out}; choose a folder beside it")
     with CheckpointWriter(out, overwrite=True):
         pass  # refuses a folder of other files now, not when the training is over
     logging.set_verbosity(logging.WARNING)  # Orbax's notes on every save are pages long
