@@ -1,4 +1,4 @@
-"""Peak memory of `longlive convert` and `export` on a synthetic checkpoint laid out like the 5B DiT.
+"""Peak memory of `longlive convert` and `export` on synthetic weights laid out like the 5B DiT.
 
     python -m longlive_jax.bench.convert_memory [--layers 10] [--dtype bfloat16] [--folder DIR]
 
@@ -9,6 +9,7 @@ four times the size of the weights on disk (3.2 GiB for 10 layers in bfloat16), 
 """
 
 import argparse
+import functools
 import json
 import shutil
 import struct
@@ -81,7 +82,8 @@ def torch_pickle(tensors: dict[str, tuple[tuple[int, ...], str, Callable]]) -> I
 
     yield b"\x80\x02}("
     for i, (name, (shape, storage, _)) in enumerate(tensors.items()):
-        strides, count = [], 1
+        strides: list[int] = []
+        count = 1
         for size in reversed(shape):
             strides.insert(0, count)
             count *= size
@@ -108,7 +110,7 @@ def make_files(folder: Path, layers: int, dtype: str) -> None:
 
     shapes = list(layout(layers).items())
     outgoing = {
-        name: Outgoing(shape, element, lambda s=shape, i=i: make(s, i))
+        name: Outgoing(shape, element, functools.partial(make, shape, i))
         for i, (name, shape) in enumerate(shapes)
     }
     (folder / "wan").mkdir()

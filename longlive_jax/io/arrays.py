@@ -60,11 +60,16 @@ def nest(flat: Mapping[Path, Any]) -> dict[Any, Any]:
 
 
 class ArrayFiller:
-    """Fills the arrays of one Orbax tree, slice by slice along the leading axis."""
+    """Fills the arrays of one Orbax tree, slice by slice along the leading axis.
+
+    Writes gather in a transaction that is committed every `COMMIT_BYTES` and by `flush`: memory is
+    bounded by that and by one slice, and hundreds of small arrays cost one commit.
+    """
 
     def __init__(self, folder: FilePath, specs: Mapping[Path, ArraySpec]):
         self.folder, self.specs = folder, dict(specs)
         self.fingerprints: dict[str, str] = {".".join(path): "" for path in specs}
+        self._transaction, self._pending = ts.Transaction(), 0
         seed = nest(dict.fromkeys(specs, np.zeros((), np.int8)))
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), _text_keys(seed))
@@ -72,31 +77,33 @@ class ArrayFiller:
     def fill(self, path: Path, pieces: Iterable[np.ndarray], *, stacked: bool) -> None:
         """Writes an array from its layers (`stacked`) or from one piece.
 
-        A commit happens every `COMMIT_BYTES`, so memory is bounded by that and by one piece.
         Raises ValueError if pieces do not add up to the announced array.
         """
         spec = self.specs[path]
-        store = _create(self.folder, path, spec, stacked=stacked)
-        transaction, pending, checksum, count = ts.Transaction(), 0, 0, 0
+        store = _create(self.folder, path, spec, self._transaction, stacked=stacked)
+        checksum = count = 0
         for piece in pieces:
             want = spec.shape[1:] if stacked else spec.shape
             if piece.shape != want or piece.dtype != spec.dtype:
-                raise ValueError(
-                    f"{path}: {piece.shape} {piece.dtype}, announced {want} {spec.dtype}"
-                )
+                found = f"{piece.shape} {piece.dtype}"
+                raise ValueError(f"{path}: {found}, announced {want} {spec.dtype}")
             piece = np.asarray(piece, order="C")
             checksum = zlib.crc32(_bytes(piece), checksum)
-            for target, part in _parts(store, piece, count if stacked else None):
-                target.with_transaction(transaction).write(part).result()
-                pending += part.nbytes
-                if pending >= COMMIT_BYTES:
-                    transaction.commit_sync()
-                    transaction, pending = ts.Transaction(), 0
+            for where, part in _parts(store, piece, count if stacked else None):
+                store[where].write(part).result()
+                self._pending += part.nbytes
+                if self._pending >= COMMIT_BYTES:
+                    self.flush()
+                    store = _reopen(self.folder, path, spec, self._transaction)
             count += 1
-        transaction.commit_sync()
         if count != (spec.shape[0] if stacked else 1):
             raise ValueError(f"{path}: {count} pieces for shape {spec.shape}")
         self.fingerprints[".".join(path)] = _fingerprint(spec.shape, spec.dtype, checksum)
+
+    def flush(self) -> None:
+        """Makes everything filled so far readable."""
+        self._transaction.commit_sync()
+        self._transaction, self._pending = ts.Transaction(), 0
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -114,15 +121,16 @@ def _parse(fingerprint: str) -> tuple[ArraySpec, str]:
     return ArraySpec(shape, np.dtype(getattr(ml_dtypes, dtype, dtype))), checksum
 
 
-def _parts(store: Any, piece: np.ndarray, layer: int | None) -> Iterator[tuple[Any, np.ndarray]]:
-    """Targets and pieces of at most about `CHUNK_BYTES`, whole chunks each."""
-    target = store if layer is None else store[layer]
+def _parts(store: Any, piece: np.ndarray, layer: int | None) -> Iterator[tuple[tuple, np.ndarray]]:
+    """Where in the array, and what: a whole piece, or rows of one that is too large."""
+    lead = () if layer is None else (layer,)
     if piece.nbytes <= COMMIT_BYTES or piece.ndim == 0:
-        yield target, piece
+        yield lead, piece
         return
-    rows = store.chunk_layout.write_chunk.shape[0 if layer is None else 1]
+    rows = store.chunk_layout.write_chunk.shape[len(lead)]
     for at in range(0, piece.shape[0], rows):
-        yield target[at : at + rows], piece[at : at + rows]
+        end = min(at + rows, piece.shape[0])  # TensorStore does not clip slices as NumPy does
+        yield (*lead, slice(at, end)), piece[at:end]
 
 
 def _kvstore(folder: FilePath, path: Path) -> dict[str, Any]:
@@ -130,7 +138,10 @@ def _kvstore(folder: FilePath, path: Path) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
 
 
-def _create(folder: FilePath, path: Path, spec: ArraySpec, *, stacked: bool) -> Any:
+def _create(
+    folder: FilePath, path: Path, spec: ArraySpec, transaction: ts.Transaction, *, stacked: bool
+) -> Any:
+    """Replaces the placeholder by an array of the right shape, within the transaction."""
     chunks = list(spec.shape)
     rows = 1 if stacked else 0  # the axis that is cut when a layer alone is too large
     if stacked:
@@ -150,7 +161,19 @@ def _create(folder: FilePath, path: Path, spec: ArraySpec, *, stacked: bool) -> 
         # an all-zero chunk must exist, or Orbax takes the array for incomplete
         "store_data_equal_to_fill_value": True,
     }
-    return ts.open(layout, create=True, delete_existing=True).result()
+    opened = ts.open(layout, create=True, delete_existing=True, transaction=transaction)
+    return opened.result()
+
+
+def _reopen(folder: FilePath, path: Path, spec: ArraySpec, transaction: Any = None) -> Any:
+    layout = {
+        "driver": "zarr",
+        "kvstore": _kvstore(folder, path),
+        "dtype": spec.dtype.name,
+        "schema": {"domain": {"shape": list(spec.shape)}},
+        "store_data_equal_to_fill_value": True,
+    }
+    return ts.open(layout, open=True, transaction=transaction).result()
 
 
 def _text_keys(tree: Mapping[Any, Any]) -> dict[str, Any]:
@@ -174,14 +197,8 @@ class ArrayReader:
     def read(self, path: Path, layer: int | None = None) -> np.ndarray:
         """An array, or one slice of it along the leading axis. Only whole arrays are verified."""
         spec = self.specs[path]
-        layout = {
-            "driver": "zarr",
-            "kvstore": _kvstore(self.folder, path),
-            "dtype": spec.dtype.name,
-            "schema": {"domain": {"shape": list(spec.shape)}},
-        }
         try:
-            store = ts.open(layout, open=True, read=True).result()
+            store = _reopen(self.folder, path, spec)
             value = np.asarray((store if layer is None else store[layer]).read().result())
         except (ValueError, OSError) as error:
             detail = str(error).splitlines()[0][:160]

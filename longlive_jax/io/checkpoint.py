@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -70,6 +71,7 @@ class CheckpointWriter:
         self.overwrite = overwrite
         self._existed = self.folder.is_dir()
         self._staged: dict[str, FilePath] = {}
+        self._fillers: list[ArrayFiller] = []
         foreign = self._existed and any(self.folder.iterdir()) and not self._own()
         if foreign:
             raise UserError(f"{self.folder}: holds other files; choose an empty or new folder")
@@ -101,6 +103,7 @@ class CheckpointWriter:
             raise UserError(f"{self.folder / name} exists; say --overwrite to replace it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
         self._staged[name] = self.folder / f".{name}.writing-{os.getpid()}"
@@ -117,6 +120,7 @@ class CheckpointWriter:
     ) -> ArrayFiller:
         """Lays out a component with zero-filled arrays; the caller fills each by path."""
         filler = ArrayFiller(self.stage(name), specs)
+        self._fillers.append(filler)
         self.manifest["components"][name] = _jsonable(config)
         self.manifest["arrays"][name] = filler.fingerprints
         self.manifest["provenance"][name] = dict(provenance or {})
@@ -132,6 +136,8 @@ class CheckpointWriter:
             lacking = [path for path, print_ in arrays.items() if not print_]
             if lacking:
                 raise ValueError(f"{name}: never filled: {', '.join(lacking[:8])}")
+        for filler in self._fillers:
+            filler.flush()
         for name, staged in self._staged.items():
             target = self.folder / name
             if target.is_dir():

@@ -21,7 +21,7 @@ from longlive_jax.io.arrays import ArraySpec
 from longlive_jax.io.checkpoint import TOKENIZER, CheckpointWriter
 from longlive_jax.io.components import COMPONENTS, Component, expected_shapes, identify
 from longlive_jax.io.components import saved_settings as saved
-from longlive_jax.io.keytable import KeyReport, Leaf, Path
+from longlive_jax.io.keytable import Collected, KeyReport, KeyTable, Leaf, Path
 from longlive_jax.io.sources import Source, find_sources, find_tokenizer
 from longlive_jax.io.tensors import LazyTensor
 from longlive_jax.spec import UserError
@@ -95,20 +95,12 @@ def convert(
         adapters = Adapters.open(merge_lora, alpha=lora_alpha)
         adapters.check(next((p.leaves for p in plans if p.component.name == "dit"), ()))
     tokenizer = find_tokenizer(source) if source.is_dir() else None
-    total = sum(plan.nbytes for plan in plans)
-    done = 0
-
-    def count(plan: _Plan) -> Callable[[int], None]:
-        def add(size: int) -> None:
-            nonlocal done
-            done += size
-            progress(plan.component.name, done, total)
-
-        return add
-
+    total, done = sum(plan.nbytes for plan in plans), 0
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         for plan in plans:
-            _write(writer, plan, adapters if plan.component.name == "dit" else None, count(plan))
+            for size in _write(writer, plan, adapters if plan.component.name == "dit" else None):
+                done += size
+                progress(plan.component.name, done, total)
         if tokenizer is not None and (overwrite or not (out / TOKENIZER).exists()):
             writer.tokenizer(tokenizer)
         writer.commit()
@@ -118,8 +110,10 @@ def convert(
 def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> _Plan:
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     component, table = identify(shapes, str(source.path))
+    found = table.collect(shapes)
+    found.report.add(source.report)
     try:
-        leaves, config = _fit(component, table, shapes, {**source.hints, **hints})
+        leaves, config = _fit(component, table, found, {**source.hints, **hints})
     except ValueError as error:
         raise UserError(f"{source.path}: {error}") from error
     specs, mixed = {}, []
@@ -134,9 +128,10 @@ def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> 
     return _Plan(component, table.name, source, leaves, config, specs)
 
 
-def _fit(component: Component, table, shapes, hints) -> tuple[list[Leaf], Any]:
+def _fit(
+    component: Component, table: KeyTable, found: Collected, hints: Mapping[str, Any]
+) -> tuple[list[Leaf], Any]:
     """Leaves and settings; shapes give the settings, and those say what else must be there."""
-    found = table.collect(shapes)
     try:
         config = component.settings(found.shapes, hints)
     except KeyError as error:  # the path of an array without which nothing can be told
@@ -169,7 +164,8 @@ def _distinct(plans: Sequence[_Plan]) -> None:
         seen[name] = plan.source.path
 
 
-def _write(writer: CheckpointWriter, plan: _Plan, adapters: "Adapters | None", count) -> None:
+def _write(writer: CheckpointWriter, plan: _Plan, adapters: "Adapters | None") -> Iterator[int]:
+    """Writes a component, and yields the bytes of every array when it is in."""
     provenance = {
         "source": plan.source.path.name,
         "part": plan.source.part,
@@ -180,19 +176,17 @@ def _write(writer: CheckpointWriter, plan: _Plan, adapters: "Adapters | None", c
     name, config = plan.component.name, saved(plan.config)
     filler = writer.component(name, plan.specs, config, provenance=provenance)
     for leaf in plan.leaves:
-        pieces = _pieces(plan, leaf, adapters, count)
-        filler.fill(leaf.path, pieces, stacked=leaf.rule.stacked)
+        filler.fill(leaf.path, _pieces(plan, leaf, adapters), stacked=leaf.rule.stacked)
+        yield sum(plan.source.tensors[key].nbytes for key in leaf.keys)
 
 
-def _pieces(plan: _Plan, leaf: Leaf, adapters: "Adapters | None", count) -> Iterator[np.ndarray]:
+def _pieces(plan: _Plan, leaf: Leaf, adapters: "Adapters | None") -> Iterator[np.ndarray]:
     dtype = plan.specs[leaf.path].dtype
     for layer, key in enumerate(leaf.keys):
-        tensor = plan.source.tensors[key]
-        value = leaf.place(tensor.read())
+        value = leaf.place(plan.source.tensors[key].read())
         if adapters is not None:
             value = adapters.merged(leaf.path, layer, value)
         yield value.astype(dtype, copy=False)
-        count(tensor.nbytes)
 
 
 def _report(plan: _Plan) -> Converted:
@@ -239,10 +233,7 @@ class Adapters:
                 report.extra.append(leaf.keys[0])
             elif (leaf.shape[0], leaf.shape[1 if path[-1] == "a" else 2]) != (kernel[0], side):
                 report.misshapen.append(f"{leaf.keys[0]} {leaf.shape} for kernel {kernel}")
-        try:
-            report.check(f"{self.path}: LoRA for this DiT")
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        report.check(f"{self.path}: LoRA for this DiT")
 
     def merged(self, path: Path, layer: int, kernel: np.ndarray) -> np.ndarray:
         """kernel + a @ b * alpha / r, summed in float32; or the kernel itself."""

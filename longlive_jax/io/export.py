@@ -65,28 +65,22 @@ def export(
     names = [n for n in read_manifest(source)["components"] if n in COMPONENTS]
     opened = {name: open_component(source, name) for name in names}
     jobs = {name: _outgoing(name, naming, *opened[name]) for name in names}
-    total = sum(t.nbytes for tensors in jobs.values() for t in tensors.values())
-    done = 0
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     written: list[Path] = []
+    count = _counter(sum(t.nbytes for tensors in jobs.values() for t in tensors.values()), progress)
     try:
         for name, tensors in jobs.items():
-
-            def count(size: int, name: str = name) -> None:
-                nonlocal done
-                done += size
-                progress(name, done, total)
-
             folder, stem = PLACES[naming][name]
             (temporary / folder).mkdir(parents=True, exist_ok=True)
             written += write_safetensors(
-                temporary / folder, stem, tensors, shard_bytes=shard_bytes, progress=count
+                temporary / folder,
+                stem,
+                tensors,
+                shard_bytes=shard_bytes,
+                progress=functools.partial(count, name),
             )
             _write_config(temporary / folder, naming, name, opened[name][1])
-        if (source / TOKENIZER).is_file():
-            target = temporary / TOKENIZER_PLACE[naming]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / TOKENIZER, target)
+        _copy_tokenizer(source, temporary / TOKENIZER_PLACE[naming])
         if out.is_dir():
             out.rmdir()
         temporary.replace(out)
@@ -95,6 +89,23 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [out / path.relative_to(temporary) for path in written]
+
+
+def _counter(total: int, progress: Progress) -> Callable[[str, int], None]:
+    done = 0
+
+    def count(name: str, size: int) -> None:
+        nonlocal done
+        done += size
+        progress(name, done, total)
+
+    return count
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    if (source / TOKENIZER).is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / TOKENIZER, target)
 
 
 def _outgoing(

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from longlive_jax.spec import UserError
+
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 
@@ -159,8 +161,13 @@ class KeyReport:
     duplicate: list[str] = dataclasses.field(default_factory=list)
     misshapen: list[str] = dataclasses.field(default_factory=list)
 
+    def add(self, other: KeyReport) -> None:
+        """Takes over what another report found."""
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).extend(getattr(other, field.name))
+
     def check(self, what: str, *, limit: int = 8) -> None:
-        """Raise ValueError naming counts and the first `limit` of each kind, if there are any."""
+        """Raise UserError naming counts and the first `limit` of each kind, if there are any."""
         kinds = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if not any(kinds.values()):
             return
@@ -169,7 +176,7 @@ class KeyReport:
             if found:
                 more = f", and {len(found) - limit} more" if len(found) > limit else ""
                 parts.append(f"{len(found)} {kind}: {', '.join(found[:limit])}{more}")
-        raise ValueError(f"{what} does not fit: " + "; ".join(parts))
+        raise UserError(f"{what} does not fit: " + "; ".join(parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +242,7 @@ class KeyTable:
         """Leaves for a state dict given by its shapes, in order of appearance.
 
         With `expected` (path -> shape of the model's parameters) every leaf must be there in that
-        shape and no other. Raises ValueError with the whole `KeyReport`.
+        shape and no other. Raises UserError with the whole `KeyReport`.
         """
         found = self.collect(shapes)
         if expected is not None:
@@ -332,7 +339,7 @@ class KeyTable:
     def backward(self, shapes: Mapping[Path, Shape]) -> list[Leaf]:
         """Leaves for a parameter tree given by its shapes; `Leaf.extract` makes the tensors.
 
-        Raises ValueError naming every path no rule knows and every key written twice.
+        Raises UserError naming every path no rule knows and every key written twice.
         """
         report, leaves = KeyReport(), []
         seen: set[str] = set()

@@ -16,7 +16,7 @@ from longlive_jax.spec import UserError
 __all__ = ["Global", "StateDict", "TensorCall", "read_pickle", "walk"]
 
 MAX_DEPTH = 64
-MAX_NODES = 4_000_000
+MAX_NODES = 500_000
 MAX_INTEGER_BYTES = 16
 
 
@@ -118,7 +118,7 @@ class _Machine:
         """What STOP found on the stack."""
         if len(self.stack) != 1:
             raise ValueError(f"{len(self.stack)} values left over")
-        return self.stack[0]
+        return self.pop()
 
     def pop(self) -> Any:
         value = self.stack.pop()

@@ -37,6 +37,7 @@ class Source:
     tensors: Mapping[str, LazyTensor]
     hints: Mapping[str, Any]
     part: str  # which of several state dicts in the file, for the record
+    report: KeyReport  # of names that collide and values that are no tensors
 
 
 def find_sources(path: Path, *, use_ema: bool = False) -> list[Source]:
@@ -78,22 +79,26 @@ def _files(folder: Path) -> list[Path]:
 def open_file(path: Path, *, use_ema: bool = False) -> Source:
     """One file (or the index of several) as a state dict with plain names.
 
-    Raises UserError for an unreadable file, names that collide, and quantized weights.
+    Raises UserError for an unreadable file and for quantized weights.
     """
     state: Mapping[str, Any]
-    if path.name.endswith(INDEX):
-        state, part = read_index(path), ""
-    elif path.suffix == ".safetensors":
-        state, part = read_safetensors(path), ""
-    else:
-        state, part = _unwrap(read_torch(path), path, use_ema)
+    try:
+        if path.name.endswith(INDEX):
+            state, part = read_index(path), ""
+        elif path.suffix == ".safetensors":
+            state, part = read_safetensors(path), ""
+        else:
+            state, part = _unwrap(read_torch(path), path, use_ema)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if use_ema and part != "generator_ema":
         raise UserError(f"{path}: has no generator_ema; leave out --use_ema")
     if any(key.endswith("quantized_weight_values") for key in state):
         raise UserError(
             f"{path}: holds NVFP4 weights, which are not read yet; convert the bfloat16 checkpoint"
         )
-    return Source(path, _plain(state, path), _hints(path.parent), part)
+    tensors, report = _plain(state)
+    return Source(path, tensors, _hints(path.parent), part, report)
 
 
 def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], str]:
@@ -105,7 +110,6 @@ def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], s
         if not isinstance(value, dict):
             break
         if any(isinstance(v, LazyTensor) for v in value.values()):
-            _no_duplicates(value, path)
             return value, part
         name = next((n for n in names if isinstance(value.get(n), dict)), None)
         if name is None:
@@ -118,13 +122,9 @@ def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], s
     raise UserError(f"{path}: no weights under {', '.join(names)}; it holds {inside}{hint}")
 
 
-def _no_duplicates(state: Any, path: Path) -> None:
-    KeyReport(duplicate=list(getattr(state, "duplicates", []))).check(str(path))
-
-
-def _plain(state: Mapping[str, Any], path: Path) -> dict[str, LazyTensor]:
+def _plain(state: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], KeyReport]:
     plain: dict[str, LazyTensor] = {}
-    report = KeyReport()
+    report = KeyReport(duplicate=list(getattr(state, "duplicates", [])))
     for key, value in state.items():
         name = _plain_name(str(key))
         if not isinstance(value, LazyTensor):
@@ -133,8 +133,7 @@ def _plain(state: Mapping[str, Any], path: Path) -> dict[str, LazyTensor]:
             report.duplicate.append(f"{key} (again {name})")
         else:
             plain[name] = value
-    report.check(str(path))
-    return plain
+    return plain, report
 
 
 def _plain_name(key: str) -> str:
