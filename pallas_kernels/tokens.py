@@ -4,6 +4,8 @@ A mode of attention (bidirectional, block-causal, teacher-forced, cached, window
 not an argument but a set of columns; `visible` is the whole contract that an implementation keeps.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -78,7 +80,7 @@ def concat(*parts: Tokens) -> Tokens:
         return xp.concatenate(wide, axis=len(batch))
 
     pos = join(2, *(part.pos for part in parts))
-    columns = (join(1, *(getattr(part, name) for part in parts)) for name in COLUMNS)
+    columns: list[Any] = [join(1, *(getattr(part, name) for part in parts)) for name in COLUMNS]
     return Tokens(pos, *columns)
 
 

@@ -8,6 +8,7 @@ that know no masks (cuDNN) serve.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,8 @@ def _run_starts(rows: np.ndarray) -> np.ndarray:
 
 def _at(rows: np.ndarray, index: np.ndarray) -> Tokens:
     chunk, noisy, *rest = rows[:, index]
-    return Tokens(np.zeros((len(index), 3), np.int32), chunk, noisy.astype(bool), *rest)
+    pos: Any = np.zeros((len(index), 3), np.int32)
+    return Tokens(pos, chunk, noisy.astype(bool), *rest)
 
 
 def _slices(starts: np.ndarray, stops: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -13,9 +13,11 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.dispatch import platform
 from pallas_kernels.tokens import Tokens, visible, visible_keys
 
-DENSE_BYTES = 1 << 29
-"""Logits larger than this are done in blocks."""
-QUERY_BLOCK, KEY_BLOCK = 1024, 1024
+DENSE_BYTES = 1 << 26
+"""Logits larger than this are done in blocks: at 1920 queries x 7680 keys x 8 heads on a CPU that
+is 1.7 times faster than dense."""
+BLOCK = 512
+"""Most queries and keys in a block."""
 _NEVER = -1e30  # finite, so that a block without visible keys gives no NaN
 
 
@@ -33,8 +35,8 @@ def attend(
     CPUs have no fast batched products of 16-bit arguments into float32, so there it is all float32.
     """
     if platform() == "cpu" and v.dtype != jnp.float32:
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        return attend(*wide, q_tokens, k_tokens, dense_bytes=dense_bytes).astype(v.dtype)
+        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+        return attend(q32, k32, v32, q_tokens, k_tokens, dense_bytes=dense_bytes).astype(v.dtype)
     b, length, n, _ = q.shape
     limit = DENSE_BYTES if dense_bytes is None else dense_bytes
     if 4 * b * n * length * k.shape[1] <= limit:
@@ -71,9 +73,10 @@ def _dense(q, k, v, seen):
 def _blocked(q, k, v, q_tokens, k_tokens):
     b, length, n, d = q.shape
     masked = q_tokens is not None and k_tokens is not None
-    keys, values = _split(k, KEY_BLOCK), _split(v, KEY_BLOCK)
-    k_parts = _split_tokens(k_tokens, KEY_BLOCK) if masked else None
-    rest = jnp.arange(keys.shape[0] * KEY_BLOCK).reshape(-1, KEY_BLOCK) < k.shape[1]
+    q_size, k_size = (_block(x.shape[1]) for x in (q, k))
+    keys, values = _split(k, k_size), _split(v, k_size)
+    k_parts = _split_tokens(k_tokens, k_size) if masked else None
+    rest = jnp.arange(keys.shape[0] * k_size).reshape(-1, k_size) < k.shape[1]
     scale = d**-0.5
 
     @jax.checkpoint
@@ -104,11 +107,16 @@ def _blocked(q, k, v, q_tokens, k_tokens):
 
     alike = masked and q_tokens.alike
     whole = q_tokens if alike or not masked else None  # one row serves every block
-    q_parts = None if whole is not None or not masked else _split_tokens(q_tokens, QUERY_BLOCK)
-    blocks = (_split(q, QUERY_BLOCK), q_parts)
+    q_parts = None if whole is not None or not masked else _split_tokens(q_tokens, q_size)
+    blocks = (_split(q, q_size), q_parts)
     out = lax.map(lambda x: queries((x[0], whole if x[1] is None else x[1])), blocks)
     out = jnp.moveaxis(out, 0, 1).reshape(b, -1, n, d)
     return out[:, :length]
+
+
+def _block(length: int) -> int:
+    """The block size that splits `length` most evenly into blocks of at most `BLOCK`."""
+    return -(-length // -(-length // BLOCK))
 
 
 def _split(x: Array, size: int) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -224,8 +225,8 @@ def _motion(velocity: tuple[float, float] | None) -> str | None:
     if velocity is None:
         return None
     for word, direction in MOTIONS.items():
-        gap = np.hypot(*(v - SPEED * d for v, d in zip(velocity, direction, strict=True)))
-        if gap < SPEED / 2:
+        across, down = (v - SPEED * d for v, d in zip(velocity, direction, strict=True))
+        if np.hypot(across, down) < SPEED / 2:
             return word
     return None
 
@@ -324,7 +325,7 @@ def summary(verdicts: Sequence[VideoVerdict]) -> dict:
     cuts = [cut for verdict in verdicts for cut in verdict.cuts]
     returns = [back for verdict in verdicts for back in verdict.returns]
     columns = list(zip(*(verdict.quarters for verdict in verdicts), strict=True))
-    quarters = [
+    quarters: list[dict[str, Any]] = [
         {
             **{k: float(np.mean([getattr(q, k) for q in column])) for k in _QUALITY},
             "all_right": _rate_of(

@@ -270,9 +270,10 @@ def _lengths(rng, chunks: int, limits: tuple[int, int], shots: int | None) -> li
 def _next_scene(rng, last: Shot | None, known: list, split, cast: int) -> tuple:
     """Subject, background and motion: one of them differs from the last shot, or several."""
     while True:
-        subject = last.subject if last else None
         if last is None or rng.random() < 0.6:
-            subject = _choose_subject(rng, subject, known, cast)
+            subject = _choose_subject(rng, last.subject if last else None, known, cast)
+        else:
+            subject = last.subject
         background, motion = (last.background, last.motion) if last else (None, None)
         if background is None or rng.random() < 0.5:
             background = _pick(rng, BACKGROUNDS)
@@ -308,11 +309,11 @@ def _position(shot: Shot, frames: int) -> tuple[float, float]:
 
 def _distance(a: tuple[float, float], b: tuple[float, float]) -> float:
     """Length of the shortest way between two places on the torus."""
-    gaps = [
+    across, down = (
         (p - q + size / 2) % size - size / 2
         for p, q, size in zip(a, b, (WIDTH, HEIGHT), strict=True)
-    ]
-    return float(np.hypot(*gaps))
+    )
+    return float(np.hypot(across, down))
 
 
 def _pick(rng, names) -> str:

@@ -112,6 +112,7 @@ class CrossAttention(Attention):
         # Streams are batched as more queries of the same prompt: [b s, streams * l', n, d].
         q = q.reshape(b, streams, segments, -1, n, d).swapaxes(1, 2)
         q = q.reshape(b * segments, -1, n, d)
-        y = attention(q, *(x.reshape(b * segments, *rest) for x in (k, v)))
+        k, v = (x.reshape(b * segments, *rest) for x in (k, v))
+        y = attention(q, k, v)
         y = y.reshape(b, segments, streams, -1, n, d).swapaxes(1, 2)
         return self.out(y.reshape(b, length, n, d))

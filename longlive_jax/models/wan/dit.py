@@ -192,7 +192,8 @@ class DiT(nnx.Module):
         x, kv = lax.scan(lambda x, i: layer(x, at(i)), x, jnp.arange(last))
         block, _, _ = at(last)
         final = block.remember(x, mod, seen)
-        return tuple(jnp.concatenate([a, b[None]]) for a, b in zip(kv, final, strict=True))
+        k, v = (jnp.concatenate([a, b[None]]) for a, b in zip(kv, final, strict=True))
+        return k, v
 
     def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV):
         """Patches as [b, groups, tokens a group, e], one group a timestep."""

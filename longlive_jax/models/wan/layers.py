@@ -6,6 +6,7 @@ would remove a plain cast there and back, `lax.reduce_precision` it keeps.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ class TextEmbedding(nnx.Module):
     """Projects text encoder rows to the model's width."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
-        init = {"rngs": rngs, "kernel_init": small_normal}
+        init: dict[str, Any] = {"rngs": rngs, "kernel_init": small_normal}
         self.fc1 = Linear(cfg.text_dim, cfg.dim, cfg, **init)
         self.fc2 = Linear(cfg.dim, cfg.dim, cfg, **init)
 
