@@ -116,8 +116,8 @@ def _mistakes(cases: Mapping[str, Any]) -> str:
 
 def _fidelity(name: str, case: Mapping[str, Any]) -> str:
     return (
-        f"VAE ({name}): {case['psnr']:.2f} dB; worst video {case['psnr_worst_video']:.2f} dB, "
-        f"worst frame {case['psnr_worst_frame']:.2f} dB."
+        f"VAE ({name}): {case['psnr']:.2f} dB over all pixels, worst frame "
+        f"{case['psnr_worst_frame']:.2f} dB."
     )
 
 
