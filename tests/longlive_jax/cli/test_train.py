@@ -1,0 +1,94 @@
+"""`longlive train`: the three stages at their smallest, and mistakes that compute nothing."""
+
+import json
+
+import pytest
+
+from longlive_jax.cli.app import run
+from longlive_jax.data.small_world import world
+from longlive_jax.io.checkpoint import read_manifest
+from longlive_jax.sampling.settings import spec_for
+from longlive_jax.training import loop
+
+CONFIG = "--config=configs/small_world.py"
+SHORT = ["loop.steps=2", "loop.log_every=1", "loop.save_every=2", "optim.name=adamw"]
+VAE = [
+    "model.encoder_dim=4", "model.decoder_dim=4", "model.z_dim=2", "model.dim_mult=(1,1,1,1)",
+    "model.decoder_mult=None", "model.latent_mean=(0.0,0.0)", "model.latent_std=(1.0,1.0)",
+    "phases=[{'steps': 2, 'batch': 1, 'frames': 5}]", "held_out_clips=1",
+]  # fmt: skip
+TEXT = ["model.dim=8", "model.dim_attn=8", "model.ffn_dim=8", "model.heads=2", "model.layers=1"]
+AR = [
+    "model.dim=12", "model.ffn_dim=12", "model.freq_dim=4", "model.text_dim=8", "model.heads=2",
+    "model.layers=1", "model.in_channels=2", "model.out_channels=2", "held_out_batches=1",
+    "corpus.videos=8", "corpus.chunks=4", "corpus.shot_chunks=(1,2)", "save_dtype=float16",
+    "episodes.batch=1", "episodes.targets=2", "episodes.window=3",
+]  # fmt: skip
+
+
+def command(stage, folder, changes=()):
+    overrides = [f"--config.{change}" for change in (*SHORT, *changes)]
+    places = [f"--workdir={folder / stage}", f"--out={folder / 'checkpoint'}"]
+    return ["train", f"{CONFIG}:{stage}", *overrides, *places]
+
+
+def test_a_run_that_is_over_says_so(tmp_path, capfd):
+    assert run(command("text", tmp_path, TEXT)) == 0
+    assert "text: 2 steps" in capfd.readouterr().out
+    assert run(command("text", tmp_path, TEXT)) == 0
+    said = capfd.readouterr()
+    assert f"Resumed from step 2 of {tmp_path / 'text'}." in said.out
+    assert "orbax" not in said.err.lower()
+
+
+@pytest.mark.slow
+def test_all_stages_into_one_checkpoint(tmp_path, capsys):
+    for stage, changes in {"vae": VAE, "text": TEXT, "ar": AR}.items():
+        assert run(command(stage, tmp_path, changes)) == 0
+        assert f"{stage}: 2 steps" in capsys.readouterr().out
+        lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
+        assert (tmp_path / stage / "curves.png").exists()
+    checkpoint = tmp_path / "checkpoint"
+    manifest = read_manifest(checkpoint)
+    assert set(manifest["components"]) == {"vae", "umt5", "dit"}
+    assert manifest["provenance"]["dit"]["stage"] == "ar"
+    assert any(std != 1.0 for std in manifest["components"]["vae"]["latent_std"])
+    assert "float16" in json.dumps(manifest["arrays"]["dit"])
+    assert (checkpoint / "tokenizer.model").exists()
+    spec = spec_for(checkpoint)
+    assert spec.window == 3 and spec.size == (world.HEIGHT, world.WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--config.stage=vea"], "did you mean 'vae'?"),
+        (["--config.optim.beta=0.9"], "config.optim: unknown key 'beta'"),
+        (["--config.loop.steps=3"], "phases have 3200 steps"),
+        (["--workdir=/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["--out=/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["--out=."], "holds other files"),
+        (["--workdr=x"], "did you mean '--workdir'?"),
+    ],
+)
+def test_mistakes_cost_one_line(changes, message, tmp_path, capsys, monkeypatch):
+    def train(*_, **__):
+        raise AssertionError("nothing may be trained")
+
+    monkeypatch.setattr(loop, "train", train)
+    places = [f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out'}"]
+    assert run(["train", f"{CONFIG}:vae", *places, *changes]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_the_work_directory_is_no_part_of_the_checkpoint(tmp_path, capsys):
+    for workdir in (tmp_path, tmp_path / "work"):
+        assert run(["train", f"{CONFIG}:text", f"--workdir={workdir}", f"--out={tmp_path}"]) == 2
+        assert "choose a folder beside it" in capsys.readouterr().err
+
+
+def test_a_stage_without_the_ones_before_it(tmp_path, capsys):
+    assert run(command("ar", tmp_path)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
