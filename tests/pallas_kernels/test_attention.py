@@ -54,8 +54,7 @@ def layouts():
 @pytest.mark.parametrize("name", layouts())
 def test_xla_equals_reference_in_values_and_gradients(name, dense_bytes, known, monkeypatch):
     monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
-    monkeypatch.setattr(xla, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(xla, "KEY_BLOCK", 8)
+    monkeypatch.setattr(xla, "BLOCK", 7)
     q_tokens, k_tokens = layouts()[name]
     if not known:
         q_tokens, k_tokens = traced(q_tokens), traced(k_tokens)
