@@ -104,7 +104,9 @@ class Sampler:
             index = cast(Array, order.text)
             text = jax.tree.map(lambda x: jnp.take(x, index, axis=1), bank)
             order = dataclasses.replace(order, text=text)
-            latents, cache = self._step(params, cache, setting, order)
+            # Apart from the loop round it, so that it is compiled as the single step is.
+            inputs = lax.optimization_barrier((params, cache, setting, order))
+            latents, cache = lax.optimization_barrier(self._step(*inputs))
             return cache, latents
 
         cache, latents = lax.scan(body, cache, orders)

@@ -47,7 +47,7 @@ def plot_curves(records: list[dict], path: pathlib.Path) -> None:
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, name in zip(panels, names, strict=False):
         points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
         panel.plot(*zip(*points, strict=True), lw=1.2)
@@ -55,6 +55,6 @@ def plot_curves(records: list[dict], path: pathlib.Path) -> None:
         panel.tick_params(labelsize=7)
         if points and min(y for _, y in points) > 0 and ("loss" in name or name == "grad_norm"):
             panel.set_yscale("log")
-    for panel in list(panels)[len(names) :]:
+    for panel in panels[len(names) :]:
         panel.set_visible(False)
     figure.savefig(path, dpi=110)
