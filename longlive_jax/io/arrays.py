@@ -4,7 +4,8 @@ Orbax writes the tree; TensorStore, Orbax's storage layer, then fills its arrays
 Handing whole arrays to Orbax costs 2.7 times the largest one in memory (measured with 0.12.8 on
 1 GiB, by `partial.save` of the experimental v1 API and from NumPy as from JAX arrays alike), which
 would be 6.6 GiB for the 5B DiT in bfloat16 and 13 GiB in float32. Filled in layers, a whole
-conversion of 3.2 GiB peaked at 1.6 GiB (`longlive_jax.bench.convert_memory`, ten layers). That leaves no use for v1, so the tree is written with Orbax's stable API, and Orbax alone can read it.
+conversion of 3.2 GiB peaked at 1.6 GiB (`longlive_jax.bench.convert_memory`, ten layers). That
+leaves no use for v1: the tree is written with Orbax's stable API, and Orbax alone can read it.
 Orbax does not notice a flipped bit, so every array has a fingerprint: its type, shape and CRC-32.
 """
 
