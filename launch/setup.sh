@@ -52,3 +52,18 @@ setup() { # setup [dev]
     fi
     echo "$want" >.venv/stamp-"${extra:-base}"
 }
+
+setup_compiler() { # what pallas_kernels/deviceless.py compiles with, where there is a ptxas
+    local version
+    command -v ptxas >/dev/null || return 0
+    version=$(.venv/bin/python -c "import jaxlib; print(jaxlib.__version__)") || return 1
+    [ "$(cat .venv/compile/stamp 2>/dev/null)" = "$version" ] && return 0
+    echo "Installing the CUDA compiler of jax $version, to check kernels without a GPU" >&2
+    if .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+        --target .venv/compile "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version" \
+        nvidia-cuda-nvdisasm >.venv/compile.log 2>&1; then
+        echo "$version" >.venv/compile/stamp
+    else
+        echo "That failed (.venv/compile.log); the tests that need it will be skipped" >&2
+    fi
+}

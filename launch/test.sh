@@ -4,6 +4,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
 setup dev || exit 1
+setup_compiler
 
 marks="not slow"
 if [ "${1:-}" = "--slow" ]; then

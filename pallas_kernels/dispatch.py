@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 
-Implementation = Literal["auto", "reference", "xla", "cudnn"]
+Implementation = Literal["auto", "reference", "xla", "cudnn", "mosaic"]
 
 
 class Unsupported(NotImplementedError):

@@ -14,7 +14,21 @@ from pallas_kernels.tokens import Tokens
 AttentionFn = Callable[..., Array]
 """`(q, k, v, q_tokens, k_tokens) -> out`, as `attention`; what parallelism wraps."""
 
-_RUN = {"reference": reference.attend, "xla": xla.attend, "cudnn": cudnn.attend}
+
+def _mosaic(*arguments) -> Array:
+    from pallas_kernels.attention.mosaic import op  # half a second that CPUs need not spend
+
+    return op.attend(*arguments)
+
+
+_RUN: dict[str, AttentionFn] = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+    "cudnn": cudnn.attend,
+    "mosaic": _mosaic,
+}
+_MASKED_INSIDE = ("reference", "mosaic")
+"""Implementations that need no `segments`."""
 
 
 def attention(
@@ -35,7 +49,7 @@ def attention(
     _check(q, k, q_tokens, k_tokens)
     chosen = which(q, k, v, q_tokens, k_tokens, implementation=implementation)
     run = _RUN[chosen]
-    parts = None if chosen == "reference" else segments(q_tokens, k_tokens)
+    parts = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
     return run(q, k, v, q_tokens, k_tokens) if parts is None else by_segments(run, q, k, v, parts)
 
 
@@ -51,7 +65,7 @@ def which(
     """The implementation that `attention` uses for these arguments, by name.
 
     "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that is one row a sample or falls
-    into `segments`), else "xla".
+    into `segments`), else "xla". "mosaic" has not run on a GPU yet and so is only taken by name.
     """
     why = cudnn.refusal(q, q_tokens, segments(q_tokens, k_tokens))
     if implementation == "auto":
@@ -60,6 +74,11 @@ def which(
         raise ValueError(f"implementation {implementation!r}; choose from auto, {', '.join(_RUN)}")
     if implementation == "cudnn" and why:
         raise Unsupported(f"cudnn attention on {platform()}: {why}")
+    if implementation == "mosaic":
+        from pallas_kernels.attention.mosaic import op
+
+        if why := op.refusal(q):
+            raise Unsupported(f"mosaic attention on {platform()}: {why}")
     return implementation
 
 

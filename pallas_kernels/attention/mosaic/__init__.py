@@ -1,0 +1,1 @@
+"""Block-sparse attention as Pallas Mosaic GPU kernels."""

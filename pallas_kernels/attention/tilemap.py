@@ -1,0 +1,132 @@
+"""Which tiles of keys a tile of queries has to visit, from token columns.
+
+A row of tiles is stored as a few ranges, each either full (every pair is visible: no mask) or
+partial, so memory grows with the number of tiles and not with its square.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.tokens import COLUMNS, EMPTY, Tokens, visible
+
+MOST_RANGES = 16
+"""Ranges a row gets if columns are traced; a row that needs more ends in one long partial range."""
+
+
+@flax.struct.dataclass
+class TileMap:
+    """Ranges `start:stop` of tiles for every row of tiles, in order and apart.
+
+    Unused ranges are empty. `count` is the number of tiles in all ranges of a row.
+    """
+
+    start: Int[Array, "b rows ranges"]
+    stop: Int[Array, "b rows ranges"]
+    full: Int[Array, "b rows ranges"]
+    count: Int[Array, "b rows"]
+
+
+def tile_maps(
+    q: Tokens, k: Tokens, *, q_tile: int, k_tile: int, ranges: int | None = None
+) -> tuple[TileMap, TileMap]:
+    """The map of query tiles over key tiles, and of key tiles over query tiles.
+
+    Tokens must fill whole tiles (`pad_tokens`). No range leaves out a visible pair and no full one
+    holds an invisible pair; only a tile of more than two kinds of tokens may be visited in vain.
+    Known columns get as many ranges as they need (or `ranges`), traced ones `MOST_RANGES`.
+    """
+    known = not any(isinstance(getattr(t, c), jax.core.Tracer) for t in (q, k) for c in COLUMNS)
+    if not known:
+        return _tile_maps(q, k, q_tile, k_tile, ranges or MOST_RANGES)
+    with jax.ensure_compile_time_eval():
+        return _tile_maps(q, k, q_tile, k_tile, ranges)
+
+
+def pad_tokens(tokens: Tokens, tile: int) -> Tokens:
+    """Columns `[b, l']` with `l'` a multiple of `tile`; padding sees nothing and is not seen."""
+    rest = -len(tokens) % tile
+
+    def padded(name: str) -> Array:
+        column = jnp.atleast_2d(getattr(tokens, name))
+        fill = EMPTY if name == "chunk" else 0
+        return jnp.pad(column, ((0, 0), (0, rest)), constant_values=fill)
+
+    columns: list[Any] = [padded(name) for name in COLUMNS]
+    return Tokens(jnp.zeros((*columns[0].shape, 3), jnp.int32), *columns)
+
+
+@flax.struct.dataclass
+class _Tiles:
+    """First and last token of every tile, and whether all its tokens are like one of the two."""
+
+    ends: Tokens  # columns [b, 2 tiles]
+    simple: Bool[Array, "b tiles"]
+
+
+def _tiles(tokens: Tokens, size: int) -> _Tiles:
+    def split(name: str) -> Array:
+        column = jnp.atleast_2d(getattr(tokens, name))
+        return column.reshape(column.shape[0], -1, size)
+
+    columns = jnp.stack([split(name).astype(jnp.int32) for name in COLUMNS])
+    ends = columns[..., jnp.array([0, -1])]
+    like = [(columns == ends[..., i : i + 1]).all(0) for i in range(2)]
+    flat = ends.reshape(*ends.shape[:2], -1)
+    rows: dict[str, Any] = dict(zip(COLUMNS, flat, strict=True))
+    rows["noisy"] = rows["noisy"].astype(bool)
+    return _Tiles(Tokens(jnp.zeros((*flat.shape[1:], 3)), **rows), (like[0] | like[1]).all(-1))
+
+
+def _tile_maps(q: Tokens, k: Tokens, q_tile: int, k_tile: int, ranges: int | None):
+    queries, keys = _tiles(q, q_tile), _tiles(k, k_tile)
+    by_query = functools.partial(_kinds, queries, keys, lambda a, b: visible(a, b).swapaxes(1, 2))
+    by_key = functools.partial(_kinds, keys, queries, lambda a, b: visible(b, a))
+    q_count, k_count = queries.simple.shape[1], keys.simple.shape[1]
+    return _collect(by_query, q_count, ranges), _collect(by_key, k_count, ranges)
+
+
+def _kinds(own: _Tiles, others: _Tiles, seen_by: Callable, tile: Array) -> Int[Array, "b others"]:
+    """For one tile and every other: 0 no visible pair, 1 perhaps some, 2 all."""
+    mine = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, 2 * tile, 2, 1), own.ends)
+    pairs = seen_by(mine, others.ends)  # [b, 2 others, 2]
+    pairs = pairs.reshape(pairs.shape[0], -1, 4)
+    kinds = pairs.any(-1).astype(jnp.int32) + pairs.all(-1)
+    simple = lax.dynamic_slice_in_dim(own.simple, tile, 1, 1) & others.simple
+    return jnp.where(simple, kinds, 1)
+
+
+def _collect(kinds: Callable, rows: int, ranges: int | None) -> TileMap:
+    tiles = jnp.arange(rows)
+    if ranges is None:
+        needed = lax.map(lambda tile: _begins(kinds(tile)).sum(-1).max(), tiles)
+        ranges = max(1, int(needed.max()))
+    parts = lax.map(lambda tile: _ranges(kinds(tile), ranges), tiles)
+    return TileMap(*(jnp.swapaxes(x, 0, 1) for x in parts))
+
+
+def _begins(kinds: Int[Array, "b n"]) -> Bool[Array, "b n"]:
+    before = jnp.pad(kinds, ((0, 0), (1, 0)))[:, :-1]
+    return (kinds > 0) & (kinds != before)
+
+
+def _ranges(kinds: Int[Array, "b n"], most: int) -> tuple[Array, ...]:
+    """start, stop, full [b, most] and count [b]; the last range takes all that do not fit."""
+    n = kinds.shape[1]
+    begins, ends = _begins(kinds), _begins(kinds[:, ::-1])[:, ::-1]
+    first = jax.vmap(lambda x: jnp.nonzero(x, size=most, fill_value=n)[0])
+    start, last = first(begins), first(ends)
+    stop = jnp.where(start < n, last + 1, n)
+    full = jnp.take_along_axis(jnp.pad(kinds, ((0, 0), (0, 1))), start, axis=1) == 2
+    too_many = begins.sum(-1) > most
+    at_end = n - jnp.argmax(kinds[:, ::-1] > 0, axis=1)
+    stop = stop.at[:, -1].set(jnp.where(too_many, at_end, stop[:, -1]))
+    full = full.at[:, -1].set(full[:, -1] & ~too_many)
+    columns = (x.astype(jnp.int32) for x in (start, stop, full, (stop - start).sum(-1)))
+    return tuple(columns)

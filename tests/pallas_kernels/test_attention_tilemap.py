@@ -1,0 +1,100 @@
+"""Tile maps against the mask itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.layout import grid, teacher_forcing, windowed
+from pallas_kernels.attention.tilemap import TileMap, pad_tokens, tile_maps
+from pallas_kernels.tokens import Tokens, concat, visible
+
+CUTS = np.array([False, False, True, False, False, True, False, False])
+
+
+def interleaved(ranks):
+    """Every rank holds the clean and the noisy tokens of its own frames, one rank after another."""
+    parts = []
+    for rank in range(ranks):
+        for noisy in (False, True):
+            parts.append(grid(2, 2, 3, chunk=1, start=2 * rank, noisy=noisy))
+    return concat(*parts)
+
+
+LAYOUTS = {
+    "teacher forcing": lambda: teacher_forcing(8, 4, 4, chunk=2),
+    "ranks": lambda: interleaved(4),
+    "block-causal": lambda: grid(8, 3, 5, chunk=2),
+    "one chunk": lambda: grid(4, 3, 5, chunk=4),
+    "window and sinks": lambda: windowed(
+        teacher_forcing(8, 5, 5, chunk=1), jnp.asarray(CUTS), window=4, global_sinks=1
+    ),
+    "cuts differ": lambda: windowed(
+        teacher_forcing(8, 5, 5, chunk=1),
+        jnp.stack([jnp.asarray(CUTS), jnp.zeros(8, bool)]), window=4, global_sinks=1,
+    ),
+}  # fmt: skip
+
+
+def dense(tokens: Tokens, q_tile: int, k_tile: int) -> np.ndarray:
+    """0 none, 1 some, 2 all pairs visible, for every pair of tiles: [b, q tiles, k tiles]."""
+    seen = np.asarray(visible(pad_tokens(tokens, q_tile), pad_tokens(tokens, k_tile)))
+    b, length, keys = seen.shape
+    seen = seen.reshape(b, length // q_tile, q_tile, keys // k_tile, k_tile)
+    return seen.any((2, 4)).astype(int) + seen.all((2, 4))
+
+
+def spread(tiles: TileMap, columns: int) -> np.ndarray:
+    """The map as [b, rows, columns]."""
+    kinds = np.zeros((*tiles.count.shape, columns), int)
+    for index in np.ndindex(*tiles.start.shape):
+        start, stop, full = (int(x[index]) for x in (tiles.start, tiles.stop, tiles.full))
+        assert (kinds[index[:2]][start:stop] == 0).all(), "ranges overlap"
+        kinds[index[:2]][start:stop] = 1 + full
+    np.testing.assert_array_equal((kinds > 0).sum(-1), tiles.count)
+    return kinds
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("q_tile", "k_tile"), [(8, 8), (16, 4)])
+def test_ranges_are_the_tiles_of_the_mask(layout, q_tile, k_tile):
+    tokens = LAYOUTS[layout]()
+    q, k = pad_tokens(tokens, q_tile), pad_tokens(tokens, k_tile)
+    by_query, by_key = tile_maps(q, k, q_tile=q_tile, k_tile=k_tile)
+    want = dense(tokens, q_tile, k_tile)
+    for got in (spread(by_query, want.shape[2]), spread(by_key, want.shape[1]).swapaxes(1, 2)):
+        np.testing.assert_array_equal(got == 2, (want == 2) & (got == 2))  # full is full
+        assert (got[want > 0] > 0).all()  # nothing visible is left out
+        if max(q_tile, k_tile) <= 8 and layout != "ranks":  # at most two kinds of tokens a tile
+            np.testing.assert_array_equal(got, want)
+
+
+def test_traced_columns_give_the_same_map():
+    tokens = LAYOUTS["window and sinks"]()
+    q = pad_tokens(tokens, 8)
+    known = tile_maps(q, q, q_tile=8, k_tile=8)
+    traced = jax.jit(lambda t: tile_maps(t, t, q_tile=8, k_tile=8))(q)
+    columns = q.chunk.shape[1] // 8
+    for a, b in zip(known, traced, strict=True):
+        np.testing.assert_array_equal(spread(a, columns), spread(b, columns))
+
+
+def test_too_many_ranges_end_in_one_that_covers_the_rest():
+    tokens = interleaved(4)
+    q = pad_tokens(tokens, 6)
+    few = tile_maps(q, q, q_tile=6, k_tile=6, ranges=2)[0]
+    all_of_them = tile_maps(q, q, q_tile=6, k_tile=6)[0]
+    assert all_of_them.start.shape[-1] > 2
+    got, want = (spread(x, q.chunk.shape[1] // 6) for x in (few, all_of_them))
+    assert (got[want > 0] > 0).all() and (want[got == 2] == 2).all()
+
+
+def test_a_minute_of_video_needs_memory_for_its_tiles_only():
+    tokens = teacher_forcing(384, 22, 40, chunk=8)
+    assert len(tokens) == 675_840
+    by_query, by_key = tile_maps(tokens, tokens, q_tile=128, k_tile=128)
+    tiles = len(tokens) // 128
+    for part in (by_query, by_key):
+        assert sum(x.size for x in jax.tree.leaves(part)) <= 25 * tiles
+    assert 0.2 < int(by_query.count.sum()) / tiles**2 < 0.3
+    assert int(by_query.count.sum()) == int(by_key.count.sum())
