@@ -7,7 +7,7 @@ with a one-hot matrix (exact, and its gradient is a product too) and attends den
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tokens import Tokens, visible
 
@@ -31,12 +31,11 @@ def attend_chunks(
     seen = visible(_firsts(q_tokens, size), _firsts(k_tokens, size))
     seen = jnp.broadcast_to(seen, (b, *seen.shape[-2:]))
     found, index = jax.lax.top_k(seen.astype(jnp.int32), most)  # visible runs first
-    pick = jax.nn.one_hot(index, seen.shape[-1], dtype=k.dtype)
+    index = index.reshape(b, -1)
 
     def picked(x: Array) -> Array:
         runs = x.reshape(b, seen.shape[-1], size * heads * width)
-        near = jnp.einsum("bqsk,bkx->bqsx", pick, runs, precision="highest")
-        return near.reshape(b, seen.shape[-2], most * size, heads, width)
+        return _picked(runs, index).reshape(b, seen.shape[-2], most * size, heads, width)
 
     rows = q.reshape(b, seen.shape[-2], size, heads, width)
     logits = jnp.einsum("bcqnd,bcknd->bcnqk", rows, picked(k), preferred_element_type=jnp.float32)
@@ -47,6 +46,26 @@ def attend_chunks(
     weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
     out = jnp.einsum("bcnqk,bcknd->bcqnd", weights.astype(v.dtype), picked(v))
     return out.reshape(b, length, heads, width)
+
+
+@jax.custom_vjp
+def _picked(runs: Float[Array, "b k x"], index: Int[Array, "b s"]) -> Float[Array, "b s x"]:
+    """`runs[index]` in every sample, and its gradient, as products that need no transposition."""
+    pick = jax.nn.one_hot(index, runs.shape[1], dtype=runs.dtype)
+    return jnp.einsum("bsk,bkx->bsx", pick, runs, precision="highest")
+
+
+def _picked_forward(runs, index):
+    return _picked(runs, index), (index, runs.shape[1])
+
+
+def _picked_backward(saved, grad):
+    index, count = saved
+    put = jax.nn.one_hot(index, count, axis=1, dtype=grad.dtype)
+    return jnp.einsum("bks,bsx->bkx", put, grad, precision="highest"), None
+
+
+_picked.defvjp(_picked_forward, _picked_backward)
 
 
 def _firsts(tokens: Tokens, size: int) -> Tokens:

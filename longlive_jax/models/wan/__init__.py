@@ -1,6 +1,6 @@
 """The diffusion transformer of Wan 2.2."""
 
 from longlive_jax.models.wan.config import DiTConfig
-from longlive_jax.models.wan.dit import DiT, TextKV
+from longlive_jax.models.wan.dit import GATES, DiT, TextKV
 
-__all__ = ["DiT", "DiTConfig", "TextKV"]
+__all__ = ["GATES", "DiT", "DiTConfig", "TextKV"]

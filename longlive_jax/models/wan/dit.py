@@ -35,7 +35,10 @@ from longlive_jax.typing import Array, Float, typechecked
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, concat
 
-__all__ = ["DiT", "DiTBlock", "TextKV"]
+__all__ = ["GATES", "DiT", "DiTBlock", "TextKV"]
+
+GATES = (2, 5)
+"""Rows of a block's modulation table that gate its attention and its feed-forward part."""
 
 
 class DiTBlock(nnx.Module):

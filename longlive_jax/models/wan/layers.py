@@ -31,30 +31,34 @@ def stored(x: Array, cfg: DiTConfig) -> Float32[Array, "..."]:
 
 
 @jax.custom_vjp
-def product(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """`x @ kernel` in the dtype of `x`; the kernel's gradient is summed in float32.
+def affine(
+    x: Float[Array, "... i"], kernel: Float[Array, "i o"], bias: Float[Array, "o"]
+) -> Float[Array, "... o"]:
+    """`x @ kernel + bias` in the dtype of `x`; parameters' gradients are summed in float32.
 
     The derivative is written out because the one JAX derives transposes an operand, for which CPUs
-    have no 16-bit routine (50 times slower), and rounds the gradient of a float32 kernel.
+    have no 16-bit routine (50 times slower), sums the bias's gradient in slow small windows, and
+    rounds the gradients of float32 parameters.
     """
-    return x @ kernel.astype(x.dtype)
+    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
 
-def _product_forward(x, kernel):
-    return product(x, kernel), (x, kernel)
+def _affine_forward(x, kernel, bias):
+    return affine(x, kernel, bias), (x, kernel, bias)
 
 
-def _product_backward(saved, grad):
-    x, kernel = saved
+def _affine_backward(saved, grad):
+    x, kernel, bias = saved
     leading = tuple(range(x.ndim - 1))
-    to_kernel = lax.dot_general(
-        x, grad, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
-    )
+    summed = partial(lax.dot_general, preferred_element_type=jnp.float32)
+    to_kernel = summed(x, grad, ((leading, leading), ((), ())))
+    ones = jnp.ones(x.shape[:-1], grad.dtype)
+    to_bias = summed(ones, grad, ((leading, leading), ((), ())))
     to_x = jnp.einsum("...o,io->...i", grad, kernel.astype(grad.dtype))
-    return to_x, to_kernel.astype(kernel.dtype)
+    return to_x, to_kernel.astype(kernel.dtype), to_bias.astype(bias.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Linear(nnx.Module):
@@ -75,8 +79,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, cfg.param_dtype))
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = product(x.astype(self.dtype), self.kernel[...])
-        return y + self.bias[...].astype(self.dtype)
+        return affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
 
 
 def normalise(x: Float[Array, "... e"], eps: float) -> Float32[Array, "... e"]:
