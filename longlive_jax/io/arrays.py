@@ -74,6 +74,8 @@ class ArrayFiller:
         seed = nest(dict.fromkeys(specs, np.zeros((), np.int8)))
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), _text_keys(seed))
+        # Only object stores need this marker, and it holds the path of this machine.
+        (folder / "commit_success.txt").unlink(missing_ok=True)
 
     def fill(self, path: Path, pieces: Iterable[np.ndarray], *, stacked: bool) -> None:
         """Writes an array from its layers (`stacked`) or from one piece.

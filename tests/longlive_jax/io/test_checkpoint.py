@@ -52,6 +52,11 @@ def test_cast_touches_floating_point_only(saved):
     assert params["count"].dtype == np.int32
 
 
+def test_nothing_tells_where_it_was_saved(saved):
+    for path in saved.rglob("*"):
+        assert path.is_dir() or str(saved).encode() not in path.read_bytes(), path
+
+
 def test_orbax_alone_reads_it(saved):
     with ocp.PyTreeCheckpointer() as checkpointer:
         got = checkpointer.restore(saved / "dit")
