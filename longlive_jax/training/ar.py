@@ -6,6 +6,7 @@ training with exactly the sampler's window are the same code on other numbers.
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.struct
 import jax
@@ -43,6 +44,8 @@ class ARLossSpec:
 
     Attributes:
       shift: of the noise levels' table (paper: 5).
+      weighting: of the errors by noise level. "bell" is the reference's, which suits fine-tuning:
+        it hardly counts the noisiest levels, where a model from scratch learns to heed its text.
       global_sinks: first chunks that every later one sees.
       context_noise: context latents get noise of a level uniform in [0, this], per chunk, while
         their timestep stays 0: what the sampler feeds back is never quite clean either.
@@ -50,6 +53,7 @@ class ARLossSpec:
     """
 
     shift: float = 5.0
+    weighting: Literal["bell", "uniform"] = "bell"
     global_sinks: int = 1
     context_noise: float = 0.0
     text_dropout: float = 0.0
@@ -118,11 +122,17 @@ def draw(key: Key[Array, ""], batch: Episode, *, chunk: int, spec: ARLossSpec) -
         noise=jax.random.normal(keys[1], batch.target.shape),
         sigma=jnp.asarray(schedule.sigmas)[index],
         timestep=jnp.asarray(schedule.timesteps)[index],
-        weight=jnp.asarray(schedule.weights)[index],
+        weight=_weight(spec, schedule, index),
         context=roughen(keys[2], batch.context, chunk, spec.context_noise),
         context_timestep=jnp.zeros((b, batch.context.shape[1])),
         dropped=jax.random.uniform(keys[3], (b, 1))[:, 0] < spec.text_dropout,
     )
+
+
+def _weight(spec: ARLossSpec, schedule: FlowSchedule, index: Array) -> Array:
+    if spec.weighting == "uniform":
+        return jnp.ones(index.shape)
+    return jnp.asarray(schedule.weights)[index]
 
 
 def predict(

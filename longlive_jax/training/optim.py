@@ -41,7 +41,7 @@ class OptimSpec:
 
 def schedule(lr: float, spec: OptimSpec, steps: int) -> optax.Schedule:
     """Linear warm-up, constant, then linear decay to zero over the last `decay` of `steps`."""
-    falling = max(1, round(spec.decay * steps))
+    falling = max(1, min(round(spec.decay * steps), steps - spec.warmup))
     pieces = [
         optax.linear_schedule(lr / max(1, spec.warmup), lr, max(1, spec.warmup)),
         optax.constant_schedule(lr),
@@ -70,12 +70,13 @@ def make_optimizer(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
 def matrix_axes(params: Params):
     """Which axes of each leaf form a matrix: every `kernel`, with taps joined to the inputs.
 
+    The head's is none: its outputs have a scale of their own, which orthogonal steps ignore.
     Leaves under `blocks` are stacked over layers; their first axis is a batch of matrices.
     """
 
     def axes(path, leaf):
         names = [str(getattr(key, "key", key)) for key in path]
-        if names[-1] != "kernel":
+        if names[-1] != "kernel" or "head" in names:
             return None
         first = 1 if "blocks" in names else 0
         inputs = tuple(range(first, leaf.ndim - 1))

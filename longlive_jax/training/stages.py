@@ -28,11 +28,13 @@ from longlive_jax.io.models import load_model
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.models.vae import VAEConfig
-from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.models.wan import GATES, DiT, DiTConfig
 from longlive_jax.sampling.settings import save_settings
+from longlive_jax.spec import UserError
 from longlive_jax.training.ar import ARLossSpec, Episode, ar_loss
 from longlive_jax.training.loop import LoopSpec, Task
 from longlive_jax.training.optim import OptimSpec
+from longlive_jax.training.state import Params
 from longlive_jax.training.step import EMASpec
 from longlive_jax.training.text import CaptionBatches, text_task
 from longlive_jax.training.vae import ClipBatches, Phase, VAELossSpec, vae_task
@@ -124,13 +126,19 @@ class ARStage(RunSpec):
     steps: int = 32  # of the sampler, as the checkpoint's default
     guidance: float = 2.0  # likewise
     unroll: int = 1
+    dtype: str = "float32"  # of matrix products in training; the checkpoint keeps `model.dtype`
+    gate: float = 0.0  # added to the gates at the start, or their blocks begin almost closed
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path) -> Task:
+        for component, stage in (("vae", "vae"), ("umt5", "text")):
+            if not (out / component).is_dir():
+                raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
         umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
         prompts = prompt_table()
         text = encode_prompts(umt5, tokenizer, prompts, length=self.model.text_len)
         videos = self._latents(out, workdir)
-        graphdef, _ = abstract(lambda: DiT(self.model, rngs=nnx.Rngs(0)))
+        model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
+        graphdef, _ = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
         loss_fn = functools.partial(
             ar_loss,
             graphdef,
@@ -159,7 +167,7 @@ class ARStage(RunSpec):
             save_settings(directory, self.sampling())
 
         return Task(
-            init=lambda key: params_of(DiT(self.model, rngs=nnx.Rngs(key))),
+            init=self._init,
             loss_fn=lambda params, batch, key: loss_fn(params, Episode(**batch), key),
             batches=EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed),
             evaluate=evaluate,
@@ -179,6 +187,12 @@ class ARStage(RunSpec):
             "steps": self.steps,
             "guidance": self.guidance,
         }
+
+    def _init(self, key: jax.Array) -> Params:
+        dit = DiT(self.model, rngs=nnx.Rngs(key))
+        table = dit.blocks.modulation
+        table[...] = table[...].at[:, GATES].add(self.gate)
+        return params_of(dit)
 
     @staticmethod
     def _chunk_tokens(videos: EncodedVideos) -> int:

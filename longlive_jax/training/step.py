@@ -34,7 +34,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, ema: EMAS
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), grads = grad_fn(state.params, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

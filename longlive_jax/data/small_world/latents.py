@@ -5,7 +5,9 @@ when a video is sampled. An episode is cut from a video the way the sampler woul
 sink, the shot sink, the recent chunks, then the chunks to denoise.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -53,11 +55,20 @@ def encode_videos(
     """Draws, renders and encodes `videos` training videos, `batch` at a time."""
     encode_batch = jax.jit(lambda frames: encode(vae, frames, chunk=CHUNK_LATENTS + 1))
     rng = np.random.default_rng(seed)
-    for _ in range(0, videos, batch):
+
+    def drawn() -> tuple[list[VideoSpec], np.ndarray]:
         specs = [sample_spec(rng, chunks=chunks, shot_chunks=shot_chunks) for _ in range(batch)]
-        z = encode_batch(jnp.asarray(np.stack([render(spec) for spec in specs])))
-        prompt, shot = (np.stack(x) for x in zip(*map(chunk_prompts, specs), strict=True))
-        yield EncodedVideos(np.asarray(z, np.float16), prompt, shot)
+        return specs, np.stack([render(spec) for spec in specs])
+
+    with concurrent.futures.ThreadPoolExecutor(1) as painter:  # draws while the VAE works
+        following = painter.submit(drawn)
+        for done in range(batch, videos + batch, batch):
+            specs, frames = following.result()
+            if done < videos:
+                following = painter.submit(drawn)
+            z = encode_batch(jnp.asarray(frames))
+            prompt, shot = (np.stack(x) for x in zip(*map(chunk_prompts, specs), strict=True))
+            yield EncodedVideos(np.asarray(z, np.float16), prompt, shot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +90,13 @@ class EpisodeSpec:
     global_sinks: int = 1
     phase: int = 8
     far: int = 320
+
+    def __post_init__(self) -> None:
+        if self.global_sinks not in (0, 1):
+            raise ValueError(
+                f"episodes.global_sinks is {self.global_sinks}; an episode carries the video's "
+                "first chunk or none, so give 0 or 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +122,7 @@ class EpisodeBatches(Sequence):
         shot, prompt = self.videos.shot[video], self.videos.prompt[video]
         first = int(rng.integers(1, len(shot) - spec.targets + 1))
         target = np.array([0, *range(first, first + spec.targets)])
-        since, sink = self._windows(shot)
+        since, sink = (column[video] for column in self._windows)
         recent = range(first - spec.window + 1, first + spec.targets - 1)
         context = _distinct([0, int(sink[first]), *recent])
         order = np.concatenate([context, target])
@@ -123,8 +141,10 @@ class EpisodeBatches(Sequence):
             "prompt": prompt[there],
         }
 
-    def _windows(self, shot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cuts = np.diff(shot, prepend=0) > 0
+    @functools.cached_property
+    def _windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """`since` and `sink` of every chunk of every video."""
+        cuts = np.diff(self.videos.shot, prepend=0) > 0
         spec = self.spec
         columns = windows(jnp.asarray(cuts), window=spec.window, global_sinks=spec.global_sinks)
         since, sink = map(np.asarray, columns)

@@ -91,4 +91,5 @@ def test_the_work_directory_is_no_part_of_the_checkpoint(tmp_path, capsys):
 
 def test_a_stage_without_the_ones_before_it(tmp_path, capsys):
     assert run(command("ar", tmp_path)) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert "has no vae yet; train the stage :vae into it" in said and said.count("\n") == 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longlive_jax.diffusion.flow import FlowSchedule
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.training.ar import ARLossSpec, Episode, ar_loss, draw, flow_loss, predict, roughen
@@ -174,3 +175,15 @@ def test_draws_are_one_level_a_chunk_of_the_table(batch):
     assert len(set(sigma[:, ::FRAMES].flat)) == 6
     np.testing.assert_allclose(draws.timestep, 1000 * sigma, rtol=1e-6)
     assert not draws.context_timestep.any() and not draws.dropped.any()
+
+
+def test_weights_are_the_bell_of_the_table_or_all_one(batch):
+    bell, uniform = (
+        draw(jax.random.key(4), batch, chunk=FRAMES, spec=ARLossSpec(weighting=name))
+        for name in ("bell", "uniform")
+    )
+    schedule = FlowSchedule(5.0)
+    index = np.asarray(schedule.index(bell.timestep))
+    np.testing.assert_allclose(bell.weight, schedule.weights[index], rtol=1e-6)
+    assert (uniform.weight == 1).all()
+    chex.assert_trees_all_equal(bell.replace(weight=0), uniform.replace(weight=0))

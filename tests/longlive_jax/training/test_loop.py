@@ -112,10 +112,12 @@ def test_schedule_warms_up_holds_and_falls():
 def test_muon_takes_matrices_and_leaves_the_rest_to_adam():
     params = {
         "conv": {"kernel": jnp.zeros((3, 3, 3, 4, 8)), "bias": jnp.zeros(8)},
+        "head": {"linear": {"kernel": jnp.zeros((4, 8))}},
         "blocks": {"q": {"kernel": jnp.zeros((2, 4, 8))}, "modulation": jnp.zeros((2, 6, 4))},
     }
     axes = matrix_axes(params)
     assert axes["conv"]["bias"] is None and axes["blocks"]["modulation"] is None
+    assert axes["head"]["linear"]["kernel"] is None
     assert axes["conv"]["kernel"].reduction_axis == (0, 1, 2, 3)
     assert axes["blocks"]["q"]["kernel"].reduction_axis == (1,)
     tx = make_optimizer(OptimSpec(name="muon", lr=0.1), 10)

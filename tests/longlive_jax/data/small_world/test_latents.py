@@ -147,6 +147,11 @@ def test_a_batch_is_a_function_of_seed_and_step():
         assert not np.array_equal(one[2]["chunk"], different["chunk"])
 
 
+def test_more_global_sinks_than_an_episode_carries_are_refused():
+    with pytest.raises(ValueError, match="give 0 or 1"):
+        EpisodeSpec(global_sinks=2)
+
+
 def test_a_window_without_room_is_refused():
     with pytest.raises(ValueError, match="use at least 3"):
         episodes(hand_made(), spec=EpisodeSpec(window=2))
