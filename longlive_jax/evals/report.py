@@ -91,7 +91,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             [[n, *_quarters(c)] for n, c in cases.items()],
         ),
         "## Subjects that return",
-        "No caption names mark or size. Chance keeps the mark in 33 %, the size in 36 %.",
+        "No caption names mark or size. Chance keeps the mark in 33 %, the size in 33 %.",
         _table(
             ["case", *(f"{k} of {w}" for w in ("first shot", "later shots") for k in _KEPT)],
             [[n, *_returns(c)] for n, c in cases.items()],

@@ -11,8 +11,8 @@ HEIGHT, WIDTH = 64, 64
 SPEED = 1.5
 """Pixels per frame of everything that moves."""
 FPS = 24
-RADIUS = (13.0, 18.0)
-"""Smallest and largest radius of a subject, in pixels."""
+RADII = (13.0, 15.5, 18.0)
+"""Radii that a subject can have, in pixels."""
 MARK_RADIUS = 0.34
 """Radius of the centre mark in units of the subject's radius."""
 RAMP = 3.0

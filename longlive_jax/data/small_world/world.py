@@ -21,6 +21,10 @@ from longlive_jax.typing import Float
 
 CHUNK_LATENTS = 4
 TEMPORAL_RATIO = 4
+GRID = 8
+"""Pixels between the places where a subject can be when a chunk begins. So few of them, and the
+three sizes, make a world that a small model can learn in an hour; between them things still move
+smoothly."""
 _LEAST_JUMP = 16.0  # pixels: a cut always moves the subject, or it could not be seen
 
 
@@ -130,12 +134,12 @@ def sample_spec(
     for length in lengths:
         last = made[-1] if made else None
         subject, background, motion = _next_scene(rng, last, known, split, cast)
-        x, y = _place(rng)
+        x, y = _place(rng, motion, opening=last is None)
         if last:
             begin = frame_count(at - last.chunks, chunk_latents)
             ahead = _position(last, frame_count(at, chunk_latents) - begin)
             while _distance(ahead, (x, y)) < _LEAST_JUMP:
-                x, y = _place(rng)
+                x, y = _place(rng, motion)
         if subject not in known:
             known.append(subject)
         made.append(Shot(subject, background, motion, x, y, length))
@@ -233,7 +237,7 @@ def _random_rows(rng: np.random.Generator, n: int) -> np.ndarray:
         [
             scenes[rng.integers(len(scenes), size=n)],
             rng.integers(len(MARKS), size=n),
-            rng.uniform(*drawing.RADIUS, n),
+            rng.uniform(min(drawing.RADII), max(drawing.RADII), n),
             rng.uniform(0, WIDTH, n),
             rng.uniform(0, HEIGHT, n),
             np.zeros(n),
@@ -294,11 +298,19 @@ def _choose_subject(rng, current: Subject | None, known: list, cast: int) -> Sub
     while True:
         shape, colour = _pick(rng, SHAPES), _pick(rng, COLOURS)
         if (shape, colour) not in taken:
-            return Subject(shape, colour, float(rng.uniform(*drawing.RADIUS)), _pick(rng, MARKS))
+            return Subject(shape, colour, _pick(rng, drawing.RADII), _pick(rng, MARKS))
 
 
-def _place(rng) -> tuple[float, float]:
-    return float(rng.uniform(0, WIDTH)), float(rng.uniform(0, HEIGHT))
+def _place(rng, motion: str, opening: bool = False) -> tuple[float, float]:
+    """Centre at a shot's first frame, on the grid.
+
+    A video's first chunk lacks a few frames; its subject is where these would have taken it, so
+    that all later chunks begin on the grid too.
+    """
+    lead = SPEED * (TEMPORAL_RATIO - 1) * opening
+    ahead = MOTIONS[motion]
+    x, y = (GRID * int(rng.integers(size // GRID)) for size in (WIDTH, HEIGHT))
+    return (x + lead * ahead[0]) % WIDTH, (y + lead * ahead[1]) % HEIGHT
 
 
 def _position(shot: Shot, frames: int) -> tuple[float, float]:
@@ -316,5 +328,5 @@ def _distance(a: tuple[float, float], b: tuple[float, float]) -> float:
     return float(np.hypot(across, down))
 
 
-def _pick(rng, names) -> str:
+def _pick(rng, names):
     return tuple(names)[rng.integers(len(names))]

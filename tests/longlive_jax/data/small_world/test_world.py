@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.data import small_world as sw
-from longlive_jax.data.small_world.drawing import RADIUS
+from longlive_jax.data.small_world.drawing import RADII
 
 
 def _shot(**changes):
@@ -47,7 +47,7 @@ def test_specs_keep_their_promises(split):
         for shot in spec.shots:
             combination = (shot.shape, shot.colour, shot.background, shot.motion)
             assert sw.held_out(*combination) == (split == "held_out")
-            assert RADIUS[0] <= shot.subject.radius <= RADIUS[1]
+            assert shot.subject.radius in RADII
             assert names.setdefault((shot.shape, shot.colour), shot.subject) == shot.subject
         assert len(names) <= 3
         for last, shot in itertools.pairwise(spec.shots):
