@@ -1,6 +1,6 @@
 """Compiles one kernel for one chip and prints what the compiler said, as JSON.
 
-    python tests/pallas_kernels/compile_kernel.py h200 attention_forward
+    python tests/pallas_kernels/compile_kernel.py h200 hopper_forward 128
 
 A process of its own: Mosaic takes one chip a process, and settings are read when JAX is imported.
 """
@@ -15,7 +15,11 @@ DUMP = deviceless.prepare()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from pallas_kernels.attention.mosaic import hopper_backward, hopper_forward  # noqa: E402
+from pallas_kernels.attention.mosaic import (  # noqa: E402
+    blackwell_forward,
+    hopper_backward,
+    hopper_forward,
+)
 from pallas_kernels.attention.mosaic.columns import MaskColumns  # noqa: E402
 from pallas_kernels.attention.tilemap import TileMap  # noqa: E402
 
@@ -35,10 +39,13 @@ def columns() -> MaskColumns:
     return MaskColumns(array(1, 4, LENGTH, dtype=jnp.int32), array(1, LENGTH, dtype=jnp.int32))
 
 
-def attention_forward(width: int):
-    size = hopper_forward.ForwardTiles()
+def forward(module, width: int):
+    size = module.ForwardTiles()
     x = array(BATCH, LENGTH, HEADS, width)
-    run = lambda q, k, v, c, m: hopper_forward.forward(q, k, v, c, m, size)  # noqa: E731
+
+    def run(q, k, v, columns, tiles):
+        return module.forward(q, k, v, columns, tiles, size)
+
     return run, (x, x, x, columns(), tile_map(size.rows))
 
 
@@ -55,9 +62,10 @@ def backward(kernel, width: int):
 
 
 KERNELS = {
-    "attention_forward": attention_forward,
-    "attention_dq": lambda width: backward(hopper_backward.query_gradient, width),
-    "attention_dkv": lambda width: backward(hopper_backward.key_value_gradient, width),
+    "hopper_forward": lambda width: forward(hopper_forward, width),
+    "blackwell_forward": lambda width: forward(blackwell_forward, width),
+    "hopper_dq": lambda width: backward(hopper_backward.query_gradient, width),
+    "hopper_dkv": lambda width: backward(hopper_backward.key_value_gradient, width),
 }
 
 if __name__ == "__main__":

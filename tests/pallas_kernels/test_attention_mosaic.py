@@ -1,4 +1,4 @@
-"""The Hopper kernels: numbers and races in the interpreter, compilation without the chip."""
+"""The kernels: numbers and races in the interpreter, compilation without the chip."""
 
 import json
 import pathlib
@@ -14,9 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax.layout import grid, teacher_forcing, windowed
 from pallas_kernels import deviceless
 from pallas_kernels.attention import attention, reference
-from pallas_kernels.attention.mosaic import op
+from pallas_kernels.attention.mosaic import blackwell_forward, hopper_forward, op
 from pallas_kernels.attention.mosaic.columns import MaskColumns, mask_columns, seen
-from pallas_kernels.attention.tilemap import pad_tokens
+from pallas_kernels.attention.tilemap import pad_tokens, tile_maps
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tokens import concat, visible
 
@@ -103,6 +103,28 @@ def test_a_forward_pass_of_unequal_lengths_and_its_normaliser():
     np.testing.assert_allclose(lse, jax.nn.logsumexp(logits, axis=-1), atol=2e-3)
 
 
+@pytest.mark.parametrize("name", QUICK)
+def test_the_blackwell_forward_pass(name):
+    tokens = LAYOUTS[name]()
+    size = blackwell_forward.ForwardTiles()
+    padded = pad_tokens(tokens, size.rows)
+    shape = (1, padded.chunk.shape[1], 1, 64)
+    arguments = [
+        jax.random.normal(key, shape).astype(jnp.bfloat16)
+        for key in jax.random.split(jax.random.key(0), 3)
+    ]
+    tiles, _ = tile_maps(padded, padded, q_tile=size.rows, k_tile=size.keys)
+    simulated = plgpu.InterpretGPUParams(detect_races=True)
+    columns = mask_columns(padded, padded)
+    out, lse = blackwell_forward.forward(*arguments, columns, tiles, size, interpret=simulated)
+    assert not races()
+    want = reference.attend(*(x.astype(jnp.float32) for x in arguments), padded, padded)
+    assert distance(out, want) < 5e-3
+    nothing = np.asarray(padded.chunk[0] < 0)
+    np.testing.assert_array_equal(np.asarray(lse[0, 0]) >= -hopper_forward.MASKED, nothing)
+    assert not np.asarray(out[0, nothing]).any()
+
+
 def test_it_refuses_what_it_cannot_run():
     tokens = grid(1, 8, 8, chunk=1)
     x = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
@@ -114,10 +136,18 @@ def test_it_refuses_what_it_cannot_run():
 
 @pytest.mark.skipif(deviceless.refusal() is not None, reason=f"{deviceless.refusal()}")
 @pytest.mark.parametrize("width", op.WIDTHS)
-@pytest.mark.parametrize("kernel", ["attention_forward", "attention_dq", "attention_dkv"])
-def test_it_compiles_for_hopper_onto_tensor_cores_without_spills(kernel, width):
+@pytest.mark.parametrize(
+    ("chip", "kernel", "instruction"),
+    [
+        ("h200", "hopper_forward", "HGMMA"),
+        ("h200", "hopper_dq", "HGMMA"),
+        ("h200", "hopper_dkv", "HGMMA"),
+        ("gb200", "blackwell_forward", "UTCHMMA"),
+    ],
+)
+def test_it_compiles_onto_tensor_cores_without_spills(chip, kernel, instruction, width):
     script = pathlib.Path(__file__).with_name("compile_kernel.py")
-    command = [sys.executable, str(script), "h200", kernel, str(width)]
+    command = [sys.executable, str(script), chip, kernel, str(width)]
     root = str(script.parents[2])
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=root, env=_environment(root)
@@ -125,7 +155,7 @@ def test_it_compiles_for_hopper_onto_tensor_cores_without_spills(kernel, width):
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["kernels"] == 1 and said["spilled_bytes"] == 0
-    assert said["tensor_core"].get("HGMMA", 0) >= 8
+    assert said["tensor_core"].get(instruction, 0) >= 8
 
 
 def _environment(root: str) -> dict[str, str]:

@@ -1,0 +1,326 @@
+"""Block-sparse attention forward on Blackwell: tcgen05, tensor memory, five roles.
+
+One warp loads tiles, one issues products, a warpgroup does the softmax and another one gathers the
+values: the running maximum changes the scale of what was summed before, and rescaling in registers
+keeps that off the tensor core's way. Logits of the next tile are computed while this tile's softmax
+runs.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention.mosaic.columns import MaskColumns, seen
+from pallas_kernels.attention.mosaic.hopper_forward import (
+    LOG2_E,
+    MASKED,
+    SWIZZLED,
+    tall,
+    whole,
+    wide,
+)
+from pallas_kernels.attention.mosaic.walk import produce, walk
+from pallas_kernels.attention.tilemap import TileMap
+
+LAYOUT = plgpu.Layout.TCGEN05
+CONTROL, SOFTMAX, GATHER = range(3)  # warpgroups
+LOADER, ISSUER = range(2)  # warps of the first
+PIECE = 64  # columns of the output at once: one swizzled tile, beside the sums in registers
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """Queries of a block, keys of a step, and steps that are loaded ahead."""
+
+    rows: int = 128
+    keys: int = 64
+    stages: int = 2
+
+
+def forward(
+    q: Float[Array, "b q n d"],
+    k: Float[Array, "b k n d"],
+    v: Float[Array, "b k n d"],
+    columns: MaskColumns,
+    tiles: TileMap,
+    size: ForwardTiles,
+    *,
+    interpret=None,
+) -> tuple[Float[Array, "b q n d"], Float[Array, "b n q"]]:
+    """The same as `hopper_forward.forward`."""
+    b, length, heads, width = q.shape
+    kernel = plgpu.kernel(
+        _body(size, width),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((b, heads, length), jnp.float32),
+        ),
+        grid=(heads, length // size.rows, b),
+        grid_names=("head", "row", "batch"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=_scratch(size, width, q.dtype),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    query, key = (whole(x, b) for x in (columns.query, columns.key))
+    maps = jax.tree.map(lambda x: whole(x, b), tiles)
+    return kernel(q, k, v, query, key, maps.start, maps.stop, maps.full, maps.count)
+
+
+def _scratch(size: ForwardTiles, width: int, dtype):
+    kv = plgpu.SMEM((size.stages, size.keys, width), dtype, transforms=SWIZZLED)
+    once, staged = plgpu.Barrier(), plgpu.Barrier(num_barriers=size.stages)
+    twice = plgpu.Barrier(num_barriers=2)
+    product = plgpu.Barrier(orders_tensor_core=True)
+    product_staged = plgpu.Barrier(num_barriers=size.stages, orders_tensor_core=True)
+    product_twice = plgpu.Barrier(num_barriers=2, orders_tensor_core=True)
+    return {
+        "q_s": plgpu.SMEM((size.rows, width), dtype, transforms=SWIZZLED),
+        "q_here": once,
+        "targets": ((kv,), (kv,), (plgpu.SMEM((size.stages, size.keys), jnp.int32),)),
+        "here": (staged, staged, staged),
+        "used": (product_staged, product_staged, staged),
+        "logits_t": plgpu.TMEM((size.rows, 2 * size.keys), jnp.float32),
+        "logits_full": product_twice,
+        "logits_free": product_twice,
+        "weights_s": plgpu.SMEM((size.rows, size.keys), dtype, transforms=SWIZZLED),
+        "weights_full": once,
+        "weights_free": product,
+        "values_t": plgpu.TMEM((size.rows, 2 * width), jnp.float32),
+        "values_full": product_twice,
+        "values_free": product_twice,
+        "fade_s": plgpu.SMEM((2, size.rows), jnp.float32),
+        "fade_full": twice,
+        "fade_free": twice,
+        "norm_s": plgpu.SMEM((size.rows,), jnp.float32),
+        "norm_full": once,
+        "lse_s": plgpu.SMEM((size.rows,), jnp.float32),
+    }
+
+
+def _body(size: ForwardTiles, width: int):
+    def body(q, k, v, query, key, start, stop, full, count, out, lse, **shared):
+        warpgroup = lax.axis_index("warpgroup")
+        head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
+        ranges = tuple(x.at[batch, row] for x in (start, stop, full))
+        steps = count[batch, row]
+        rows = pl.ds(row * size.rows, size.rows)
+
+        @pl.when(warpgroup == CONTROL)
+        def _control():
+            plgpu.set_max_registers(64, action="decrease")
+
+            @plgpu.warp_map
+            def _warps(warp):
+                @pl.when(warp == LOADER)
+                def _load():
+                    plgpu.copy_gmem_to_smem(
+                        q.at[batch, rows, head], shared["q_s"], shared["q_here"]
+                    )
+                    groups = (
+                        (lambda part: k.at[batch, part, head],),
+                        (lambda part: v.at[batch, part, head],),
+                        (lambda part: key.at[batch, part],),
+                    )
+                    parts = (shared[name] for name in ("targets", "here", "used"))
+                    produce(ranges, steps, size.stages, size.keys, groups, *parts)
+
+                @pl.when(warp == ISSUER)
+                def _issue():
+                    _products(size, width, steps, **shared)
+
+        @pl.when(warpgroup == SOFTMAX)
+        def _softmax():
+            plgpu.set_max_registers(216, action="increase")
+            columns = [_row_of(query.at[batch, i, rows]) for i in range(query.shape[1])]
+            top, total = _weights(size, width, columns, ranges, steps, **shared)
+            empty = top <= MASKED
+            shared["norm_s"][...] = jnp.where(empty, 0.0, 1 / total)
+            plgpu.barrier_arrive(shared["norm_full"])
+            shared["lse_s"][...] = jnp.where(empty, -MASKED, top + jnp.log(total) * LOG2_E)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(shared["lse_s"], lse.at[batch, head, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == GATHER)
+        def _gather():
+            plgpu.set_max_registers(216, action="increase")
+            _sums(size, width, steps, out.at[batch, rows, head], **shared)
+
+    return body
+
+
+def _products(
+    size, width, steps, *, q_s, q_here, targets, here, used, logits_t, logits_full, logits_free,
+    weights_s, weights_full, weights_free, values_t, values_full, values_free, **_,
+):  # fmt: skip
+    """Issues every product; the values of a step come after the logits of the next one."""
+    (k_s,), (v_s,), _ = targets
+    plgpu.barrier_wait(q_here)
+
+    def logits(t):
+        slot, half = _slots(t, size.stages)
+        plgpu.barrier_wait(here[0].at[slot])
+
+        @pl.when(t >= 2)
+        def _():
+            plgpu.barrier_wait(logits_free.at[half])
+
+        target = logits_t.at[:, pl.ds(half * size.keys, size.keys)]
+        plgpu.tcgen05_mma(
+            target, q_s, k_s.at[slot].transpose((1, 0)), used[0].at[slot], accumulate=False
+        )
+        plgpu.tcgen05_commit_arrive(logits_full.at[half])
+
+    def values(t):
+        slot, half = _slots(t, size.stages)
+        plgpu.barrier_wait(here[1].at[slot])
+        plgpu.barrier_wait(weights_full)
+
+        @pl.when(t >= 2)
+        def _():
+            plgpu.barrier_wait(values_free.at[half])
+
+        target = values_t.at[:, pl.ds(half * width, width)]
+        plgpu.tcgen05_mma(target, weights_s, v_s.at[slot], used[1].at[slot], accumulate=False)
+        plgpu.tcgen05_commit_arrive(weights_free)
+        plgpu.tcgen05_commit_arrive(values_full.at[half])
+
+    def step(t, _):
+        logits(t)
+
+        @pl.when(t >= 1)
+        def _():
+            values(t - 1)
+
+    lax.fori_loop(0, steps, step, None)
+
+    @pl.when(steps >= 1)
+    def _last():
+        values(steps - 1)
+
+    @pl.loop(0, lax.min(steps, jnp.int32(2)))
+    def _drain(i):
+        half = lax.rem(lax.max(steps - 2, jnp.int32(0)) + i, jnp.int32(2))
+        plgpu.barrier_wait(logits_free.at[half])
+        plgpu.barrier_wait(values_free.at[half])
+
+
+def _weights(
+    size, width, columns, ranges, steps, *, targets, here, used, logits_t, logits_full, logits_free,
+    weights_s, weights_full, weights_free, fade_s, fade_full, fade_free, **_,
+):  # fmt: skip
+    """Online softmax over the tiles of all ranges: row maxima and row sums."""
+    shape = (size.rows, size.keys)
+    code_s = targets[2][0]
+    row = LAYOUT.reduce(1)
+    top = plgpu.layout_cast(jnp.full(shape[:1], MASKED, jnp.float32), row)
+    total = plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), row)
+
+    def step(t, slot, tile, is_full, carry):
+        top, total = carry
+        half = lax.rem(t, jnp.int32(2))
+        plgpu.barrier_wait(logits_full.at[half])
+        logits = _load(logits_t.at[:, pl.ds(half * size.keys, size.keys)])
+        plgpu.wait_load_tmem()
+        plgpu.barrier_arrive(logits_free.at[half])
+        logits = logits * (width**-0.5 * LOG2_E)
+        plgpu.barrier_wait(here[2].at[slot])
+
+        def masked(logits):
+            code = plgpu.load(code_s.at[slot], layout=LAYOUT.reduce(0), optimized=False)
+            plgpu.commit_smem()  # this plain read comes before the next TMA write
+            # A row of codes alone would be taken for Hopper's layout.
+            code = plgpu.layout_cast(tall(code, shape), LAYOUT)
+            mask = seen(lambda i: wide(columns[i], shape), code)
+            return jnp.where(mask, logits, MASKED)
+
+        logits = lax.cond(is_full, lambda x: x, masked, logits)
+        plgpu.barrier_arrive(used[2].at[slot])
+        new_top = jnp.maximum(top, logits.max(axis=1))
+        fade = jnp.exp2(top - new_top)
+        weights = jnp.exp2(logits - wide(new_top, shape))
+        total = total * fade + weights.sum(axis=1)
+
+        @pl.when(t >= 2)
+        def _():
+            plgpu.barrier_wait(fade_free.at[half])
+
+        fade_s.at[half][...] = fade
+        plgpu.barrier_arrive(fade_full.at[half])
+
+        @pl.when(t >= 1)
+        def _():
+            plgpu.barrier_wait(weights_free)
+
+        weights_s[...] = weights.astype(weights_s.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(weights_full)
+        return new_top, total
+
+    top, total = walk(ranges, steps, size.stages, step, (top, total))
+
+    @pl.when(steps >= 1)
+    def _():
+        plgpu.barrier_wait(weights_free)
+
+    @pl.loop(0, lax.min(steps, jnp.int32(2)))
+    def _drain(i):
+        plgpu.barrier_wait(
+            fade_free.at[lax.rem(lax.max(steps - 2, jnp.int32(0)) + i, jnp.int32(2))]
+        )
+
+    return top, total
+
+
+def _sums(
+    size, width, steps, out, *, q_s, values_t, values_full, values_free,
+    fade_s, fade_full, fade_free, norm_s, norm_full, **_,
+):  # fmt: skip
+    """Adds up the values of all steps and writes the output."""
+    shape = (size.rows, PIECE)
+    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), LAYOUT)
+
+    def step(t, sums):
+        half = lax.rem(t, jnp.int32(2))
+        plgpu.barrier_wait(fade_full.at[half])
+        fade = _row_of(fade_s.at[half])
+        plgpu.barrier_arrive(fade_free.at[half])
+        plgpu.barrier_wait(values_full.at[half])
+        sums = tuple(
+            x * wide(fade, shape) + _load(values_t.at[:, pl.ds(half * width + i * PIECE, PIECE)])
+            for i, x in enumerate(sums)
+        )
+        plgpu.wait_load_tmem()
+        plgpu.barrier_arrive(values_free.at[half])
+        return sums
+
+    sums = lax.fori_loop(0, steps, step, (zeros,) * (width // PIECE))
+    plgpu.barrier_wait(norm_full)
+    norm = _row_of(norm_s)
+    # All products are over, so the place of the queries is free.
+    for i, x in enumerate(sums):
+        q_s.at[:, pl.ds(i * PIECE, PIECE)][...] = (x * wide(norm, shape)).astype(q_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_s, out)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _slots(t, stages: int):
+    return lax.rem(t, jnp.int32(stages)), lax.rem(t, jnp.int32(2))
+
+
+def _load(ref):
+    return plgpu.async_load_tmem(ref, layout=LAYOUT)
+
+
+def _row_of(ref):
+    return plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False)
