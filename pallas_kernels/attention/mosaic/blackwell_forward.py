@@ -171,7 +171,7 @@ def _products(
         plgpu.barrier_wait(here[0].at[slot])
 
         @pl.when(t >= 2)
-        def _():
+        def _wait_logits_free():
             plgpu.barrier_wait(logits_free.at[half])
 
         target = logits_t.at[:, pl.ds(half * size.keys, size.keys)]
@@ -186,7 +186,7 @@ def _products(
         plgpu.barrier_wait(weights_full)
 
         @pl.when(t >= 2)
-        def _():
+        def _wait_values_free():
             plgpu.barrier_wait(values_free.at[half])
 
         target = values_t.at[:, pl.ds(half * width, width)]
@@ -198,7 +198,7 @@ def _products(
         logits(t)
 
         @pl.when(t >= 1)
-        def _():
+        def _previous():
             values(t - 1)
 
     lax.fori_loop(0, steps, step, None)
@@ -251,14 +251,14 @@ def _weights(
         total = total * fade + weights.sum(axis=1)
 
         @pl.when(t >= 2)
-        def _():
+        def _wait_fade_free():
             plgpu.barrier_wait(fade_free.at[half])
 
         fade_s.at[half][...] = fade
         plgpu.barrier_arrive(fade_full.at[half])
 
         @pl.when(t >= 1)
-        def _():
+        def _wait_weights_free():
             plgpu.barrier_wait(weights_free)
 
         weights_s[...] = weights.astype(weights_s.dtype)
@@ -269,7 +269,7 @@ def _weights(
     top, total = walk(ranges, steps, size.stages, step, (top, total))
 
     @pl.when(steps >= 1)
-    def _():
+    def _last_weights_free():
         plgpu.barrier_wait(weights_free)
 
     @pl.loop(0, lax.min(steps, jnp.int32(2)))
