@@ -68,18 +68,33 @@ def races() -> bool:
     "name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
 )
 def test_values_and_gradients_are_those_of_the_oracle(name):
-    tokens = LAYOUTS[name]()
-    shape = (2 if name == "cuts differ" else 1, len(tokens), 1, 64)
+    check_against_the_oracle(
+        LAYOUTS[name](), heads=1, width=64, interpret=plgpu.InterpretGPUParams(detect_races=True)
+    )
+    assert not races()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("width", op.WIDTHS)
+def test_values_and_gradients_on_a_gpu(name, width):
+    probe = jax.ShapeDtypeStruct((1, 1, 1, width), jnp.bfloat16)
+    if why := op.refusal(probe):
+        pytest.skip(why)
+    check_against_the_oracle(LAYOUTS[name](), heads=3, width=width)
+
+
+def check_against_the_oracle(tokens, *, heads: int, width: int, interpret=None):
+    batch = tokens.chunk.shape[0] if tokens.chunk.ndim > 1 else 1
+    shape = (batch, len(tokens), heads, width)
     *arguments, grad = (
         jax.random.normal(key, shape).astype(jnp.bfloat16)
         for key in jax.random.split(jax.random.key(0), 4)
     )
-    simulated = plgpu.InterpretGPUParams(detect_races=True)
     found, pull = jax.vjp(
-        lambda *qkv: op.attend(*qkv, tokens, tokens, interpret=simulated), *arguments
+        lambda *qkv: op.attend(*qkv, tokens, tokens, interpret=interpret), *arguments
     )
     got = (found, *pull(grad))
-    assert not races()
     exact = [x.astype(jnp.float32) for x in arguments]
     found, pull = jax.vjp(lambda *qkv: reference.attend(*qkv, tokens, tokens), *exact)
     want = (found, *pull(grad.astype(jnp.float32)))
