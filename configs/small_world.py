@@ -7,13 +7,17 @@ One stage of the recipe after the other, into the same checkpoint:
     longlive train --config=configs/small_world.py:ar --workdir=runs/ar --out=runs/small_world
     longlive evaluate --config=configs/small_world.py --checkpoint=runs/small_world
 
-Cost on two EPYC cores that other work shared (2026-11-20; curves in docs/): vae 55 minutes (32 of
-them since its last restart, which shortened the clips from 17 to 9 frames after step 1600), text 2
-minutes, ar 50 minutes after 8 minutes of encoding; ar was restarted at steps 800 and 1400 with a
-shorter schedule and a faster average (this file holds the last values).
+Cost on two CPU cores that other work shared (curves in docs/): vae 55 minutes (32 of them since its
+last restart, which shortened the clips from 17 to 9 frames after step 1600; 2026-11-20), text 2
+minutes, ar 95 minutes after 10 minutes of encoding (with AMX; 2026-11-21).
 
-Result: the VAE reaches its bar (32.4 dB and every attribute right on 208 held-out shots). The DiT
-is undertrained and does not: see the README's table. Its loss was still falling when it ended.
+The shipped DiT is not quite what this file makes in one go. Its first 3000 updates saw 3000 videos
+of a harder world, with subjects of any size at any place, at a constant rate; then the generator
+got its grid and three sizes, and the corpus was made anew. At step 6500 the end was moved from
+11000 to 12000. This file holds the last values; nobody has run it from the start.
+
+Result: the VAE reaches its bar (32.4 dB and every attribute right on held-out shots); of the DiT's
+bars one is missed, that of shapes. See the README's table.
 """
 
 from ml_collections import ConfigDict

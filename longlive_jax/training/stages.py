@@ -6,6 +6,7 @@ A later stage reads what the earlier ones wrote to the same checkpoint directory
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -23,7 +24,7 @@ from longlive_jax.data.small_world.latents import (
     prompt_table,
 )
 from longlive_jax.data.small_world.text import world_tokenizer
-from longlive_jax.io.checkpoint import TOKENIZER, save_component
+from longlive_jax.io.checkpoint import TOKENIZER, load_component, save_component
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, UMT5Config, encode_prompts
@@ -127,6 +128,7 @@ class ARStage(RunSpec):
     guidance: float = 2.0  # likewise
     unroll: int = 1
     dtype: str = "float32"  # of matrix products in training; the checkpoint keeps `model.dtype`
+    start: Literal["random", "checkpoint"] = "random"  # "checkpoint": from the DiT that is there
     gate: float = 0.0  # added to the gates at the start, or their blocks begin almost closed
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path) -> Task:
@@ -167,7 +169,7 @@ class ARStage(RunSpec):
             save_settings(directory, self.sampling())
 
         return Task(
-            init=self._init,
+            init=self._init if self.start == "random" else self._restored(out),
             loss_fn=lambda params, batch, key: loss_fn(params, Episode(**batch), key),
             batches=EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed),
             evaluate=evaluate,
@@ -193,6 +195,15 @@ class ARStage(RunSpec):
         table = dit.blocks.modulation
         table[...] = table[...].at[:, GATES].add(self.gate)
         return params_of(dit)
+
+    def _restored(self, out: pathlib.Path) -> Callable[[jax.Array], Params]:
+        params, _ = load_component(out, "dit", dtype=jnp.float32)
+        want = jax.eval_shape(self._init, jax.random.key(0))
+        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, want):
+            raise UserError(
+                f"{out}: its DiT is not config.model; see the settings in longlive.json"
+            )
+        return lambda key: params
 
     @staticmethod
     def _chunk_tokens(videos: EncodedVideos) -> int:

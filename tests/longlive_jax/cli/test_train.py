@@ -1,12 +1,14 @@
 """`longlive train`: the three stages at their smallest, and mistakes that compute nothing."""
 
 import json
+import shutil
 
+import chex
 import pytest
 
 from longlive_jax.cli.app import run
 from longlive_jax.data.small_world import world
-from longlive_jax.io.checkpoint import read_manifest
+from longlive_jax.io.checkpoint import load_component, read_manifest
 from longlive_jax.sampling.settings import spec_for
 from longlive_jax.training import loop
 
@@ -58,6 +60,18 @@ def test_all_stages_into_one_checkpoint(tmp_path, capsys):
     assert (checkpoint / "tokenizer.model").exists()
     spec = spec_for(checkpoint)
     assert spec.window == 3 and spec.size == (world.HEIGHT, world.WIDTH)
+    before, _ = load_component(checkpoint, "dit")
+    again = ["start=checkpoint", "optim.lr=0.0", "optim.weight_decay=0.0"]
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "ar" / "corpus.npz", tmp_path / "again")
+    arguments = [
+        x.replace(f"{tmp_path}/ar", f"{tmp_path}/again")
+        for x in command("ar", tmp_path, [*AR, *again])
+    ]
+    assert run(arguments) == 0
+    chex.assert_trees_all_close(load_component(checkpoint, "dit")[0], before, atol=1e-3)
+    assert run([*arguments, f"--workdir={tmp_path / 'other'}", "--config.model.layers=2"]) == 2
+    assert "its DiT is not config.model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
