@@ -8,7 +8,7 @@ A process of its own: Mosaic takes one chip a process, and settings are read whe
 import json
 import sys
 
-from pallas_kernels import deviceless
+from tests.pallas_kernels import deviceless
 
 DUMP = deviceless.prepare()
 

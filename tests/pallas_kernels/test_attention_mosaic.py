@@ -12,13 +12,13 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.layout import grid, teacher_forcing, windowed
-from pallas_kernels import deviceless
 from pallas_kernels.attention import attention, reference
 from pallas_kernels.attention.mosaic import blackwell_forward, hopper_forward, op
 from pallas_kernels.attention.mosaic.columns import MaskColumns, mask_columns, seen
 from pallas_kernels.attention.tilemap import pad_tokens, tile_maps
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tokens import concat, visible
+from tests.pallas_kernels import deviceless
 
 CUTS = np.array([False, False, True, False])
 RANKS = [grid(2, 4, 9, chunk=1, start=2 * r, noisy=noisy) for r in range(2) for noisy in (0, 1)]

@@ -7,6 +7,7 @@ runs.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -207,11 +208,7 @@ def _products(
     def _last():
         values(steps - 1)
 
-    @pl.loop(0, lax.min(steps, jnp.int32(2)))
-    def _drain(i):
-        half = lax.rem(lax.max(steps - 2, jnp.int32(0)) + i, jnp.int32(2))
-        plgpu.barrier_wait(logits_free.at[half])
-        plgpu.barrier_wait(values_free.at[half])
+    _drain(steps, logits_free, values_free)
 
 
 def _weights(
@@ -220,10 +217,7 @@ def _weights(
 ):  # fmt: skip
     """Online softmax over the tiles of all ranges: row maxima and row sums."""
     shape = (size.rows, size.keys)
-    code_s = targets[2][0]
-    row = LAYOUT.reduce(1)
-    top = plgpu.layout_cast(jnp.full(shape[:1], MASKED, jnp.float32), row)
-    total = plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), row)
+    start = (jnp.full(shape[:1], MASKED, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
 
     def step(t, slot, tile, is_full, carry):
         top, total = carry
@@ -235,15 +229,8 @@ def _weights(
         logits = logits * (width**-0.5 * LOG2_E)
         plgpu.barrier_wait(here[2].at[slot])
 
-        def masked(logits):
-            code = plgpu.load(code_s.at[slot], layout=LAYOUT.reduce(0), optimized=False)
-            plgpu.commit_smem()  # this plain read comes before the next TMA write
-            # A row of codes alone would be taken for Hopper's layout.
-            code = plgpu.layout_cast(tall(code, shape), LAYOUT)
-            mask = seen(lambda i: wide(columns[i], shape), code)
-            return jnp.where(mask, logits, MASKED)
-
-        logits = lax.cond(is_full, lambda x: x, masked, logits)
+        mask = functools.partial(_masked, columns=columns, code_s=targets[2][0].at[slot])
+        logits = lax.cond(is_full, lambda x: x, mask, logits)
         plgpu.barrier_arrive(used[2].at[slot])
         new_top = jnp.maximum(top, logits.max(axis=1))
         fade = jnp.exp2(top - new_top)
@@ -266,19 +253,38 @@ def _weights(
         plgpu.barrier_arrive(weights_full)
         return new_top, total
 
-    top, total = walk(ranges, steps, size.stages, step, (top, total))
+    top, total = walk(ranges, steps, size.stages, step, _rows(start))
 
     @pl.when(steps >= 1)
     def _last_weights_free():
         plgpu.barrier_wait(weights_free)
 
-    @pl.loop(0, lax.min(steps, jnp.int32(2)))
-    def _drain(i):
-        plgpu.barrier_wait(
-            fade_free.at[lax.rem(lax.max(steps - 2, jnp.int32(0)) + i, jnp.int32(2))]
-        )
-
+    _drain(steps, fade_free)
     return top, total
+
+
+def _rows(arrays):
+    """Arrays of one number a row in the layout of rows."""
+    return tuple(plgpu.layout_cast(x, LAYOUT.reduce(1)) for x in arrays)
+
+
+def _masked(logits, *, columns, code_s):
+    code = plgpu.load(code_s, layout=LAYOUT.reduce(0), optimized=False)
+    plgpu.commit_smem()  # this plain read comes before the next TMA write
+    # A row of codes alone would be taken for Hopper's layout.
+    code = plgpu.layout_cast(tall(code, logits.shape), LAYOUT)
+    mask = seen(lambda i: wide(columns[i], logits.shape), code)
+    return jnp.where(mask, logits, MASKED)
+
+
+def _drain(steps, *barriers):
+    """Waits for the last use of both halves, so that no phase ends unobserved."""
+
+    @pl.loop(0, lax.min(steps, jnp.int32(2)))
+    def _wait(i):
+        half = lax.rem(lax.max(steps - 2, jnp.int32(0)) + i, jnp.int32(2))
+        for barrier in barriers:
+            plgpu.barrier_wait(barrier.at[half])
 
 
 def _sums(

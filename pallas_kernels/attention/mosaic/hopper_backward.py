@@ -6,6 +6,7 @@ key tiles with everything transposed. Neither needs atomics: the result does not
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -208,20 +209,23 @@ def _key_value_body(size: BackwardTiles, width: int, simulated: bool):
             plgpu.copy_smem_to_gmem(v_s, dv.at[batch, rows, head])
             plgpu.wait_smem_to_gmem(0)
 
-        def sources(batch, head):
-            return (
-                (
-                    lambda part: q.at[batch, part, head],
-                    lambda part: query.at[batch, :, part],
-                    lambda part: lse.at[batch, head, part],
-                ),
-                (lambda part: grad.at[batch, part, head], lambda part: delta.at[batch, head, part]),
-            )
-
+        sources = functools.partial(_query_parts, q, grad, query, lse, delta)
         ranges = (start, stop, full, count)
         _roles(size, (k, v), sources, ranges, compute, **shared)
 
     return body
+
+
+def _query_parts(q, grad, query, lse, delta, batch, head):
+    """What a step over queries loads, in the two groups in which it is needed."""
+    return (
+        (
+            lambda part: q.at[batch, part, head],
+            lambda part: query.at[batch, :, part],
+            lambda part: lse.at[batch, head, part],
+        ),
+        (lambda part: grad.at[batch, part, head], lambda part: delta.at[batch, head, part]),
+    )
 
 
 def _roles(size, own, sources, ranges, compute, *, own_s, own_here, staged_s, here, used):
