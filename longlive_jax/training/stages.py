@@ -127,7 +127,9 @@ class ARStage(RunSpec):
     steps: int = 32  # of the sampler, as the checkpoint's default
     guidance: float = 2.0  # likewise
     unroll: int = 1
-    dtype: str = "float32"  # of matrix products in training; the checkpoint keeps `model.dtype`
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of matrix products in training; the checkpoint keeps `model.dtype`
+    )
     start: Literal["random", "checkpoint"] = "random"  # "checkpoint": from the DiT that is there
     gate: float = 0.0  # added to the gates at the start, or their blocks begin almost closed
 
@@ -135,6 +137,7 @@ class ARStage(RunSpec):
         for component, stage in (("vae", "vae"), ("umt5", "text")):
             if not (out / component).is_dir():
                 raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
+        init = self._init if self.start == "random" else self._restored(out)
         umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
         prompts = prompt_table()
         text = encode_prompts(umt5, tokenizer, prompts, length=self.model.text_len)
@@ -169,7 +172,7 @@ class ARStage(RunSpec):
             save_settings(directory, self.sampling())
 
         return Task(
-            init=self._init if self.start == "random" else self._restored(out),
+            init=init,
             loss_fn=lambda params, batch, key: loss_fn(params, Episode(**batch), key),
             batches=EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed),
             evaluate=evaluate,

@@ -56,8 +56,8 @@ def refusal(q: Array | jax.ShapeDtypeStruct) -> str | None:
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     if capability != "9.0":
         return f"the kernels are for Hopper (compute capability 9.0), not {capability or '?'}"
-    if jnp.dtype(q.dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"it takes 16-bit arguments, not {jnp.dtype(q.dtype)}"
+    if jnp.dtype(q.dtype) != jnp.bfloat16:
+        return f"it takes bfloat16 arguments, not {jnp.dtype(q.dtype)}"
     if q.shape[-1] not in WIDTHS:
         return f"heads are {q.shape[-1]} wide; it takes {' or '.join(map(str, WIDTHS))}"
     return None
@@ -72,7 +72,7 @@ def attend(
     *,
     interpret: Any = None,
 ) -> Float[Array, "b q n d"]:
-    """The same as `reference.attend` for 16-bit arguments, any length; float32 accumulation.
+    """The same as `reference.attend` for bfloat16 arguments, any length; float32 accumulation.
 
     Work is in proportion to the tiles that hold a visible pair, in both directions.
     """

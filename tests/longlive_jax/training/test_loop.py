@@ -107,6 +107,8 @@ def test_schedule_warms_up_holds_and_falls():
     got = [float(rate(i)) for i in (0, 9, 10, 49, 75, 100)]
     assert got == pytest.approx([0.1, 0.91, 1.0, 1.0, 0.5, 0.0], abs=1e-6)
     assert float(schedule(1.0, OptimSpec(), 100)(100)) == 1.0
+    falling = schedule(1.0, OptimSpec(warmup=10, decay=1.0), 100)
+    assert [float(falling(i)) for i in (0, 10, 55, 100)] == pytest.approx([0.1, 1.0, 0.5, 0.0])
 
 
 def test_muon_takes_matrices_and_leaves_the_rest_to_adam():

@@ -146,3 +146,18 @@ def test_specs_are_immutable():
     spec = sw.sample_spec(np.random.default_rng(0), chunks=4)
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.shots = ()
+
+
+def test_chunks_begin_on_the_grid():
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        spec = sw.sample_spec(rng, chunks=12, shot_chunks=(2, 5))
+        at = 0
+        for shot in spec.shots:
+            first = sw.frame_count(at)
+            for chunk in range(max(at, 1), at + shot.chunks):
+                moved = np.multiply(
+                    sw.MOTIONS[shot.motion], sw.SPEED * (sw.frame_count(chunk) - first)
+                )
+                assert not ((np.array([shot.x, shot.y]) + moved) % 8).any()
+            at += shot.chunks
