@@ -97,6 +97,7 @@ def _ar() -> dict:
         dtype="bfloat16",
         unroll=4,
         gate=0.5,
+        solver="sde",
         model=dict(
             dim=256,
             ffn_dim=576,

@@ -1,16 +1,20 @@
-"""Multistep solvers of the flow as tables of coefficients.
+"""Multistep solvers of the flow, and of its reverse diffusion, as tables of coefficients.
 
 At every step the model turns the current sample into an estimate m_0 of the clean one. What follows
 is linear in a handful of arrays:
 
     corrected = C . (sample, last corrected, m_0, m_-1, m_-2)
-    next      = P . (corrected, m_0, m_-1)
+    next      = P . (corrected, m_0, m_-1) + spread * fresh noise
 
 The coefficients depend on the noise levels only, so they are worked out on the host in float64 and
 reach the device as one small float32 table. `step` is then a pure function that scans.
 
 UniPC: Zhao et al. 2023, arXiv:2302.04867; here order 2, B2(h) = expm1(-h), data prediction, with
 corrector and with a first-order last step, which returns the last estimate exactly.
+
+SDE-DPM-Solver++(2M): Lu et al. 2022, arXiv:2211.01095, section 5. It replaces part of the noise at
+every step, so an error made early fades instead of steering all that follows. That pays off with
+many steps and a model that is unsure at high noise; UniPC is for few steps.
 """
 
 import jax.numpy as jnp
@@ -26,13 +30,15 @@ class Solver:
     """One row a step. A pytree whose leaves `lax.scan` slices.
 
     sigma: level of the sample that the model sees; timestep: what the model is told, a whole
-    number; correct, predict: the rows C and P above.
+    number; correct, predict: the rows C and P above; spread: standard deviation of the fresh noise,
+    None for a solver that draws none.
     """
 
     sigma: Float[Array | np.ndarray, "steps"]
     timestep: Float[Array | np.ndarray, "steps"]
     correct: Float[Array | np.ndarray, "steps 5"]
     predict: Float[Array | np.ndarray, "steps 3"]
+    spread: Float[Array | np.ndarray, "steps"] | None = None
 
     @property
     def steps(self) -> int:
@@ -57,14 +63,24 @@ def start(noise: Float[Array, "*shape"]) -> SolverState:
     return SolverState(x=x, corrected=x, m1=empty, m2=empty)
 
 
-def step(state: SolverState, velocity: Float[Array, "*shape"], row: Solver) -> SolverState:
-    """Advances by one step; `velocity` is the model's answer at `state.x`, `row` one row."""
+def step(
+    state: SolverState,
+    velocity: Float[Array, "*shape"],
+    row: Solver,
+    fresh: Float[Array, "*shape"] | None = None,
+) -> SolverState:
+    """Advances by one step; `velocity` is the model's answer at `state.x`, `row` one row.
+
+    `fresh`: standard normal noise, for a solver with a spread and for no other.
+    """
     m0 = x0_from_velocity(state.x, velocity, jnp.asarray(row.sigma))
     c, p = row.correct, row.predict
     corrected = (
         c[0] * state.x + c[1] * state.corrected + c[2] * m0 + c[3] * state.m1 + c[4] * state.m2
     )
     x = p[0] * corrected + p[1] * m0 + p[2] * state.m1
+    if row.spread is not None:
+        x = x + row.spread * fresh
     return SolverState(x=x, corrected=corrected, m1=m0, m2=state.m1)
 
 
@@ -99,10 +115,24 @@ def euler(steps: int, *, shift: float = 5.0) -> Solver:
     return _table(sigma, correct, predict)
 
 
-def _table(sigma: np.ndarray, correct: np.ndarray, predict: np.ndarray) -> Solver:
+def sde(steps: int, *, shift: float = 5.0) -> Solver:
+    """SDE-DPM-Solver++(2M) on the same levels; the last step adds no noise."""
+    sigma = levels(steps, shift=shift)
+    correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
+    correct[:, 0] = 1.0
+    for k in range(steps):
+        predict[k] = _predictor(sigma, k, second=0 < k < steps - 1, fresh=True)
+    kept = predict[:, 0] * sigma[:-1]
+    return _table(sigma, correct, predict, np.sqrt(sigma[1:] ** 2 - kept**2))
+
+
+SOLVERS = {"unipc": unipc, "euler": euler, "sde": sde}
+"""Name -> how to make it from a number of steps and a shift."""
+
+
+def _table(sigma: np.ndarray, *columns: np.ndarray) -> Solver:
     timestep = np.trunc(TIMESTEPS * sigma[:-1])
-    leaves = (sigma[:-1], timestep, correct, predict)
-    return Solver(*(leaf.astype(np.float32) for leaf in leaves))
+    return Solver(*(leaf.astype(np.float32) for leaf in (sigma[:-1], timestep, *columns)))
 
 
 def _log_snr(sigma: float) -> float:
@@ -110,12 +140,15 @@ def _log_snr(sigma: float) -> float:
     return np.inf if sigma == 0 else float(np.log1p(-sigma) - np.log(sigma))
 
 
-def _predictor(sigma: np.ndarray, k: int, *, second: bool) -> np.ndarray:
-    """Weights of (corrected, m_0, m_-1) in the sample at level k + 1."""
+def _predictor(sigma: np.ndarray, k: int, *, second: bool, fresh: bool = False) -> np.ndarray:
+    """Weights of (corrected, m_0, m_-1) in the sample at level k + 1.
+
+    fresh: on the reverse diffusion, which forgets old noise twice as fast as the flow.
+    """
     now, after = sigma[k], sigma[k + 1]
     h = _log_snr(after) - _log_snr(now)
-    gain = -(1 - after) * np.expm1(-h)
-    row = np.array([after / now, gain, 0.0])
+    gain = -(1 - after) * np.expm1(-2 * h if fresh else -h)
+    row = np.array([after / now * (np.exp(-h) if fresh else 1.0), gain, 0.0])
     if second:
         ratio = (_log_snr(sigma[k - 1]) - _log_snr(now)) / h
         row += gain * 0.5 / ratio * np.array([0.0, -1.0, 1.0])

@@ -29,7 +29,7 @@ class Request:
     (with guidance the b prompts, then the b negative ones); `cut` marks the first chunk of a shot
     other than the first; `offset` is added to its temporal positions, in latent frames; where
     `clamped`, frames are held at `clamp` and count as clean (image to video: the first frame of
-    chunk 0).
+    chunk 0); `keys` are what a solver with a spread draws from, one a sample.
     """
 
     noise: Float[Array, "b f h w c"]
@@ -38,6 +38,7 @@ class Request:
     offset: Int[Array, "b"]
     clamp: Float[Array, "b f h w c"]
     clamped: Bool[Array, "b f"]
+    keys: Key[Array, "b"]
 
 
 def sample_chunk(
@@ -67,12 +68,17 @@ def sample_chunk(
 
     velocity = predict if guidance is None else guided(predict, guidance)
 
-    def denoise(state: solvers.SolverState, row: Solver):
+    def denoise(state: solvers.SolverState, at: tuple[Solver, Array]):
+        row, k = at
         state = dataclasses.replace(state, x=_clamp(state.x, request))
         timestep = jnp.where(request.clamped, 0.0, row.timestep)
-        return solvers.step(state, velocity(state.x, timestep), row), None
+        fresh = None
+        if row.spread is not None:
+            fresh = chunk_noise(request.keys, k, state.x.shape[1:])
+        return solvers.step(state, velocity(state.x, timestep), row, fresh), None
 
-    state, _ = lax.scan(denoise, solvers.start(request.noise), solver)
+    steps = (solver, jnp.arange(solver.steps))
+    state, _ = lax.scan(denoise, solvers.start(request.noise), steps)
     latents = _clamp(state.x, request)
     return latents, remember_chunk(dit, cache, latents, request, guidance=guidance, attend=attend)
 
@@ -116,12 +122,12 @@ def chunk_noise(
     It depends on the sample's own key and the chunk's index alone: not on the batch, nor on whether
     chunks are scanned or streamed.
     """
-    chunk = jnp.broadcast_to(jnp.asarray(chunk), keys.shape)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(folded(keys, chunk))
 
-    def one(key: Array, chunk: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, chunk), shape)
 
-    return jax.vmap(one)(keys, chunk)
+def folded(keys: Key[Array, "b"], number: Int[Array, "b"] | int) -> Key[Array, "b"]:
+    """Keys of their own for a number, or for one number a key."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(number), keys.shape))
 
 
 def _clamp(x: Array, request: Request) -> Array:

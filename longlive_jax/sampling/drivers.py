@@ -19,9 +19,18 @@ from longlive_jax.diffusion.solvers import Solver
 from longlive_jax.models.params import with_params
 from longlive_jax.models.wan.cache import KVCache
 from longlive_jax.models.wan.dit import DiT, TextKV
-from longlive_jax.sampling.chunk import Request, chunk_noise, remember_chunk, sample_chunk
+from longlive_jax.sampling.chunk import (
+    Request,
+    chunk_noise,
+    folded,
+    remember_chunk,
+    sample_chunk,
+)
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention
+
+SOLVER_DRAWS = np.uint32(2**32 - 1)
+"""No chunk has this number, so what a solver draws is apart from what any chunk begins from."""
 
 
 @struct.dataclass
@@ -141,6 +150,7 @@ class Sampler:
             offset=jnp.asarray(order.offset),
             clamp=jnp.broadcast_to(setting.first[:, None], noise.shape),
             clamped=held[:, None] & (jnp.arange(frames) == 0),
+            keys=folded(folded(setting.keys, SOLVER_DRAWS), chunk),
         )
 
 

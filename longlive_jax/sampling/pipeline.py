@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longlive_jax.diffusion import solvers
+from longlive_jax.diffusion.solvers import SOLVERS
 from longlive_jax.io.checkpoint import TOKENIZER
 from longlive_jax.io.models import load_model
 from longlive_jax.io.pictures import read_image, to_pixels
@@ -215,7 +215,7 @@ class Pipeline:
             empty if script.image is None else self._image(script.image, size) for script in scripts
         ]
         return Setting(
-            solver=solvers.unipc(spec.steps, shift=spec.shift),
+            solver=SOLVERS[spec.solver](spec.steps, shift=spec.shift),
             keys=jnp.stack([jax.random.key(script.seed) for script in scripts]),
             first=jnp.concatenate(first),
             given=np.array([script.image is not None for script in scripts]),

@@ -15,6 +15,7 @@ from longlive_jax.spec import UserError, build
 MANIFEST_KEY = "sampling"
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Solver = Literal["unipc", "euler", "sde"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class SampleSpec:
       size: height and width in pixels, where the script does not say.
       fps: frames a second.
       chunk: latent frames generated together.
+      solver: of the flow; "sde" adds noise between its steps and wants many of them.
       steps: model calls per chunk; 2 to 4 for a distilled model, 32 to 50 otherwise.
       shift: of the noise levels towards the noisy end.
       guidance: 1 is off, and then nothing negative is computed or stored.
@@ -46,6 +48,7 @@ class SampleSpec:
     size: tuple[int, int] = (704, 1280)
     fps: float = 24.0
     chunk: int = 8
+    solver: Solver = "unipc"
     steps: int = 4
     shift: float = 5.0
     guidance: float = 1.0

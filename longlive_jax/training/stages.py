@@ -30,7 +30,7 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.models.vae import VAEConfig
 from longlive_jax.models.wan import GATES, DiT, DiTConfig
-from longlive_jax.sampling.settings import save_settings
+from longlive_jax.sampling.settings import Solver, save_settings
 from longlive_jax.spec import UserError
 from longlive_jax.training.ar import ARLossSpec, Episode, ar_loss
 from longlive_jax.training.loop import LoopSpec, Task
@@ -124,7 +124,8 @@ class ARStage(RunSpec):
     episodes: EpisodeSpec = dataclasses.field(default_factory=EpisodeSpec)
     loss: ARLossSpec = dataclasses.field(default_factory=ARLossSpec)
     held_out_batches: int = 8
-    steps: int = 32  # of the sampler, as the checkpoint's default
+    solver: Solver = "unipc"  # of the sampler, as the checkpoint's default
+    steps: int = 32  # likewise
     guidance: float = 2.0  # likewise
     unroll: int = 1
     dtype: Literal["float32", "bfloat16"] = (
@@ -189,6 +190,7 @@ class ARStage(RunSpec):
             "global_sinks": episodes.global_sinks,
             "rope_offset": episodes.phase,
             "shift": self.loss.shift,
+            "solver": self.solver,
             "steps": self.steps,
             "guidance": self.guidance,
         }

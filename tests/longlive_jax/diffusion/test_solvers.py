@@ -1,4 +1,5 @@
-"""UniPC against the reference's trajectories and the linear response of its coefficients."""
+"""UniPC against the reference's trajectories and the linear response of its coefficients; the
+stochastic solver against what it must leave unchanged."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def test_linear_response(steps, want):
     np.testing.assert_allclose(state.x, jnp.eye(steps + 1)[steps], atol=2e-6)
 
 
-@pytest.mark.parametrize("make", [solvers.unipc, solvers.euler])
+@pytest.mark.parametrize("make", [solvers.unipc, solvers.euler, solvers.sde])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 50, 128])
 def test_any_number_of_steps_finds_a_constant(make, steps):
     """If the estimate never changes, every solver lands on it exactly."""
@@ -72,7 +73,8 @@ def test_any_number_of_steps_finds_a_constant(make, steps):
     state = solvers.start(jax.random.normal(jax.random.key(0), (8,)))
     for k in range(steps):
         row = jax.tree.map(lambda leaf, k=k: leaf[k], solver)
-        state = solvers.step(state, (state.x - goal) / row.sigma, row)
+        fresh = None if row.spread is None else jnp.ones(8)
+        state = solvers.step(state, (state.x - goal) / row.sigma, row, fresh)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(solver))
     np.testing.assert_allclose(state.x, goal, atol=1e-5)
 
@@ -101,6 +103,55 @@ def test_second_order_beats_euler():
         for make in (solvers.unipc, solvers.euler)
     )
     assert unipc < 0.5 * euler
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 32])
+def test_fresh_noise_keeps_every_level(steps):
+    """For a known clean sample the solver's samples are those of the forward process."""
+    goal, solver = 0.7, solvers.sde(steps)
+    after = np.append(solver.sigma[1:], 0)
+    gain = solver.predict[:, 1:].sum(1)
+    np.testing.assert_allclose(
+        solver.predict[:, 0] * (1 - solver.sigma) * goal + gain * goal,
+        (1 - after) * goal,
+        atol=1e-6,
+    )
+    variance = (solver.predict[:, 0] * solver.sigma) ** 2 + solver.spread**2
+    np.testing.assert_allclose(variance, after**2, atol=1e-6)
+    assert (solver.spread[:-1] > 0).all() and solver.spread[-1] == 0
+
+
+def test_stochastic_solver_reaches_the_spread_of_gaussian_data_in_second_order():
+    """Exactly, from the coefficients; not the last step, which is of first order by design.
+
+    The best estimate for Gaussian data is linear, so the covariance of the sample and the last
+    estimate is carried along instead of samples.
+    """
+
+    def off(steps):
+        solver = solvers.sde(steps)
+        sigma = np.asarray(solver.sigma, np.float64)
+        level = (1 - sigma) ** 2 + sigma**2  # variance of a sample, for data of variance 1
+        cov = np.diag([level[0], 0.0])
+        for k in range(steps - 1):
+            clean, row = (1 - sigma[k]) / level[k], solver.predict[k]
+            move = np.array([[row[0] + row[1] * clean, row[2]], [clean, 0.0]])
+            cov = move @ cov @ move.T + np.diag([solver.spread[k] ** 2, 0.0])
+        return abs(np.sqrt(cov[0, 0] / level[-1]) - 1)
+
+    assert off(100) < 0.03
+    assert off(400) < 0.35 * off(200) < 0.35**2 * off(100)
+
+
+def test_solver_draws_what_it_is_given():
+    """Another draw, another sample; the same draw, the same; and the draw enters by its spread."""
+    solver, x = solvers.sde(4), jnp.linspace(-1, 1, 8)
+    row = jax.tree.map(lambda leaf: leaf[1], solver)
+    velocity = jnp.tanh(x)
+    with_none, with_one = (
+        solvers.step(solvers.start(x), velocity, row, jnp.full(8, fresh)).x for fresh in (0.0, 1.0)
+    )
+    np.testing.assert_allclose(with_one - with_none, row.spread, rtol=1e-5)
 
 
 def test_zero_steps_is_refused():

@@ -116,10 +116,10 @@ class Toy:
     def cache(self, batch=1, policy=None):
         return empty_cache(self.config, batch, self.size, policy or self.policy)
 
-    def setting(self, seeds=(0,), *, steps=3, guidance=None, first=None):
+    def setting(self, seeds=(0,), *, steps=3, guidance=None, first=None, solver=solvers.unipc):
         batch, space = len(seeds), self.shape[1:]
         return Setting(
-            solver=solvers.unipc(steps),
+            solver=solver(steps),
             keys=jnp.stack([jax.random.key(seed) for seed in seeds]),
             first=jnp.zeros((batch, *space)) if first is None else first,
             given=jnp.full(batch, first is not None),

@@ -14,8 +14,9 @@ from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.variants import variant
 from longlive_jax.models.wan import DiT
 from longlive_jax.models.wan.cache import CachePolicy, empty_cache
-from longlive_jax.sampling.chunk import chunk_noise
-from longlive_jax.sampling.drivers import Order, Sampler, Setting, stack_orders
+from longlive_jax.sampling.chunk import chunk_noise, folded
+from longlive_jax.sampling.drivers import SOLVER_DRAWS, Order, Sampler, Setting, stack_orders
+from tests.longlive_jax.sampling.conftest import Toy
 
 CHUNKS = 6
 
@@ -39,6 +40,41 @@ def test_scan_equals_stream_bit_for_bit(toy, video):
     latents, cache = toy.sample(orders(toy), toy.setting())
     np.testing.assert_array_equal(latents, video)
     assert int(cache.count[0]) == CHUNKS and np.isfinite(video).all()
+
+
+def test_a_solver_with_noise_of_its_own_is_still_a_function_of_the_seed():
+    """Scan = stream, batch = alone, another seed another video."""
+    toy = Toy()
+    made = orders(toy)
+
+    def setting(*seeds):
+        return toy.setting(seeds, solver=solvers.sde)
+
+    alone = [np.concatenate(toy.stream(made, setting(seed)), axis=1) for seed in (0, 1)]
+    latents, _ = toy.sample(made, setting(0))
+    np.testing.assert_array_equal(latents, alone[0])
+    pair = [
+        toy.order(
+            [int(i) for i in np.repeat(o.text, 2)], np.repeat(o.cut, 2), np.repeat(o.offset, 2) // 8
+        )
+        for o in made
+    ]
+    both, _ = toy.sample(pair, setting(0, 1), rows=2)
+    np.testing.assert_allclose(both, np.concatenate(alone), atol=2e-5)
+    assert np.abs(alone[0] - alone[1]).max() > 0.1
+
+
+def test_a_solvers_noise_is_apart_from_the_chunks(toy):
+    """No step of any chunk draws what a chunk begins from."""
+    keys = jnp.stack([jax.random.key(3)])
+    starts = [chunk_noise(keys, c, (8,)) for c in range(4)]
+    steps = [
+        chunk_noise(folded(folded(keys, SOLVER_DRAWS), c), k, (8,))
+        for c in range(4)
+        for k in range(3)
+    ]
+    drawn = np.stack([np.asarray(x).reshape(-1) for x in (*starts, *steps)])
+    assert len(np.unique(drawn.round(4), axis=0)) == len(drawn)
 
 
 def test_same_seed_same_video_other_seed_other_video(toy, video):
