@@ -1,5 +1,6 @@
 """`longlive sample --config=FILE.py --script=SCRIPT [--out=DIR]`: a shot script to a video."""
 
+import contextlib
 import dataclasses
 import sys
 import warnings
@@ -103,7 +104,7 @@ def _film(pipe, batch, out: Path, args: Any, *, first: int, many: bool, video) -
     names = [file_name(script.name, first + i, many) for i, script in enumerate(batch)]
     recording = Recording(out, stream.plan, names, stills=args.stills, latents=args.latents)
     try:
-        with recording:
+        with contextlib.closing(stream), recording:
             for frames in _shown(stream):
                 recording.append(frames, stream.latents)
     finally:

@@ -76,14 +76,18 @@ def overlapped(
     Raises FloatingPointError for latents that are not finite: such a video has no pixels.
     """
     waiting: deque[tuple[Array, Array, Array]] = deque()
-    for chunk in latents:
-        frames, finite = decode(chunk)
-        frames.copy_to_host_async()
-        waiting.append((frames, finite, chunk))
-        if len(waiting) > ahead:
+    try:
+        for chunk in latents:
+            frames, finite = decode(chunk)
+            frames.copy_to_host_async()
+            waiting.append((frames, finite, chunk))
+            if len(waiting) > ahead:
+                yield _fetch(*waiting.popleft())
+        while waiting:
             yield _fetch(*waiting.popleft())
-    while waiting:
-        yield _fetch(*waiting.popleft())
+    finally:
+        # Who leaves early may end the process, which must not find its threads at work.
+        jax.block_until_ready(list(waiting))
 
 
 def _fetch(frames: Array, finite: Array, latents: Array) -> tuple[np.ndarray, Array]:
