@@ -28,7 +28,7 @@ from longlive_jax.evals.small_world import (
 from longlive_jax.io.checkpoint import read_manifest
 from longlive_jax.io.models import load_model
 from longlive_jax.sampling.pipeline import Pipeline
-from longlive_jax.sampling.settings import SampleSpec, spec_for
+from longlive_jax.sampling.settings import SampleSpec, Solver, spec_for
 from longlive_jax.spec import UserError, nearest
 
 PARTS = ("ceilings", "steps", "long", "sinks")
@@ -50,6 +50,7 @@ class EvaluateSpec:
     Attributes:
       sample: settings of `SampleSpec` in the place of the checkpoint's own.
       fewer_steps: numbers of model calls to measure beside the checkpoint's own.
+      fewer_solver: the solver for these; noise added between few steps is not worked off.
       batch: videos made together.
       short: footage of the ceilings and of all numbers of steps.
       long: footage for drift.
@@ -58,6 +59,7 @@ class EvaluateSpec:
 
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
     fewer_steps: tuple[int, ...] = (4, 2)
+    fewer_solver: Solver = "unipc"
     batch: int = 8
     short: Footage = SHORT
     long: Footage = LONG
@@ -91,7 +93,9 @@ def cases(spec: EvaluateSpec) -> list[Case]:
     """Every case, in the order of the report."""
     found = [Case("ceilings", "truth", spec.short), Case("ceilings", "vae", spec.short)]
     found += [Case("steps", "shots", spec.short, {})]
-    found += [Case("steps", f"{n} steps", spec.short, {"steps": n}) for n in spec.fewer_steps]
+    for n in spec.fewer_steps:
+        changes = {"steps": n, "solver": spec.fewer_solver}
+        found += [Case("steps", f"{n} steps", spec.short, changes)]
     found += [Case("long", "minute", spec.long, {})]
     found += [
         Case("sinks", name, spec.returning, {"global_sinks": first, "shot_sinks": shot})

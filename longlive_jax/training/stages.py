@@ -5,6 +5,7 @@ A later stage reads what the earlier ones wrote to the same checkpoint directory
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -24,7 +25,12 @@ from longlive_jax.data.small_world.latents import (
     prompt_table,
 )
 from longlive_jax.data.small_world.text import world_tokenizer
-from longlive_jax.io.checkpoint import TOKENIZER, load_component, save_component
+from longlive_jax.io.checkpoint import (
+    TOKENIZER,
+    load_component,
+    read_manifest,
+    save_component,
+)
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, UMT5Config, encode_prompts
@@ -139,6 +145,7 @@ class ARStage(RunSpec):
             if not (out / component).is_dir():
                 raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
         init = self._init if self.start == "random" else self._restored(out)
+        past = self._past(out, workdir)
         umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
         prompts = prompt_table()
         text = encode_prompts(umt5, tokenizer, prompts, length=self.model.text_len)
@@ -166,7 +173,7 @@ class ARStage(RunSpec):
             return {f"held_out_{k}": np.mean([float(m[k]) for m in found]) for k in found[0]}
 
         def export(params, directory):
-            provenance = self.provenance("ar")
+            provenance = self.provenance("ar") | past
             save_component(
                 directory, "dit", params, self.model, provenance=provenance, overwrite=True
             )
@@ -209,6 +216,14 @@ class ARStage(RunSpec):
                 f"{out}: its DiT is not config.model; see the settings in longlive.json"
             )
         return lambda key: params
+
+    def _past(self, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
+        """What the checkpoint says of the DiT to go on from; kept, as this run replaces it."""
+        kept = workdir / "continues.json"
+        if self.start == "checkpoint" and not kept.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(read_manifest(out)["provenance"].get("dit", {})))
+        return {"continues": json.loads(kept.read_text())} if kept.exists() else {}
 
     @staticmethod
     def _chunk_tokens(videos: EncodedVideos) -> int:

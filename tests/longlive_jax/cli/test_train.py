@@ -70,6 +70,10 @@ def test_all_stages_into_one_checkpoint(tmp_path, capsys):
     ]
     assert run(arguments) == 0
     chex.assert_trees_all_close(load_component(checkpoint, "dit")[0], before, atol=1e-3)
+    own = read_manifest(checkpoint)["provenance"]["dit"]
+    assert own["continues"] == manifest["provenance"]["dit"]
+    assert run(arguments) == 0  # resumed at its end: the same export
+    assert read_manifest(checkpoint)["provenance"]["dit"] == own
     assert run([*arguments, f"--workdir={tmp_path / 'other'}", "--config.model.layers=2"]) == 2
     assert "its DiT is not config.model" in capsys.readouterr().err
 
