@@ -80,6 +80,7 @@ def step(
     )
     x = p[0] * corrected + p[1] * m0 + p[2] * state.m1
     if row.spread is not None:
+        assert fresh is not None  # as the docstring says
         x = x + row.spread * fresh
     return SolverState(x=x, corrected=corrected, m1=m0, m2=state.m1)
 

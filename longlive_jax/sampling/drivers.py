@@ -29,7 +29,7 @@ from longlive_jax.sampling.chunk import (
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention
 
-SOLVER_DRAWS = np.uint32(2**32 - 1)
+SOLVER_DRAWS = 2**31 - 1
 """No chunk has this number, so what a solver draws is apart from what any chunk begins from."""
 
 

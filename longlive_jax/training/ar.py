@@ -6,7 +6,8 @@ training with exactly the sampler's window are the same code on other numbers.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target
 from longlive_jax.models.params import with_params
-from longlive_jax.models.wan.dit import DiT
+from longlive_jax.models.wan.dit import DiT, Unpack, as_is
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, make
@@ -50,6 +51,8 @@ class ARLossSpec:
       context_noise: context latents get noise of a level uniform in [0, this], per chunk, while
         their timestep stays 0: what the sampler feeds back is never quite clean either.
       text_dropout: share of samples whose prompts are all replaced by the empty one, for guidance.
+      image_to_video: the video's first latent frame is given: clean, at timestep 0, in context and
+        target alike, and not counted.
     """
 
     shift: float = 5.0
@@ -57,6 +60,7 @@ class ARLossSpec:
     global_sinks: int = 1
     context_noise: float = 0.0
     text_dropout: float = 0.0
+    image_to_video: bool = False
 
 
 @flax.struct.dataclass
@@ -65,7 +69,8 @@ class Draws:
 
     Fields: `noise` of the target frames, their levels `sigma`, the `timestep` that the model is
     told and the `weight` of their errors; `context` latents as the model sees them and the timestep
-    it is told of these; `dropped` samples have all their prompts replaced by the empty one.
+    it is told of these; `dropped` samples have all their prompts replaced by the empty one; `given`
+    target frames are not to be learnt.
     """
 
     noise: Float[Array, "b km h w c"]
@@ -75,6 +80,7 @@ class Draws:
     context: Float[Array, "b jm h w c"]
     context_timestep: Float[Array, "b jm"]
     dropped: Bool[Array, "b"]
+    given: Bool[Array, "b km"]
 
 
 def ar_loss(
@@ -118,15 +124,24 @@ def draw(key: Key[Array, ""], batch: Episode, *, chunk: int, spec: ARLossSpec) -
     b, frames = batch.target.shape[:2]
     index = schedule.draw(keys[0], (b, frames // chunk))
     index = jnp.repeat(index, chunk, axis=1)
+    known, given = _cut(_given(batch, chunk, spec), batch.context.shape[1])
+    rough = roughen(keys[2], batch.context, chunk, spec.context_noise)
     return Draws(
         noise=jax.random.normal(keys[1], batch.target.shape),
-        sigma=jnp.asarray(schedule.sigmas)[index],
-        timestep=jnp.asarray(schedule.timesteps)[index],
+        sigma=jnp.where(given, 0.0, jnp.asarray(schedule.sigmas)[index]),
+        timestep=jnp.where(given, 0.0, jnp.asarray(schedule.timesteps)[index]),
         weight=_weight(spec, schedule, index),
-        context=roughen(keys[2], batch.context, chunk, spec.context_noise),
+        context=jnp.where(known[:, :, None, None, None], batch.context, rough),
         context_timestep=jnp.zeros((b, batch.context.shape[1])),
         dropped=jax.random.uniform(keys[3], (b, 1))[:, 0] < spec.text_dropout,
+        given=given,
     )
+
+
+def _given(batch: Episode, chunk: int, spec: ARLossSpec) -> Bool[Array, "b jm+km"]:
+    """Which frames of context and target are the image that a video begins with."""
+    first = jnp.repeat(batch.chunk == 0, chunk, axis=1)
+    return first & (jnp.arange(first.shape[1]) % chunk == 0) & spec.image_to_video
 
 
 def _weight(spec: ARLossSpec, schedule: FlowSchedule, index: Array) -> Array:
@@ -147,8 +162,14 @@ def predict(
     attend: AttentionFn = attention,
     unroll: int = 1,
     remat: bool = False,
+    whole: Callable[[Tokens], Tokens] | None = None,
+    unpack: Unpack = as_is,
 ) -> Float[Array, "b km h w c"]:
-    """The model's velocity for the target frames, corrupted as drawn, behind their context."""
+    """The model's velocity for the target frames, corrupted as drawn, behind their context.
+
+    Where a sequence is shared out, `batch` and `draws` are one device's part of it, and `whole`
+    makes the tokens of all parts, which `attend` is given.
+    """
     noisy = corrupt(batch.target, draws.noise, draws.sigma)
     prompts = jnp.where(draws.dropped[:, None], empty_prompt, batch.prompt)
     context_chunks = batch.context.shape[1] // chunk
@@ -158,12 +179,13 @@ def predict(
     velocity, _ = dit(
         packing.join(draws.context, noisy),
         packing.join(draws.context_timestep, draws.timestep),
-        dit.text_kv(text[packing.join(*_cut(prompts, context_chunks))]),
+        dit.text_kv(text[packing.join(*_cut(prompts, context_chunks))], unpack=unpack),
         jax.tree.map(lambda x: packing.join(*_cut(x, packing.context)), tokens),
-        attend=packing.wrap(attend, tokens),
+        attend=packing.wrap(attend, tokens if whole is None else whole(tokens)),
         noisy_from=batch.context.shape[0] * batch.context.shape[1],
         unroll=unroll,
         remat=remat,
+        unpack=unpack,
     )
     assert velocity is not None  # only a call with output=False gives none
     return velocity.reshape(noisy.shape)
@@ -210,14 +232,28 @@ def _cut(x: Array, at: int) -> tuple[Array, Array]:
 
 
 def flow_loss(
-    velocity: Float[Array, "b km h w c"], batch: Episode, draws: Draws
+    velocity: Float[Array, "b km h w c"],
+    batch: Episode,
+    draws: Draws,
+    *,
+    total: Callable[[Any], Any] = lambda sums: sums,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Weighted squared error of a velocity over the frames that count, and metrics."""
+    """Weighted squared error of a velocity over the frames that count, and metrics.
+
+    `total` adds up sums and counts over all devices before they are divided, so that every frame
+    weighs the same wherever it is.
+    """
     wanted = velocity_target(batch.target, draws.noise)
     error = jnp.mean((velocity - wanted) ** 2, axis=(2, 3, 4))
-    weight = draws.weight * batch.mask
-    loss = jnp.sum(error * weight) / jnp.maximum(jnp.sum(batch.mask), 1)
-    return loss, _by_level(error, draws.sigma, batch.mask)
+    mask = batch.mask * ~draws.given
+    shares = {
+        "loss": (error * draws.weight, mask),
+        "velocity_error": (error, mask),
+        **{f"error_{k}": (error, mask * here) for k, here in _levels(draws.sigma).items()},
+    }
+    sums = {k: (jnp.sum(x * here), jnp.sum(here)) for k, (x, here) in shares.items()}
+    means = {k: x / jnp.maximum(count, 1) for k, (x, count) in total(sums).items()}
+    return means.pop("loss"), means
 
 
 def roughen(key, context: Float[Array, "b f h w c"], chunk: int, most: float) -> Array:
@@ -257,9 +293,7 @@ def episode_tokens(batch: Episode, chunk: int, global_sinks: int) -> Tokens:
     )
 
 
-def _by_level(error: Array, sigma: Array, mask: Array) -> dict[str, Array]:
-    metrics = {"velocity_error": jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1)}
-    for name, low, high in (("low", 0.0, 0.5), ("mid", 0.5, 0.85), ("high", 0.85, 1.01)):
-        here = mask * (sigma >= low) * (sigma < high)
-        metrics[f"error_{name}_noise"] = jnp.sum(error * here) / jnp.maximum(jnp.sum(here), 1)
-    return metrics
+def _levels(sigma: Array) -> dict[str, Array]:
+    """Which frames are of low, middle and high noise."""
+    bounds = {"low": (0.0, 0.5), "mid": (0.5, 0.85), "high": (0.85, 1.01)}
+    return {f"{k}_noise": (sigma >= low) & (sigma < high) for k, (low, high) in bounds.items()}

@@ -84,21 +84,15 @@ def _blocked(q, k, v, q_tokens, k_tokens):
 
     def sample(x):
         *heads, q_part, k_part = x
+        return each(lambda x: _head(x, q_part, k_part, real), tuple(heads))
 
-        def head(x):
-            return _head(*x, q_part, k_part, real)
-
-        return each(head, tuple(heads))
-
-    whole = masked and q_tokens.alike  # one row serves every block of queries
-    columns = (None, None)
+    q_parts = k_parts = None
     if masked:
-        columns = (
-            _wide(q_tokens, b) if whole else _split_tokens(_wide(q_tokens, b), q_size),
-            _split_tokens(_wide(k_tokens, b), k_size),
-        )
-    blocks = (_split(x, size) for x, size in ((q, q_size), (k, k_size), (v, k_size)))
-    out = each(sample, (*blocks, *columns))  # [b, n, blocks, size, d]
+        q_parts, k_parts = _wide(q_tokens, b), _split_tokens(_wide(k_tokens, b), k_size)
+        if not q_tokens.alike:  # else one row serves every block of queries
+            q_parts = _split_tokens(q_parts, q_size)
+    q, k, v = (_split(x, size) for x, size in ((q, q_size), (k, k_size), (v, k_size)))
+    out = each(sample, (q, k, v, q_parts, k_parts))  # [b, n, blocks, size, d]
     return jnp.swapaxes(out.reshape(b, n, -1, d)[:, :, :length], 1, 2)
 
 
@@ -106,11 +100,12 @@ def _at_once(function, xs):
     return jax.vmap(function)(xs)
 
 
-def _head(q, k, v, q_tokens, k_tokens, real):
-    """[blocks, size, d] each, of one head; tokens are those of its sample.
+def _head(head, q_tokens, k_tokens, real):
+    """One head, [blocks, size, d] of q, k and v; tokens are those of its sample.
 
     Logits are [keys, queries], for which XLA's reductions over keys are vectorised on CPUs.
     """
+    q, k, v = head
     scale = q.shape[-1] ** -0.5
 
     @jax.checkpoint

@@ -120,6 +120,7 @@ class _Files:
             context=context,
             context_timestep=told,
             dropped=jnp.zeros(clean.shape[0], bool),
+            given=jnp.zeros(clean.shape[:2], bool),  # the golden's mask says it
         )
         mask = jnp.asarray(golden[f"{name}/loss_mask"])
         return self._episode(clean, mask), draws, {"sigma": sigma}

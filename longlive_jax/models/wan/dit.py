@@ -5,6 +5,9 @@ differ. Layers are stacked and scanned; each may hand back its keys and values, 
 them is the caller's business.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -36,6 +39,16 @@ from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, concat
 
 __all__ = ["GATES", "DiT", "DiTBlock", "TextKV"]
+
+Unpack = Callable[..., Any]
+"""`(module, *path) -> module` ready for use, for a layer or a part of one at `path`: what gathers
+parameters that are shared out, or unpacks quantized ones, wraps the model here."""
+
+
+def as_is[M: nnx.Module](module: M, *_path: str) -> M:
+    """The module itself."""
+    return module
+
 
 GATES = (2, 5)
 """Rows of a block's modulation table that gate its attention and its feed-forward part."""
@@ -118,7 +131,9 @@ class DiT(nnx.Module):
         self.head = Head(cfg, rngs=rngs)
 
     @typechecked
-    def text_kv(self, text: Float[Array, "b s t e"], *, streams: int = 1) -> TextKV:
+    def text_kv(
+        self, text: Float[Array, "b s t e"], *, streams: int = 1, unpack: Unpack = as_is
+    ) -> TextKV:
         """Keys and values of `s` prompts a sample, given as text encoder rows with zeroed padding.
 
         Rows are zero-padded to `cfg.text_len`, and padding is attended like text: the weights were
@@ -129,9 +144,11 @@ class DiT(nnx.Module):
             raise ValueError(f"{length} text rows; this model takes at most {self.cfg.text_len}")
         text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
         rows = self.text_embedding(text)
-        _, (k, v) = lax.scan(
-            lambda _, attn: (None, attn.keys_values(rows)), None, self.blocks.cross_attn
-        )
+
+        def layer(_, attn):
+            return None, unpack(attn, "blocks", "cross_attn").keys_values(rows)
+
+        _, (k, v) = lax.scan(layer, None, self.blocks.cross_attn)
         return TextKV(k, v, streams=streams)
 
     @typechecked
@@ -150,6 +167,7 @@ class DiT(nnx.Module):
         relative_rope: bool = False,
         remat: bool = False,
         unroll: int = 1,
+        unpack: Unpack = as_is,
     ) -> tuple[Float[Array, "b f2 h w c2"] | None, KV | None]:
         """Velocity (noise - x0) of `latents`, and the keys and values of every layer.
 
@@ -164,28 +182,28 @@ class DiT(nnx.Module):
         no velocity, always k and v, and skips what only the velocity needs.
         """
         x, groups = self._embed(latents, timestep, tokens, text)
-        time = self.time_embedding(timestep).astype(jnp.float32)
-        mod = self.time_projection(jax.nn.silu(time).astype(time_dtype(self.cfg)))
-        mod = einops.rearrange(mod.astype(jnp.float32), "b g (six e) -> b g six e", six=6)
+        time, mod = self._levels(timestep)
         seen = _seen(tokens, cache, self.cfg, relative_rope)
         keep = return_kv or not output
 
         def layer(x, xs):
             block, words, past = xs
-            x, kv = block(x, mod, words, seen, past, streams=text.streams, attend=attend)
+            x, kv = unpack(block, "blocks")(
+                x, mod, words, seen, past, streams=text.streams, attend=attend
+            )
             return x, kv if keep else None
 
         past = None if cache is None else tuple(_joined(part) for part in (cache.k, cache.v))
         layers = (self.blocks, (text.k, text.v), past)
         if not output:
-            return None, self._fill(layer, x, layers, mod, seen)
+            return None, self._fill(layer, x, layers, mod, seen, unpack)
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, kv = lax.scan(body, x, layers, unroll=unroll)
         first = noisy_from * groups // latents.shape[1]
         velocity = self.head(x[:, first:], time[:, first:])
         return self._unpatchify(velocity, latents.shape, noisy_from), kv
 
-    def _fill(self, layer, x: Array, layers, mod: Array, seen: Seen) -> KV:
+    def _fill(self, layer, x: Array, layers, mod: Array, seen: Seen, unpack: Unpack) -> KV:
         """Keys and values of all layers; of the last layer nothing else is computed."""
 
         def at(i):
@@ -194,9 +212,15 @@ class DiT(nnx.Module):
         last = self.cfg.layers - 1
         x, kv = lax.scan(lambda x, i: layer(x, at(i)), x, jnp.arange(last))
         block, _, _ = at(last)
-        final = block.remember(x, mod, seen)
+        final = unpack(block, "blocks").remember(x, mod, seen)
         k, v = (jnp.concatenate([a, b[None]]) for a, b in zip(kv, final, strict=True))
         return k, v
+
+    def _levels(self, timestep: Array) -> tuple[Array, Array]:
+        """Embedding [b, g, e] and block modulation [b, g, 6, e] of noise levels, in float32."""
+        time = self.time_embedding(timestep).astype(jnp.float32)
+        mod = self.time_projection(jax.nn.silu(time).astype(time_dtype(self.cfg)))
+        return time, einops.rearrange(mod.astype(jnp.float32), "b g (six e) -> b g six e", six=6)
 
     def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV):
         """Patches as [b, groups, tokens a group, e], one group a timestep."""
