@@ -2,8 +2,10 @@
 
 A tail is the end of the layer's previous input; `None` says that there was none (the start of a
 clip). Cutting a clip anywhere and passing tails along gives the same numbers as one call on the
-whole clip.
+whole clip. Where a clip is cut between devices, a tail is a function that fetches it.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from jax import lax
 from longlive_jax.models.vae.config import VAEConfig
 from longlive_jax.typing import Array, Float
 
-Tail = Array | None
+Tail = Array | Callable[[Array], Array] | None
+"""The frames before, or from a layer's input to that input with the frames before in front."""
 
 
 def _fan_in(key, shape, fan, dtype):
@@ -68,8 +71,7 @@ class CausalConv3d(nnx.Module):
     ) -> tuple[Float[Array, "b f h w o"], Float[Array, "b 2 h w i"]]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         frames = x.shape[1]
-        past = _no_past(x, 2) if tail is None else tail
-        seen = jnp.concatenate([past, x], axis=1)
+        seen = behind(_no_past(x, 2) if tail is None else tail, x)
         if tail is None and frames == 1:  # an image: the other taps would multiply zeros
             return _conv2d_frames(x, kernel[2], 1, (1, 1)) + bias, seen[:, -2:]
         taps = jnp.concatenate([seen[:, i : i + frames] for i in range(3)], axis=-1)
@@ -136,6 +138,11 @@ class Middle(nnx.Module):
         x, tails0 = self.res0(x, tails0)
         x, tails1 = self.res1(self.attn(x), tails1)
         return x, (tails0, tails1)
+
+
+def behind(tail: Array | Callable[[Array], Array], x: Float[Array, "b f h w c"]) -> Array:
+    """`x` with the frames before it in front."""
+    return tail(x) if callable(tail) else jnp.concatenate([tail, x], axis=1)
 
 
 def _no_past(x: Array, frames: int) -> Array:

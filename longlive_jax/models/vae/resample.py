@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longlive_jax.models.vae.config import VAEConfig
-from longlive_jax.models.vae.layers import Conv2d, Tail
+from longlive_jax.models.vae.layers import Conv2d, Tail, behind
 from longlive_jax.typing import Array, Float
 
 
@@ -74,7 +74,7 @@ class Downsample(nnx.Module):
         x = self.conv(x)
         if self.time_conv is None:
             return x, None
-        seen = x if tail is None else jnp.concatenate([tail, x], axis=1)
+        seen = x if tail is None else behind(tail, x)
         if tail is None and x.shape[1] == 1:
             return x, x
         y = self.time_conv(seen, stride=2)
@@ -101,7 +101,7 @@ class Upsample(nnx.Module):
 def _double_time(conv: TimeConv, x: Array, tail: Tail) -> tuple[Array, Array]:
     first, rest = (x[:, :0], x) if tail is not None else (x[:, :1], x[:, 1:])
     past = jnp.zeros_like(jnp.repeat(x[:, :1], 2, axis=1)) if tail is None else tail
-    seen = jnp.concatenate([past, rest], axis=1)
+    seen = behind(past, rest)
     if rest.shape[1]:
         y = conv(seen, stride=1)
         rest = einops.rearrange(y, "b f h w (two c) -> b (f two) h w c", two=2)
