@@ -1,5 +1,6 @@
 """The VAE: whole clips, chunk by chunk, and sub-clips of a longer one."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from conformance_cases.rows import CLOSE, EXACT, Case, compared, differing
 from longlive_jax.io import keys_vae
 from longlive_jax.io.components import expected_shapes
 from longlive_jax.models.vae import VAEConfig, decode, decode_chunk, encode, encode_chunk
+from longlive_jax.parallel import halo as halo_window
 
 
 def whole_and_streamed(golden: Golden) -> Sequence[Case]:
@@ -108,16 +110,9 @@ def halo(golden: Golden) -> Sequence[Case]:
 
 
 def window(meta: Mapping[str, Any], halo: int, ratio: int) -> tuple[int, int, int]:
-    """(first raw frame, end, latents to drop) to get latents [keep_start, keep_end) of a clip.
-
-    The sub-clip begins with the last frame of the latent before the halo: the encoder takes it for
-    the single frame of a first latent, and after it the groups of frames fall as they should.
-    """
-    keep, end = meta["keep_start"], 1 + ratio * (meta["keep_end"] - 1)
-    first = max(0, keep - halo)
-    if first == 0:
-        return 0, end, keep
-    return ratio * (first - 1), end, 1 + keep - first
+    """(first raw frame, end, latents to drop) to get latents [keep_start, keep_end) of a clip."""
+    keep = (meta["keep_start"], meta["keep_end"])
+    return dataclasses.astuple(halo_window.window(keep, halo=halo, ratio=ratio))
 
 
 def _encoder(golden: Golden) -> Model:

@@ -1,0 +1,56 @@
+"""Which raw frames a device must encode to get its own latents right without asking its neighbours.
+
+The paper's way (section 2.1): its own frames, and before them a halo as long as the encoder looks
+back, whose latents are dropped. `tails` does without; this says what that saves.
+"""
+
+import dataclasses
+
+HALO = 28
+"""Latents. The encoder of Wan 2.2 looks back 27; the reference takes one more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Raw frames [first, last) of a clip, whose first `dropped` latents are not wanted."""
+
+    first: int
+    last: int
+    dropped: int
+
+    @property
+    def frames(self) -> int:
+        """Raw frames to encode."""
+        return self.last - self.first
+
+
+def window(keep: tuple[int, int], *, halo: int = HALO, ratio: int = 4) -> Window:
+    """For latents [keep[0], keep[1]) of a clip whose VAE makes `ratio` frames one latent.
+
+    The window begins with the last frame of the latent before the halo: the encoder takes it for
+    the single frame of a first latent, and after it the groups of frames fall as they should.
+    """
+    start, end = keep
+    first = max(0, start - halo)
+    last = 1 + ratio * (end - 1)
+    if first == 0:
+        return Window(0, last, start)
+    return Window(ratio * (first - 1), last, 1 + start - first)
+
+
+def windows(latents: int, parts: int, *, halo: int = HALO, ratio: int = 4) -> tuple[Window, ...]:
+    """The window of every device. Raises ValueError if latents do not split into equal parts."""
+    if latents % parts:
+        raise ValueError(f"{latents} latents do not split over mesh.sp = {parts}; choose a divisor")
+    own = latents // parts
+    return tuple(window((p * own, (p + 1) * own), halo=halo, ratio=ratio) for p in range(parts))
+
+
+def frames_encoded(latents: int, parts: int, *, ratio: int = 4) -> dict[str, int]:
+    """Raw frames that the busiest device encodes: with a "halo", and with exchanged "tails".
+
+    An encoder's work is proportional to them. Exchanged tails take its own frames and the clip's
+    first one.
+    """
+    busiest = max(w.frames for w in windows(latents, parts, ratio=ratio))
+    return {"halo": busiest, "tails": 1 + ratio * latents // parts}
