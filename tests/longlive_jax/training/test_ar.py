@@ -187,3 +187,23 @@ def test_weights_are_the_bell_of_the_table_or_all_one(batch):
     np.testing.assert_allclose(bell.weight, schedule.weights[index], rtol=1e-6)
     assert (uniform.weight == 1).all()
     chex.assert_trees_all_equal(bell.replace(weight=0), uniform.replace(weight=0))
+
+
+def test_the_given_image_is_clean_and_does_not_count(batch):
+    """Only chunk 0 has one, as a target and as context; all else is drawn as without it."""
+    key = jax.random.key(5)
+    plain, image = (
+        draw(key, batch, chunk=FRAMES, spec=ARLossSpec(context_noise=0.5, image_to_video=on))
+        for on in (False, True)
+    )
+    given = np.zeros(batch.target.shape[:2], bool)
+    given[:, 0] = True  # both samples begin with chunk 0
+    np.testing.assert_array_equal(image.given, given)
+    np.testing.assert_array_equal(image.sigma, np.where(given, 0, plain.sigma))
+    np.testing.assert_array_equal(image.timestep, np.where(given, 0, plain.timestep))
+    np.testing.assert_array_equal(image.context[:, 0], batch.context[:, 0])
+    np.testing.assert_array_equal(image.context[:, 1:], plain.context[:, 1:])
+    wrong = jnp.zeros_like(batch.target).at[:, 0].set(9.0)
+    truth = image.noise - batch.target
+    assert float(flow_loss(truth + wrong, batch, image)[0]) == 0
+    assert float(flow_loss(truth + wrong, batch, plain)[0]) > 1
