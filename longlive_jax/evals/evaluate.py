@@ -38,7 +38,7 @@ type Progress = Callable[[str], Tick]
 
 
 SHORT = Footage()
-LONG = Footage(least_shots=120, chunks=91, shot_chunks=(8, 30), shots=(4, 8), seed=1)
+LONG = Footage(least_shots=240, chunks=91, shot_chunks=(8, 30), shots=(4, 8), seed=1)
 """91 chunks are 60.5 seconds."""
 RETURNING = Footage(least_shots=120, chunks=30, shot_chunks=(5, 9), cast=2, seed=2)
 
