@@ -92,6 +92,7 @@ def _blocked(q, k, v, q_tokens, k_tokens):
         if not q_tokens.alike:  # else one row serves every block of queries
             q_parts = _split_tokens(q_parts, q_size)
     q, k, v = (_split(x, size) for x, size in ((q, q_size), (k, k_size), (v, k_size)))
+    q, v = (jnp.swapaxes(x, -1, -2) for x in (q, v))
     out = each(sample, (q, k, v, q_parts, k_parts))  # [b, n, blocks, size, d]
     return jnp.swapaxes(out.reshape(b, n, -1, d)[:, :, :length], 1, 2)
 
@@ -101,12 +102,13 @@ def _at_once(function, xs):
 
 
 def _head(head, q_tokens, k_tokens, real):
-    """One head, [blocks, size, d] of q, k and v; tokens are those of its sample.
+    """One head: k [blocks, size, d], q and v [blocks, d, size]; tokens are those of its sample.
 
-    Logits are [keys, queries], for which XLA's reductions over keys are vectorised on CPUs.
+    Logits are [keys, queries], for which XLA's reductions over keys are vectorised on CPUs; and
+    neither product has to transpose an operand.
     """
     q, k, v = head
-    scale = q.shape[-1] ** -0.5
+    scale = k.shape[-1] ** -0.5
 
     @jax.checkpoint
     def queries(block):
@@ -117,7 +119,7 @@ def _head(head, q_tokens, k_tokens, real):
         def step(carry, xs):
             top, total, acc = carry
             k, v, k_part, real = xs
-            logits = jnp.einsum("kd,qd->kq", k, q, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("kd,dq->kq", k, q, preferred_element_type=jnp.float32)
             seen = _seen(q_part, k_part, real)
             if seen is not None:
                 logits = jnp.where(seen, logits, _NEVER)
@@ -125,11 +127,11 @@ def _head(head, q_tokens, k_tokens, real):
             weights = jnp.exp(logits - new_top)
             fade = jnp.exp(top - new_top)
             part = jnp.einsum(
-                "kd,kq->dq", v, weights.astype(v.dtype), preferred_element_type=jnp.float32
+                "dk,kq->dq", v, weights.astype(v.dtype), preferred_element_type=jnp.float32
             )
             return (new_top, total * fade + weights.sum(0), acc * fade + part), None
 
-        rows, d = q.shape
+        d, rows = q.shape
         start = (jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros((d, rows)))
         (_, total, acc), _ = lax.scan(step, start, (k, v, k_tokens, real))
         return (acc / jnp.maximum(total, 1e-30)).T.astype(v.dtype)
