@@ -6,6 +6,7 @@ of raw frames costs the whole receptive field again.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,6 @@ class Fetched:
         return jnp.where(here, seen.at[:, absent : absent + n].set(self.given), seen)
 
 
-def fetched(tails: Array, latents: int) -> Array:
+def fetched(tails: Any, latents: int) -> Any:
     """A tree of tails, of the frames before the first device's, as a tree of `Fetched`."""
     return jax.tree.map(lambda given: Fetched(given, latents), tails)

@@ -219,11 +219,13 @@ class ARStage(RunSpec):
 
     def _past(self, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
         """What the checkpoint says of the DiT to go on from; kept, as this run replaces it."""
+        if self.start == "random":
+            return {}
         kept = workdir / "continues.json"
-        if self.start == "checkpoint" and not kept.exists():
+        if not kept.exists():
             workdir.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(read_manifest(out)["provenance"].get("dit", {})))
-        return {"continues": json.loads(kept.read_text())} if kept.exists() else {}
+        return {"continues": json.loads(kept.read_text())}
 
     @staticmethod
     def _chunk_tokens(videos: EncodedVideos) -> int:
