@@ -46,7 +46,8 @@ def test_call_report(monkeypatch, capsys):
     monkeypatch.setitem(dit_call.MODELS, "mid", tiny)
     assert run(["bench", "sampler", "--model=mid"]) == 0
     said = capsys.readouterr().out
-    assert "seconds per call:" in said and "compilations: 1" in said
+    assert "seconds per call:" in said and "seconds per chunk:" in said
+    assert "denoising call: 1" in said and "chunk step: 1" in said
 
 
 def test_flops_of_a_call_by_hand():
