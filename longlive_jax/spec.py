@@ -16,6 +16,12 @@ class UserError(ValueError):
     """A mistake of the person who typed the command; shown as one line, exit code 2."""
 
 
+class Failure(RuntimeError):
+    """A run that could not go on, for a reason its user can act on; one line, exit code `code`."""
+
+    code = 1
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the known words when none is close."""
     names = sorted(map(str, known))

@@ -13,6 +13,7 @@ KINDS = (
     "ar_training_loss",
     "dit_bidirectional",
     "dit_teacher_forcing",
+    "error_buffer",
     "facts",
     "flow_schedulers",
     "sampling_i2v",

@@ -2,7 +2,8 @@
 
 A verb is a module `longlive_jax.cli.<verb>` with `main(argv)`; it is imported when asked for, so
 `longlive --help` stays instant. Exit codes: 0 done, 2 the user's mistake (one line, no traceback),
-130 interrupted (after the verb has cleaned up); anything else is a bug and shows its traceback.
+1 a run that could not go on (one line), 130 interrupted (after the verb has cleaned up); anything
+else is a bug and shows its traceback.
 
 `ml_collections.config_flags` is not used: it accepts an override only for a key that the file
 spells out, while here a config says only what differs from the dataclass defaults. Overrides are
@@ -23,7 +24,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from longlive_jax import __version__
-from longlive_jax.spec import UserError, nearest
+from longlive_jax.spec import Failure, UserError, nearest
 
 VERBS = {
     "sample": "a shot script to a video",
@@ -31,6 +32,7 @@ VERBS = {
     "train": "train the model of a config: --config=configs/small_world.py:vae",
     "evaluate": "sample held-out scripts and report how often the video is right",
     "convert": "checkpoints of other libraries to ours, without unpickling anything",
+    "data": "check a dataset of videos, or encode it to latents and text features",
     "export": "our checkpoint back to safetensors, original or diffusers names",
     "bench": "speed and memory by stage",
 }
@@ -46,6 +48,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"longlive: {error}", file=sys.stderr)
         return 2
+    except Failure as error:
+        print(f"longlive: {error}", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print("longlive: interrupted", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -187,13 +187,17 @@ def open_component(folder: str | os.PathLike, name: str) -> tuple[ArrayReader, d
 
 
 def load_component(
-    folder: str | os.PathLike, name: str, *, dtype: DTypeLike | None = None
+    folder: str | os.PathLike,
+    name: str,
+    *,
+    dtype: DTypeLike | None = None,
+    put: Callable[[Path, np.ndarray], jax.Array] = lambda _, value: jnp.asarray(value),
 ) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Parameters as JAX arrays in nested dictionaries, and the settings they were saved with.
 
     Every array is checked against its fingerprint. Floating-point arrays become `dtype` if given;
-    one array at a time is on the host. Raises UserError for a missing, foreign or damaged
-    directory.
+    one array at a time is on the host, and `put` places it. Raises UserError for a missing, foreign
+    or damaged directory.
     """
     reader, config = open_component(folder, name)
     params: dict[Path, jax.Array] = {}
@@ -201,7 +205,7 @@ def load_component(
         value = reader.read(path)
         if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(dtype)
-        params[path] = jnp.asarray(value)
+        params[path] = put(path, value)
     return nest(params), config
 
 

@@ -28,7 +28,7 @@ class Gather:
 
     Attributes:
       specs: PartitionSpecs of all parameters, as nested dictionaries.
-      dtype: that parameters travel in; None: their own. Their gradients travel in float32.
+      dtype: that parameters of layers travel in; None: their own. Gradients travel in float32.
     """
 
     specs: Specs
@@ -40,16 +40,18 @@ class Gather:
         for key in path:
             specs = specs[key]
         graphdef, state = nnx.split(module, nnx.Param)
-        params = self.tree(nnx.to_pure_dict(state), specs, stacked=stacked)
+        params = self.tree(nnx.to_pure_dict(state), specs, stacked=stacked, dtype=self.dtype)
         return nnx.merge(graphdef, nnx.State(params))
 
-    def tree(self, params: Any, specs: Specs, *, stacked: bool = False) -> Any:
-        """The same for a tree of arrays."""
+    def tree(
+        self, params: Any, specs: Specs, *, stacked: bool = False, dtype: DTypeLike | None = None
+    ) -> Any:
+        """The same for a tree of arrays, which travel in `dtype` or their own."""
 
         def whole(x: Array, spec: P) -> Array:
             for axis, names in enumerate(spec[1:] if stacked else spec):
                 if names is not None:
-                    x = gathered(x, names, axis, self.dtype)
+                    x = gathered(x, names, axis, dtype)
             return x
 
         return jax.tree.map(whole, params, specs)

@@ -46,6 +46,25 @@ def windows(latents: int, parts: int, *, halo: int = HALO, ratio: int = 4) -> tu
     return tuple(window((p * own, (p + 1) * own), halo=halo, ratio=ratio) for p in range(parts))
 
 
+def equal_windows(
+    latents: int, parts: int, *, halo: int = HALO, ratio: int = 4
+) -> tuple[Window, ...]:
+    """As `windows`, but all as long as the longest, for devices that run in step.
+
+    Near either end of the clip a window reaches further than it must: right of what is kept at the
+    start, left of the halo at the end. `dropped` counts the latents before those kept. It takes no
+    device longer than the busiest one of `windows`. Raises ValueError as that does.
+    """
+    own = latents // parts
+    longest = min(latents, 1 + halo + own)
+    found = []
+    for part in range(len(windows(latents, parts, halo=halo, ratio=ratio))):
+        first = min(max(0, part * own - halo - 1), latents - longest)
+        last = 1 + ratio * (first + longest - 1)
+        found.append(Window(ratio * first, last, part * own - first))
+    return tuple(found)
+
+
 def frames_encoded(latents: int, parts: int, *, ratio: int = 4) -> dict[str, int]:
     """Raw frames that the busiest device encodes: with a "halo", and with exchanged "tails".
 

@@ -50,8 +50,15 @@ def specs_for(rules: Rules, tree: Any) -> Specs:
 
 
 def path_of(keys: tuple) -> str:
-    """`blocks/ffn/up/kernel` for a key path of nested dictionaries."""
-    return "/".join(str(getattr(key, "key", key)) for key in keys)
+    """`blocks/ffn/up/kernel` for a key path of dictionaries, dataclasses and sequences."""
+    return "/".join(str(_name(key)) for key in keys)
+
+
+def _name(key: Any) -> Any:
+    for kind in ("key", "name", "idx"):
+        if hasattr(key, kind):
+            return getattr(key, kind)
+    return key
 
 
 def check_divides(mesh: Mesh, specs: Specs, tree: Any) -> None:
@@ -79,9 +86,7 @@ def parts_of(sizes: Mapping[str, int], names: str | tuple[str, ...] | None) -> i
 
 def shardings(mesh: Mesh, specs: Specs) -> Any:
     """NamedShardings of a tree of specs."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def init_sharded(
@@ -98,8 +103,23 @@ def init_sharded(
 
 
 def moment_specs(tx: optax.GradientTransformation, params: Any, specs: Specs) -> Specs:
-    """Specs of `tx.init(params)`: moments as their parameters, all else whole everywhere."""
-    state = jax.eval_shape(tx.init, params)
-    return optax.tree.map_params(
-        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
-    )
+    """Specs of `tx.init(params)`: moments as their parameters, all else whole everywhere.
+
+    An array is the moment of a parameter if its path ends like that one's and the shapes agree.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [(path_of(keys), leaf.shape) for keys, leaf in leaves]
+    known = list(zip(names, jax.tree.leaves(specs, is_leaf=_is_spec), strict=True))
+
+    def spec_of(keys: tuple, leaf: Any) -> P:
+        path = "/" + path_of(keys)
+        found = [
+            x for (name, shape), x in known if path.endswith("/" + name) and leaf.shape == shape
+        ]
+        return found[0] if found else P()
+
+    return jax.tree_util.tree_map_with_path(spec_of, jax.eval_shape(tx.init, params))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)

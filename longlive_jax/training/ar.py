@@ -83,38 +83,56 @@ class Draws:
     given: Bool[Array, "b km"]
 
 
+@dataclasses.dataclass(frozen=True)
+class ARSetup:
+    """What stays the same from batch to batch.
+
+    Attributes:
+      graphdef: of the model.
+      chunk: latent frames of a chunk.
+      empty_prompt: row of the empty prompt in the text.
+      spec: of the loss.
+      attend: attention over one sample's whole sequence.
+      unroll: layers in one step of the scan over layers.
+      remat: recompute each layer in the backward pass, keeping only its input.
+      ffn_parts: parts of the sequence that go through the feed-forward one after the other.
+    """
+
+    graphdef: nnx.GraphDef[DiT]
+    chunk: int
+    empty_prompt: int
+    spec: ARLossSpec
+    attend: AttentionFn = attention
+    unroll: int = 1
+    remat: bool = False
+    ffn_parts: int = 1
+
+
+type Text = Float[Array, "*b p t e"]
+"""Rows of the text encoder: a table of prompts for all samples, or one for each."""
+
+type Judged = tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, "b km h w c"]]
+"""Loss, metrics and velocity."""
+
+
 def ar_loss(
-    graphdef: nnx.GraphDef[DiT],
-    params: Params,
-    batch: Episode,
-    key: Key[Array, ""],
-    *,
-    text: Float[Array, "p t e"],
-    empty_prompt: int,
-    chunk: int,
-    spec: ARLossSpec,
-    attend: AttentionFn = attention,
-    unroll: int = 1,
-    remat: bool = False,
+    setup: ARSetup, params: Params, batch: Episode, key: Key[Array, ""], text: Text
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted flow-matching loss of the target chunks, one noise level a chunk.
 
     Returns the loss and metrics: the plain velocity error, also by tercile of the noise level.
     """
-    draws = draw(key, batch, chunk=chunk, spec=spec)
-    velocity = predict(
-        with_params(graphdef, params),
-        batch,
-        draws,
-        text=text,
-        empty_prompt=empty_prompt,
-        chunk=chunk,
-        global_sinks=spec.global_sinks,
-        attend=attend,
-        unroll=unroll,
-        remat=remat,
-    )
-    return flow_loss(velocity, batch, draws)
+    draws = draw(key, batch, chunk=setup.chunk, spec=setup.spec)
+    loss, metrics, _ = forward(setup, params, batch, batch, draws, text)
+    return loss, metrics
+
+
+def forward(
+    setup: ARSetup, params: Params, batch: Episode, shown: Episode, draws: Draws, text: Text
+) -> Judged:
+    """The model's prediction for `shown`, judged by `batch`; they differ by recycled errors."""
+    velocity = predict(setup, with_params(setup.graphdef, params), shown, draws, text)
+    return *flow_loss(velocity, batch, draws), velocity
 
 
 def draw(key: Key[Array, ""], batch: Episode, *, chunk: int, spec: ARLossSpec) -> Draws:
@@ -151,40 +169,38 @@ def _weight(spec: ARLossSpec, schedule: FlowSchedule, index: Array) -> Array:
 
 
 def predict(
+    setup: ARSetup,
     dit: DiT,
     batch: Episode,
     draws: Draws,
+    text: Text,
     *,
-    text: Float[Array, "p t e"],
-    empty_prompt: int,
-    chunk: int,
-    global_sinks: int,
-    attend: AttentionFn = attention,
-    unroll: int = 1,
-    remat: bool = False,
+    attend: AttentionFn | None = None,
     whole: Callable[[Tokens], Tokens] | None = None,
     unpack: Unpack = as_is,
 ) -> Float[Array, "b km h w c"]:
     """The model's velocity for the target frames, corrupted as drawn, behind their context.
 
     Where a sequence is shared out, `batch` and `draws` are one device's part of it, and `whole`
-    makes the tokens of all parts, which `attend` is given.
+    makes the tokens of all parts, which `attend` (in the place of the setup's) is given.
     """
+    chunk = setup.chunk
     noisy = corrupt(batch.target, draws.noise, draws.sigma)
-    prompts = jnp.where(draws.dropped[:, None], empty_prompt, batch.prompt)
+    prompts = jnp.where(draws.dropped[:, None], setup.empty_prompt, batch.prompt)
     context_chunks = batch.context.shape[1] // chunk
-    tokens = episode_tokens(batch, chunk, global_sinks)
+    tokens = episode_tokens(batch, chunk, setup.spec.global_sinks)
     per_chunk = len(tokens) // prompts.shape[1]
     packing = Packing(batch.context.shape[0], context_chunks * per_chunk)
     velocity, _ = dit(
         packing.join(draws.context, noisy),
         packing.join(draws.context_timestep, draws.timestep),
-        dit.text_kv(text[packing.join(*_cut(prompts, context_chunks))], unpack=unpack),
+        dit.text_kv(packing.join(*_cut(_rows(text, prompts), context_chunks)), unpack=unpack),
         jax.tree.map(lambda x: packing.join(*_cut(x, packing.context)), tokens),
-        attend=packing.wrap(attend, tokens if whole is None else whole(tokens)),
+        attend=packing.wrap(attend or setup.attend, tokens if whole is None else whole(tokens)),
         noisy_from=batch.context.shape[0] * batch.context.shape[1],
-        unroll=unroll,
-        remat=remat,
+        unroll=setup.unroll,
+        remat=setup.remat,
+        ffn_parts=setup.ffn_parts,
         unpack=unpack,
     )
     assert velocity is not None  # only a call with output=False gives none
@@ -225,6 +241,13 @@ class Packing:
             return self.join(*_cut(out, self.context))
 
         return packed
+
+
+def _rows(text: Float[Array, "*b p t e"], prompts: Int[Array, "b s"]) -> Array:
+    """[b, s, t, e] from the table of all samples, or from each sample's own."""
+    if text.ndim == 3:
+        return text[prompts]
+    return jnp.take_along_axis(text, prompts[:, :, None, None], axis=1)
 
 
 def _cut(x: Array, at: int) -> tuple[Array, Array]:

@@ -1,29 +1,43 @@
 """The loop: resume, then step, log, evaluate and save until done.
 
 Batches are a function of the step, so a run that stops anywhere and resumes sees what it would have
-seen without the stop.
+seen without the stop. With several processes all of them run this; the first one speaks and writes.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
-import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longlive_jax.training.metrics import MetricsLog, mean_of, plot_curves
+from longlive_jax.parallel.mesh import BATCH, MeshSpec, make_mesh
+from longlive_jax.parallel.rules import Rules
+from longlive_jax.spec import Failure
+from longlive_jax.training.feed import Feed, own_rows, placed
+from longlive_jax.training.metrics import MetricsLog, mean_of, peak_gib, plot_curves
 from longlive_jax.training.optim import OptimSpec, make_optimizer
-from longlive_jax.training.state import Params, TrainState, init_state
+from longlive_jax.training.saves import Saves
+from longlive_jax.training.state import WHOLE, Params, TrainState, make_state
 from longlive_jax.training.step import EMASpec, LossFn, make_train_step
+from longlive_jax.training.stopping import Stopped, StopRequest
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSpec:
-    """Length and rhythm of a run, in updates. `patience` non-finite updates in a row stop it."""
+    """Length and rhythm of a run, in updates.
+
+    Attributes:
+      keep: saves that stay.
+      patience: updates in a row without a finite loss and gradient that stop the run.
+      accumulate: parts in which a batch is worked off.
+      peak_tflops: of one device; logged speeds are also given as a share of it. 0: not given.
+    """
 
     steps: int = 600
     log_every: int = 20
@@ -32,6 +46,26 @@ class LoopSpec:
     keep: int = 2
     patience: int = 20
     seed: int = 0
+    accumulate: int = 1
+    peak_tflops: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "save_every", "keep", "patience", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} is {getattr(self, name)}; give at least 1")
+
+
+SAMPLES = P(BATCH)
+"""Every array of a batch by its samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one update amounts to: tokens that go through the model, and floating point operations
+    of its matrix products, forward and backward, recomputation not counted."""
+
+    tokens: int
+    flops: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,95 +73,206 @@ class Task:
     """What is trained: parameters, a loss, a batch for every step, and what to look at on the way.
 
     Attributes:
-      init: key -> parameters.
-      loss_fn: (params, batch, key) -> (loss, metrics).
-      batches: `batches[i]` is the batch of step i; a worker thread makes it while the device works.
+      init: key -> parameters; traced, so that they are made where they stay.
+      loss_fn: (params, batch, key, memory) -> (loss, (metrics, memory)).
+      feed: step -> the batches from there on, which are functions of their steps: dictionaries of
+        arrays with the samples first.
       evaluate: (averaged params, step, workdir) -> numbers; may write pictures to the workdir.
       export: (averaged params, directory) writes what the run was for.
+      rules: how parameters lie on a mesh.
+      batch_specs: how batches do: a tree of PartitionSpec that begins like a batch.
+      rows: samples of a batch over all processes, where `feed` gives a process only its own.
+      memory: makes what the loss remembers, at step 0; its specs are `memory_specs`.
+      work: of one update, for the log.
+      start: parameters from elsewhere, on the mesh already; in the place of `init`.
     """
 
     init: Callable[[jax.Array], Params]
     loss_fn: LossFn
-    batches: Sequence[Any]
+    feed: Callable[[int], Feed]
     evaluate: Callable[[Params, int, pathlib.Path], dict[str, float]]
     export: Callable[[Params, pathlib.Path], None]
+    rules: Rules = WHOLE
+    batch_specs: Any = SAMPLES
+    rows: int | None = None
+    memory: Callable[[], Any] = tuple
+    memory_specs: Any = ()
+    work: Work | None = None
+    start: Callable[[], Params] | None = None
+
+
+class Diverged(Failure, FloatingPointError):
+    """Loss or gradient were not finite for too long."""
 
 
 def train(
-    task: Task, workdir: pathlib.Path, *, loop: LoopSpec, optim: OptimSpec, ema: EMASpec
+    task: Task,
+    workdir: pathlib.Path,
+    *,
+    loop: LoopSpec,
+    optim: OptimSpec,
+    ema: EMASpec,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """Trains `task` in `workdir`, continuing from its last checkpoint if it has one.
+    """Trains `task` in `workdir`, continuing from its last good save if it has one.
+
+    `mesh` defaults to the first device. SIGTERM or Ctrl-C end the run after the update under way,
+    which is saved.
 
     Raises:
-      FloatingPointError: after `loop.patience` updates in a row without a finite loss and gradient.
+      Diverged: after `loop.patience` updates in a row without a finite loss and gradient; the last
+        good state is saved.
+      Stopped: after a signal.
+      Failure: a save could not be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(MeshSpec(), jax.devices()[:1]) if mesh is None else mesh
+    run = _Run(task, workdir, loop, mesh)
     tx = make_optimizer(optim, loop.steps)
-    state = init_state(jax.jit(task.init)(jax.random.key(loop.seed)), tx)
-    options = ocp.CheckpointManagerOptions(max_to_keep=loop.keep)
-    with ocp.CheckpointManager((workdir / "state").absolute(), options=options) as manager:
-        if (latest := manager.latest_step()) is not None:
-            state = manager.restore(latest, args=ocp.args.StandardRestore(state))
-        step_fn = make_train_step(task.loss_fn, tx, ema, loop.seed)
-        log = MetricsLog(workdir, resume_at=int(state.step))
-        try:
-            state = _run(state, step_fn, task, manager, log, loop, workdir)
-        finally:
-            plot_curves(log.records, workdir / "curves.png")
-    return state
 
-
-def _run(
-    state, step_fn, task: Task, manager, log: MetricsLog, loop: LoopSpec, workdir
-) -> TrainState:
-    start = int(state.step)
-    window: list[dict] = []
-    began = time.perf_counter()
-    with _progress() as bar:
-        if start:
-            _say(bar, f"Resumed from step {start} of {workdir}.")
-        line = bar.add_task("train", total=loop.steps, completed=start, note="compiling")
-        steps = range(start, loop.steps)
-        for i, batch in zip(steps, _prefetched(task.batches, start), strict=False):
-            state, metrics = step_fn(state, batch)
-            window.append(metrics)
-            done = i + 1
-            if done % loop.log_every == 0 or done == loop.steps:
-                values = mean_of(window)
-                values["steps_per_s"] = len(window) / (time.perf_counter() - began)
-                log.write(done, values)
-                bar.update(line, completed=done, note=f"loss {values['loss']:.4f}")
-                _stop_if_diverged(int(metrics["bad_steps"]), done, loop.patience)
-                window, began = [], time.perf_counter()
-            if (loop.eval_every and done % loop.eval_every == 0) or done == loop.steps:
-                log.write(done, task.evaluate(state.ema, done, workdir))
-                plot_curves(log.records, workdir / "curves.png")
-                began = time.perf_counter()
-            if done % loop.save_every == 0 or done == loop.steps:
-                manager.save(done, args=ocp.args.StandardSave(state))
-                began = time.perf_counter()
-    return state
-
-
-def _prefetched(batches: Sequence[Any], start: int):
-    """Batches from `start` on, a few ahead of the device, in order."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=3)
-    return iter(grain.MapDataset.source(batches)[start:].to_iter_dataset(options))
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-
-
-def _say(bar: Progress, text: str) -> None:
-    bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _stop_if_diverged(bad_steps: int, step: int, patience: int) -> None:
-    if bad_steps >= patience:
-        raise FloatingPointError(
-            f"loss or gradient was not finite in the last {bad_steps} updates before step {step}; "
-            "the last checkpoint is from before them: lower optim.lr, or look at the data of these "
-            "steps"
+    state, where = make_state(
+        lambda: task.init(jax.random.key(loop.seed)),
+        tx,
+        mesh,
+        task.rules,
+        memory=task.memory,
+        memory_specs=task.memory_specs,
+        start=task.start if Saves.none_in(workdir) else None,
+    )
+    with Saves(workdir, keep=loop.keep) as saves, run.progress(), StopRequest(run.say) as stop:
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
+        if (found := saves.restore(like, say=run.say)) is not None:
+            step, state = found
+            run.say(f"Resumed from step {step} of {workdir}.")
+        step_fn = make_train_step(
+            task.loss_fn, tx, ema, loop.seed, accumulate=loop.accumulate, shardings=where
+        )
+        return run.until_done(state, step_fn, saves, stop)
+
+
+class _Run:
+    """One call of `train`: where it is, and what it says."""
+
+    def __init__(self, task: Task, workdir: pathlib.Path, loop: LoopSpec, mesh: Mesh):
+        self.task, self.workdir, self.loop, self.mesh = task, workdir, loop, mesh
+        self.first = jax.process_index() == 0
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        note = TextColumn("{task.fields[note]}")
+        self._bar = Progress(*columns, TimeRemainingColumn(), note, disable=not self.first)
+        self._line = self._bar.add_task("train", total=loop.steps, note="compiling")
+
+    @contextlib.contextmanager
+    def progress(self):
+        with self._bar:
+            yield
+
+    def say(self, text: str) -> None:
+        if self.first:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def until_done(self, state: TrainState, step_fn, saves: Saves, stop: StopRequest) -> TrainState:
+        """Steps, logs, evaluates and saves."""
+        start, loop = int(state.step), self.loop
+        log = MetricsLog(self.workdir, resume_at=start, write=self.first)
+        window = _Window(self)
+        self._bar.update(self._line, completed=start)
+        try:
+            for done, batch, feed in self._batches(start):
+                state, metrics = step_fn(state, self._place(batch))
+                window.add(metrics)
+                last = done == loop.steps
+                asked = stop.after(done)
+                if done % loop.log_every == 0 or last or asked:
+                    values = window.close(feed)
+                    log.write(done, values)
+                    note = f"loss {values['loss']:.4f}"
+                    self._bar.update(self._line, completed=done, note=note)
+                    self._stop_if_diverged(state, done, saves)
+                if last or (loop.eval_every and done % loop.eval_every == 0 and not asked):
+                    log.write(done, self.task.evaluate(state.ema, done, self.workdir))
+                    self._plot(log)
+                    window.pause()
+                if done % loop.save_every == 0 or last or asked:
+                    saves.save(done, state)
+                    window.pause()
+                if asked and not last:
+                    self._leave(asked, done, saves)
+            saves.wait()
+        finally:
+            self._plot(log)
+            log.close()
+        return state
+
+    def _batches(self, start: int) -> Iterator[tuple[int, Any, Feed]]:
+        """Every step that is left, its batch, and where that came from."""
+        if start < self.loop.steps:
+            with self.task.feed(start) as feed:
+                for done, batch in zip(range(start + 1, self.loop.steps + 1), feed, strict=False):
+                    yield done, batch, feed
+
+    def _place(self, batch: Any) -> Any:
+        task = self.task
+        rows = len(jax.tree.leaves(batch)[0]) if task.rows is None else task.rows
+        first = 0 if task.rows is None else own_rows(self.mesh, rows).start
+        return placed(batch, task.batch_specs, self.mesh, rows=rows, first=first)
+
+    def _plot(self, log: MetricsLog) -> None:
+        if self.first:
+            plot_curves(log.records, self.workdir / "curves.png")
+
+    def _leave(self, number: int, done: int, saves: Saves) -> None:
+        saves.wait()
+        raise Stopped(
+            f"stopped by signal {number} after step {done}, which is saved in {self.workdir}; "
+            "the same command goes on from there",
+            128 + number,
+        )
+
+    def _stop_if_diverged(self, state: TrainState, step: int, saves: Saves) -> None:
+        bad_steps = int(state.bad_steps)
+        if bad_steps < self.loop.patience:
+            return
+        saves.save(step, state)
+        saves.wait()
+        raise Diverged(
+            f"loss or gradient was not finite in the last {bad_steps} updates before step {step}; "
+            "none of them was applied, and the state before them is saved: lower optim.lr, or look "
+            "at the data of these steps"
+        )
+
+
+class _Window:
+    """Updates since the last record: their metrics, and the time they took."""
+
+    def __init__(self, run: _Run):
+        self._task, self._loop, self._devices = run.task, run.loop, run.mesh.size
+        self._metrics: list[dict] = []
+        self._waited, self._began = 0.0, time.perf_counter()
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._metrics.append(metrics)
+
+    def pause(self) -> None:
+        """Time from the last record to here is not the updates'."""
+        self._began = time.perf_counter()
+
+    def close(self, feed: Feed) -> dict[str, float]:
+        """Means, speed and memory of the window; waits for the device."""
+        values = mean_of(self._metrics)
+        rate = len(self._metrics) / (time.perf_counter() - self._began)
+        values["steps_per_s"] = rate
+        values["data_wait"] = (feed.waited - self._waited) * rate / len(self._metrics)
+        if self._task.work is not None:
+            flops = rate * self._task.work.flops
+            values["tokens_per_s"] = rate * self._task.work.tokens
+            values["tflops_per_s"] = flops / 1e12
+            if self._loop.peak_tflops:
+                peak = 1e12 * self._loop.peak_tflops * self._devices
+                values["percent_of_peak"] = 100 * flops / peak
+        values["skipped"] = feed.skipped
+        values |= peak_gib()
+        self._metrics, self._waited = [], feed.waited
+        self._began = time.perf_counter()
+        return values

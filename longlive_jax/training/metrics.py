@@ -1,25 +1,49 @@
-"""Where a run's numbers go: one JSON line a record, and a picture of the curves."""
+"""Where a run's numbers go: a JSON line a record, TensorBoard, and a picture of the curves."""
 
 import json
 import math
 import pathlib
 
 import jax
+from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl`; a restart drops those past the restored step."""
+    """Appends records to `metrics.jsonl` and to TensorBoard's files in `tensorboard/`.
 
-    def __init__(self, workdir: pathlib.Path, *, resume_at: int = 0):
+    A restart drops those past the restored step. With `write=False` (all processes but the first)
+    records are kept in memory only.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, resume_at: int = 0, write: bool = True):
         self.path = workdir / "metrics.jsonl"
         self.records = [r for r in read_records(self.path) if r["step"] <= resume_at]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self._board = None
+        if write:
+            _replace(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+            folder = str(workdir / "tensorboard")
+            self._board = SummaryWriter(folder, purge_step=resume_at + 1, flush_secs=30)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         record = {"step": step} | {k: round(float(v), 6) for k, v in values.items()}
         self.records.append(record)
+        if self._board is None:
+            return
         with self.path.open("a") as out:
             out.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Writes what TensorBoard has not got yet."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def read_records(path: pathlib.Path) -> list[dict]:
@@ -33,6 +57,13 @@ def mean_of(window: list[dict[str, jax.Array]]) -> dict[str, float]:
     """Means over a window of device-side metrics: the only place that waits for the device."""
     fetched = jax.device_get(window)
     return {k: sum(float(m[k]) for m in fetched) / len(fetched) for k in fetched[0]}
+
+
+def peak_gib() -> dict[str, float]:
+    """The most memory that a device of this process has used so far, where the device tells."""
+    used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    known = [x for x in used if x is not None]
+    return {"peak_gib": max(known) / 2**30} if known else {}
 
 
 def plot_curves(records: list[dict], path: pathlib.Path) -> None:

@@ -7,24 +7,31 @@ its own frames; differentiate outside of it.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models.params import with_params
-from longlive_jax.models.wan.dit import DiT
 from longlive_jax.parallel.balanced import paired
 from longlive_jax.parallel.fsdp import Gather
 from longlive_jax.parallel.mesh import AXES, BATCH, SP
 from longlive_jax.parallel.rules import Specs
 from longlive_jax.parallel.ulysses import exchange, ulysses, whole
-from longlive_jax.training.ar import ARLossSpec, Draws, Episode, draw, flow_loss, predict
+from longlive_jax.training.ar import (
+    ARSetup,
+    Draws,
+    Episode,
+    Judged,
+    Text,
+    draw,
+    flow_loss,
+    predict,
+)
 from longlive_jax.typing import Array, Float, Key, Params
-from pallas_kernels.attention import AttentionFn, attention
 
 FRAMES = P(BATCH, SP)
 """Samples over data and fsdp, frames (or chunks) over sp."""
@@ -56,40 +63,39 @@ class Shared:
 
 
 def shared_ar_loss(
-    graphdef: nnx.GraphDef[DiT],
-    params: Params,
-    batch: Episode,
-    key: Key[Array, ""],
-    *,
-    text: Float[Array, "p t e"],
-    empty_prompt: int,
-    chunk: int,
-    spec: ARLossSpec,
-    shared: Shared,
-    attend: AttentionFn = attention,
-    unroll: int = 1,
-    remat: bool = False,
+    setup: ARSetup, shared: Shared, params: Params, batch: Episode, key: Key[Array, ""], text: Text
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`ar_loss` of a batch over a mesh; context and target must split into sp parts of chunks."""
-    draws = draw(key, batch, chunk=chunk, spec=spec)
-    loss = _local_loss(
-        graphdef,
-        shared,
-        empty_prompt=empty_prompt,
-        chunk=chunk,
-        global_sinks=spec.global_sinks,
-        attend=attend,
-        unroll=unroll,
-        remat=remat,
-    )
+    draws = draw(key, batch, chunk=setup.chunk, spec=setup.spec)
+    loss, metrics, _ = shared_forward(setup, shared, params, batch, batch, draws, text)
+    return loss, metrics
+
+
+def shared_forward(
+    setup: ARSetup,
+    shared: Shared,
+    params: Params,
+    batch: Episode,
+    shown: Episode,
+    draws: Draws,
+    text: Text,
+) -> Judged:
+    """`forward` of a batch over a mesh."""
     over = jax.shard_map(
-        loss,
+        _local_forward(setup, shared),
         mesh=shared.mesh,
-        in_specs=(shared.specs, _specs(Episode), _specs(Draws, dropped=P(BATCH)), P()),
-        out_specs=(P(), P()),
+        in_specs=(
+            shared.specs,
+            _specs(Episode),
+            FRAMES,
+            _specs(Draws, dropped=P(BATCH)),
+            P() if text.ndim == 3 else P(BATCH),
+        ),
+        out_specs=(P(), P(), FRAMES),
         check_vma=False,
     )
-    return over(params, balanced(batch, shared.mesh.shape[SP]), draws, text)
+    shown = balanced(shown, shared.mesh.shape[SP])
+    return over(params, shown, batch.target, draws, text)
 
 
 def balanced(batch: Episode, parts: int) -> Episode:
@@ -107,23 +113,25 @@ def balanced(batch: Episode, parts: int) -> Episode:
     return dataclasses.replace(batch, **columns)
 
 
-def _local_loss(graphdef, shared: Shared, *, attend: AttentionFn, **options: Any):
-    """The loss of a device's own frames, normalised over all."""
+def _local_forward(setup: ARSetup, shared: Shared):
+    """The prediction for a device's own frames, and the loss normalised over all."""
     gather = shared.gather or Gather(shared.specs)
 
-    def loss(params: Params, batch: Episode, draws: Draws, text: Array):
+    def forward(params: Params, shown: Episode, target: Array, draws: Draws, text: Array) -> Judged:
         apart = {k: v for k, v in params.items() if k != "blocks"}
         ready = gather.tree(apart, {k: shared.specs[k] for k in apart})
         velocity = predict(
-            with_params(graphdef, {**ready, "blocks": params["blocks"]}),
-            batch,
+            setup,
+            with_params(setup.graphdef, {**ready, "blocks": params["blocks"]}),
+            shown,
             draws,
-            text=text,
-            attend=ulysses(attend, exchange=shared.exchange),
+            text,
+            attend=ulysses(setup.attend, exchange=shared.exchange),
             whole=whole,
             unpack=gather,
-            **options,
         )
-        return flow_loss(velocity, batch, draws, total=lambda sums: lax.psum(sums, AXES))
+        batch = dataclasses.replace(shown, target=target)
+        total = partial(lax.psum, axis_name=AXES)
+        return *flow_loss(velocity, batch, draws, total=total), velocity
 
-    return loss
+    return forward

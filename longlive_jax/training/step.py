@@ -3,14 +3,28 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from longlive_jax.training.state import Params, TrainState
 
-LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[..., tuple[jax.Array, tuple[Metrics, Any]]]
+"""`(params, batch, key, memory) -> (loss, (metrics, memory))`."""
+
+
+def forgetful(loss: Callable[..., tuple[jax.Array, Metrics]]) -> LossFn:
+    """A loss of (params, batch, key) alone, as one that remembers nothing."""
+
+    def loss_fn(params: Params, batch: Any, key: jax.Array, memory: Any):
+        value, metrics = loss(params, batch, key)
+        return value, (metrics, memory)
+
+    return loss_fn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,32 +35,79 @@ class EMASpec:
     start: int = 100
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, ema: EMASpec, seed: int = 0):
-    """`loss_fn(params, batch, key) -> (loss, metrics)` becomes one donated, jitted update.
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    ema: EMASpec,
+    seed: int = 0,
+    *,
+    accumulate: int = 1,
+    shardings: TrainState | None = None,
+):
+    """`loss_fn` becomes one donated, jitted update `(state, batch) -> (state, metrics)`.
 
     The key depends on `seed` and the step alone, so a resumed run draws what the uninterrupted one
     would. An update with a non-finite loss or gradient changes nothing but the step and
-    `bad_steps`.
+    `bad_steps`. With `accumulate` the batch is worked off in that many parts, by a scan, and the
+    update is that of their mean gradient. `shardings` say where the new state lies.
     """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    whole = grad_fn if accumulate == 1 else _accumulated(grad_fn, accumulate)
+    placed = {} if shardings is None else {"out_shardings": (shardings, None)}
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    @partial(jax.jit, donate_argnums=0, **placed)
+    def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = grad_fn(state.params, batch, key)
+        (loss, (metrics, memory)), grads = whole(state.params, batch, key, state.memory)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = jnp.where(state.step < ema.start, 0.0, ema.decay)
         average = optax.incremental_update(params, state.ema, 1 - keep)
-        old = (state.params, state.ema, state.opt_state)
-        params, average, opt_state = _choose(good, (params, average, opt_state), old)
+        old = (state.params, state.ema, state.opt_state, state.memory)
+        params, average, opt_state, memory = _choose(
+            good, (params, average, opt_state, memory), old
+        )
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
-        return TrainState(state.step + 1, params, average, opt_state, bad_steps), metrics
+        return TrainState(state.step + 1, params, average, opt_state, bad_steps, memory), metrics
 
     return train_step
+
+
+def _accumulated(grad_fn, parts: int):
+    """`grad_fn` part by part: means of losses, metrics and gradients, in float32."""
+
+    def whole(params: Params, batch, key: jax.Array, memory: Any):
+        def add(memory: Any, xs):
+            part, key = xs
+            (loss, (metrics, memory)), grads = grad_fn(params, part, key, memory)
+            return memory, (loss, metrics, grads)
+
+        def step(carry, xs):
+            memory, sums = carry
+            memory, found = add(memory, xs)
+            return (memory, jax.tree.map(jnp.add, sums, found)), None
+
+        inputs = (_parts(batch, parts), jax.random.split(key, parts))
+        first = jax.tree.map(lambda x: x[0], inputs)
+        _, shapes = jax.eval_shape(add, memory, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (memory, sums), _ = lax.scan(step, (memory, zeros), inputs)
+        loss, metrics, grads = jax.tree.map(lambda x: x / parts, sums)
+        return (loss, (metrics, memory)), grads
+
+    return whole
+
+
+def _parts(batch: Any, parts: int) -> Any:
+    """[parts * b, ...] as [parts, b, ...], every device keeping its own rows."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def _choose(good: jax.Array, new: Params, old: Params) -> Params:

@@ -27,6 +27,7 @@ from longlive_jax.io.checkpoint import TOKENIZER, CheckpointWriter, save_compone
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.umt5 import UMT5, Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.models.umt5.tokenizer import EOS
+from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
 from longlive_jax.typing import Array, Float, Params
 
@@ -110,8 +111,8 @@ def text_task(
 
     return Task(
         init=lambda key: params_of(UMT5(cfg, rngs=nnx.Rngs(key))),
-        loss_fn=functools.partial(text_loss, graphdef),
-        batches=batches,
+        loss_fn=forgetful(functools.partial(text_loss, graphdef)),
+        feed=in_order(batches),
         evaluate=evaluate,
         export=export,
     )

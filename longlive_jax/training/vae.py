@@ -6,6 +6,7 @@ forgives the small errors of a generator.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from flax import nnx
 from longlive_jax.io.checkpoint import save_component
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
+from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
 from longlive_jax.typing import Array, Float, Params
 
@@ -124,8 +126,8 @@ def vae_task(
 
     return Task(
         init=lambda key: params_of(VAE(cfg, rngs=nnx.Rngs(key))),
-        loss_fn=lambda params, batch, key: vae_loss(graphdef, params, batch, key, spec=loss),
-        batches=batches,
+        loss_fn=forgetful(functools.partial(vae_loss, graphdef, spec=loss)),
+        feed=in_order(batches),
         evaluate=evaluate,
         export=export,
     )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conformance_cases import dit, facts, sampling, tables, text, training, vae
+from conformance_cases import dit, facts, recycling, sampling, tables, text, training, vae
 from conformance_cases.golden import Golden
 from conformance_cases.rows import Case, later
 
@@ -17,6 +17,7 @@ KINDS: dict[str, Callable[[Golden], Sequence[Case]]] = {
     "ar_training_loss": training.ar_training_loss,
     "dit_bidirectional": dit.bidirectional,
     "dit_teacher_forcing": dit.teacher_forcing,
+    "error_buffer": recycling.error_buffer,
     "flow_schedulers": tables.flow_schedulers,
     "sampling_i2v": sampling.videos,
     "sampling_kvquant": sampling.quantised_cache,

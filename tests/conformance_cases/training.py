@@ -13,7 +13,7 @@ from conformance_cases.dit import prompts_of_blocks
 from conformance_cases.golden import Golden
 from conformance_cases.rows import CLOSE, TIGHT, Case, compared, later
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target, x0_from_velocity
-from longlive_jax.training.ar import Draws, Episode, flow_loss, predict
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Draws, Episode, flow_loss, predict
 
 OPTIONS = {
     "i2v",
@@ -144,8 +144,6 @@ class _Files:
         )
 
     def _loss(self, params, batch: Episode, draws: Draws):
-        velocity = predict(
-            self.model.around(params), batch, draws,
-            text=self.text, empty_prompt=0, chunk=self.chunk, global_sinks=0,
-        )  # fmt: skip
+        setup = ARSetup(self.model.graphdef, self.chunk, 0, ARLossSpec(global_sinks=0))
+        velocity = predict(setup, self.model.around(params), batch, draws, self.text)
         return flow_loss(velocity, batch, draws)[0], velocity

@@ -98,6 +98,16 @@ class EpisodeSpec:
                 "first chunk or none, so give 0 or 1"
             )
 
+    @property
+    def context_chunks(self) -> int:
+        """Of an episode: both sinks, and what the targets can see before them."""
+        return 2 + (self.window - 1) + (self.targets - 1)
+
+    @property
+    def target_chunks(self) -> int:
+        """Of an episode, the video's first included."""
+        return 1 + self.targets
+
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeBatches(Sequence):

@@ -76,6 +76,7 @@ class DiTBlock(nnx.Module):
         *,
         streams: int,
         attend: AttentionFn,
+        ffn_parts: int = 1,
     ) -> tuple[Float[Array, "b g p e"], KV]:
         """`x` is grouped so that the `p` tokens of a group share their noise level."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self._slots(mod)
@@ -84,7 +85,7 @@ class DiTBlock(nnx.Module):
         )
         x = self._add(x, y, gate1)
         x = self._add(x, self.cross_attn(_flat(self.norm3(x)), text, streams=streams))
-        y = self.ffn(_flat(modulate(x, shift2, scale2, self.cfg)))
+        y = _in_parts(self.ffn, _flat(modulate(x, shift2, scale2, self.cfg)), ffn_parts)
         return self._add(x, y, gate2), kv
 
     def remember(self, x: Float[Array, "b g p e"], mod: Array, seen: Seen) -> KV:
@@ -167,6 +168,7 @@ class DiT(nnx.Module):
         relative_rope: bool = False,
         remat: bool = False,
         unroll: int = 1,
+        ffn_parts: int = 1,
         unpack: Unpack = as_is,
     ) -> tuple[Float[Array, "b f2 h w c2"] | None, KV | None]:
         """Velocity (noise - x0) of `latents`, and the keys and values of every layer.
@@ -176,6 +178,8 @@ class DiT(nnx.Module):
         frames and sets `noisy_from`: the head then runs from that frame on, and the velocity has
         only those frames. With a `cache` its keys follow the latents' own. `relative_rope`: the
         cache holds keys that are not rotated; `cache.tokens` says at which positions to see them.
+        `ffn_parts`: the sequence goes through the feed-forward in so many parts, one after the
+        other, and their hidden values are computed again in the backward pass.
 
         Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
         `cfg.dtype` if `return_kv`, else None. `output=False` (a pass that only fills a cache) gives
@@ -189,7 +193,7 @@ class DiT(nnx.Module):
         def layer(x, xs):
             block, words, past = xs
             x, kv = unpack(block, "blocks")(
-                x, mod, words, seen, past, streams=text.streams, attend=attend
+                x, mod, words, seen, past, streams=text.streams, attend=attend, ffn_parts=ffn_parts
             )
             return x, kv if keep else None
 
@@ -258,6 +262,18 @@ def _seen(tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool) -
 
 def _joined(x: Float[Array, "layers b slots m n d"]) -> Float[Array, "layers b k n d"]:
     return x.reshape(*x.shape[:2], -1, *x.shape[-2:])
+
+
+def _in_parts(function: Callable[[Array], Array], x: Float[Array, "b l e"], parts: int) -> Array:
+    """`function` of the tokens of `x`, part after part; ValueError if they do not split."""
+    if parts == 1:
+        return function(x)
+    b, length, width = x.shape
+    if length % parts:
+        raise ValueError(f"{length} tokens do not split into ffn_parts = {parts}; choose a divisor")
+    split = jnp.swapaxes(x.reshape(b, parts, -1, width), 0, 1)
+    out = lax.map(jax.checkpoint(function, prevent_cse=False), split)
+    return jnp.swapaxes(out, 0, 1).reshape(b, length, width)
 
 
 def _flat(x: Float[Array, "b g p e"]) -> Float[Array, "b l e"]:

@@ -12,7 +12,16 @@ from flax import nnx
 from longlive_jax.diffusion.flow import FlowSchedule
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.training.ar import ARLossSpec, Episode, ar_loss, draw, flow_loss, predict, roughen
+from longlive_jax.training.ar import (
+    ARLossSpec,
+    ARSetup,
+    Episode,
+    ar_loss,
+    draw,
+    flow_loss,
+    predict,
+    roughen,
+)
 from pallas_kernels.attention.chunks import attend_chunks
 from pallas_kernels.tokens import EMPTY
 
@@ -75,8 +84,8 @@ def loss(model, text):
 
     def loss(params, batch, *, text_dropout=0.0, **run):
         spec = ARLossSpec(global_sinks=1, text_dropout=text_dropout)
-        fixed = {"text": text, "empty_prompt": PROMPTS - 1, "chunk": FRAMES, "spec": spec}
-        return ar_loss(graphdef, params, batch, jax.random.key(4), **fixed, **run)[0]
+        setup = ARSetup(graphdef, FRAMES, PROMPTS - 1, spec, **run)
+        return ar_loss(setup, params, batch, jax.random.key(4), text)[0]
 
     return loss
 
@@ -139,8 +148,8 @@ def test_samples_do_not_meet(model, text, batch):
 
     @jax.jit
     def velocity(batch, draws):
-        fixed = {"text": text, "empty_prompt": PROMPTS - 1, "chunk": FRAMES, "global_sinks": 1}
-        return predict(with_params(graphdef, params), batch, draws, **fixed)
+        setup = ARSetup(graphdef, FRAMES, PROMPTS - 1, ARLossSpec(global_sinks=1))
+        return predict(setup, with_params(graphdef, params), batch, draws, text)
 
     together = velocity(batch, draws)
     for i in range(2):

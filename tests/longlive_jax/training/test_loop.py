@@ -1,5 +1,6 @@
 """The loop on a toy regression: resuming, dropped updates, schedules, averages."""
 
+import dataclasses
 import json
 
 import chex
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from longlive_jax.parallel.mesh import MeshSpec, make_mesh
+from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import LoopSpec, Task, train
 from longlive_jax.training.optim import OptimSpec, make_optimizer, matrix_axes, schedule
 from longlive_jax.training.state import init_state
-from longlive_jax.training.step import EMASpec, make_train_step
+from longlive_jax.training.step import EMASpec, forgetful, make_train_step
 
 OPTIM = OptimSpec(lr=1e-2, weight_decay=0.0, clip=1.0)
 EMA = EMASpec(decay=0.9, start=3)
@@ -32,6 +36,7 @@ class Batches:
         return x * np.nan if int(i) in self.poison else x
 
 
+@forgetful
 def loss_fn(params, x, key):
     noise = 0.01 * jax.random.normal(key, (len(x),))
     error = x @ params["kernel"] - x.sum(1) - noise
@@ -42,7 +47,7 @@ def task(steps, poison=()):
     return Task(
         init=lambda key: {"kernel": jax.random.normal(key, (2,))},
         loss_fn=loss_fn,
-        batches=Batches(steps, poison),
+        feed=in_order(Batches(steps, poison)),
         evaluate=lambda params, step, workdir: {"held_out": float(params["kernel"].sum())},
         export=lambda params, directory: None,
     )
@@ -64,7 +69,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
                 raise Stop
             return super().__getitem__(i)
 
-    broken = Task(**vars(task(10)) | {"batches": Interrupted(10)})
+    broken = Task(**vars(task(10)) | {"feed": in_order(Interrupted(10))})
     with pytest.raises(Exception):  # noqa: B017 - the data worker wraps what it raises
         train(broken, tmp_path / "parts", loop=spec(), optim=OPTIM, ema=EMA)
     resumed = train(task(10), tmp_path / "parts", loop=spec(), optim=OPTIM, ema=EMA)
@@ -100,6 +105,71 @@ def test_average_copies_until_its_start():
     state, _ = step(state, Batches(9)[3])
     want = 0.9 * old + 0.1 * np.array(state.params["kernel"])
     chex.assert_trees_all_close(state.ema["kernel"], want, rtol=1e-6)
+
+
+def test_accumulation_is_one_update_by_the_mean_gradient():
+    tx = make_optimizer(OPTIM, 10)
+
+    @forgetful
+    def still(params, x, key):
+        error = x @ params["kernel"] - x.sum(1)
+        return jnp.mean(error**2), {"error": jnp.abs(error).mean()}
+
+    states = []
+    for parts in (1, 4):
+        state = init_state({"kernel": jnp.zeros(2)}, tx)
+        step = make_train_step(still, tx, EMA, accumulate=parts)
+        for i in range(3):
+            state, metrics = step(state, Batches(9)[i])
+        states.append((state, metrics))
+    chex.assert_trees_all_close(*states, rtol=1e-6)
+
+
+def test_accumulation_carries_the_memory_from_part_to_part():
+    tx = make_optimizer(OPTIM, 10)
+
+    def counting(params, x, key, memory):
+        return jnp.sum(params["kernel"] ** 2), ({}, memory * 2 + x[0, 0])
+
+    step = make_train_step(counting, tx, EMA, accumulate=4)
+    state = init_state({"kernel": jnp.ones(2)}, tx, jnp.float32(1))
+    state, _ = step(state, jnp.arange(4.0)[:, None])
+    assert float(state.memory) == (((2 * 1 + 0) * 2 + 1) * 2 + 2) * 2 + 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_mesh_changes_nothing_but_the_place(tmp_path, name):
+    """Sharded parameters, moments and average; the numbers of one device."""
+    optim = OptimSpec(name=name, lr=1e-2, b1=0.9, clip=1.0)
+
+    @forgetful
+    def loss(params, x, key):
+        error = jnp.tanh(x @ params["w"]["kernel"]) @ params["v"]["kernel"] - x.sum(
+            1, keepdims=True
+        )
+        return jnp.mean(error**2), {}
+
+    def init(key):
+        keys = jax.random.split(key)
+        return {
+            "w": {"kernel": jax.random.normal(keys[0], (2, 8))},
+            "v": {"kernel": jax.random.normal(keys[1], (8, 1))},
+        }
+
+    rules = ((r"w/kernel", P(None, ("fsdp", "sp"))), (r"v/kernel", P(("fsdp", "sp"))))
+    made = {}
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        mesh = make_mesh(MeshSpec(*shape), jax.devices()[: np.prod(shape)])
+        work = Task(**vars(task(6)) | {"init": init, "loss_fn": loss, "rules": rules})
+        work = dataclasses.replace(work, evaluate=lambda *_: {})
+        folder = tmp_path / str(shape)
+        made[shape] = train(work, folder, loop=spec(steps=6), optim=optim, ema=EMA, mesh=mesh)
+    alone, shared = made.values()
+    chex.assert_trees_all_close(jax.device_get(alone), jax.device_get(shared), rtol=1e-5, atol=1e-7)
+    want = shared.params["w"]["kernel"].sharding
+    assert want.spec == P(None, ("fsdp", "sp"))
+    split = [x for x in jax.tree.leaves((shared.ema, shared.opt_state)) if x.shape == (2, 8)]
+    assert len(split) >= 2 and all(x.sharding.is_equivalent_to(want, 2) for x in split)
 
 
 def test_schedule_warms_up_holds_and_falls():

@@ -12,7 +12,7 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
-from longlive_jax.training.ar import ARLossSpec, Episode, ar_loss
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss
 from longlive_jax.training.sharded import Shared, balanced, shared_ar_loss
 from pallas_kernels.tokens import EMPTY
 from tests.tiny import lively
@@ -23,11 +23,6 @@ CFG = DiTConfig(
 )  # fmt: skip
 CHUNK, CHUNKS, BATCH, PROMPTS = 2, 8, 8, 6
 MESHES = [(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 8, 1)]
-
-
-@pytest.fixture(scope="module")
-def graphdef():
-    return abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[0]
 
 
 def init(key):
@@ -55,21 +50,24 @@ def episode(per_chunk: bool) -> Episode:
     )
 
 
-def arguments(spec, **more):
-    text = jax.random.normal(jax.random.key(2), (PROMPTS, CFG.text_len, CFG.text_dim))
-    return dict(text=text, empty_prompt=PROMPTS - 1, chunk=CHUNK, spec=spec, remat=True, **more)
+def table():
+    return jax.random.normal(jax.random.key(2), (PROMPTS, CFG.text_len, CFG.text_dim))
+
+
+def setup_of(image, **more):
+    graphdef = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[0]
+    return ARSetup(graphdef, CHUNK, PROMPTS - 1, loss_spec(image), remat=True, **more)
 
 
 @functools.cache
 def alone(per_chunk: bool, image: bool):
     """Loss, metrics and gradients on one device."""
-    graphdef = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[0]
-    options = arguments(loss_spec(image))
+    setup = setup_of(image)
 
     @jax.jit
     def measured(params, batch):
         def loss(params):
-            return ar_loss(graphdef, params, batch, jax.random.key(7), **options)
+            return ar_loss(setup, params, batch, jax.random.key(7), table())
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -88,17 +86,20 @@ def off(got, want) -> float:
 
 @pytest.mark.parametrize(("per_chunk", "image"), [(True, False), (False, True)])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_balanced_loss_and_gradients_equal_one_device(graphdef, shape, per_chunk, image):
+def test_balanced_loss_and_gradients_equal_one_device(shape, per_chunk, image):
     """And the gradients are split as the parameters are, without being told to."""
     spec = MeshSpec(*shape)
     mesh = make_mesh(spec, jax.devices()[: spec.size])
     params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
-    options = arguments(loss_spec(image), shared=Shared(mesh, specs))
+    # In two parts, with each sample's own table of prompts, where the other has neither.
+    setup = setup_of(image, ffn_parts=2)
+    text = jnp.broadcast_to(table(), (BATCH, *table().shape)) if image else table()
 
     @jax.jit
     def measured(params, batch):
         def loss(params):
-            return shared_ar_loss(graphdef, params, batch, jax.random.key(7), **options)
+            key = jax.random.key(7)
+            return shared_ar_loss(setup, Shared(mesh, specs), params, batch, key, text)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

@@ -1,0 +1,332 @@
+"""A dataset to latents and text features on disk, so that training decodes and encodes nothing.
+
+Encoding may stop at any moment, by a kill or a full disk, and goes on with what is missing: a
+finished clip lies in `parts/` until its shard is whole, and a shard appears under its name when it
+is written. Each file is written under another name first. Prompts come first, all distinct ones of
+the dataset, so that the text encoder has left the memory when the VAE arrives.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from longlive_jax.data.clips.dataset import Sample, Unusable
+from longlive_jax.data.clips.latents import clip_latents
+from longlive_jax.data.clips.plan import ClipPlan, JoinSpec, windows
+from longlive_jax.data.clips.records import dtype_of, pack, unpack
+from longlive_jax.data.clips.source import lengths_of, read_clip
+from longlive_jax.data.clips.store import MANIFEST, Manifest, Shard, write_file, write_shard
+from longlive_jax.io.video import check_writable
+from longlive_jax.spec import UserError
+
+__all__ = ["EncodeSpec", "Encoders", "Job", "encode_dataset", "plan_jobs"]
+
+OPENED = 8
+"""Files whose headers are read at once."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and of how much."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeSpec:
+    """What is encoded, and how it is stored.
+
+    Attributes:
+      join: how shots become clips.
+      size: height and width in pixels.
+      windows: clips of a sample, one after the other; 0 is as many as it fills.
+      text_len: rows of text features of a prompt.
+      dtype: of the latents at rest.
+      text_dtype: of the text features at rest.
+      shard: clips of a file.
+    """
+
+    join: JoinSpec
+    size: tuple[int, int]
+    windows: int = 1
+    text_len: int = 512
+    dtype: Literal["float16", "float32"] = "float16"
+    text_dtype: Literal["bfloat16", "float16", "float32"] = "float32"
+    shard: int = 64
+
+    def __post_init__(self) -> None:
+        least = {"windows": 0, "text_len": 1, "shard": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """The models, loaded when they are needed, and what tells them apart.
+
+    Attributes:
+      text: () -> (prompt -> features [t, e] without padding).
+      video: () -> (uint8 [r, h, w, 3] -> latents [f, h, w, c]).
+      latent_bytes: of one latent frame at float32, for the check of free disk space.
+      identity: fingerprints.
+    """
+
+    text: Callable[[], Callable[[str], np.ndarray]]
+    video: Callable[[], Callable[[np.ndarray], np.ndarray]]
+    latent_bytes: int
+    identity: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One clip to encode."""
+
+    sample: Sample
+    clip: ClipPlan
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Of every chunk."""
+        return self.clip.prompts([shot.caption for shot in self.sample.shots])
+
+
+def plan_jobs(
+    samples: Sequence[Sample], spec: EncodeSpec, progress: Progress
+) -> tuple[list[Job], list[tuple[str, str]]]:
+    """The clips of a dataset, and the samples that give none, with reasons; opens every file."""
+
+    def planned(sample: Sample) -> list[ClipPlan] | Unusable:
+        try:
+            return windows(lengths_of(sample), spec.join, spec.windows)
+        except Unusable as reason:
+            return reason
+
+    jobs: list[Job] = []
+    lacking: list[tuple[str, str]] = []
+    with concurrent.futures.ThreadPoolExecutor(OPENED) as pool:
+        for i, found in enumerate(pool.map(planned, samples)):
+            if isinstance(found, Unusable):
+                lacking.append((samples[i].name, str(found)))
+            else:
+                jobs += [Job(samples[i], clip) for clip in found]
+            progress("planning", i + 1, len(samples))
+    return jobs, lacking
+
+
+def encode_dataset(
+    samples: Sequence[Sample],
+    out: Path,
+    *,
+    spec: EncodeSpec,
+    encoders: Encoders,
+    progress: Progress = lambda *_: None,
+) -> Manifest:
+    """Encodes what `out` does not hold yet and returns what it then holds.
+
+    Raises UserError if there is nothing to encode, if `out` holds something else or the encoding of
+    something else, or if the disk is too small; OSError if writing fails all the same.
+    """
+    jobs, lacking = plan_jobs(samples, spec, progress)
+    if not jobs:
+        first = "; ".join(f"{name}: {reason}" for name, reason in lacking[:3])
+        raise UserError(f"none of the {len(samples)} samples can be used ({first})")
+    manifest = _begin(out, jobs, lacking, spec, encoders)
+    _check_space(manifest, out, len(jobs), spec, encoders)
+    prompts = sorted({"", *(p for job in jobs for p in job.prompts)})
+    manifest = _encode_texts(manifest, out, prompts, spec, encoders, progress)
+    manifest = _encode_clips(manifest, out, jobs, prompts, spec, encoders, progress)
+    if not any(shard.records for shard in manifest.clips):
+        first = "; ".join(f"{name}: {reason}" for name, reason in manifest.skipped[:3])
+        raise UserError(f"none of the {len(samples)} samples can be decoded ({first})")
+    manifest = dataclasses.replace(manifest, complete=True)
+    manifest.write(out)
+    shutil.rmtree(out / "parts", ignore_errors=True)
+    return manifest
+
+
+def _begin(
+    out: Path,
+    jobs: Sequence[Job],
+    lacking: Sequence[tuple[str, str]],
+    spec: EncodeSpec,
+    encoders: Encoders,
+) -> Manifest:
+    """The manifest in `out` if it is of these jobs, or a new one in an empty folder."""
+    identity = json.loads(json.dumps(dataclasses.asdict(spec) | dict(encoders.identity)))
+    identity |= {"clips": len(jobs), "dataset": _digest(jobs)}
+    if (out / MANIFEST).is_file():
+        held = Manifest.read(out)
+        differs = [k for k in identity if held.identity.get(k) != identity[k]]
+        if differs:
+            raise UserError(
+                f"{out}: holds clips that were encoded otherwise ({', '.join(differs)}); choose "
+                "another --out, or remove it"
+            )
+        for torn in [*out.glob(".*.writing-*"), *(out / "parts").glob(".*.writing-*")]:
+            torn.unlink(missing_ok=True)
+        return held
+    check_writable(out)
+    if any(out.iterdir()):
+        raise UserError(f"{out}: holds other files; choose an empty or new folder")
+    libraries = ("longlive-jax", "jax", "flax", "av", "grain", "array_record")
+    manifest = Manifest(
+        identity=identity,
+        versions={name: importlib.metadata.version(name) for name in libraries},
+        unplanned=tuple(lacking),
+        texts_per_clip=max(len(set(job.prompts)) for job in jobs),
+    )
+    manifest.write(out)
+    return manifest
+
+
+def _digest(jobs: Sequence[Job]) -> str:
+    """Of all that the clips are made from: names, files by size, captions, plans."""
+    digest = hashlib.sha256()
+    for job in jobs:
+        shots = [
+            (s.file.name, s.file.stat().st_size, s.caption, s.start, s.end)
+            for s in job.sample.shots
+        ]
+        digest.update(repr((job.sample.name, shots, job.clip.pieces)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _encode_texts(
+    manifest: Manifest,
+    out: Path,
+    prompts: Sequence[str],
+    spec: EncodeSpec,
+    encoders: Encoders,
+    progress: Progress,
+) -> Manifest:
+    size, done = 256, sum(shard.records for shard in manifest.texts)
+    if done == len(prompts):
+        return manifest
+    encode, dtype = encoders.text(), dtype_of(spec.text_dtype)
+    for at in range(done, len(prompts), size):
+
+        def records(some: Sequence[str] = prompts[at : at + size], at: int = at) -> Iterator[bytes]:
+            for i, prompt in enumerate(some):
+                yield pack({"features": encode(prompt).astype(dtype)}, {"prompt": prompt})
+                progress("texts", at + i + 1, len(prompts))
+
+        file = f"texts-{len(manifest.texts):05d}.array_record"
+        shard = Shard(file, write_shard(out / file, records()))
+        manifest = dataclasses.replace(manifest, texts=(*manifest.texts, shard))
+        manifest.write(out)
+    return manifest
+
+
+def _check_space(
+    manifest: Manifest, out: Path, jobs: int, spec: EncodeSpec, encoders: Encoders
+) -> None:
+    """UserError if what is left to do does not fit on the disk."""
+    left = jobs - spec.shard * len(manifest.clips)
+    one = encoders.latent_bytes * spec.join.latents * dtype_of(spec.dtype).itemsize // 4
+    need = one * (left + min(left, spec.shard))  # a shard and its parts exist side by side
+    need -= sum(part.stat().st_size for part in (out / "parts").glob("*"))
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise UserError(
+            f"{out}: {left} clips of {one / 2**20:.1f} MiB need {need / 2**30:.1f} GiB, the disk "
+            f"has {free / 2**30:.1f} GiB left; free some, or choose another --out or fewer clips"
+        )
+
+
+def _encode_clips(
+    manifest: Manifest,
+    out: Path,
+    jobs: Sequence[Job],
+    prompts: Sequence[str],
+    spec: EncodeSpec,
+    encoders: Encoders,
+    progress: Progress,
+) -> Manifest:
+    rows = {prompt: i for i, prompt in enumerate(prompts)}
+    parts = out / "parts"
+    parts.mkdir(exist_ok=True)
+    begin = spec.shard * len(manifest.clips)
+    left = [i for i in range(begin, len(jobs)) if not _is_whole(parts / f"{i:08d}")]
+    made, missing = _made(left, jobs, rows, spec, encoders), set(left)
+    done = len(jobs) - len(left)
+    progress("clips", done, len(jobs))
+    for first in range(begin, len(jobs), spec.shard):
+        here = range(first, min(first + spec.shard, len(jobs)))
+        for i in here:
+            if i in missing:
+                write_file(parts / f"{i:08d}", next(made))
+                done += 1
+                progress("clips", done, len(jobs))
+        manifest = _close_shard(manifest, out, [parts / f"{i:08d}" for i in here])
+    return manifest
+
+
+def _close_shard(manifest: Manifest, out: Path, parts: Sequence[Path]) -> Manifest:
+    """Makes a shard of its parts, notes it in the manifest, and only then drops the parts."""
+    whole, skipped = [], []
+    for part in parts:
+        _, meta = unpack(part.read_bytes())
+        if meta["reason"]:
+            skipped.append((meta["sample"], meta["reason"]))
+        else:
+            whole.append(part)
+    file = f"clips-{len(manifest.clips):05d}.array_record"
+    written = write_shard(out / file, (part.read_bytes() for part in whole))
+    shard = Shard(file, written, tuple(skipped))
+    manifest = dataclasses.replace(manifest, clips=(*manifest.clips, shard))
+    manifest.write(out)
+    for part in parts:
+        part.unlink()
+    return manifest
+
+
+def _is_whole(part: Path) -> bool:
+    try:
+        unpack(part.read_bytes())
+    except (FileNotFoundError, Unusable):
+        return False
+    return True
+
+
+def _made(
+    left: Sequence[int],
+    jobs: Sequence[Job],
+    rows: Mapping[str, int],
+    spec: EncodeSpec,
+    encoders: Encoders,
+) -> Iterator[bytes]:
+    """The records of the jobs that are left; the next clip is decoded while one is encoded."""
+
+    def decoded(i: int) -> np.ndarray | Unusable:
+        try:
+            return read_clip(jobs[i].sample, jobs[i].clip, spec.size)
+        except Unusable as reason:
+            return reason
+
+    if not left:
+        return
+    encode, dtype = encoders.video(), dtype_of(spec.dtype)
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(decoded, left[0])
+        for i, after in itertools.zip_longest(left, left[1:]):
+            video = coming.result()
+            if after is not None:
+                coming = reader.submit(decoded, after)
+            if isinstance(video, Unusable):
+                yield pack({}, {"sample": jobs[i].sample.name, "reason": str(video)})
+            else:
+                yield _record(jobs[i], encode(video).astype(dtype), rows)
+
+
+def _record(job: Job, latents: np.ndarray, rows: Mapping[str, int]) -> bytes:
+    captions = [shot.caption for shot in job.sample.shots]
+    clip = clip_latents(job.clip, captions, latents, lambda prompt: np.array(rows[prompt]))
+    arrays = dict(vars(clip))
+    arrays["texts"] = arrays.pop("text").astype(np.int32)
+    return pack(arrays, {"sample": job.sample.name, "reason": ""})

@@ -1,0 +1,76 @@
+"""One program on several hosts: joining them, and leaving without waiting for the dead.
+
+Every process runs the same command. Under Slurm, Open MPI and Kubernetes jobs JAX finds the others
+by itself; anywhere else the command says where the first process is.
+"""
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import jax
+
+HEARTBEAT_SECONDS = 30
+"""A process that has not been heard of for so long ends the job."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Who takes part. `coordinator` HOST:PORT of process 0; None: the cluster's manager knows."""
+
+    coordinator: str | None = None
+    processes: int | None = None
+    index: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Hosts":
+        """`auto`, or `HOST:PORT,PROCESSES,INDEX`; ValueError for anything else."""
+        if text == "auto":
+            return cls()
+        words = text.split(",")
+        try:
+            address, processes, index = words[0], int(words[1]), int(words[2])
+            host, port = address.rsplit(":", 1)
+            ok = len(words) == 3 and host and 0 < int(port) < 65536 and 0 <= index < processes
+        except (ValueError, IndexError):
+            ok = False
+        if not ok:
+            raise ValueError(
+                f"{text!r} is neither `auto` nor HOST:PORT,PROCESSES,INDEX, such as "
+                "10.0.0.1:8476,4,0 for the first of four"
+            )
+        return cls(address, processes, index)
+
+
+def join(hosts: Hosts) -> None:
+    """Joins the job; before the first use of a device.
+
+    Raises ValueError if no cluster manager is found and no coordinator given, RuntimeError if the
+    others do not come within five minutes.
+    """
+    jax.distributed.initialize(
+        hosts.coordinator,
+        hosts.processes,
+        hosts.index,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+
+
+def leave_at_once(call: Callable[[], int]) -> int:
+    """`call()`; if it fails in one process of several, that process ends on the spot.
+
+    An exception alone would wait at the end for the others, who wait for this process.
+    """
+    try:
+        return call()
+    except BaseException:
+        if jax.process_count() == 1:
+            raise
+        place = f"process {jax.process_index()} of {jax.process_count()}"
+        sys.stderr.write(f"{place} failed:\n{traceback.format_exc()}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

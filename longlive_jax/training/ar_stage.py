@@ -1,0 +1,255 @@
+"""Stage `ar`: the small world's DiT by teacher forcing, on one device or over a mesh."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from rich.progress import track
+
+from longlive_jax.data.small_world import world
+from longlive_jax.data.small_world.latents import (
+    EncodedVideos,
+    EpisodeBatches,
+    EpisodeSpec,
+    encode_videos,
+    prompt_table,
+)
+from longlive_jax.io.checkpoint import TOKENIZER, load_component, read_manifest, save_component
+from longlive_jax.io.models import load_model
+from longlive_jax.models.params import abstract, params_of
+from longlive_jax.models.umt5 import Tokenizer, encode_prompts
+from longlive_jax.models.wan import GATES, DiT, DiTConfig
+from longlive_jax.parallel import rules
+from longlive_jax.parallel.mesh import BATCH, check_fits
+from longlive_jax.sampling.settings import Solver, save_settings
+from longlive_jax.spec import UserError
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, draw, forward
+from longlive_jax.training.feed import in_order
+from longlive_jax.training.loop import Task
+from longlive_jax.training.recycling import (
+    RecyclingSpec,
+    check_recycling,
+    init_buffers,
+    partition,
+    recycling_loss,
+)
+from longlive_jax.training.run import HELD_OUT_SEED, RunSpec
+from longlive_jax.training.sharded import COLUMNS, FRAMES, Shared, shared_forward
+from longlive_jax.training.state import Params
+from longlive_jax.training.step import LossFn, forgetful
+from longlive_jax.typing import Array
+from pallas_kernels.attention.chunks import attend_chunks
+
+EPISODE = dict.fromkeys(("context", "target", "mask"), FRAMES) | {
+    name: P(BATCH) for name in COLUMNS
+}
+"""How a batch lies on a mesh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusSpec:
+    """How many videos are encoded for the DiT, of how many chunks, with shots of how many."""
+
+    videos: int = 800
+    chunks: int = 24
+    shot_chunks: tuple[int, int] = (3, 12)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ARStage(RunSpec):
+    """Stage `ar`: the DiT by teacher forcing, on latents of the VAE and text in the checkpoint."""
+
+    model: DiTConfig
+    corpus: CorpusSpec = dataclasses.field(default_factory=CorpusSpec)
+    episodes: EpisodeSpec = dataclasses.field(default_factory=EpisodeSpec)
+    loss: ARLossSpec = dataclasses.field(default_factory=ARLossSpec)
+    recycling: RecyclingSpec | None = None  # its rows are chunk numbers: windows start anywhere
+    held_out_batches: int = 8
+    solver: Solver = "unipc"  # of the sampler, as the checkpoint's default
+    steps: int = 32  # likewise
+    guidance: float = 2.0  # likewise
+    unroll: int = 1
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of matrix products in training; the checkpoint keeps `model.dtype`
+    )
+    start: Literal["random", "checkpoint"] = "random"  # "checkpoint": from the DiT that is there
+    gate: float = 0.0  # added to the gates at the start, or their blocks begin almost closed
+
+    def __post_init__(self) -> None:
+        spec, heads = self.episodes, self.model.heads
+        for chunks in (spec.context_chunks, spec.target_chunks):
+            check_fits(self.mesh, heads=heads, chunks=chunks, batch=spec.batch)
+        if self.recycling is not None:
+            counts = (spec.context_chunks, spec.target_chunks)
+            check_recycling(self.recycling, self.mesh, chunks=counts, batch=spec.batch)
+
+    def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
+        for component, stage in (("vae", "vae"), ("umt5", "text")):
+            if not (out / component).is_dir():
+                raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
+        init = self._init if self.start == "random" else self._restored(out)
+        past = self._past(out, workdir)
+        umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
+        prompts = prompt_table()
+        text = jnp.asarray(encode_prompts(umt5, tokenizer, prompts, length=self.model.text_len))
+        videos = self._latents(out, workdir)
+        model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
+        graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
+        size = self._chunk_tokens(videos)
+        setup = ARSetup(
+            graphdef,
+            world.CHUNK_LATENTS,
+            empty_prompt=len(prompts) - 1,
+            spec=self.loss,
+            attend=functools.partial(attend_chunks, size=size, most=self.episodes.window),
+            unroll=self.unroll,
+        )
+        train, held_out = _split(videos, share=0.03)
+
+        def export(params, directory):
+            provenance = self.provenance("ar") | past
+            save_component(
+                directory, "dit", params, self.model, provenance=provenance, overwrite=True
+            )
+            save_settings(directory, self.sampling())
+
+        return Task(
+            init=init,
+            loss_fn=self._loss_fn(setup, mesh, rules.specs_for(rules.DIT, shapes), text),
+            feed=in_order(EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed)),
+            evaluate=self._evaluation(setup, text, held_out),
+            export=export,
+            rules=rules.DIT,
+            batch_specs=EPISODE,
+            **self._remembered(videos.latents.shape[2:]),
+        )
+
+    def _loss_fn(self, setup: ARSetup, mesh: Mesh, specs: Any, text: Array) -> LossFn:
+        """The loss on one device or over the mesh, with error recycling if there is any."""
+        run = functools.partial(forward, setup)
+        if mesh.size > 1:
+            run = functools.partial(shared_forward, setup, Shared(mesh, specs))
+        if self.recycling is not None:
+            inner = recycling_loss(
+                lambda params, batch, used: run(params, batch, used.batch, used.draws, text),
+                chunk=setup.chunk,
+                spec=self.recycling,
+                loss=self.loss,
+            )
+            return lambda params, batch, key, memory: inner(params, Episode(**batch), key, memory)
+
+        def loss(params: Params, batch: dict[str, Array], key: Array):
+            episode = Episode(**batch)
+            draws = draw(key, episode, chunk=setup.chunk, spec=self.loss)
+            value, metrics, _ = run(params, episode, episode, draws, text)
+            return value, metrics
+
+        return forgetful(loss)
+
+    def _remembered(self, latent: tuple[int, ...]) -> dict[str, Any]:
+        """The error buffers of a `Task`, for latent frames of shape (h, w, c)."""
+        spec = self.recycling
+        if spec is None:
+            return {}
+        chunk = (world.CHUNK_LATENTS, *latent)
+        return {"memory": lambda: init_buffers(spec, chunk), "memory_specs": partition(spec)}
+
+    def _evaluation(self, setup: ARSetup, text: Array, held_out: EncodedVideos):
+        """Held-out errors of the averaged parameters, the same batches and draws every time."""
+        checks = EpisodeBatches(held_out, self.episodes, self.held_out_batches, HELD_OUT_SEED)
+        measure = jax.jit(lambda p, batch, key: ar_loss(setup, p, Episode(**batch), key, text))
+
+        def evaluate(params, step, workdir):
+            found = [measure(params, checks[i], jax.random.key(i))[1] for i in range(len(checks))]
+            return {f"held_out_{k}": np.mean([float(m[k]) for m in found]) for k in found[0]}
+
+        return evaluate
+
+    def sampling(self) -> dict[str, Any]:
+        """Sampler settings that fit what was trained; the checkpoint carries them as defaults."""
+        episodes = self.episodes
+        return {
+            "size": [world.HEIGHT, world.WIDTH],
+            "chunk": world.CHUNK_LATENTS,
+            "window": episodes.window,
+            "global_sinks": episodes.global_sinks,
+            "rope_offset": episodes.phase,
+            "shift": self.loss.shift,
+            "solver": self.solver,
+            "steps": self.steps,
+            "guidance": self.guidance,
+        }
+
+    def _init(self, key: jax.Array) -> Params:
+        dit = DiT(self.model, rngs=nnx.Rngs(key))
+        table = dit.blocks.modulation
+        table[...] = table[...].at[:, GATES].add(self.gate)
+        return params_of(dit)
+
+    def _restored(self, out: pathlib.Path) -> Callable[[jax.Array], Params]:
+        params, _ = load_component(out, "dit", dtype=jnp.float32)
+        want = jax.eval_shape(self._init, jax.random.key(0))
+        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, want):
+            raise UserError(
+                f"{out}: its DiT is not config.model; see the settings in longlive.json"
+            )
+        return lambda key: params
+
+    def _past(self, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
+        """What the checkpoint says of the DiT to go on from; kept, as this run replaces it."""
+        if self.start == "random":
+            return {}
+        kept = workdir / "continues.json"
+        if not kept.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(read_manifest(out)["provenance"].get("dit", {})))
+        return {"continues": json.loads(kept.read_text())}
+
+    @staticmethod
+    def _chunk_tokens(videos: EncodedVideos) -> int:
+        height, width = videos.latents.shape[2:4]
+        return world.CHUNK_LATENTS * (height // 2) * (width // 2)
+
+    def _latents(self, out: pathlib.Path, workdir: pathlib.Path) -> EncodedVideos:
+        """The encoded corpus, from the work directory if an earlier run left it there."""
+        cached = workdir / "corpus.npz"
+        if cached.exists():
+            with np.load(cached) as held:
+                return EncodedVideos(**{k: held[k] for k in held})
+        spec = self.corpus
+        parts = encode_videos(
+            load_model(out, "vae"),
+            videos=spec.videos,
+            chunks=spec.chunks,
+            shot_chunks=spec.shot_chunks,
+            seed=self.loop.seed,
+        )
+        found = list(track(parts, "encoding", total=-(-spec.videos // 8)))
+        fields: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in found])
+            for name in ("latents", "prompt", "shot")
+        }
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(".partial.npz")
+        np.savez(partial, **fields)
+        partial.rename(cached)
+        return EncodedVideos(**fields)
+
+
+def _split(videos: EncodedVideos, *, share: float) -> tuple[EncodedVideos, EncodedVideos]:
+    """Videos to train on, and a share (at least one) kept for measuring."""
+    kept = max(1, round(share * len(videos.latents)))
+    rest, first = (
+        EncodedVideos(**{name: column[part] for name, column in vars(videos).items()})
+        for part in (slice(kept, None), slice(kept))
+    )
+    return rest, first

@@ -1,0 +1,267 @@
+"""Stage `clips`: a DiT made autoregressive on encoded clips (paper, sections 2.1 and 4.1)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.data.clips.encoders import check_made_by
+from longlive_jax.data.clips.episodes import collate
+from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
+from longlive_jax.data.clips.store import EncodedClips
+from longlive_jax.io.checkpoint import load_component, read_manifest, save_component
+from longlive_jax.io.components import RUN_FIELDS
+from longlive_jax.models.params import abstract, params_of
+from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.parallel import rules
+from longlive_jax.parallel.fsdp import Gather
+from longlive_jax.parallel.mesh import BATCH, check_fits
+from longlive_jax.spec import UserError, build
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, draw
+from longlive_jax.training.ar_stage import EPISODE
+from longlive_jax.training.feed import Feed, own_rows, placed
+from longlive_jax.training.loop import Task
+from longlive_jax.training.recycling import (
+    RecyclingSpec,
+    check_recycling,
+    init_buffers,
+    partition,
+    recycling_loss,
+)
+from longlive_jax.training.run import HELD_OUT_SEED, RunSpec
+from longlive_jax.training.sharded import Shared, shared_forward
+from longlive_jax.training.state import Params
+from longlive_jax.training.step import LossFn, forgetful
+from longlive_jax.training.work import step_work
+from longlive_jax.typing import Array
+from pallas_kernels.attention import attention
+from pallas_kernels.dispatch import Implementation
+
+BATCH_SPECS = EPISODE | {"text": P(BATCH)}
+"""How a batch lies on a mesh: episodes, and each sample's own texts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipsStage(RunSpec):
+    """Every chunk of a clip is learnt behind its clean past, one prompt a chunk.
+
+    Attributes:
+      checkpoint: with the DiT to begin from, and the VAE and text encoder that made the clips.
+      clips: folder that `longlive data encode` made.
+      held_out: another such folder, for evaluations; None: there are none.
+      held_out_batches: how many batches of it are measured.
+      batch: clips of an update, over all devices.
+      workers: processes that read clips, beside this one; 0: threads.
+      window: chunks that a chunk sees, itself and the sinks included; None: all before it.
+      phase: latent frames added to temporal positions at every cut.
+      loss: of the objective.
+      recycling: of errors; None: there is none.
+      attention: implementation; "auto" takes the best that is proven for the device.
+      remat: recompute layers in the backward pass.
+      ffn_parts: parts of a device's tokens that go through the feed-forward one after the other.
+      dtype: of matrix products, and of parameters on their way between devices.
+    """
+
+    checkpoint: str
+    clips: str
+    held_out: str | None = None
+    held_out_batches: int = 4
+    batch: int = 8
+    workers: int = 0
+    window: int | None = None
+    phase: int = 0
+    loss: ARLossSpec = dataclasses.field(default_factory=ARLossSpec)
+    recycling: RecyclingSpec | None = None
+    attention: Implementation = "auto"
+    remat: bool = True
+    ffn_parts: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def task(self, out: Path, workdir: Path, mesh: Mesh) -> Task:
+        """Raises UserError for clips of another checkpoint, or that do not fit model and mesh."""
+        model, clips = self.model(), EncodedClips(self.clips)
+        check_made_by(clips, self.checkpoint)
+        shape = clips[0].latents.shape
+        chunk = shape[0] // len(clips[0].cut)
+        self._check(model, shape, chunk)
+        setup = self.setup(model, chunk, clips.manifest.texts_per_clip)
+        specs = rules.specs_for(rules.DIT, abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[1])
+        tokens = chunk * (shape[1] // 2) * (shape[2] // 2)
+        chunks = shape[0] // chunk
+        return Task(
+            init=lambda key: params_of(DiT(model, rngs=nnx.Rngs(key))),
+            start=lambda: self._restored(mesh, specs),
+            loss_fn=self.loss_fn(setup, mesh, specs),
+            feed=functools.partial(self._feed, clips, mesh, self.loop.seed),
+            evaluate=self._evaluation(setup, mesh, specs),
+            export=functools.partial(self._export, model),
+            rules=rules.DIT,
+            batch_specs=BATCH_SPECS,
+            rows=self.batch,
+            work=step_work(
+                model, batch=self.batch, chunks=chunks, chunk_tokens=tokens, window=self.window
+            ),
+            **self.remembered((chunk, *shape[1:])),
+        )
+
+    def model(self) -> DiTConfig:
+        """Of the checkpoint's DiT, computing as this run does."""
+        held = read_manifest(self.checkpoint)["components"].get("dit")
+        if held is None:
+            raise UserError(f"{self.checkpoint}: has no DiT to begin from")
+        settings = {k: v for k, v in held.items() if k not in RUN_FIELDS}
+        return build(DiTConfig, settings | {"dtype": self.dtype}, path=f"{self.checkpoint}: dit")
+
+    def setup(self, model: DiTConfig, chunk: int, texts: int) -> ARSetup:
+        """For clips with room for so many texts, behind which the empty one comes."""
+        return ARSetup(
+            graphdef=abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[0],
+            chunk=chunk,
+            empty_prompt=texts,
+            spec=self.loss,
+            attend=functools.partial(attention, implementation=self.attention),
+            remat=self.remat,
+            ffn_parts=self.ffn_parts,
+        )
+
+    def loss_fn(self, setup: ARSetup, mesh: Mesh, specs: Any) -> LossFn:
+        """The loss over the mesh, with error recycling if there is any."""
+        run = functools.partial(shared_forward, setup, self._shared(mesh, specs))
+        if self.recycling is None:
+            return forgetful(functools.partial(_judged, setup, run))
+        spec = self.recycling
+
+        def loss(params: Params, batch: dict[str, Array], key: Array, memory: Any):
+            episode, text = _taken(batch)
+            inner = recycling_loss(
+                lambda params, batch, used: run(params, batch, used.batch, used.draws, text),
+                chunk=setup.chunk,
+                spec=spec,
+                loss=self.loss,
+            )
+            return inner(params, episode, key, memory)
+
+        return loss
+
+    def remembered(self, chunk: tuple[int, ...]) -> dict[str, Any]:
+        """The error buffers of a `Task`, for chunks of shape (m, h, w, c)."""
+        spec = self.recycling
+        if spec is None:
+            return {}
+        return {"memory": lambda: init_buffers(spec, chunk), "memory_specs": partition(spec)}
+
+    def _shared(self, mesh: Mesh, specs: Any) -> Shared:
+        return Shared(mesh, specs, Gather(specs, dtype=jnp.dtype(self.dtype)))
+
+    def _check(self, model: DiTConfig, shape: tuple[int, ...], chunk: int) -> None:
+        if shape[-1] != model.in_channels:
+            raise UserError(
+                f"{self.clips}: latents of {shape[-1]} channels for a model of {model.in_channels}"
+            )
+        chunks = shape[0] // chunk
+        part = self.batch // self.loop.accumulate
+        if self.batch % self.loop.accumulate:
+            raise UserError(
+                f"config.batch = {self.batch} does not split into config.loop.accumulate = "
+                f"{self.loop.accumulate} parts; choose a multiple"
+            )
+        try:
+            check_fits(self.mesh, heads=model.heads, chunks=chunks, batch=part)
+            if self.recycling is not None:
+                check_recycling(self.recycling, self.mesh, chunks=(chunks,), batch=part)
+        except ValueError as error:
+            raise UserError(f"config: {error}") from error
+
+    def _restored(self, mesh: Mesh, specs: Any) -> Params:
+        """Float32 masters, every device's part read from disk to it; one array at a time."""
+
+        def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
+            spec = functools.reduce(lambda tree, key: tree[key], path, specs)
+            place = NamedSharding(mesh, spec)
+            return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+        return load_component(self.checkpoint, "dit", dtype=np.float32, put=put)[0]
+
+    def _feed(self, clips: EncodedClips, mesh: Mesh, seed: int, start: int) -> Feed:
+        rows = own_rows(mesh, self.batch)
+        spec = FeedSpec(
+            batch=self.batch,
+            rank=rows.start // len(rows),
+            count=self.batch // len(rows),
+            seed=seed,
+            workers=self.workers,
+        )
+        return _Collated(ClipFeed(clips, spec, start=start), self._collate(clips))
+
+    def _collate(self, clips: EncodedClips) -> Callable[[dict], dict[str, np.ndarray]]:
+        empty, sinks = clips.empty, self.loss.global_sinks
+
+        def collated(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            batch, text = collate(
+                rows, empty, phase=self.phase, window=self.window, global_sinks=sinks
+            )
+            return batch | {"text": text}
+
+        return collated
+
+    def _evaluation(self, setup: ARSetup, mesh: Mesh, specs: Any):
+        """Held-out errors of the averaged parameters, the same clips and draws every time."""
+        if self.held_out is None:
+            return lambda params, step, workdir: {}
+        clips = EncodedClips(self.held_out)
+        check_made_by(clips, self.checkpoint)
+        run = functools.partial(shared_forward, setup, self._shared(mesh, specs))
+        measure = jax.jit(functools.partial(_judged, setup, run))
+
+        def evaluate(params: Params, step: int, workdir: Path) -> dict[str, float]:
+            first = own_rows(mesh, self.batch).start
+            found = []
+            with self._feed(clips, mesh, HELD_OUT_SEED, 0) as feed:
+                for i, batch in zip(range(self.held_out_batches), feed, strict=False):
+                    there = placed(batch, BATCH_SPECS, mesh, rows=self.batch, first=first)
+                    found.append(measure(params, there, jax.random.key(i))[1])
+            return {f"held_out_{k}": float(np.mean([m[k] for m in found])) for k in found[0]}
+
+        return evaluate
+
+    def _export(self, model: DiTConfig, params: Params, directory: Path) -> None:
+        provenance = self.provenance("clips") | {
+            "continues": read_manifest(self.checkpoint)["provenance"].get("dit", {}),
+            "clips": EncodedClips(self.clips).manifest.identity["dataset"],
+        }
+        save_component(directory, "dit", params, model, provenance=provenance, overwrite=True)
+
+
+class _Collated(Feed):
+    """Batches of a `ClipFeed` as episodes."""
+
+    def __init__(self, clips: ClipFeed, collated: Callable[[dict], dict[str, np.ndarray]]):
+        def made() -> Iterator[dict[str, np.ndarray]]:
+            for rows in clips:
+                self.skipped += int(rows.pop("skipped").sum())
+                yield collated(rows)
+
+        super().__init__(made(), clips.close)
+
+
+def _taken(batch: dict[str, Array]) -> tuple[Episode, Array]:
+    """The episode and the texts of a batch."""
+    columns = dict(batch)
+    text = columns.pop("text")
+    return Episode(**columns), text
+
+
+def _judged(setup: ARSetup, run, params: Params, batch: dict[str, Array], key: Array):
+    """Loss and metrics without recycling."""
+    episode, text = _taken(batch)
+    draws = draw(key, episode, chunk=setup.chunk, spec=setup.spec)
+    value, metrics, _ = run(params, episode, episode, draws, text)
+    return value, metrics

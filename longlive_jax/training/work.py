@@ -1,0 +1,53 @@
+"""What a step of teacher forcing amounts to, by arithmetic: tokens, floating point operations."""
+
+import dataclasses
+
+from longlive_jax.models.wan import DiTConfig
+from longlive_jax.training.loop import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Multiplications and additions of the matrix products of one forward pass, by part."""
+
+    linears: float
+    attention: float
+    text: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.linears + self.attention + self.text
+
+
+def pairs_seen(chunks: int, window: int | None = None) -> int:
+    """Pairs of chunks of which one sees the other, clean and noisy together.
+
+    Chunk k sees k clean chunks and itself, or as many as fit into a window.
+    """
+    most = chunks if window is None else window
+    return 2 * sum(min(k + 1, most) for k in range(chunks))
+
+
+def forward_flops(
+    cfg: DiTConfig, *, chunks: int, chunk_tokens: int, window: int | None = None
+) -> Flops:
+    """Of one clip of `chunks`, clean and noisy; each chunk has a prompt of `cfg.text_len` rows."""
+    tokens = 2 * chunks * chunk_tokens
+    per_layer = 6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim
+    ends = 4 * (cfg.in_channels * tokens + cfg.out_channels * tokens // 2) * cfg.dim
+    seen = pairs_seen(chunks, window) * chunk_tokens**2
+    words = 2 * chunks * cfg.text_len
+    return Flops(
+        linears=2.0 * (cfg.layers * tokens * per_layer + ends),
+        attention=4.0 * cfg.layers * cfg.dim * (seen + tokens * cfg.text_len),
+        text=2.0 * words * (cfg.text_dim * cfg.dim + cfg.dim**2 + 2 * cfg.layers * cfg.dim**2),
+    )
+
+
+def step_work(
+    cfg: DiTConfig, *, batch: int, chunks: int, chunk_tokens: int, window: int | None = None
+) -> Work:
+    """Of one update: a backward pass is twice a forward pass; recomputation is not counted."""
+    flops = forward_flops(cfg, chunks=chunks, chunk_tokens=chunk_tokens, window=window)
+    return Work(tokens=2 * batch * chunks * chunk_tokens, flops=3.0 * batch * flops.total)

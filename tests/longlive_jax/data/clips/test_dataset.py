@@ -1,0 +1,136 @@
+"""What is found on disk, and what is said about what cannot be used. No video is opened."""
+
+import json
+
+import pytest
+
+from longlive_jax.data.clips.dataset import find_samples, usable
+from longlive_jax.spec import UserError
+from tests.longlive_jax.data.clips.videos import write_caption
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Folders with files that are no videos: nothing may look into them."""
+
+    def add(sample, *files, captions=()):
+        for file in files:
+            path = tmp_path / "video" / sample / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"no video")
+        for shot in captions:
+            write_caption(tmp_path, sample, shot, f" {sample} {shot}\n")
+
+    add.root = tmp_path
+    return add
+
+
+def test_samples_and_shots_are_sorted_by_number(root):
+    for name in ("s10", "s9", "a"):
+        root(name, "10.mp4", "2.MKV", "b.webm", "a.mov", captions=("10", "2", "a", "b"))
+    (root.root / "video" / "a" / ".hidden.mp4").write_bytes(b"")
+    (root.root / "video" / "notes.txt").write_text("")
+    samples = find_samples(root.root)
+    assert [s.name for s in samples] == ["a", "s9", "s10"]
+    for sample in samples:
+        assert [shot.file.name for shot in sample.shots] == ["2.MKV", "10.mp4", "a.mov", "b.webm"]
+        assert sample.shots[0].caption == f"{sample.name} 2"
+        assert not sample.problem and not sample.remarks
+    assert usable(samples, "here") == samples
+
+
+def test_a_shot_without_a_caption_is_left_out_with_a_remark(root):
+    root("a", "1.mp4", "2.mp4", "3.mp4", "4.mp4", captions=("1", "2"))
+    write_caption(root.root, "a", 2, "  ")
+    (root.root / "caption" / "a" / "4.json").write_text("{")
+    (sample,) = find_samples(root.root)
+    assert [shot.file.name for shot in sample.shots] == ["1.mp4"] and not sample.problem
+    remarks = dict(remark.split(" left out: ") for remark in sample.remarks)
+    assert "has no caption" in remarks["video/a/2.mp4"]
+    assert remarks["video/a/3.mp4"] == "caption/a/3.json is missing"
+    assert "not valid JSON" in remarks["video/a/4.mp4"]
+
+
+def test_reasons_of_unusable_folders(root):
+    root("none", "1.mp4")
+    root("other", "readme.txt", captions=("1",))
+    root("words", captions=("1",))
+    root("twice", "1.mp4", "1.mkv", captions=("1",))
+    root("list", "1.mp4", captions=("1",))
+    (root.root / "caption" / "list" / "1.json").write_text('["caption"]')
+    found = {s.name: s.problem for s in find_samples(root.root)}
+    assert "caption/none/1.json is missing" in found["none"]
+    assert "no video file" in found["other"] and "no video file" in found["words"]
+    assert "1.mp4: another file is the same shot" in found["twice"]
+    assert "expected" in found["list"]
+    with pytest.raises(UserError, match="none of its 5 samples"):
+        usable(find_samples(root.root), root.root)
+
+
+def test_folders_that_are_no_dataset(tmp_path):
+    with pytest.raises(UserError, match="no such dataset"):
+        find_samples(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="expected video/<sample>"):
+        find_samples(tmp_path)
+    (tmp_path / "video").mkdir()
+    with pytest.raises(UserError, match="no sample"):
+        find_samples(tmp_path)
+
+
+def test_manifest(tmp_path):
+    lines = [
+        {"name": "b", "shots": [{"video": "x.mp4", "caption": " one "}]},
+        {"shots": [{"video": "/abs/y.mp4", "caption": "two", "start": 1.5, "end": 4}] * 2},
+    ]
+    path = tmp_path / "manifest.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    for where in (path, tmp_path):
+        named, line = find_samples(where)
+        assert (named.name, line.name) == ("b", "line 3")
+        (shot,) = named.shots
+        assert shot.file == tmp_path / "x.mp4" and shot.caption == "one" and shot.end is None
+        assert [(s.start, s.end, str(s.file)) for s in line.shots] == [(1.5, 4, "/abs/y.mp4")] * 2
+
+
+SHOT = {"video": "x.mp4", "caption": "one"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "line 1: "),
+        ("[1]", "expected an object"),
+        ("{}", "at least one shot"),
+        ({"shots": []}, "at least one shot"),
+        ({"shot": [SHOT]}, "did you mean 'shots'"),
+        ({"shots": [SHOT], "name": 3}, "name must be a text"),
+        ({"shots": ["x.mp4"]}, "expected an object"),
+        ({"shots": [{"video": "x.mp4"}]}, "shots[0]: caption is missing"),
+        ({"shots": [SHOT, {"video": "", "caption": "b"}]}, "shots[1]: video is missing"),
+        ({"shots": [SHOT | {"captoin": "b"}]}, "did you mean 'caption'"),
+        ({"shots": [SHOT | {"start": -1}]}, "start must be seconds"),
+        ({"shots": [SHOT | {"end": "3"}]}, "end must be seconds"),
+        ({"shots": [SHOT | {"start": 3, "end": 3}]}, "not after start"),
+        ('{"shots": [{"video": "x", "caption": "y", "end": Infinity}]}', "end must be seconds"),
+    ],
+)
+def test_bad_lines_of_a_manifest(tmp_path, line, reason):
+    path = tmp_path / "clips.jsonl"
+    good = json.dumps({"name": "good", "shots": [SHOT]})
+    path.write_text(f"{line if isinstance(line, str) else json.dumps(line)}\n{good}\n")
+    good, bad = find_samples(path)
+    assert good.name == "good" and not good.problem
+    assert reason in bad.problem and bad.problem.startswith("line 1: ")
+
+
+def test_names_are_unique_and_something_must_be_there(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_text(f"{json.dumps({'name': 'a', 'shots': [SHOT]})}\n" * 2)
+    first, second = find_samples(path)
+    assert not first.problem and "also that of line 1" in second.problem
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no sample in it"):
+        find_samples(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        find_samples(path)

@@ -1,0 +1,106 @@
+"""Clips from real files: joined, cut into parts for ranks, and refused with a reason."""
+
+import numpy as np
+import pytest
+
+from longlive_jax.data.clips.dataset import Sample, Unusable, find_samples, usable
+from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
+from longlive_jax.data.clips.plan import JoinSpec, plan, raw_frames
+from longlive_jax.data.clips.source import VideoClips, lengths_of, read_clip
+from longlive_jax.parallel.halo import windows as halo_windows
+from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_sample
+
+SIZE = (32, 64)
+JOIN = JoinSpec(chunks=3, chunk=2)
+THIRTY = [int(1.25 * i + 0.3125) for i in range(32)]
+"""Frames of 30 a second that are on screen at 24 a second."""
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Two shots at 30 fps, one long shot, one cut short behind its index, and a very short one."""
+    root = tmp_path_factory.mktemp("dataset")
+    write_sample(root, "a", 15, 40, fps=30)
+    write_sample(root, "b", 80)
+    write_sample(root, "c", 96, options={"movflags": "faststart"})
+    write_sample(root, "d", 9)
+    cut_short(root / "video" / "c" / "0.mp4", 0.7)
+    return usable(find_samples(root), root)
+
+
+def test_a_joined_clip(samples):
+    assert lengths_of(samples[0]) == [12, 32]
+    clip = plan(lengths_of(samples[0]), JOIN)
+    assert numbers(read_clip(samples[0], clip, SIZE)) == THIRTY[:5] + THIRTY[:16]
+    skipping = plan(lengths_of(samples[1]), JoinSpec(chunks=3, chunk=2, max_chunks_per_shot=2))
+    assert numbers(read_clip(samples[1], skipping, SIZE)) == [*range(13), *range(37, 45)]
+    padded = plan(lengths_of(samples[3]), JoinSpec(chunks=3, chunk=2, pad=True))
+    assert numbers(read_clip(samples[3], padded, SIZE)) == [*range(9), *[8] * 12]
+
+
+def test_parts_of_a_clip_for_ranks(samples):
+    clip = plan(lengths_of(samples[0]), JOIN)
+    whole = read_clip(samples[0], clip, SIZE)
+    own = [raw_frames(2 * p, 2 * p + 2) for p in range(3)]
+    halos = [slice(w.first, w.last) for w in halo_windows(6, 3, halo=1)]
+    for part in own + halos + [slice(3, 7), slice(20, 21)]:
+        np.testing.assert_array_equal(read_clip(samples[0], clip, SIZE, part), whole[part])
+
+
+def test_a_row(samples):
+    row = VideoClips(samples, JOIN, SIZE, anywhere=False).read(0, np.random.default_rng(0))
+    assert row["video"].shape == (21, *SIZE, 3) and row["video"].dtype == np.uint8
+    assert row["cut"].tolist() == [False, True, False] and row["shot"].tolist() == [0, 1, 1]
+    assert row["mask"].tolist() == [1] * 6 and row["usable"]
+    assert row["prompts"].tolist() == [
+        "a shot 0", "The scene transitions. a shot 1", "a shot 1"
+    ]  # fmt: skip
+
+
+def test_clips_begin_anywhere_by_the_generator_alone(samples):
+    source = VideoClips(samples, JOIN, SIZE)
+    firsts = [numbers(source.read(1, np.random.default_rng(i))["video"])[0] for i in range(6)]
+    assert len(set(firsts)) > 3 and max(firsts) <= 80 - 21
+    again = numbers(source.read(1, np.random.default_rng(2))["video"])[0]
+    assert again == firsts[2]
+
+
+def test_reasons(samples):
+    source = VideoClips(samples, JOIN, SIZE, anywhere=False)
+    rng = np.random.default_rng(0)
+    with pytest.raises(Unusable, match=r"0\.mp4: cannot be read past"):
+        VideoClips(samples, JoinSpec(chunks=10, chunk=2), SIZE, anywhere=False).read(2, rng)
+    with pytest.raises(Unusable, match="too short: fills 1 of 3 chunks"):
+        source.read(3, rng)
+    with pytest.raises(Unusable, match="no caption"):
+        lengths_of(Sample("x", problem="no caption"))
+    assert source.name(3) == "d"
+
+
+def test_damage_in_a_part_marks_the_row(samples):
+    """The rank that reads the beginning cannot know, so the one at the end must not swap it."""
+    join = JoinSpec(chunks=10, chunk=2)
+    begin, end = (
+        VideoClips(samples, join, SIZE, part=part, anywhere=False).read(2, np.random.default_rng(0))
+        for part in (slice(0, 5), slice(60, 77))
+    )
+    assert begin["usable"] and begin["mask"].all() and numbers(begin["video"]) == list(range(5))
+    assert not end["usable"] and not end["mask"].any() and not end["video"].any()
+    assert end["video"].shape == (17, *SIZE, 3)
+
+
+def test_a_feed_of_videos_skips_what_is_broken(samples):
+    """In processes as in threads; shapes do not change, and nothing comes without a caption."""
+    source = VideoClips(samples, JoinSpec(chunks=4, chunk=2), SIZE)
+    found = []
+    for workers in (0, 1):
+        spec = FeedSpec(batch=2, workers=workers)
+        with ClipFeed(source, spec) as feed:
+            found.append([next(feed) for _ in range(4)])
+            assert all("d: too short" in r or "c: 0.mp4: " in r for r in feed.skipped)
+            assert any("d: too short" in reason for reason in feed.skipped)
+    for one, other in zip(*found, strict=True):
+        assert one["video"].shape == (2, 29, *SIZE, 3) and one["prompts"].shape == (2, 4)
+        assert all(map(str.strip, one["prompts"].reshape(-1).tolist()))
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])

@@ -1,0 +1,53 @@
+"""Programs started beside the tests, which never outlive them."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROGRAM = Path(__file__).with_name("toy_run.py")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def start(*arguments: object, devices: int, program: Path = PROGRAM) -> subprocess.Popen:
+    """The program in a group of its own, on so many fake devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(program), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+    """Exit code and output, waited for."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {seconds} s:\n{output}") from None
+    return process.returncode, output
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until `path` exists; AssertionError if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no {path}:\n{process.communicate()[0]}")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

@@ -1,0 +1,121 @@
+"""From video files to a model: encoded, trained on a mesh, resumed; bad settings before that."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from longlive_jax.cli.app import run
+from longlive_jax.io.checkpoint import load_component, read_manifest, save_component
+from longlive_jax.models.params import params_of
+from longlive_jax.models.wan import DiT, DiTConfig
+from tests.longlive_jax.data.clips.models import TEXT_DIM, Z_DIM, write_encoders
+from tests.longlive_jax.data.clips.videos import write_sample
+from tests.tiny import lively
+
+DIT = DiTConfig(
+    dim=24, ffn_dim=32, freq_dim=8, text_dim=TEXT_DIM, text_len=48, heads=2, layers=2,
+    in_channels=Z_DIM, out_channels=Z_DIM,
+)  # fmt: skip
+SETTINGS = (
+    "batch=4", "dtype=float32", "ffn_parts=2", "loop.log_every=1", "loop.save_every=2",
+    "optim.lr=1e-3", "ema.start=1", "save_dtype=float32",
+)  # fmt: skip
+RECYCLED = (
+    "recycling.buffer.rows=4", "recycling.buffer.buckets=2", "recycling.buffer.slots=2",
+    "recycling.buffer.groups=1", "recycling.clean=0.3", "recycling.warmup=1",
+)  # fmt: skip
+ALONE, SHARED = (f"mesh.data={n},mesh.fsdp={n},mesh.sp={n}" for n in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A checkpoint with all parts, and clips of four chunks that its encoders made."""
+    folder = tmp_path_factory.mktemp("clips")
+    checkpoint = write_encoders(folder / "checkpoint")
+    params = lively(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
+    save_component(checkpoint, "dit", params, DIT)
+    for name, *lengths in (("a", 40), ("b", 18, 16), ("c", 30, 20), ("d", 33), ("e", 31, 9)):
+        write_sample(folder / "videos", name, *lengths)
+    command = [
+        "data", "encode", f"--source={folder / 'videos'}", f"--checkpoint={checkpoint}",
+        f"--out={folder / 'encoded'}", "--chunks=4", "--dtype=float32", "--pad",
+    ]  # fmt: skip
+    assert run(command) == 0
+    return folder
+
+
+def command(places, workdir, *changes):
+    """`longlive train` with the 5B recipe on a model of its kind."""
+    paths = (f"checkpoint={places / 'checkpoint'}", f"clips={places / 'encoded'}")
+    words = [word for change in changes for word in change.split(",")]
+    overrides = [f"--config.{word}" for word in (*SETTINGS, *paths, *words)]
+    where = [f"--workdir={workdir}", f"--out={workdir}-out"]
+    return ["train", "--config=configs/ar_5b.py:16s", *overrides, *where]
+
+
+def records(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if "loss" in r]
+
+
+def test_a_mesh_of_eight_trains_as_one_device_does_with_error_recycling(places, tmp_path):
+    found = []
+    for mesh in (ALONE, SHARED):
+        workdir = tmp_path / mesh[-1]
+        assert run(command(places, workdir, mesh, *RECYCLED, "loop.steps=4")) == 0
+        found.append(records(workdir))
+    for alone, shared in zip(*found, strict=True):
+        for name in ("loss", "grad_norm", "errors_held"):
+            assert shared[name] == pytest.approx(alone[name], rel=2e-4), (alone, shared)
+    assert found[0][-1]["errors_held"] > 4 and found[0][-1]["tokens_per_s"] > 0
+    trained, _ = load_component(tmp_path / "2-out", "dit")
+    begun, _ = load_component(places / "checkpoint", "dit")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, begun)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    assert read_manifest(tmp_path / "2-out")["provenance"]["dit"]["stage"] == "clips"
+
+
+def test_accumulated_and_resumed_equals_uninterrupted(places, tmp_path):
+    parts = (SHARED, "batch=8", "loop.accumulate=2")
+    assert run(command(places, tmp_path / "whole", *parts, "loop.steps=4")) == 0
+    for steps in (2, 4):
+        assert run(command(places, tmp_path / "parts", *parts, f"loop.steps={steps}")) == 0
+    whole, resumed = (records(tmp_path / name) for name in ("whole", "parts"))
+    assert [r["loss"] for r in whole] == [r["loss"] for r in resumed]
+    whole, resumed = (load_component(tmp_path / f"{n}-out", "dit")[0] for n in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("mesh.data=1,mesh.fsdp=1,mesh.sp=8", "2 attention heads do not split over mesh.sp = 8"),
+        ("mesh.data=8,mesh.fsdp=1,mesh.sp=1", "4 samples in a batch do not split"),
+        ("mesh.data=3,mesh.fsdp=1,mesh.sp=1", "needs 3 devices and there are 8"),
+        ("loop.accumulate=3," + ALONE, "does not split into config.loop.accumulate = 3"),
+        ("recycling.buffer.rows=3," + ALONE, "do not fill the error buffer's 3 rows evenly"),
+        ("clips=/nowhere," + ALONE, "no encoded clips"),
+        ("checkpoint=/nowhere," + ALONE, "no such checkpoint directory"),
+    ],
+)
+def test_bad_settings_are_said_before_anything_is_computed(
+    places, tmp_path, capsys, change, message
+):
+    assert run(command(places, tmp_path / "run", change)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run/state").exists()
+
+
+def test_clips_of_other_encoders_are_refused(places, tmp_path, capsys):
+    other = tmp_path / "checkpoint"
+    shutil.copytree(places / "checkpoint", other)
+    manifest = json.loads((other / "longlive.json").read_text())
+    manifest["components"]["vae"]["latent_mean"][0] = 0.5
+    (other / "longlive.json").write_text(json.dumps(manifest))
+    changes = (ALONE, f"checkpoint={other}")
+    assert run(command(places, tmp_path / "run", *changes)) == 2
+    assert "encoded by another vae" in capsys.readouterr().err
