@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import jax
 
+from longlive_jax.spec import Failure, UserError
+
 HEARTBEAT_SECONDS = 30
 """A process that has not been heard of for so long ends the job."""
 
@@ -62,13 +64,18 @@ def join(hosts: Hosts) -> None:
 def leave_at_once(call: Callable[[], int]) -> int:
     """`call()`; if it fails in one process of several, that process ends on the spot.
 
-    An exception alone would wait at the end for the others, who wait for this process.
+    An exception alone would wait at the end for the others, who wait for this process. The exit
+    code is that of a `Failure`, 2 for a UserError, else 1.
     """
     try:
         return call()
-    except BaseException:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
+        if isinstance(error, Failure | UserError):
+            sys.stderr.write(f"longlive: {error}\n")
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(error, Failure) else 2)
         place = f"process {jax.process_index()} of {jax.process_count()}"
         sys.stderr.write(f"{place} failed:\n{traceback.format_exc()}")
         sys.stdout.flush()

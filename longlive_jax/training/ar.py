@@ -18,7 +18,8 @@ from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target
 from longlive_jax.models.params import with_params
 from longlive_jax.models.wan.dit import DiT, Unpack, as_is
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
-from pallas_kernels.attention import AttentionFn, attention
+from pallas_kernels.attention import AttentionFn, lay_out
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.tokens import Tokens, make
 
 
@@ -37,6 +38,7 @@ class Episode:
     since: Int[Array, "b j+k"]  # see `Tokens`
     sink: Int[Array, "b j+k"]
     prompt: Int[Array, "b j+k"]  # row of the table of text embeddings
+    noisy: Bool[Array, "b j+k"] | None = None  # which are targets; None: those after the context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Draws:
     given: Bool[Array, "b km"]
 
 
+def laid_out(tokens: Tokens, *, implementation: Implementation = "auto") -> AttentionFn:
+    """Self-attention of a sequence of these tokens."""
+    return lay_out(tokens, tokens, implementation=implementation)
+
+
 @dataclasses.dataclass(frozen=True)
 class ARSetup:
     """What stays the same from batch to batch.
@@ -92,7 +99,7 @@ class ARSetup:
       chunk: latent frames of a chunk.
       empty_prompt: row of the empty prompt in the text.
       spec: of the loss.
-      attend: attention over one sample's whole sequence.
+      attention_for: tokens -> attention over sequences of them; called once a step.
       unroll: layers in one step of the scan over layers.
       remat: recompute each layer in the backward pass, keeping only its input.
       ffn_parts: parts of the sequence that go through the feed-forward one after the other.
@@ -102,7 +109,7 @@ class ARSetup:
     chunk: int
     empty_prompt: int
     spec: ARLossSpec
-    attend: AttentionFn = attention
+    attention_for: Callable[[Tokens], AttentionFn] = laid_out
     unroll: int = 1
     remat: bool = False
     ffn_parts: int = 1
@@ -175,14 +182,14 @@ def predict(
     draws: Draws,
     text: Text,
     *,
-    attend: AttentionFn | None = None,
-    whole: Callable[[Tokens], Tokens] | None = None,
+    whole: Callable[[Tokens], Tokens] = lambda tokens: tokens,
+    wrap: Callable[[AttentionFn], AttentionFn] = lambda attend: attend,
     unpack: Unpack = as_is,
 ) -> Float[Array, "b km h w c"]:
     """The model's velocity for the target frames, corrupted as drawn, behind their context.
 
-    Where a sequence is shared out, `batch` and `draws` are one device's part of it, and `whole`
-    makes the tokens of all parts, which `attend` (in the place of the setup's) is given.
+    Where a sequence is shared out, `batch` and `draws` are one device's part of it, `whole` makes
+    the tokens of all parts, and `wrap` attention that is given a part from attention over all.
     """
     chunk = setup.chunk
     noisy = corrupt(batch.target, draws.noise, draws.sigma)
@@ -191,12 +198,14 @@ def predict(
     tokens = episode_tokens(batch, chunk, setup.spec.global_sinks)
     per_chunk = len(tokens) // prompts.shape[1]
     packing = Packing(batch.context.shape[0], context_chunks * per_chunk)
+    everything = whole(tokens)
+    attend = wrap(setup.attention_for(everything))
     velocity, _ = dit(
         packing.join(draws.context, noisy),
         packing.join(draws.context_timestep, draws.timestep),
         dit.text_kv(packing.join(*_cut(_rows(text, prompts), context_chunks)), unpack=unpack),
         jax.tree.map(lambda x: packing.join(*_cut(x, packing.context)), tokens),
-        attend=packing.wrap(attend or setup.attend, tokens if whole is None else whole(tokens)),
+        attend=packing.wrap(attend, everything),
         noisy_from=batch.context.shape[0] * batch.context.shape[1],
         unroll=setup.unroll,
         remat=setup.remat,
@@ -225,7 +234,8 @@ class Packing:
 
     def join(self, context: Array, target: Array) -> Array:
         """[b, i, ...] and [b, j, ...] to [1, b i + b j, ...]."""
-        parts = (x.reshape(1, -1, *x.shape[2:]) for x in (context, target))
+        both = (context, target)  # either may be empty
+        parts = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in both)
         return jnp.concatenate(list(parts), axis=1)
 
     def split(self, x: Array) -> Array:
@@ -305,7 +315,9 @@ def episode_tokens(batch: Episode, chunk: int, global_sinks: int) -> Tokens:
     pos = jnp.stack(
         [place, *(jnp.broadcast_to(jnp.tile(x, chunks), place.shape) for x in (row, column))], -1
     )
-    noisy = jnp.arange(chunks) >= batch.context.shape[1] // chunk
+    noisy = batch.noisy
+    if noisy is None:
+        noisy = jnp.arange(chunks) >= batch.context.shape[1] // chunk
     return make(
         pos,
         each(batch.chunk),

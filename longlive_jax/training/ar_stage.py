@@ -35,6 +35,7 @@ from longlive_jax.spec import UserError
 from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, draw, forward
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
+from longlive_jax.training.preview import Preview, PreviewSpec
 from longlive_jax.training.recycling import (
     RecyclingSpec,
     check_recycling,
@@ -74,6 +75,7 @@ class ARStage(RunSpec):
     loss: ARLossSpec = dataclasses.field(default_factory=ARLossSpec)
     recycling: RecyclingSpec | None = None  # its rows are chunk numbers: windows start anywhere
     held_out_batches: int = 8
+    preview: PreviewSpec = dataclasses.field(default_factory=PreviewSpec)
     solver: Solver = "unipc"  # of the sampler, as the checkpoint's default
     steps: int = 32  # likewise
     guidance: float = 2.0  # likewise
@@ -105,12 +107,13 @@ class ARStage(RunSpec):
         model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
         graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
         size = self._chunk_tokens(videos)
+        chunkwise = functools.partial(attend_chunks, size=size, most=self.episodes.window)
         setup = ARSetup(
             graphdef,
             world.CHUNK_LATENTS,
             empty_prompt=len(prompts) - 1,
             spec=self.loss,
-            attend=functools.partial(attend_chunks, size=size, most=self.episodes.window),
+            attention_for=lambda _: chunkwise,
             unroll=self.unroll,
         )
         train, held_out = _split(videos, share=0.03)
@@ -126,7 +129,9 @@ class ARStage(RunSpec):
             init=init,
             loss_fn=self._loss_fn(setup, mesh, rules.specs_for(rules.DIT, shapes), text),
             feed=in_order(EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed)),
-            evaluate=self._evaluation(setup, text, held_out),
+            evaluate=self._evaluation(
+                setup, text, held_out, Preview(self.preview, out, self.model, self.sampling())
+            ),
             export=export,
             rules=rules.DIT,
             batch_specs=EPISODE,
@@ -163,12 +168,13 @@ class ARStage(RunSpec):
         chunk = (world.CHUNK_LATENTS, *latent)
         return {"memory": lambda: init_buffers(spec, chunk), "memory_specs": partition(spec)}
 
-    def _evaluation(self, setup: ARSetup, text: Array, held_out: EncodedVideos):
+    def _evaluation(self, setup: ARSetup, text: Array, held_out: EncodedVideos, preview: Preview):
         """Held-out errors of the averaged parameters, the same batches and draws every time."""
         checks = EpisodeBatches(held_out, self.episodes, self.held_out_batches, HELD_OUT_SEED)
         measure = jax.jit(lambda p, batch, key: ar_loss(setup, p, Episode(**batch), key, text))
 
         def evaluate(params, step, workdir):
+            preview.write(params, step, workdir)
             found = [measure(params, checks[i], jax.random.key(i))[1] for i in range(len(checks))]
             return {f"held_out_{k}": np.mean([float(m[k]) for m in found]) for k in found[0]}
 

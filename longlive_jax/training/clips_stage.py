@@ -25,10 +25,11 @@ from longlive_jax.parallel import rules
 from longlive_jax.parallel.fsdp import Gather
 from longlive_jax.parallel.mesh import BATCH, check_fits
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, draw
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, draw, laid_out
 from longlive_jax.training.ar_stage import EPISODE
 from longlive_jax.training.feed import Feed, own_rows, placed
 from longlive_jax.training.loop import Task
+from longlive_jax.training.preview import Preview, PreviewSpec
 from longlive_jax.training.recycling import (
     RecyclingSpec,
     check_recycling,
@@ -42,7 +43,6 @@ from longlive_jax.training.state import Params
 from longlive_jax.training.step import LossFn, forgetful
 from longlive_jax.training.work import step_work
 from longlive_jax.typing import Array
-from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Implementation
 
 BATCH_SPECS = EPISODE | {"text": P(BATCH)}
@@ -58,6 +58,7 @@ class ClipsStage(RunSpec):
       clips: folder that `longlive data encode` made.
       held_out: another such folder, for evaluations; None: there are none.
       held_out_batches: how many batches of it are measured.
+      preview: what to sample at every evaluation, with the checkpoint's settings.
       batch: clips of an update, over all devices.
       workers: processes that read clips, beside this one; 0: threads.
       window: chunks that a chunk sees, itself and the sinks included; None: all before it.
@@ -74,6 +75,7 @@ class ClipsStage(RunSpec):
     clips: str
     held_out: str | None = None
     held_out_batches: int = 4
+    preview: PreviewSpec = dataclasses.field(default_factory=PreviewSpec)
     batch: int = 8
     workers: int = 0
     window: int | None = None
@@ -127,7 +129,7 @@ class ClipsStage(RunSpec):
             chunk=chunk,
             empty_prompt=texts,
             spec=self.loss,
-            attend=functools.partial(attention, implementation=self.attention),
+            attention_for=functools.partial(laid_out, implementation=self.attention),
             remat=self.remat,
             ffn_parts=self.ffn_parts,
         )
@@ -213,17 +215,22 @@ class ClipsStage(RunSpec):
         return collated
 
     def _evaluation(self, setup: ARSetup, mesh: Mesh, specs: Any):
-        """Held-out errors of the averaged parameters, the same clips and draws every time."""
-        if self.held_out is None:
-            return lambda params, step, workdir: {}
-        clips = EncodedClips(self.held_out)
-        check_made_by(clips, self.checkpoint)
+        """A preview, and held-out errors of the averaged parameters, the same clips and draws
+        every time."""
+        window = {} if self.window is None else {"window": self.window}
+        settings = {"shift": self.loss.shift, "rope_offset": self.phase, **window}
+        preview = Preview(self.preview, Path(self.checkpoint), self.model(), settings)
+        clips = None if self.held_out is None else EncodedClips(self.held_out)
+        if clips is not None:
+            check_made_by(clips, self.checkpoint)
         run = functools.partial(shared_forward, setup, self._shared(mesh, specs))
         measure = jax.jit(functools.partial(_judged, setup, run))
 
         def evaluate(params: Params, step: int, workdir: Path) -> dict[str, float]:
-            first = own_rows(mesh, self.batch).start
-            found = []
+            preview.write(params, step, workdir)
+            if clips is None:
+                return {}
+            first, found = own_rows(mesh, self.batch).start, []
             with self._feed(clips, mesh, HELD_OUT_SEED, 0) as feed:
                 for i, batch in zip(range(self.held_out_batches), feed, strict=False):
                     there = placed(batch, BATCH_SPECS, mesh, rows=self.batch, first=first)

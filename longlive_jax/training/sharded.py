@@ -31,6 +31,7 @@ from longlive_jax.training.ar import (
     flow_loss,
     predict,
 )
+from longlive_jax.training.naive import in_one_line, without_context
 from longlive_jax.typing import Array, Float, Key, Params
 
 FRAMES = P(BATCH, SP)
@@ -54,12 +55,15 @@ class Shared:
       specs: PartitionSpecs of the parameters.
       gather: makes parameters whole where they are used; None: `Gather(specs)`.
       exchange: the all-to-all of attention.
+      balanced: every device has clean and noisy frames of the same times. Else the sequence is cut
+        as it is (`naive`), for comparison; attention is the same, in another order.
     """
 
     mesh: Mesh
     specs: Specs
     gather: Gather | None = None
     exchange: Callable[..., Array] = exchange
+    balanced: bool = True
 
 
 def shared_ar_loss(
@@ -81,12 +85,20 @@ def shared_forward(
     text: Text,
 ) -> Judged:
     """`forward` of a batch over a mesh."""
+    parts, frames = shared.mesh.shape[SP], 0
+    if shared.balanced:
+        shown = balanced(shown, parts)
+    else:
+        frames = shown.context.shape[1]
+        judged, _ = in_one_line(batch, draws)
+        shown, draws = in_one_line(shown, draws)
+        batch = judged
     over = jax.shard_map(
         _local_forward(setup, shared),
         mesh=shared.mesh,
         in_specs=(
             shared.specs,
-            _specs(Episode),
+            jax.tree.map(lambda _: FRAMES, shown),
             FRAMES,
             _specs(Draws, dropped=P(BATCH)),
             P() if text.ndim == 3 else P(BATCH),
@@ -94,8 +106,8 @@ def shared_forward(
         out_specs=(P(), P(), FRAMES),
         check_vma=False,
     )
-    shown = balanced(shown, shared.mesh.shape[SP])
-    return over(params, shown, batch.target, draws, text)
+    loss, metrics, velocity = over(params, shown, batch.target, draws, text)
+    return loss, metrics, velocity[:, frames:]
 
 
 def balanced(batch: Episode, parts: int) -> Episode:
@@ -118,6 +130,8 @@ def _local_forward(setup: ARSetup, shared: Shared):
     gather = shared.gather or Gather(shared.specs)
 
     def forward(params: Params, shown: Episode, target: Array, draws: Draws, text: Array) -> Judged:
+        if not shared.balanced:
+            shown, draws = without_context(shown, draws)
         apart = {k: v for k, v in params.items() if k != "blocks"}
         ready = gather.tree(apart, {k: shared.specs[k] for k in apart})
         velocity = predict(
@@ -126,8 +140,8 @@ def _local_forward(setup: ARSetup, shared: Shared):
             shown,
             draws,
             text,
-            attend=ulysses(setup.attend, exchange=shared.exchange),
             whole=whole,
+            wrap=partial(ulysses, exchange=shared.exchange),
             unpack=gather,
         )
         batch = dataclasses.replace(shown, target=target)

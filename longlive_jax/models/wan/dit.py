@@ -178,14 +178,13 @@ class DiT(nnx.Module):
         frames and sets `noisy_from`: the head then runs from that frame on, and the velocity has
         only those frames. With a `cache` its keys follow the latents' own. `relative_rope`: the
         cache holds keys that are not rotated; `cache.tokens` says at which positions to see them.
-        `ffn_parts`: the sequence goes through the feed-forward in so many parts, one after the
-        other, and their hidden values are computed again in the backward pass.
+        `ffn_parts` of the sequence go through the feed-forward one after the other, rematerialised.
 
         Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
         `cfg.dtype` if `return_kv`, else None. `output=False` (a pass that only fills a cache) gives
         no velocity, always k and v, and skips what only the velocity needs.
         """
-        x, groups = self._embed(latents, timestep, tokens, text)
+        x = self._embed(latents, timestep, tokens, text)
         time, mod = self._levels(timestep)
         seen = _seen(tokens, cache, self.cfg, relative_rope)
         keep = return_kv or not output
@@ -203,9 +202,11 @@ class DiT(nnx.Module):
             return None, self._fill(layer, x, layers, mod, seen, unpack)
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, kv = lax.scan(body, x, layers, unroll=unroll)
-        first = noisy_from * groups // latents.shape[1]
-        velocity = self.head(x[:, first:], time[:, first:])
-        return self._unpatchify(velocity, latents.shape, noisy_from), kv
+        return self._velocity(x, time, latents.shape, noisy_from), kv
+
+    def _velocity(self, x: Array, time: Array, shape: tuple[int, ...], noisy_from: int) -> Array:
+        first = noisy_from * x.shape[1] // shape[1]
+        return self._unpatchify(self.head(x[:, first:], time[:, first:]), shape, noisy_from)
 
     def _fill(self, layer, x: Array, layers, mod: Array, seen: Seen, unpack: Unpack) -> KV:
         """Keys and values of all layers; of the last layer nothing else is computed."""
@@ -245,7 +246,7 @@ class DiT(nnx.Module):
             raise ValueError(f"{frames} frames do not split into {parts} segments of text")
         pattern = "b f (h ph) (w pw) c -> b (f h w) (ph pw c)"
         x = self.patch_embedding(einops.rearrange(latents, pattern, ph=2, pw=2))
-        return stored(x, self.cfg).reshape(b, groups, length // groups, -1), groups
+        return stored(x, self.cfg).reshape(b, groups, length // groups, -1)
 
     def _unpatchify(self, x: Array, shape: tuple[int, ...], first: int) -> Array:
         b, frames, height, width, _ = shape

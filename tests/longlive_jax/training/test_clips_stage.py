@@ -62,16 +62,25 @@ def records(workdir):
     return [r for r in map(json.loads, lines) if "loss" in r]
 
 
+def held_out(workdir):
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    return last["held_out_velocity_error"]
+
+
 def test_a_mesh_of_eight_trains_as_one_device_does_with_error_recycling(places, tmp_path):
     found = []
+    measured = (f"held_out={places / 'encoded'}", "held_out_batches=1", "preview.seconds=0.5")
+    looks = (*measured, "preview.prompts=['a cat runs']")
     for mesh in (ALONE, SHARED):
         workdir = tmp_path / mesh[-1]
-        assert run(command(places, workdir, mesh, *RECYCLED, "loop.steps=4")) == 0
+        assert run(command(places, workdir, mesh, *RECYCLED, *looks, "loop.steps=4")) == 0
         found.append(records(workdir))
     for alone, shared in zip(*found, strict=True):
         for name in ("loss", "grad_norm", "errors_held"):
             assert shared[name] == pytest.approx(alone[name], rel=2e-4), (alone, shared)
     assert found[0][-1]["errors_held"] > 4 and found[0][-1]["tokens_per_s"] > 0
+    assert held_out(tmp_path / "2") == pytest.approx(held_out(tmp_path / "1"), rel=2e-4)
+    assert (tmp_path / "2/sample_000004.png").stat().st_size > 500
     trained, _ = load_component(tmp_path / "2-out", "dit")
     begun, _ = load_component(places / "checkpoint", "dit")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, begun)

@@ -55,7 +55,7 @@ def test_multiprocess_sigterm_to_one_stops_all_after_the_same_step(tmp_path):
     wait_for(tmp_path / "state/5", first[0])
     first[1].send_signal(signal.SIGTERM)
     found = outcome(first)
-    assert all(code != 0 for code, _ in found), found
+    assert all(code == 128 + signal.SIGTERM for code, _ in found), found
     assert all("stopped by signal 15 after step" in output for _, output in found), found
     stopped = max(int(p.name) for p in (tmp_path / "state").iterdir())
     assert all(f"after step {stopped}" in output for _, output in found)

@@ -12,7 +12,8 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, draw
+from longlive_jax.training.naive import in_one_line
 from longlive_jax.training.sharded import Shared, balanced, shared_ar_loss
 from pallas_kernels.tokens import EMPTY
 from tests.tiny import lively
@@ -112,6 +113,24 @@ def test_balanced_loss_and_gradients_equal_one_device(shape, per_chunk, image):
     assert max(jax.tree.leaves(errors)) < 1e-4, errors
     for grad, held in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
         assert grad.sharding.is_equivalent_to(held.sharding, grad.ndim)
+
+
+def test_the_naive_order_gives_the_same_and_is_unbalanced():
+    mesh = make_mesh(MeshSpec(sp=4), jax.devices()[:4])
+    params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
+    shared, batch = Shared(mesh, specs, balanced=False), episode(per_chunk=True)
+
+    @jax.jit
+    def measured(params):
+        return shared_ar_loss(setup_of(False), shared, params, batch, jax.random.key(7), table())
+
+    loss, metrics = measured(params)
+    (want, want_metrics), _ = alone(True, False)
+    assert off(loss, want) < 1e-5
+    assert off(metrics["velocity_error"], want_metrics["velocity_error"]) < 1e-5
+    line, _ = in_one_line(batch, draw(jax.random.key(7), batch, chunk=CHUNK, spec=loss_spec(False)))
+    learnt = line.mask.sum(0).reshape(4, -1).sum(1)
+    assert learnt[0] == learnt[1] == 0 and min(learnt[2:]) > 0
 
 
 def test_chunks_that_do_not_split_are_refused():
