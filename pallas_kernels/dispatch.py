@@ -1,6 +1,6 @@
 """Choosing an implementation: a named one runs or raises, only "auto" chooses."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -17,3 +17,12 @@ def platform() -> str:
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
+
+
+def capability() -> str:
+    """CUDA compute capability ("9.0") of the device that a function traced now will run on; ""
+    where that is no GPU."""
+    device: Any = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return str(getattr(device, "compute_capability", ""))

@@ -1,5 +1,11 @@
-"""`longlive bench sampler [--checkpoint=DIR | --model=mid] [--steps=4] [--json] [--out=FILE]`."""
+"""`longlive bench sampler [--checkpoint=DIR | --model=mid] [--steps=4] [--json] [--out=FILE]`.
 
+`longlive bench encode [--sp=4] [--frames=96,192,384] [--size=704x1280]` counts what encoding a clip
+over a mesh costs each device. `longlive bench attention` times attention alone, `longlive bench
+balanced` what Balanced SP buys.
+"""
+
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +14,27 @@ from typing import Any
 from longlive_jax.cli.app import Parser
 from longlive_jax.spec import UserError, build, nearest
 
-WHAT = ("sampler",)
+APART = ("attention", "balanced")
+"""Benchmarks with options of their own."""
+WHAT = ("sampler", "encode", *APART)
 
 
 def main(argv: Sequence[str]) -> int:
     """Times sampling stage by stage, or one call of a larger DiT with random weights."""
+    what = next((word for word in argv if not word.startswith("-")), "")
+    if what in APART:
+        verb = importlib.import_module(f"longlive_jax.cli.bench_{what}")
+        return verb.main([word for word in argv if word is not what])
     parser = Parser("bench", __doc__ or "")
-    parser.add_argument("what", help="sampler")
+    parser.add_argument("what", help=", ".join(WHAT))
     parser.add_argument("--checkpoint", help="default: the built-in one")
     parser.add_argument("--model", help="time one denoising call of this model instead: mid, 5b")
     parser.add_argument("--steps", type=int, help="model calls per chunk")
     parser.add_argument("--chunks", type=int, default=40, help="length of the video")
     parser.add_argument("--batch", type=int, default=1, help="videos at once")
+    parser.add_argument("--sp", type=int, default=4, help="encode: devices that share a clip")
+    parser.add_argument("--frames", default="96,192,384", help="encode: lengths in latent frames")
+    parser.add_argument("--size", default="704x1280", help="encode: HEIGHTxWIDTH in pixels")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(argv)
@@ -29,15 +44,47 @@ def main(argv: Sequence[str]) -> int:
         from longlive_jax.io.video import check_writable
 
         check_writable(args.out.parent)
-    report = _call(args.model) if args.model else _sampler(args)
+    report = _report(args)
     text = json.dumps(report, indent=1)
     if args.out is not None:
         args.out.write_text(text + "\n")
     if args.json:
         print(text)
+    elif args.what == "encode":
+        from longlive_jax.bench.encode_cost import table
+
+        print(table(report))
     else:
         show(report)
     return 0
+
+
+def _report(args: Any) -> dict[str, Any]:
+    if args.what == "encode":
+        return _encode(args)
+    return _call(args.model) if args.model else _sampler(args)
+
+
+def _encode(args: Any) -> dict[str, Any]:
+    from longlive_jax.bench.encode_cost import EncodeCostSpec, encode_cost
+
+    settings = {
+        "latents": _numbers("--frames", args.frames, ","),
+        "sp": args.sp,
+        "size": _numbers("--size", args.size, "x"),
+    }
+    spec = build(EncodeCostSpec, settings, path="bench")
+    try:
+        return encode_cost(spec)
+    except ValueError as error:
+        raise UserError(f"bench: {error}") from error
+
+
+def _numbers(option: str, text: str, between: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(between)]
+    except ValueError:
+        raise UserError(f"{option}: expected whole numbers and {between!r}, got {text!r}") from None
 
 
 def _call(name: str) -> dict[str, Any]:

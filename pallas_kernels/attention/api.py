@@ -15,16 +15,21 @@ AttentionFn = Callable[..., Array]
 """`(q, k, v, q_tokens, k_tokens) -> out`, as `attention`; what parallelism wraps."""
 
 
-def _mosaic(*arguments) -> Array:
+def _mosaic(*arguments) -> tuple[Array, Array]:
     from pallas_kernels.attention.mosaic import op  # half a second that CPUs need not spend
 
-    return op.attend(*arguments)
+    return op.attend_with_lse(*arguments)
 
 
 _RUN: dict[str, AttentionFn] = {
     "reference": reference.attend,
     "xla": xla.attend,
     "cudnn": cudnn.attend,
+    "mosaic": lambda *arguments: _mosaic(*arguments)[0],
+}
+_RUN_WITH_LSE: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "reference": reference.attend_with_lse,
+    "xla": xla.attend_with_lse,
     "mosaic": _mosaic,
 }
 _MASKED_INSIDE = ("reference", "mosaic")
@@ -46,11 +51,38 @@ def attention(
     float32; the result has the dtype of `v`. Raises ValueError for tokens that do not fit the
     arrays and `Unsupported` where a named implementation cannot run.
     """
-    _check(q, k, q_tokens, k_tokens)
+    check(q, k, q_tokens, k_tokens)
     chosen = which(q, k, v, q_tokens, k_tokens, implementation=implementation)
     run = _RUN[chosen]
     parts = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
     return run(q, k, v, q_tokens, k_tokens) if parts is None else by_segments(run, q, k, v, parts)
+
+
+def attention_with_lse(
+    q: Float[Array, "b q n d"],
+    k: Float[Array, "b k n d"],
+    v: Float[Array, "b k n d"],
+    q_tokens: Tokens | None = None,
+    k_tokens: Tokens | None = None,
+    *,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "b q n d"], Float[Array, "b q n"]]:
+    """`attention`, and the natural log-sum-exp of every query's visible, scaled logits.
+
+    The latter is float32, -inf for a query that sees nothing; both are differentiable. Attention
+    over disjoint sets of keys is merged by it. "auto" is "xla"; cuDNN does not serve.
+    """
+    check(q, k, q_tokens, k_tokens)
+    chosen: Implementation = "xla" if implementation == "auto" else implementation
+    which(q, k, v, q_tokens, k_tokens, implementation=chosen)
+    if chosen not in _RUN_WITH_LSE:
+        known = ", ".join(_RUN_WITH_LSE)
+        raise Unsupported(f"{chosen} attention gives no log-sum-exp; choose from {known}")
+    run = _RUN_WITH_LSE[chosen]
+    parts = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
+    if parts is None:
+        return run(q, k, v, q_tokens, k_tokens)
+    return by_segments(run, q, k, v, parts, lse=True)
 
 
 def which(
@@ -65,7 +97,8 @@ def which(
     """The implementation that `attention` uses for these arguments, by name.
 
     "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that is one row a sample or falls
-    into `segments`), else "xla". "mosaic" has not run on a GPU yet and so is only taken by name.
+    into `segments`), else "xla". "mosaic" has not run on a GPU yet and so is only taken by name;
+    which of its kernels, the compute capability of the device says.
     """
     why = cudnn.refusal(q, q_tokens, segments(q_tokens, k_tokens))
     if implementation == "auto":
@@ -82,7 +115,8 @@ def which(
     return implementation
 
 
-def _check(q, k, q_tokens: Tokens | None, k_tokens: Tokens | None) -> None:
+def check(q: Array, k: Array, q_tokens: Tokens | None, k_tokens: Tokens | None) -> None:
+    """Raises ValueError for tokens that do not fit the arrays."""
     if (q_tokens is None) != (k_tokens is None):
         raise ValueError("give tokens for queries and keys, or for neither")
     for name, x, tokens in (("query", q, q_tokens), ("key", k, k_tokens)):

@@ -51,22 +51,30 @@ def segments(q: Tokens | None, k: Tokens | None) -> list[Segment] | None:
 
 
 def by_segments(
-    run: Callable[..., Array],
+    run: Callable[..., Any],
     q: Float[Array, "b q n d"],
     k: Float[Array, "b k n d"],
     v: Float[Array, "b k n d"],
     parts: list[Segment],
-) -> Float[Array, "b q n d"]:
-    """`run(q, k, v, None, None)` for every segment, joined in order."""
-    out = []
+    *,
+    lse: bool = False,
+) -> Any:
+    """`run(q, k, v, None, None)` for every segment, joined in order.
+
+    With `lse`, `run` gives a pair: the output and the log-sum-exp [b, q, n].
+    """
+    found = []
     for part in parts:
         rows = q[:, part.start : part.stop]
-        if not part.keys:
-            out.append(jnp.zeros_like(rows, dtype=v.dtype))
-            continue
-        keys, values = (_take(x, part.keys) for x in (k, v))
-        out.append(run(rows, keys, values, None, None))
-    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+        if part.keys:
+            keys, values = (_take(x, part.keys) for x in (k, v))
+            found.append(run(rows, keys, values, None, None))
+        else:
+            zeros = jnp.zeros_like(rows, dtype=v.dtype)
+            found.append((zeros, jnp.full(rows.shape[:3], -jnp.inf)) if lse else zeros)
+    if len(found) == 1:
+        return found[0]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
 
 
 def _columns(tokens: Tokens) -> np.ndarray | None:

@@ -4,9 +4,10 @@ A row of tiles is stored as a few ranges, each either full (every pair is visibl
 partial, so memory grows with the number of tiles and not with its square.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -16,8 +17,13 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.tokens import COLUMNS, EMPTY, Tokens, visible
 
-MOST_RANGES = 16
-"""Ranges a row gets if columns are traced; a row that needs more ends in one long partial range."""
+MOST_RANGES = 64
+"""Ranges a row gets if columns are traced; a row that needs more ends in one long partial range.
+In Balanced order a row needs up to three for every device of the sequence."""
+
+
+Rows = Literal["query", "key"]
+"""What the rows of a map are tiles of; its columns are tiles of the other."""
 
 
 @flax.struct.dataclass
@@ -33,20 +39,44 @@ class TileMap:
     count: Int[Array, "b rows"]
 
 
-def tile_maps(
-    q: Tokens, k: Tokens, *, q_tile: int, k_tile: int, ranges: int | None = None
-) -> tuple[TileMap, TileMap]:
-    """The map of query tiles over key tiles, and of key tiles over query tiles.
+def tile_map(
+    q: Tokens,
+    k: Tokens,
+    *,
+    q_tile: int,
+    k_tile: int,
+    rows: Rows,
+    ranges: int | None = None,
+) -> TileMap:
+    """The map of query tiles over key tiles, or of key tiles over query tiles, as `rows` says.
 
     Tokens must fill whole tiles (`pad_tokens`). No range leaves out a visible pair and no full one
     holds an invisible pair; only a tile of more than two kinds of tokens may be visited in vain.
     Known columns get as many ranges as they need (or `ranges`), traced ones `MOST_RANGES`.
     """
-    known = not any(isinstance(getattr(t, c), jax.core.Tracer) for t in (q, k) for c in COLUMNS)
-    if not known:
-        return _tile_maps(q, k, q_tile, k_tile, ranges or MOST_RANGES)
-    with jax.ensure_compile_time_eval():
-        return _tile_maps(q, k, q_tile, k_tile, ranges)
+    if not known(q, k):
+        return _tile_map(q, k, q_tile, k_tile, rows, ranges or MOST_RANGES)
+    with at_once():
+        return _tile_map(q, k, q_tile, k_tile, rows, ranges)
+
+
+def known(*tokens: Tokens) -> bool:
+    """Whether all columns have values while tracing."""
+    columns = (getattr(part, name) for part in tokens for name in COLUMNS)
+    return not any(isinstance(column, jax.core.Tracer) for column in columns)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Computes with known values while tracing, on a device that is here: the program may be for
+    one that is not."""
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices()[0]):
+        yield
+
+
+def density(tiles: TileMap, columns: int) -> float:
+    """The share of all pairs of tiles that is visited; rows have `columns` tiles."""
+    return float(tiles.count.sum()) / (tiles.count.size * columns)
 
 
 def pad_tokens(tokens: Tokens, tile: int) -> Tokens:
@@ -70,6 +100,15 @@ class _Tiles:
     simple: Bool[Array, "b tiles"]
 
 
+def _tile_map(q: Tokens, k: Tokens, q_tile: int, k_tile: int, rows: Rows, ranges: int | None):
+    queries, keys = _tiles(q, q_tile), _tiles(k, k_tile)
+    own, others = (queries, keys) if rows == "query" else (keys, queries)
+    if ranges is None:
+        ranges = max(1, int(_needed(own, others, rows)))
+    return _collect(own, others, rows, ranges)
+
+
+@functools.partial(jax.jit, static_argnames="size")
 def _tiles(tokens: Tokens, size: int) -> _Tiles:
     def split(name: str) -> Array:
         column = jnp.atleast_2d(getattr(tokens, name))
@@ -84,30 +123,30 @@ def _tiles(tokens: Tokens, size: int) -> _Tiles:
     return _Tiles(Tokens(jnp.zeros((*flat.shape[1:], 3)), **rows), (like[0] | like[1]).all(-1))
 
 
-def _tile_maps(q: Tokens, k: Tokens, q_tile: int, k_tile: int, ranges: int | None):
-    queries, keys = _tiles(q, q_tile), _tiles(k, k_tile)
-    by_query = functools.partial(_kinds, queries, keys, lambda a, b: visible(a, b).swapaxes(1, 2))
-    by_key = functools.partial(_kinds, keys, queries, lambda a, b: visible(b, a))
-    q_count, k_count = queries.simple.shape[1], keys.simple.shape[1]
-    return _collect(by_query, q_count, ranges), _collect(by_key, k_count, ranges)
-
-
-def _kinds(own: _Tiles, others: _Tiles, seen_by: Callable, tile: Array) -> Int[Array, "b others"]:
+def _kinds(own: _Tiles, others: _Tiles, rows: Rows, tile: Array) -> Int[Array, "b others"]:
     """For one tile and every other: 0 no visible pair, 1 perhaps some, 2 all."""
     mine = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, 2 * tile, 2, 1), own.ends)
-    pairs = seen_by(mine, others.ends)  # [b, 2 others, 2]
-    pairs = pairs.reshape(pairs.shape[0], -1, 4)
+    if rows == "query":
+        pairs = visible(mine, others.ends).swapaxes(1, 2)
+    else:
+        pairs = visible(others.ends, mine)
+    pairs = pairs.reshape(pairs.shape[0], -1, 4)  # of [b, 2 others, 2]
     kinds = pairs.any(-1).astype(jnp.int32) + pairs.all(-1)
     simple = lax.dynamic_slice_in_dim(own.simple, tile, 1, 1) & others.simple
     return jnp.where(simple, kinds, 1)
 
 
-def _collect(kinds: Callable, rows: int, ranges: int | None) -> TileMap:
-    tiles = jnp.arange(rows)
-    if ranges is None:
-        needed = lax.map(lambda tile: _begins(kinds(tile)).sum(-1).max(), tiles)
-        ranges = max(1, int(needed.max()))
-    parts = lax.map(lambda tile: _ranges(kinds(tile), ranges), tiles)
+@functools.partial(jax.jit, static_argnames="rows")
+def _needed(own: _Tiles, others: _Tiles, rows: Rows) -> Int[Array, ""]:
+    """The most ranges of any row."""
+    tiles = jnp.arange(own.simple.shape[1])
+    return lax.map(lambda tile: _begins(_kinds(own, others, rows, tile)).sum(-1).max(), tiles).max()
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "ranges"))
+def _collect(own: _Tiles, others: _Tiles, rows: Rows, ranges: int) -> TileMap:
+    tiles = jnp.arange(own.simple.shape[1])
+    parts = lax.map(lambda tile: _ranges(_kinds(own, others, rows, tile), ranges), tiles)
     return TileMap(*(jnp.swapaxes(x, 0, 1) for x in parts))
 
 

@@ -35,9 +35,23 @@ def attend(
 
     CPUs have no fast batched products of 16-bit arguments into float32, so there it is all float32.
     """
+    return attend_with_lse(q, k, v, q_tokens, k_tokens, dense_bytes=dense_bytes)[0]
+
+
+def attend_with_lse(
+    q: Float[Array, "b q n d"],
+    k: Float[Array, "b k n d"],
+    v: Float[Array, "b k n d"],
+    q_tokens: Tokens | None,
+    k_tokens: Tokens | None,
+    *,
+    dense_bytes: int | None = None,
+) -> tuple[Float[Array, "b q n d"], Float[Array, "b q n"]]:
+    """`attend`, and what `reference.attend_with_lse` gives beside it."""
     if platform() == "cpu" and v.dtype != jnp.float32:
         q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-        return attend(q32, k32, v32, q_tokens, k_tokens, dense_bytes=dense_bytes).astype(v.dtype)
+        out, lse = attend_with_lse(q32, k32, v32, q_tokens, k_tokens, dense_bytes=dense_bytes)
+        return out.astype(v.dtype), lse
     b, length, n, _ = q.shape
     limit = DENSE_BYTES if dense_bytes is None else dense_bytes
     if 4 * b * n * length * k.shape[1] <= limit:
@@ -61,14 +75,16 @@ def _dense(q, k, v, seen):
     logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
     if seen is not None:
         logits = jnp.where(seen, logits, _NEVER)
-    weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
+    top = lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - top)
     if seen is not None:
         weights = jnp.where(seen, weights, 0.0)
     # Dividing after the product touches [q, d] numbers instead of [q, k].
     total = weights.sum(-1)
     out = jnp.einsum("bnqk,bknd->bqnd", weights.astype(v.dtype), v)
-    total = jnp.swapaxes(total, 1, 2)[..., None]
-    return (out.astype(jnp.float32) / jnp.maximum(total, 1e-30)).astype(v.dtype)
+    total, top = (jnp.swapaxes(x, 1, 2) for x in (total, top[..., 0]))
+    out = (out.astype(jnp.float32) / jnp.maximum(total[..., None], 1e-30)).astype(v.dtype)
+    return out, log_sum(top, total)
 
 
 def _blocked(q, k, v, q_tokens, k_tokens):
@@ -93,8 +109,9 @@ def _blocked(q, k, v, q_tokens, k_tokens):
             q_parts = _split_tokens(q_parts, q_size)
     q, k, v = (_split(x, size) for x, size in ((q, q_size), (k, k_size), (v, k_size)))
     q, v = (jnp.swapaxes(x, -1, -2) for x in (q, v))
-    out = each(sample, (q, k, v, q_parts, k_parts))  # [b, n, blocks, size, d]
-    return jnp.swapaxes(out.reshape(b, n, -1, d)[:, :, :length], 1, 2)
+    out, lse = each(sample, (q, k, v, q_parts, k_parts))  # [b, n, blocks, size, d], less d
+    out, lse = out.reshape(b, n, -1, d), lse.reshape(b, n, -1)
+    return jnp.swapaxes(out[:, :, :length], 1, 2), jnp.swapaxes(lse[..., :length], 1, 2)
 
 
 def _at_once(function, xs):
@@ -133,12 +150,18 @@ def _head(head, q_tokens, k_tokens, real):
 
         d, rows = q.shape
         start = (jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros((d, rows)))
-        (_, total, acc), _ = lax.scan(step, start, (k, v, k_tokens, real))
-        return (acc / jnp.maximum(total, 1e-30)).T.astype(v.dtype)
+        (top, total, acc), _ = lax.scan(step, start, (k, v, k_tokens, real))
+        return (acc / jnp.maximum(total, 1e-30)).T.astype(v.dtype), log_sum(top, total)
 
     if q_tokens is None or q_tokens.alike:
         return lax.map(lambda q: queries((q, q_tokens)), q)
     return lax.map(queries, (q, q_tokens))
+
+
+def log_sum(top: Float[Array, "*r"], total: Float[Array, "*r"]) -> Float[Array, "*r"]:
+    """`top + log(total)`, -inf where `total` is 0, with finite gradients."""
+    some = total > 0
+    return jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
 
 
 def _seen(q_tokens, k_tokens, real) -> Bool[Array, "k #q"] | None:

@@ -1,6 +1,6 @@
-"""Compiles one kernel for one chip and prints what the compiler said, as JSON.
+"""Compiles attention and its gradient for one chip and prints what the compilers said, as JSON.
 
-    python tests/pallas_kernels/compile_kernel.py h200 hopper_forward 128
+    python tests/pallas_kernels/compile_kernel.py h200 128
 
 A process of its own: Mosaic takes one chip a process, and settings are read when JAX is imported.
 """
@@ -15,61 +15,25 @@ DUMP = deviceless.prepare()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from pallas_kernels.attention.mosaic import (  # noqa: E402
-    blackwell_forward,
-    hopper_backward,
-    hopper_forward,
-)
-from pallas_kernels.attention.mosaic.columns import MaskColumns  # noqa: E402
-from pallas_kernels.attention.tilemap import TileMap  # noqa: E402
+from longlive_jax.layout import teacher_forcing  # noqa: E402
+from pallas_kernels.attention import attention_with_lse  # noqa: E402
 
-BATCH, LENGTH, HEADS, RANGES = 1, 1024, 2, 5
+HEADS = 2
 
 
-def array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
+def gradients(q, k, v, grad):
+    """Output, log-sum-exp and the gradients of all arguments: all three kernels."""
+    tokens = teacher_forcing(4, 8, 15, chunk=1)
 
+    def attend(q, k, v):
+        return attention_with_lse(q, k, v, tokens, tokens, implementation="mosaic")
 
-def tile_map(rows: int) -> TileMap:
-    ranges = [array(1, LENGTH // rows, RANGES, dtype=jnp.int32) for _ in range(3)]
-    return TileMap(*ranges, array(1, LENGTH // rows, dtype=jnp.int32))
+    (out, lse), pull = jax.vjp(attend, q, k, v)
+    return out, lse, pull((grad, lse))
 
-
-def columns() -> MaskColumns:
-    return MaskColumns(array(1, 4, LENGTH, dtype=jnp.int32), array(1, LENGTH, dtype=jnp.int32))
-
-
-def forward(module, width: int):
-    size = module.ForwardTiles()
-    x = array(BATCH, LENGTH, HEADS, width)
-
-    def run(q, k, v, columns, tiles):
-        return module.forward(q, k, v, columns, tiles, size)
-
-    return run, (x, x, x, columns(), tile_map(size.rows))
-
-
-def backward(kernel, width: int):
-    size = hopper_backward.BackwardTiles()
-    x = array(BATCH, LENGTH, HEADS, width)
-    row = array(BATCH, HEADS, LENGTH, dtype=jnp.float32)
-
-    def run(*arguments):
-        *saved, tiles = arguments
-        return kernel(hopper_backward.Saved(*saved), tiles, size)
-
-    return run, (x, x, x, x, row, row, columns(), tile_map(size.rows))
-
-
-KERNELS = {
-    "hopper_forward": lambda width: forward(hopper_forward, width),
-    "blackwell_forward": lambda width: forward(blackwell_forward, width),
-    "hopper_dq": lambda width: backward(hopper_backward.query_gradient, width),
-    "hopper_dkv": lambda width: backward(hopper_backward.key_value_gradient, width),
-}
 
 if __name__ == "__main__":
-    chip, name, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    fn, arguments = KERNELS[name](width)
-    deviceless.compile_for(chip, fn, *arguments)
+    chip, width = sys.argv[1], int(sys.argv[2])
+    x = jax.ShapeDtypeStruct((1, 8 * 8 * 15, HEADS, width), jnp.bfloat16)
+    deviceless.compile_for(chip, gradients, x, x, x, x)
     print(json.dumps(deviceless.inspect(DUMP)))

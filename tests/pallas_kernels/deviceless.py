@@ -78,6 +78,8 @@ device_description_str: "{self.name}"
 
 SHARED_MEMORY = 232_448
 """Most bytes of shared memory one block may ask for, on Hopper and on Blackwell."""
+TENSOR_COLUMNS = 512
+"""Columns of tensor memory of a multiprocessor, on Blackwell."""
 
 CHIPS = {
     "h100": Chip(
@@ -144,19 +146,26 @@ def compile_for(chip: str, fn: Any, *arguments: Any) -> Any:
         return lowered.compile()
 
 
-def inspect(dump: pathlib.Path) -> dict[str, Any]:
-    """Registers, spills and tensor-core instructions of all kernels in a dump folder."""
-    text = {
-        suffix: "".join(p.read_text(errors="replace") for p in sorted(dump.glob(f"*.{suffix}")))
-        for suffix in ("ptxas", "sass", "sass_ctrl")
-    }
-    used = [int(x) for x in re.findall(r"Used (\d+) registers", text["ptxas"])]
-    spilled = [int(x) for x in re.findall(r"(\d+) bytes spill", text["ptxas"])]
-    sass = text["sass_ctrl"] or text["sass"]
+def inspect(dump: pathlib.Path) -> list[dict[str, Any]]:
+    """What the compilers said of each kernel in a dump folder: its architecture, registers,
+    spills, bytes of shared memory, columns of tensor memory, and tensor-core instructions."""
+    return [_inspect(p) for p in sorted(dump.glob("*.ptxas"))]
+
+
+def _inspect(ptxas: pathlib.Path) -> dict[str, Any]:
+    said = ptxas.read_text(errors="replace")
+    taken = ptxas.with_suffix(".resources.txt").read_text()
+    sass = ptxas.with_suffix(".sass_ctrl").read_text(errors="replace")
     mma = re.findall(r"\b(UTC[A-Z]*MMA|HGMMA|QGMMA|HMMA)\b", sass)
+
+    def number(pattern: str, text: str) -> int:
+        return sum(int(x) for x in re.findall(pattern, text))
+
     return {
-        "kernels": len(used),
-        "registers": max(used, default=0),
-        "spilled_bytes": sum(spilled),
+        "architecture": re.findall(r"for '(sm_\w+)'", said)[-1],
+        "registers": number(r"Used (\d+) registers", said),
+        "spilled_bytes": number(r"(\d+) bytes spill", said),
+        "shared_bytes": number(r"smem_scratch_bytes=(\d+)", taken),
+        "tensor_columns": number(r"tmem_scratch_cols=(\d+)", taken),
         "tensor_core": dict(collections.Counter(mma)),
     }

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from longlive_jax.layout import grid, teacher_forcing, windowed
-from pallas_kernels.attention import attention, which, xla
+from pallas_kernels.attention import attention, attention_with_lse, which, xla
 from pallas_kernels.attention.segments import Segment, segments
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.tokens import EMPTY, concat, make
+from pallas_kernels.tokens import EMPTY, concat, make, visible
 
 
 def arrays(queries, keys, *, batch=2, heads=3, width=8, dtype=jnp.float32):
@@ -61,15 +61,62 @@ def test_xla_equals_reference_in_values_and_gradients(name, dense_bytes, known, 
     operands = arrays(len(q_tokens), len(k_tokens))
 
     def weighted(implementation, q, k, v):
-        out = attention(q, k, v, q_tokens, k_tokens, implementation=implementation)
-        return jnp.sum(jnp.sin(out)), out
+        out, lse = attention_with_lse(q, k, v, q_tokens, k_tokens, implementation=implementation)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.exp(lse)) / 9, (out, lse)
 
     def run(implementation):
         fn = jax.value_and_grad(partial(weighted, implementation), (0, 1, 2), has_aux=True)
         return jax.jit(fn)(*operands)
 
     got, want = run("xla"), run("reference")
-    chex.assert_tree_all_finite(got)
+    chex.assert_tree_all_finite(got[1])
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense_bytes", [1 << 30, 0], ids=["dense", "blocked"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (37, 53), (131, 7)])
+def test_any_length_serves(queries, keys, dense_bytes, monkeypatch):
+    monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
+    monkeypatch.setattr(xla, "BLOCK", 16)
+    rng = np.random.default_rng(0)
+    q_tokens, k_tokens = (
+        make(np.zeros((n, 3), np.int32), np.sort(rng.integers(-1, 3, n)), np.arange(n) > n // 2)
+        for n in (queries, keys)
+    )
+    operands = arrays(queries, keys)
+
+    @jax.jit
+    def run(unknown, *operands):
+        return [
+            [attention_with_lse(*operands, *tokens, implementation=i) for tokens in given]
+            for i, given in (
+                ("xla", (unknown, (q_tokens, k_tokens), (None, None))),
+                ("reference", (unknown, unknown, (None, None))),
+            )
+        ]
+
+    got, want = run((traced(q_tokens), traced(k_tokens)), *operands)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_log_sum_exp_merges_parts():
+    q_tokens, k_tokens = layouts()["teacher forcing"]
+    q, k, v = arrays(len(q_tokens), len(k_tokens))
+
+    @jax.jit
+    def both(q, k, v):
+        parts = []
+        for half in (slice(0, 17), slice(17, None)):
+            held = jax.tree.map(lambda x, half=half: x[half], k_tokens)
+            parts.append(attention_with_lse(q, k[:, half], v[:, half], q_tokens, held))
+        lse = jax.nn.logsumexp(jnp.stack([part[1] for part in parts]), axis=0)
+        merged = sum(out * jnp.exp(own - lse)[..., None] for out, own in parts)
+        scaled = jnp.einsum("bqnd,bknd->bqnk", q, k) / np.sqrt(8)
+        seen = visible(q_tokens, k_tokens)[None, :, None]
+        want = jax.nn.logsumexp(jnp.where(seen, scaled, -jnp.inf), axis=-1)
+        return (merged, lse), (attention(q, k, v, q_tokens, k_tokens), want)
+
+    got, want = both(q, k, v)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -115,6 +162,8 @@ def test_a_named_implementation_runs_or_raises():
         attention(q, k, v, implementation="cudnn")
     with pytest.raises(ValueError, match="choose from"):
         attention(q, k, v, implementation="flash")
+    with pytest.raises(Unsupported, match="cudnn"):
+        attention_with_lse(q, k, v, implementation="cudnn")
 
 
 def test_tokens_must_fit_the_arrays():

@@ -1,6 +1,7 @@
 """The kernels: numbers and races in the interpreter, compilation without the chip."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.layout import grid, teacher_forcing, windowed
 from pallas_kernels.attention import attention, reference
-from pallas_kernels.attention.mosaic import blackwell_forward, hopper_forward, op
+from pallas_kernels.attention.mosaic import op
 from pallas_kernels.attention.mosaic.columns import MaskColumns, mask_columns, seen
-from pallas_kernels.attention.tilemap import pad_tokens, tile_maps
+from pallas_kernels.attention.mosaic.targets import BLACKWELL, HOPPER, TARGETS, Target
+from pallas_kernels.attention.tilemap import pad_tokens
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.tokens import concat, visible
+from pallas_kernels.tokens import EMPTY, concat, make, visible
 from tests.pallas_kernels import deviceless
 
 CUTS = np.array([False, False, True, False])
@@ -64,13 +66,14 @@ def races() -> bool:
     return gpu_callbacks.get_races().races_found
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 @pytest.mark.parametrize(
     "name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
 )
-def test_values_and_gradients_are_those_of_the_oracle(name):
-    check_against_the_oracle(
-        LAYOUTS[name](), heads=1, width=64, interpret=plgpu.InterpretGPUParams(detect_races=True)
-    )
+def test_values_and_gradients_are_those_of_the_oracle(name, target):
+    simulated = plgpu.InterpretGPUParams(detect_races=True)
+    tokens = LAYOUTS[name]()
+    check_against_the_oracle(tokens, heads=1, width=64, target=target, interpret=simulated)
     assert not races()
 
 
@@ -84,60 +87,69 @@ def test_values_and_gradients_on_a_gpu(name, width):
     check_against_the_oracle(LAYOUTS[name](), heads=3, width=width)
 
 
-def check_against_the_oracle(tokens, *, heads: int, width: int, interpret=None):
+def check_against_the_oracle(
+    tokens, *, heads: int, width: int, target: Target | None = None, interpret=None
+):
+    """Output, log-sum-exp, and the gradients of both in all arguments."""
     batch = tokens.chunk.shape[0] if tokens.chunk.ndim > 1 else 1
     shape = (batch, len(tokens), heads, width)
     *arguments, grad = (
         jax.random.normal(key, shape).astype(jnp.bfloat16)
         for key in jax.random.split(jax.random.key(0), 4)
     )
-    found, pull = jax.vjp(
-        lambda *qkv: op.attend(*qkv, tokens, tokens, interpret=interpret), *arguments
-    )
-    got = (found, *pull(grad))
+    to_lse = jax.random.normal(jax.random.key(1), shape[:-1])
+    mask = op.mask_of(tokens, tokens, target=target)
+    found, pull = jax.vjp(lambda *qkv: op.attend_mask(*qkv, mask, interpret=interpret), *arguments)
+    got = (*found, *pull((grad, to_lse)))
     exact = [x.astype(jnp.float32) for x in arguments]
-    found, pull = jax.vjp(lambda *qkv: reference.attend(*qkv, tokens, tokens), *exact)
-    want = (found, *pull(grad.astype(jnp.float32)))
-    assert [distance(a, b) < 5e-3 for a, b in zip(got, want, strict=True)] == [True] * 4
+    found, pull = jax.vjp(lambda *qkv: reference.attend_with_lse(*qkv, tokens, tokens), *exact)
+    want = (*found, *pull((grad.astype(jnp.float32), to_lse)))
+    assert [distance(a, b) < 5e-3 for a, b in zip(got, want, strict=True)] == [True] * 5
 
 
-def test_a_forward_pass_of_unequal_lengths_and_its_normaliser():
-    keys = grid(3, 6, 9, chunk=1)
-    queries = grid(1, 6, 9, chunk=1, start=2, noisy=True)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_odd_and_unequal_lengths_and_queries_that_see_nothing(target):
+    keys = grid(3, 7, 9, chunk=1)
+    blind = make(np.zeros((5, 3), np.int32), EMPTY, False)
+    queries = concat(grid(1, 7, 9, chunk=1, start=2, noisy=True), blind)
     k_tokens = concat(keys, queries)
+    assert (len(queries), len(k_tokens)) == (68, 257)
     q, k = (
         jax.random.normal(jax.random.key(i), (1, len(t), 1, 64)).astype(jnp.bfloat16)
         for i, t in enumerate((queries, k_tokens))
     )
-    mask = op.layout(queries, k_tokens)
-    out, lse = op.attend_layout(q, k, k, mask, interpret=plgpu.InterpretGPUParams())
-    want = reference.attend(*(x.astype(jnp.float32) for x in (q, k, k)), queries, k_tokens)
+    mask = op.mask_of(queries, k_tokens, target=target)
+    out, lse = op.attend_mask(q, k, k, mask, interpret=plgpu.InterpretGPUParams())
+    exact = (x.astype(jnp.float32) for x in (q, k, k))
+    want, want_lse = reference.attend_with_lse(*exact, queries, k_tokens)
     assert distance(out, want) < 5e-3
-    logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) / 8
-    logits = jnp.where(visible(queries, k_tokens), logits, -jnp.inf)
-    np.testing.assert_allclose(lse, jax.nn.logsumexp(logits, axis=-1), atol=2e-3)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-3)
+    assert not np.asarray(out[0, -5:]).any() and np.isneginf(lse[0, -5:]).all()
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_the_blackwell_forward_pass(name):
-    tokens = LAYOUTS[name]()
-    size = blackwell_forward.ForwardTiles()
-    padded = pad_tokens(tokens, size.rows)
-    shape = (1, padded.chunk.shape[1], 1, 64)
-    arguments = [
-        jax.random.normal(key, shape).astype(jnp.bfloat16)
-        for key in jax.random.split(jax.random.key(0), 3)
-    ]
-    tiles, _ = tile_maps(padded, padded, q_tile=size.rows, k_tile=size.keys)
-    simulated = plgpu.InterpretGPUParams(detect_races=True)
-    columns = mask_columns(padded, padded)
-    out, lse = blackwell_forward.forward(*arguments, columns, tiles, size, interpret=simulated)
-    assert not races()
-    want = reference.attend(*(x.astype(jnp.float32) for x in arguments), padded, padded)
-    assert distance(out, want) < 5e-3
-    nothing = np.asarray(padded.chunk[0] < 0)
-    np.testing.assert_array_equal(np.asarray(lse[0, 0]) >= -hopper_forward.MASKED, nothing)
-    assert not np.asarray(out[0, nothing]).any()
+@pytest.mark.parametrize(("capability", "target"), [("9.0", HOPPER), ("10.0", BLACKWELL)])
+def test_the_chip_at_hand_chooses_the_kernels(capability, target, monkeypatch):
+    monkeypatch.setattr(op, "platform", lambda: "gpu")
+    monkeypatch.setattr(op, "capability", lambda: capability)
+    tokens = grid(1, 8, 8, chunk=1)
+    assert op.mask_of(tokens, tokens).target is target
+    assert op.refusal(jax.ShapeDtypeStruct((1, 64, 1, 128), jnp.bfloat16)) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "message"),
+    [
+        ("8.0", "bfloat16", 64, "not for compute capability 8.0"),
+        ("9.0", "float32", 64, "bfloat16 arguments, not float32"),
+        ("10.0", "bfloat16", 96, "heads are 96 wide; it takes 64 or 128"),
+    ],
+)
+def test_it_says_what_it_does_not_take(capability, dtype, width, message, monkeypatch):
+    monkeypatch.setattr(op, "platform", lambda: "gpu")
+    monkeypatch.setattr(op, "capability", lambda: capability)
+    x = jnp.ones((1, 64, 1, width), dtype)
+    with pytest.raises(Unsupported, match=message):
+        attention(x, x, x, implementation="mosaic")
 
 
 def test_it_refuses_what_it_cannot_run():
@@ -152,28 +164,25 @@ def test_it_refuses_what_it_cannot_run():
 @pytest.mark.skipif(deviceless.refusal() is not None, reason=f"{deviceless.refusal()}")
 @pytest.mark.parametrize("width", op.WIDTHS)
 @pytest.mark.parametrize(
-    ("chip", "kernel", "instruction"),
-    [
-        ("h200", "hopper_forward", "HGMMA"),
-        ("h200", "hopper_dq", "HGMMA"),
-        ("h200", "hopper_dkv", "HGMMA"),
-        ("gb200", "blackwell_forward", "UTCHMMA"),
-    ],
+    ("chip", "architecture", "instruction"),
+    [("h200", "sm_90a", "HGMMA"), ("gb200", "sm_100a", "UTCHMMA")],
 )
-def test_it_compiles_onto_tensor_cores_without_spills(chip, kernel, instruction, width):
+def test_it_compiles_onto_tensor_cores_without_spills(chip, architecture, instruction, width):
     script = pathlib.Path(__file__).with_name("compile_kernel.py")
-    command = [sys.executable, str(script), chip, kernel, str(width)]
     root = str(script.parents[2])
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=root, env=_environment(root)
+        [sys.executable, str(script), chip, str(width)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["kernels"] == 1 and said["spilled_bytes"] == 0
-    assert said["tensor_core"].get(instruction, 0) >= 8
-
-
-def _environment(root: str) -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": root}
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert len(kernels) == 3  # the output, dq, dk and dv
+    for kernel in kernels:
+        assert kernel["architecture"] == architecture and kernel["spilled_bytes"] == 0
+        assert kernel["tensor_core"].get(instruction, 0) >= 12
+        assert 0 < kernel["shared_bytes"] <= deviceless.SHARED_MEMORY
+        assert kernel["tensor_columns"] <= deviceless.TENSOR_COLUMNS

@@ -17,14 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.mosaic.columns import MaskColumns, seen
-from pallas_kernels.attention.mosaic.hopper_forward import (
-    LOG2_E,
-    MASKED,
-    SWIZZLED,
-    tall,
-    whole,
-    wide,
-)
+from pallas_kernels.attention.mosaic.parts import LOG2_E, MASKED, SWIZZLED, tall, whole, wide
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
 
@@ -141,7 +134,7 @@ def _body(size: ForwardTiles, width: int):
         @pl.when(warpgroup == SOFTMAX)
         def _softmax():
             plgpu.set_max_registers(216, action="increase")
-            columns = [_row_of(query.at[batch, i, rows]) for i in range(query.shape[1])]
+            columns = [row_of(query.at[batch, i, rows]) for i in range(query.shape[1])]
             top, total = _weights(size, width, columns, ranges, steps, **shared)
             empty = top <= MASKED
             shared["norm_s"][...] = jnp.where(empty, 0.0, 1 / total)
@@ -168,7 +161,7 @@ def _products(
     plgpu.barrier_wait(q_here)
 
     def logits(t):
-        slot, half = _slots(t, size.stages)
+        slot, half = slots(t, size.stages)
         plgpu.barrier_wait(here[0].at[slot])
 
         @pl.when(t >= 2)
@@ -182,7 +175,7 @@ def _products(
         plgpu.tcgen05_commit_arrive(logits_full.at[half])
 
     def values(t):
-        slot, half = _slots(t, size.stages)
+        slot, half = slots(t, size.stages)
         plgpu.barrier_wait(here[1].at[slot])
         plgpu.barrier_wait(weights_full)
 
@@ -208,7 +201,7 @@ def _products(
     def _last():
         values(steps - 1)
 
-    _drain(steps, logits_free, values_free)
+    drain(steps, logits_free, values_free)
 
 
 def _weights(
@@ -223,7 +216,7 @@ def _weights(
         top, total = carry
         half = lax.rem(t, jnp.int32(2))
         plgpu.barrier_wait(logits_full.at[half])
-        logits = _load(logits_t.at[:, pl.ds(half * size.keys, size.keys)])
+        logits = load(logits_t.at[:, pl.ds(half * size.keys, size.keys)])
         plgpu.wait_load_tmem()
         plgpu.barrier_arrive(logits_free.at[half])
         logits = logits * (width**-0.5 * LOG2_E)
@@ -259,7 +252,7 @@ def _weights(
     def _last_weights_free():
         plgpu.barrier_wait(weights_free)
 
-    _drain(steps, fade_free)
+    drain(steps, fade_free)
     return top, total
 
 
@@ -277,7 +270,7 @@ def _masked(logits, *, columns, code_s):
     return jnp.where(mask, logits, MASKED)
 
 
-def _drain(steps, *barriers):
+def drain(steps, *barriers):
     """Waits for the last use of both halves, so that no phase ends unobserved."""
 
     @pl.loop(0, lax.min(steps, jnp.int32(2)))
@@ -298,11 +291,11 @@ def _sums(
     def step(t, sums):
         half = lax.rem(t, jnp.int32(2))
         plgpu.barrier_wait(fade_full.at[half])
-        fade = _row_of(fade_s.at[half])
+        fade = row_of(fade_s.at[half])
         plgpu.barrier_arrive(fade_free.at[half])
         plgpu.barrier_wait(values_full.at[half])
         sums = tuple(
-            x * wide(fade, shape) + _load(values_t.at[:, pl.ds(half * width + i * PIECE, PIECE)])
+            x * wide(fade, shape) + load(values_t.at[:, pl.ds(half * width + i * PIECE, PIECE)])
             for i, x in enumerate(sums)
         )
         plgpu.wait_load_tmem()
@@ -311,7 +304,7 @@ def _sums(
 
     sums = lax.fori_loop(0, steps, step, (zeros,) * (width // PIECE))
     plgpu.barrier_wait(norm_full)
-    norm = _row_of(norm_s)
+    norm = row_of(norm_s)
     # All products are over, so the place of the queries is free.
     for i, x in enumerate(sums):
         q_s.at[:, pl.ds(i * PIECE, PIECE)][...] = (x * wide(norm, shape)).astype(q_s.dtype)
@@ -320,13 +313,13 @@ def _sums(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _slots(t, stages: int):
+def slots(t, stages: int):
     return lax.rem(t, jnp.int32(stages)), lax.rem(t, jnp.int32(2))
 
 
-def _load(ref):
+def load(ref):
     return plgpu.async_load_tmem(ref, layout=LAYOUT)
 
 
-def _row_of(ref):
+def row_of(ref):
     return plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False)

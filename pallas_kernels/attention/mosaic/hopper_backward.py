@@ -15,17 +15,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mosaic.columns import SINKS, MaskColumns, seen
+from pallas_kernels.attention.mosaic.columns import SINKS, seen
 from pallas_kernels.attention.mosaic.hopper_forward import (
     LAYOUT,
-    LOG2_E,
-    MASKED,
-    SWIZZLED,
     WARPGROUPS,
     add_product,
     column,
     product,
     row_of,
+)
+from pallas_kernels.attention.mosaic.parts import (
+    LOG2_E,
+    MASKED,
+    SWIZZLED,
+    Saved,
     tall,
     whole,
     wide,
@@ -46,20 +49,6 @@ class BackwardTiles:
     def rows(self) -> int:
         """Rows of a block, which share their tile of the map."""
         return WARPGROUPS * self.own
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """What both kernels read: the forward's arguments, its log-sum-exp, the gradient of its output,
-    and the row sums of gradient times output, all padded to whole tiles."""
-
-    q: Float[Array, "b q n d"]
-    k: Float[Array, "b k n d"]
-    v: Float[Array, "b k n d"]
-    grad: Float[Array, "b q n d"]
-    lse: Float[Array, "b n q"]
-    delta: Float[Array, "b n q"]
-    columns: MaskColumns
 
 
 def query_gradient(

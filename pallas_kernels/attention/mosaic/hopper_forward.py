@@ -5,8 +5,6 @@ full ones no mask.
 """
 
 import dataclasses
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.mosaic.columns import MaskColumns, seen
+from pallas_kernels.attention.mosaic.parts import LOG2_E, MASKED, SWIZZLED, tall, whole, wide
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
 
-LOG2_E = math.log2(math.e)
-MASKED = -1e30
 WARPGROUPS = 2  # that compute
 LAYOUT = plgpu.Layout.WGMMA
-_TRANSFORMS: Any = plgpu  # its classes look abstract to a type checker
-SWIZZLED = (_TRANSFORMS.TilingTransform((8, 64)), _TRANSFORMS.SwizzleTransform(128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +72,6 @@ def forward(
     query, key = (whole(x, b) for x in (columns.query, columns.key))
     ranges = jax.tree.map(lambda x: whole(x, b), tiles)
     return kernel(q, k, v, query, key, ranges.start, ranges.stop, ranges.full, ranges.count)
-
-
-def whole(x: Array, batch: int) -> Array:
-    return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
 def _scratch(size: ForwardTiles, width: int, dtype):
@@ -199,13 +190,3 @@ def row_of(ref):
 def column(ref):
     """One number a column of a tile."""
     return plgpu.load(ref, layout=LAYOUT.reduce(0), optimized=False)
-
-
-def tall(x, shape):
-    """Numbers of columns, repeated for every row."""
-    return lax.broadcast_in_dim(x, shape, [1])
-
-
-def wide(x, shape):
-    """Numbers of rows, repeated for every column."""
-    return lax.broadcast_in_dim(x, shape, [0])

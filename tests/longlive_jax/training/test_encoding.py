@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.models.params import params_of, with_params
+from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, encode
 from longlive_jax.parallel.mesh import BATCH, SP, MeshSpec, make_mesh
 from longlive_jax.training.encoding import (
@@ -33,18 +33,24 @@ SMALL = {"batch": 1, "size": (16, 16)}
 @functools.cache
 def model():
     """Random everywhere: fresh kernels ignore the past, and biases would be zero."""
-    vae = VAE(CFG, rngs=nnx.Rngs(0))
-    params = params_of(vae)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.graphdef(vae), jax.tree.unflatten(tree, noise)
+    graphdef, shapes = abstract(lambda: VAE(CFG, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+
+    def drawn(path, like):
+        noise = rng.standard_normal(like.shape).astype(np.float32)
+        kind = path[-1].key
+        if kind == "kernel":
+            return noise / np.sqrt(np.prod(like.shape[:-1]))
+        return 0.1 * noise + (kind == "gamma")
+
+    return graphdef, jax.tree_util.tree_map_with_path(drawn, shapes)
 
 
 @functools.cache
 def clip(latents: int, batch: int = 2, size: tuple[int, int] = (32, 32)):
+    rng = np.random.default_rng(2)
     shape = (batch, CFG.raw_frames(latents), *size, 3)
-    return jax.random.uniform(jax.random.key(2), shape, minval=-1, maxval=1)
+    return jnp.asarray(rng.uniform(-1, 1, shape).astype(np.float32))
 
 
 @jax.jit

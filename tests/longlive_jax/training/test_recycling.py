@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.models.params import params_of, with_params
+from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel.mesh import BATCH, SP, MeshSpec, make_mesh
-from longlive_jax.parallel.rules import shardings
+from longlive_jax.parallel.rules import DIT as DIT_RULES
+from longlive_jax.parallel.rules import init_sharded, shardings
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.ar import ARLossSpec, Episode, ar_loss, draw, flow_loss, predict
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, draw, forward
 from longlive_jax.training.error_buffer import BufferSpec
 from longlive_jax.training.recycling import (
     Errors,
@@ -33,6 +34,7 @@ from longlive_jax.training.recycling import (
     recycling_loss,
     roll,
 )
+from longlive_jax.training.sharded import Shared, shared_forward
 from pallas_kernels.tokens import EMPTY
 from tests.tiny import lively
 
@@ -315,33 +317,43 @@ DIT = DiTConfig(
 
 
 def test_a_loss_that_recycles():
-    """While nothing is held it is the plain loss; a replay from the same buffers is the same."""
-    dit = DiT(DIT, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.graphdef(dit), lively(params_of(dit))
-    text = jax.random.normal(jax.random.key(2), (2, DIT.text_len, DIT.text_dim))
-    options = {"text": text, "empty_prompt": 1, "chunk": CHUNK}
-
-    def run(params, batch, used):
-        model = with_params(graphdef, params)
-        velocity = predict(model, used.batch, used.draws, global_sinks=1, **options)
-        return *flow_loss(velocity, batch, used.draws), velocity
-
+    """While nothing is held it is the plain loss; a replay from the same buffers is the same; and
+    over a mesh it is what it is on one device."""
+    graphdef, _ = abstract(lambda: DiT(DIT, rngs=nnx.Rngs(0)))
+    setup = ARSetup(graphdef, chunk=CHUNK, empty_prompt=1, spec=LOSS)
     spec = dataclasses.replace(spec_of(), clean=0.0, latent=1.0)
-    loss_fn = recycling_loss(run, chunk=CHUNK, spec=spec, loss=LOSS)
-    step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    text = jax.random.normal(jax.random.key(2), (2, DIT.text_len, DIT.text_dim))
     batch, key = episode(jax.random.key(4)), jax.random.key(5)
-    plain = jax.jit(functools.partial(ar_loss, graphdef, spec=LOSS, **options))
-    want, _ = plain(params, batch, key)
-    (loss, (metrics, once)), grads = step(params, batch, key, init_buffers(spec, (CHUNK, *SIZE)))
+
+    def init(key):
+        return lively(params_of(DiT(DIT, rngs=nnx.Rngs(key))))
+
+    def step(run):
+        def judged(params, batch, used):
+            return run(params, batch, used.batch, used.draws, text)
+
+        return jax.jit(recycling_loss(judged, chunk=CHUNK, spec=spec, loss=LOSS))
+
+    params = jax.jit(init)(jax.random.key(1))
+    want, _ = jax.jit(functools.partial(ar_loss, setup))(params, batch, key, text)
+    alone = step(functools.partial(forward, setup))
+    start = init_buffers(spec, (CHUNK, *SIZE))
+    loss, (metrics, once) = alone(params, batch, key, start)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     assert metrics["errors_held"] == once.latent.held.sum() > BATCH_SIZE * CHUNKS / 2
-    (mixed, (_, twice)), other = step(params, batch, key, once)
+    mixed, (_, twice) = alone(params, batch, key, once)
     assert abs(mixed - want) > 1e-3 and int(twice.seen) == 2
-    gap = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), grads, other)
-    assert max(jax.tree.leaves(gap)) > 1e-4
-    (again, (_, replayed)), _ = step(params, batch, key, once)
+    again, (_, replayed) = alone(params, batch, key, once)
     assert again == mixed
     alike(replayed, twice, 0)
+
+    mesh = make_mesh(MeshSpec(data=2, sp=2), jax.devices()[:4])
+    held, specs = init_sharded(init, jax.random.key(1), mesh, DIT_RULES)
+    over = step(functools.partial(shared_forward, setup, Shared(mesh, specs)))
+    buffers = jax.device_put(once, shardings(mesh, partition(spec)))
+    shared, (_, after) = over(held, batch, key, buffers)
+    np.testing.assert_allclose(shared, mixed, rtol=1e-5)
+    alike(after, twice, 1e-4)
 
 
 def test_memory_is_what_is_said():
