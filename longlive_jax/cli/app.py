@@ -196,7 +196,7 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         node = node[key]
         if not isinstance(node, ConfigDict):
             raise UserError(f"--config.{path}: {'.'.join(parents[: i + 1])} has no keys below it")
-    if isinstance(node.get(leaf), ConfigDict):
+    if isinstance(node.get(leaf), ConfigDict) and spelled(text) is not None:
         raise UserError(f"--config.{path}: is a group of {', '.join(sorted(node[leaf]))}")
     value = text if isinstance(node.get(leaf), str) else spelled(text)
     with node.ignore_type():

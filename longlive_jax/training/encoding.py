@@ -31,7 +31,7 @@ Method = Literal["halo", "tails"]
 def lookback(cfg: VAEConfig) -> int:
     """Raw frames before its last one that a latent depends on: 112 for Wan 2.2, or 28 latents.
 
-    Every causal convolution reaches back two frames at its own rate, a halving of time one more.
+    Every convolution over time reaches back two frames at its own rate, a halving of it included.
     """
     rate = 1
     frames = 2

@@ -47,9 +47,10 @@ def make_train_step(
     """`loss_fn` becomes one donated, jitted update `(state, batch) -> (state, metrics)`.
 
     The key depends on `seed` and the step alone, so a resumed run draws what the uninterrupted one
-    would. An update with a non-finite loss or gradient changes nothing but the step and
-    `bad_steps`. With `accumulate` the batch is worked off in that many parts, by a scan, and the
-    update is that of their mean gradient. `shardings` say where the new state lies.
+    would. An update with a non-finite loss or gradient changes nothing but the step, `bad_steps`
+    and the memory, of which the loss itself takes care: a choice here would keep two of it.
+    With `accumulate` the batch is worked off in that many parts, by a scan, and the update is that
+    of their mean gradient. `shardings` say where the new state lies.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     whole = grad_fn if accumulate == 1 else _accumulated(grad_fn, accumulate)
@@ -65,10 +66,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         keep = jnp.where(state.step < ema.start, 0.0, ema.decay)
         average = optax.incremental_update(params, state.ema, 1 - keep)
-        old = (state.params, state.ema, state.opt_state, state.memory)
-        params, average, opt_state, memory = _choose(
-            good, (params, average, opt_state, memory), old
-        )
+        old = (state.params, state.ema, state.opt_state)
+        params, average, opt_state = _choose(good, (params, average, opt_state), old)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
         return TrainState(state.step + 1, params, average, opt_state, bad_steps, memory), metrics

@@ -6,6 +6,7 @@ import textwrap
 from types import ModuleType
 
 import pytest
+from ml_collections import ConfigDict
 
 from longlive_jax.cli import app
 from longlive_jax.spec import UserError
@@ -145,3 +146,11 @@ def test_config_default_is_used_and_may_be_overridden(config_file):
 def test_config_errors(words, message, config_file):
     with pytest.raises(UserError, match=message):
         app.take_config([word.format(config_file) for word in words])
+
+
+def test_a_group_can_be_taken_away():
+    config = ConfigDict({"recycling": {"clean": 0.5}, "loop": {"steps": 4}})
+    app.override(config, "recycling", "none")
+    assert config.recycling is None
+    with pytest.raises(UserError, match="is a group of steps"):
+        app.override(config, "loop", "3")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longlive_jax.parallel.halo import frames_encoded, windows
+from longlive_jax.parallel.halo import equal_windows, frames_encoded, windows
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,13 @@ def test_exchanged_tails_cost_a_device_its_own_frames():
     assert frames_encoded(384, 4) == {"halo": 497, "tails": 385}
     with pytest.raises(ValueError, match="96 latents do not split"):
         windows(96, 5)
+
+
+@pytest.mark.parametrize(("latents", "parts"), [(96, 4), (192, 4), (384, 4), (48, 2), (64, 8)])
+def test_equal_windows_hold_the_reference_s_and_are_no_longer_than_its_longest(latents, parts):
+    cut, equal = windows(latents, parts), equal_windows(latents, parts)
+    assert {w.frames for w in equal} == {max(w.frames for w in cut)}
+    for part, (theirs, ours) in enumerate(zip(cut, equal, strict=True)):
+        assert ours.first <= theirs.first and theirs.last <= ours.last
+        assert ours.last <= 1 + 4 * (latents - 1)
+        assert ours.first // 4 + ours.dropped == part * latents // parts

@@ -22,7 +22,7 @@ DIT = DiTConfig(
 )  # fmt: skip
 SETTINGS = (
     "batch=4", "dtype=float32", "ffn_parts=2", "loop.log_every=1", "loop.save_every=2",
-    "optim.lr=1e-3", "ema.start=1", "save_dtype=float32",
+    "optim.lr=1e-3", "ema.start=1", "save_dtype=float32", "recycling=none",
 )  # fmt: skip
 RECYCLED = (
     "recycling.buffer.rows=4", "recycling.buffer.buckets=2", "recycling.buffer.slots=2",
