@@ -5,7 +5,9 @@ One stage of the recipe after the other, into the same checkpoint:
     longlive train --config=configs/small_world.py:vae --workdir=runs/vae --out=runs/small_world
     longlive train --config=configs/small_world.py:text --workdir=runs/text --out=runs/small_world
     longlive train --config=configs/small_world.py:ar --workdir=runs/ar --out=runs/small_world
-    longlive evaluate --config=configs/small_world.py --checkpoint=runs/small_world
+    longlive evaluate --config=configs/small_world.py:evaluate --checkpoint=runs/small_world
+
+or all four by launch/small_world.sh.
 
 Cost on two CPU cores that other work shared (curves in docs/): vae 55 minutes (32 of them since its
 last restart, which shortened the clips from 17 to 9 frames after step 1600; 2026-11-20), text 2

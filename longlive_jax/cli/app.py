@@ -35,6 +35,7 @@ VERBS = {
     "data": "check a dataset of videos, or encode it to latents and text features",
     "export": "our checkpoint back to safetensors, original or diffusers names",
     "bench": "speed and memory by stage",
+    "plan": "what training would need on GPUs that are not here, and whether it fits",
 }
 
 REPOSITORY = Path(__file__).resolve().parents[2]
