@@ -49,6 +49,10 @@ def _train(settings: dict[str, Any], args: Any) -> int:
         minutes = (time.perf_counter() - began) / 60
         done = f"{name}: {int(state.step)} steps, {minutes:.1f} minutes"
         print(f"{done}; checkpoint in {out}, curves in {workdir}")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("exported")  # who leaves early is taken for dead
     return 0
 
 

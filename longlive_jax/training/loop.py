@@ -259,7 +259,8 @@ class _Window:
         self._began = time.perf_counter()
 
     def close(self, feed: Feed) -> dict[str, float]:
-        """Means, speed and memory of the window; waits for the device."""
+        """Means, speed and memory of the window; `data_wait` is the share of time spent in waiting
+        for batches. Waits for the device."""
         values = mean_of(self._metrics)
         rate = len(self._metrics) / (time.perf_counter() - self._began)
         values["steps_per_s"] = rate

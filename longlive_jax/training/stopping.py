@@ -24,7 +24,8 @@ class StopRequest:
     """While entered, remembers a SIGTERM or the first Ctrl-C; a second Ctrl-C stops at once.
 
     With more processes than one all of them stop after the same step: JAX's preemption service
-    passes a SIGTERM to any of them on to all. Elsewhere than on the main thread nothing is caught.
+    passes a SIGTERM to any of them on to all, and Ctrl-C is not caught. Nor is anything elsewhere
+    than on the main thread.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -33,9 +34,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            # Several processes leave SIGTERM to JAX's service, which has a handler of its own.
-            caught = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            caught = (signal.SIGINT, signal.SIGTERM)
             self._before = {number: signal.signal(number, self._remember) for number in caught}
         return self
 

@@ -1,0 +1,55 @@
+"""Operations of a step, against the compiler's own count and against counting pairs."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from longlive_jax.layout import teacher_forcing
+from longlive_jax.models.params import abstract, with_params
+from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.training.work import forward_flops, pairs_seen, step_work
+from pallas_kernels.tokens import visible
+
+CFG = DiTConfig(
+    dim=96, ffn_dim=160, freq_dim=16, text_dim=32, text_len=8, heads=2, layers=3,
+    in_channels=8, out_channels=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_pairs_are_those_of_the_mask(chunks):
+    tokens = teacher_forcing(2 * chunks, 1, 2, chunk=2)
+    seen = np.asarray(visible(tokens, tokens))
+    assert pairs_seen(chunks) * 4**2 == seen.sum()
+
+
+def test_a_window_bounds_what_is_seen():
+    assert pairs_seen(5, window=2) == 2 * (1 + 2 + 2 + 2 + 2)
+
+
+def test_linears_and_text_are_what_the_compiler_counts():
+    """Less what it also counts: attention, which it does densely, and all that is no product."""
+    chunks, rows, columns = 2, 8, 8
+    graphdef, params = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))
+    tokens = teacher_forcing(2 * chunks, rows, columns, chunk=2)
+
+    def forward(params, latents, level, text):
+        dit = with_params(graphdef, params)
+        return dit(latents, level, dit.text_kv(text), tokens, noisy_from=2 * chunks)[0]
+
+    shapes = [(1, 4 * chunks, 2 * rows, 2 * columns, 8), (1, 4 * chunks), (1, 2 * chunks, 8, 32)]
+    inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    # The layers' scan is counted once.
+    counted = jax.jit(forward).lower(params, *inputs).cost_analysis()["flops"]
+    one = DiTConfig(**{**vars(CFG), "layers": 1})
+    found = forward_flops(one, chunks=chunks, chunk_tokens=2 * rows * columns)
+    length = 2 * chunks * 2 * rows * columns
+    dense = 4.0 * one.dim * length * (length + one.text_len)
+    assert counted == pytest.approx(found.linears + found.text + dense, rel=0.1)
+
+
+def test_a_step_is_three_forward_passes_of_every_clip():
+    forward = forward_flops(CFG, chunks=3, chunk_tokens=10)
+    work = step_work(CFG, batch=4, chunks=3, chunk_tokens=10)
+    assert work.tokens == 4 * 2 * 3 * 10 and work.flops == 3 * 4 * forward.total
