@@ -29,6 +29,7 @@ from longlive_jax.models.umt5 import UMT5, Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.models.umt5.tokenizer import EOS
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
+from longlive_jax.training.step import forgetful
 from longlive_jax.typing import Array, Float, Params
 
 HIDDEN_SHARE = (0.15, 0.5)

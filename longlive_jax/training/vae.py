@@ -21,6 +21,7 @@ from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
+from longlive_jax.training.step import forgetful
 from longlive_jax.typing import Array, Float, Params
 
 ClipSource = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]

@@ -1,0 +1,335 @@
+"""What a training run would need, before a machine is rented: memory, operations, traffic.
+
+Sizes and operations are arithmetic. The peak memory of a device and what devices send each other
+come from compiling the real train step (`plan_step`) for the chip (`plan_compile`); nothing is
+allocated and no GPU is needed. Not in the peak, and so held back from the chip's memory: the CUDA
+context, NCCL's buffers and what an allocator cannot use.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.bench import plan_compile
+from longlive_jax.bench.chips import Chip, chip_of
+from longlive_jax.bench.plan_step import Clip, PlannedStep, parameters
+from longlive_jax.io.checkpoint import MANIFEST
+from longlive_jax.models.wan import DiTConfig
+from longlive_jax.models.wan.cache import CachePolicy
+from longlive_jax.parallel import rules
+from longlive_jax.parallel.mesh import AXES, MeshSpec, check_fits
+from longlive_jax.spec import UserError
+from longlive_jax.training.clips_stage import BATCH_SPECS, ClipsStage
+from longlive_jax.training.recycling import check_recycling
+from longlive_jax.training.work import forward_flops, step_work
+
+__all__ = ["PlanSpec", "check", "model_of", "moved", "plan"]
+
+RESERVED = 4 * 2**30
+"""Bytes of a device that a program cannot have."""
+RESIDUAL = 4
+"""Bytes of a number in the stream between layers, which is float32 whatever the model's dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSpec:
+    """What is asked for beside the run's config.
+
+    Attributes:
+      chip: of every device; a name of `CHIPS`.
+      frames: latent frames of a clip.
+      chunk: latent frames of a chunk.
+      size: height, width and channels of a latent frame.
+      fastest: try ways to recompute, the fastest first, until one fits; else the config's.
+      compile: find the peak and the traffic; else only what arithmetic gives.
+    """
+
+    chip: str
+    frames: int = 384
+    chunk: int = 8
+    size: tuple[int, int, int] = (44, 80, 48)
+    fastest: bool = False
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        chip_of(self.chip)
+        if self.chunk < 1 or self.frames < 1 or self.frames % self.chunk:
+            near = max(1, round(self.frames / max(1, self.chunk))) * max(1, self.chunk)
+            raise UserError(
+                f"--frames: {self.frames} latent frames are no whole number of chunks of "
+                f"{self.chunk}; choose {near}"
+            )
+        if min(self.size) < 1 or self.size[0] % 2 or self.size[1] % 2:
+            raise UserError(f"--size: {self.size}; height and width must be even")
+
+    @property
+    def clip(self) -> Clip:
+        """The clips trained on."""
+        return Clip(self.frames, self.chunk, self.size)
+
+
+def model_of(stage: ClipsStage) -> tuple[DiTConfig, str]:
+    """The DiT of the stage's checkpoint, and where it is from; without one Wan2.2-TI2V-5B."""
+    if (Path(stage.checkpoint) / MANIFEST).is_file():
+        return stage.model(), stage.checkpoint
+    model = DiTConfig(dtype=jnp.dtype(stage.dtype))
+    return model, f"Wan2.2-TI2V-5B (there is no {stage.checkpoint})"
+
+
+def moved(stage: ClipsStage, mesh: MeshSpec, clip: Clip) -> ClipsStage:
+    """The stage on another mesh and with clips of another length.
+
+    Devices that share a sequence have as many clips as before; so the batch grows or shrinks, and
+    so do the groups of error buffers. Buffers by column get a row a chunk if theirs do not fit.
+    Raises UserError for a batch that does not split over the stage's own mesh.
+    """
+    before = stage.mesh.samples
+    if stage.batch % before:
+        raise UserError(
+            f"config.batch = {stage.batch} does not split over config.mesh.data * config.mesh.fsdp "
+            f"= {before}; choose a multiple"
+        )
+    batch = stage.batch // before * mesh.samples
+    stage = dataclasses.replace(stage, mesh=mesh, batch=batch)
+    if stage.recycling is None:
+        return stage
+    buffer = stage.recycling.buffer
+    groups, rows = buffer.groups, buffer.rows
+    if groups > 1 and groups % before == 0:
+        groups = groups // before * mesh.samples
+    if buffer.aligned and clip.chunks % rows:
+        rows = clip.chunks
+    buffer = dataclasses.replace(buffer, groups=groups, rows=rows)
+    return dataclasses.replace(stage, recycling=dataclasses.replace(stage.recycling, buffer=buffer))
+
+
+def check(stage: ClipsStage, model: DiTConfig, spec: PlanSpec) -> None:
+    """UserError for a model, clip, batch or mesh that do not fit each other."""
+    clip, mesh = spec.clip, stage.mesh
+    if clip.size[2] != model.in_channels:
+        raise UserError(
+            f"--size: latents of {clip.size[2]} channels for a model of {model.in_channels}"
+        )
+    if stage.batch % stage.loop.accumulate:
+        raise UserError(
+            f"config.batch = {stage.batch} does not split into config.loop.accumulate = "
+            f"{stage.loop.accumulate} parts; choose a multiple"
+        )
+    part = stage.batch // stage.loop.accumulate
+    try:
+        check_fits(mesh, heads=model.heads, chunks=clip.chunks, batch=part)
+        if stage.recycling is not None:
+            check_recycling(stage.recycling, mesh, chunks=(clip.chunks,), batch=part)
+        shapes, specs = PlannedStep(stage, model, clip).state()
+        rules.check_divides(_abstract(mesh), specs.params, shapes.params)
+    except ValueError as error:
+        raise UserError(f"plan: {error}") from error
+    tokens = device_tokens(stage, clip)
+    if tokens % stage.ffn_parts:
+        raise UserError(
+            f"config.ffn_parts = {stage.ffn_parts} does not divide the {tokens} tokens of a "
+            "device; choose a divisor"
+        )
+
+
+def device_tokens(stage: ClipsStage, clip: Clip) -> int:
+    """Clean and noisy tokens that one device has at once."""
+    rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
+    return 2 * rows * clip.chunks * clip.chunk_tokens // stage.mesh.sp
+
+
+def plan(
+    stage: ClipsStage, spec: PlanSpec, *, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """The report, ready for JSON; bytes, floating point operations and seconds.
+
+    Names end in what they are of: `_per_step` all devices together, `_per_device` one of them.
+    `say` hears of every compilation. Raises UserError, before anything is compiled, for what does
+    not fit each other or if there is no compiler, and Failure if that fails.
+    """
+    model, origin = model_of(stage)
+    check(stage, model, spec)
+    if spec.compile and (why := plan_compile.refusal()) is not None:
+        raise UserError(why)
+    ways = policies(stage, spec.clip) if spec.fastest and spec.compile else [stage]
+    steps = [PlannedStep(way, model, spec.clip) for way in ways]
+    step, measured, refused = _first_that_fits(steps, spec, say)
+    chip = chip_of(spec.chip)
+    report = _about(step, spec, chip, origin) | _flops(step, chip) | _bytes(step) | measured
+    return report | ({"does_not_fit": refused} if spec.fastest else {})
+
+
+def _first_that_fits(
+    steps: list[PlannedStep], spec: PlanSpec, say: Callable[[str], None]
+) -> tuple[PlannedStep, dict[str, Any], list[dict[str, Any]]]:
+    """The first step that fits, or the last; what was measured of it, and those before it."""
+    room, refused = usable(chip_of(spec.chip)), []
+    for step in steps[:-1]:
+        if (least := least_bytes(step)) > room:
+            refused.append(_policy(step.stage) | {"at_least_bytes_per_device": least})
+            continue
+        measured = _measured(step, spec, say)
+        if measured["fits"]:
+            return step, measured, refused
+        peak = {"peak_bytes_per_device": measured["peak_bytes_per_device"]}
+        refused.append(_policy(step.stage) | peak)
+    return steps[-1], _measured(steps[-1], spec, say), refused
+
+
+def policies(stage: ClipsStage, clip: Clip) -> list[ClipsStage]:
+    """The stage with less and less memory, and ever more that is computed again."""
+    known = {1, stage.ffn_parts if stage.ffn_parts > 1 else 8}
+    parts = sorted(n for n in known if device_tokens(stage, clip) % n == 0)
+    ways = [(remat, n) for remat in (False, True) for n in parts]
+    return [dataclasses.replace(stage, remat=remat, ffn_parts=n) for remat, n in ways]
+
+
+def usable(chip: Chip) -> int:
+    """Bytes that a program may have."""
+    return chip.memory - RESERVED
+
+
+def least_bytes(step: PlannedStep) -> int:
+    """What a device holds for certain when the last layer is done: the state, and of every layer
+    the input; without recomputation also what its three norms and its matrix products took."""
+    model = step.model
+    kept = RESIDUAL * model.dim
+    if not step.stage.remat:
+        # Inputs of the linears, rotated queries and keys, values; q and output again for the text.
+        taken = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_parts == 1 else 0)
+        kept = 3 * RESIDUAL * model.dim + jnp.dtype(model.dtype).itemsize * taken
+    tokens = device_tokens(step.stage, step.clip)
+    return sum(_state_bytes(step).values()) + model.layers * tokens * kept
+
+
+def _policy(stage: ClipsStage) -> dict[str, Any]:
+    return {"remat": stage.remat, "ffn_parts": stage.ffn_parts}
+
+
+def _about(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[str, Any]:
+    stage, clip = step.stage, step.clip
+    return {
+        "chip": spec.chip,
+        "device": chip.name,
+        "devices": stage.mesh.size,
+        "mesh": dict(zip(AXES, stage.mesh.shape, strict=True)),
+        "model": origin,
+        "parameters": parameters(step.model),
+        "latent_frames": clip.frames,
+        "seconds_of_video": round((1 + 4 * (clip.frames - 1)) / 24, 2),
+        "chunk": clip.chunk,
+        "size": list(clip.size),
+        "batch": stage.batch,
+        "accumulate": stage.loop.accumulate,
+        "dtype": stage.dtype,
+        "attention": "mosaic" if stage.attention == "mosaic" else "any fused kernel (a stand-in)",
+        **_policy(stage),
+    }
+
+
+def _flops(step: PlannedStep, chip: Chip) -> dict[str, Any]:
+    """Of one update over all devices; `recomputed` comes on top of `flops_per_step`."""
+    stage, clip, model = step.stage, step.clip, step.model
+    sizes: Any = {"chunks": clip.chunks, "chunk_tokens": clip.chunk_tokens, "window": stage.window}
+    work = step_work(model, batch=stage.batch, **sizes)
+    forward = forward_flops(model, **sizes)
+    parts = {k: 3 * stage.batch * x for k, x in dataclasses.asdict(forward).items()}
+    again = stage.batch * (forward.linears + forward.attention) if stage.remat else 0.0
+    if stage.ffn_parts > 1:  # the hidden values once more
+        again += 2.0 * model.layers * work.tokens * model.dim * model.ffn_dim
+    return {
+        "tokens_per_step": work.tokens,
+        "flops_per_step": work.flops,
+        "flops": parts,
+        "recomputed_flops_per_step": again,
+        "least_seconds_per_step": (work.flops + again) / (stage.mesh.size * chip.flops),
+    }
+
+
+def _bytes(step: PlannedStep) -> dict[str, Any]:
+    """Of one device, by what they are for, and of the sampler's cache of one video."""
+    stage, clip, model = step.stage, step.clip, step.model
+    tokens = device_tokens(stage, clip)
+    width = jnp.dtype(model.dtype).itemsize
+    rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
+    prompts = 2 * rows * clip.chunks // stage.mesh.sp
+    cache = 2 * CachePolicy().slots * clip.chunk_tokens * model.dim * model.layers * width
+    return {
+        "state_bytes_per_device": _state_bytes(step),
+        "activation_bytes_per_device": {
+            "layer_inputs": model.layers * tokens * RESIDUAL * model.dim,
+            "keys_and_values_of_a_layer": 2 * width * tokens * model.dim,
+            "keys_and_values_of_texts": (
+                2 * width * model.layers * prompts * model.text_len * model.dim
+            ),
+        },
+        "kv_cache_bytes": cache,
+    }
+
+
+def _state_bytes(step: PlannedStep) -> dict[str, int]:
+    """Bytes a device has of what stays from update to update, and of a batch."""
+    shapes, specs = step.state()
+    mesh = dict(zip(AXES, step.stage.mesh.shape, strict=True))
+    batch = {k: P(*BATCH_SPECS[k][: x.ndim]) for k, x in step.batch().items()}
+    return {
+        "parameters": _held(shapes.params, specs.params, mesh),
+        "average": _held(shapes.ema, specs.ema, mesh),
+        "moments": _held(shapes.opt_state, specs.opt_state, mesh),
+        "error_buffers": _held(shapes.memory, specs.memory, mesh),
+        "batch": _held(step.batch(), batch, mesh),
+    }
+
+
+def _held(shapes: Any, specs: Any, mesh: dict[str, int]) -> int:
+    def one(x: jax.ShapeDtypeStruct, spec: P) -> int:
+        parts = math.prod(rules.parts_of(mesh, names) for names in spec)
+        return x.size * x.dtype.itemsize // parts
+
+    return sum(jax.tree.leaves(jax.tree.map(one, shapes, specs)))
+
+
+def _measured(step: PlannedStep, spec: PlanSpec, say: Callable[[str], None]) -> dict[str, Any]:
+    """What the compiler says, or nothing of it."""
+    chip, stage = chip_of(spec.chip), step.stage
+    held = {"device_bytes": chip.memory, "reserved_bytes": RESERVED}
+    if not spec.compile:
+        names = ("collective_bytes_per_step", "peak_bytes_per_device", "fits")
+        return dict.fromkeys(names) | held
+    policy = ", ".join(f"{k} {v}" for k, v in _policy(stage).items())
+    say(f"Compiling the step for {stage.mesh.size} x {chip.name} ({policy}); about a minute.")
+    found = plan_compile.compiled(
+        {
+            "stage": dataclasses.asdict(stage),
+            "model": _plain(step.model),
+            "clip": dataclasses.asdict(step.clip),
+            "chip": spec.chip,
+        }
+    )
+    sent = sum(kind["bytes"] for kind in found["collectives"].values())
+    return {
+        "collective_bytes_per_step": sent * stage.mesh.size,
+        "collectives_per_device": found["collectives"],
+        "peak_bytes_per_device": found["peak"],
+        "temporary_bytes_per_device": found["temporary"],
+        **held,
+        "fits": found["peak"] <= usable(chip),
+        "compile_seconds": {k: round(x, 1) for k, x in found["seconds"].items()},
+    }
+
+
+def _plain(model: DiTConfig) -> dict[str, Any]:
+    """A model's settings with data types by name."""
+    values = dataclasses.asdict(model)
+    return values | {k: jnp.dtype(values[k]).name for k in ("dtype", "param_dtype")}
+
+
+def _abstract(spec: MeshSpec) -> Any:
+    return AbstractMesh(spec.shape, AXES, axis_types=(AxisType.Auto,) * 3)
