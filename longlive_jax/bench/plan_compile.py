@@ -77,10 +77,11 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(said: str) -> str:
-    last = (said.strip().splitlines() or ["the compiler said nothing"])[-1]
-    if "libdevice" in said or "ptxas" in said:
-        last += "; install a CUDA toolkit, or its compiler by `pip install -e '.[plan]'`"
-    return last
+    lacking = [name for name in ("ptxas", "nvlink", "libdevice") if f"{name}_version" in said]
+    if lacking or "libdevice not found" in said:
+        tools = " and ".join(lacking) or "libdevice"
+        return f"no {tools}; install a CUDA toolkit, or its compiler by `pip install -e '.[plan]'`"
+    return (said.strip().splitlines() or ["the compiler said nothing"])[-1]
 
 
 def main() -> int:
