@@ -71,9 +71,11 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise Failure(f"plan: the compiler was not done after {TIMEOUT} s") from error
     found = [x.removeprefix(PREFIX) for x in done.stdout.splitlines() if x.startswith(PREFIX)]
-    if done.returncode or not found:
-        raise Failure(f"plan: the step could not be compiled: {_reason(done.stderr)}")
-    return json.loads(found[-1])
+    last = (done.stderr.strip().splitlines() or ["the compiler said nothing"])[-1]
+    report = json.loads(found[-1]) if found else {"failure": f"exit code {done.returncode}, {last}"}
+    if "failure" in report:
+        raise Failure(f"plan: the step could not be compiled: {_reason(report['failure'])}")
+    return report
 
 
 def _reason(said: str) -> str:
@@ -81,7 +83,7 @@ def _reason(said: str) -> str:
     if lacking or "libdevice not found" in said:
         tools = " and ".join(lacking) or "libdevice"
         return f"no {tools}; install a CUDA toolkit, or its compiler by `pip install -e '.[plan]'`"
-    return (said.strip().splitlines() or ["the compiler said nothing"])[-1]
+    return said
 
 
 def main() -> int:
@@ -90,8 +92,12 @@ def main() -> int:
     if _plugin() is None:
         sys.path.append(str(BESIDE))
         importlib.invalidate_caches()
-    print(PREFIX + json.dumps(_work(**job)))
-    return 0
+    try:
+        found = _work(**job)
+    except Exception as error:  # whatever it is, the caller shows it as one line
+        found = {"failure": f"{type(error).__name__}: {error}"}
+    print(PREFIX + json.dumps(found))
+    return int("failure" in found)
 
 
 def _work(stage: dict, model: dict, clip: dict, chip: str) -> dict[str, Any]:

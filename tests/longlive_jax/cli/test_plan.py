@@ -106,3 +106,15 @@ def test_a_missing_compiler_names_the_extra(capsys, monkeypatch, tmp_path):
     assert run(["plan", CONFIG, "--chip=h200"]) == 2
     said = capsys.readouterr().err
     assert "pip install -e '.[plan]'" in said and "--no-compile" in said
+
+
+@pytest.mark.skipif(plan_compile.refusal() is not None, reason="no CUDA plugin to compile with")
+def test_a_step_that_cannot_be_compiled_says_why(tmp_path, capsys):
+    """The kernels take no float32; nothing is compiled, the step cannot even be traced."""
+    folder = tmp_path / "tiny"
+    save_component(folder, "dit", params_of(DiT(TINY, rngs=nnx.Rngs(0))), TINY)
+    words = [f"--config.checkpoint={folder}", "--mesh=sp=2", "--chip=h200", "--size=4x6x4"]
+    words += ["--frames=16", "--config.attention=mosaic", "--config.dtype=float32"]
+    assert run(["plan", CONFIG, *words]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "could not be compiled: Unsupported: mosaic attention" in last and "bfloat16" in last
