@@ -6,7 +6,7 @@ would remove a plain cast there and back, `lax.reduce_precision` it keeps.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,16 @@ def _affine_backward(saved, grad):
 affine.defvjp(_affine_forward, _affine_backward)
 
 
+@runtime_checkable
+class Product(Protocol):
+    """A kernel that is no plain array (quantized, or with a branch beside it) but a pytree that
+    multiplies itself; put among the parameters in the place of the array, `[layers, ...]` stacked.
+    """
+
+    def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"], /) -> Array:
+        """`x @ kernel + bias`, `[..., o]` in the dtype of `x`."""
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias` in `dtype`, parameters in `cfg.param_dtype`; kernel Xavier-uniform."""
 
@@ -79,7 +89,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, cfg.param_dtype))
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        return affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
+        x, kernel = x.astype(self.dtype), self.kernel.get_value()
+        if isinstance(kernel, Product):
+            return kernel.product(x, self.bias[...])
+        return affine(x, kernel, self.bias[...])
 
 
 def normalise(x: Float[Array, "... e"], eps: float) -> Float32[Array, "... e"]:

@@ -1,6 +1,7 @@
 """What must be equal to what, whatever the weights."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -14,7 +15,7 @@ from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.variants import variant
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.models.wan.attention import Cache
-from longlive_jax.models.wan.layers import stored
+from longlive_jax.models.wan.layers import affine, stored
 from pallas_kernels.tokens import Tokens, make
 
 SMALL = DiTConfig(
@@ -273,3 +274,27 @@ def test_a_5b_step_lowers_without_weights():
     )
     lowered = jax.jit(step).lower(*arguments)
     assert lowered.out_info.shape == (1, frames, 2 * rows, 2 * columns, 48)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["half", "scale"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Halved:
+    """A kernel stored by halves, which multiplies itself."""
+
+    half: jax.Array
+    scale: jax.Array
+
+    def product(self, x, bias):
+        return affine(x, self.half * self.scale, bias)
+
+
+def test_a_kernel_may_bring_its_own_product(model, batch):
+    graphdef, params = model
+    params = jax.tree.map(lambda leaf: leaf, params)
+    tokens = grid(FRAMES, ROWS, COLUMNS, chunk=CHUNK, noisy=True)
+    inputs = batch["noisy"], batch["time"], batch["text"], tokens
+    plain = run(model, *inputs)
+    for place, name in (("self_attn", "q"), ("cross_attn", "v"), ("ffn", "down")):
+        linear = params["blocks"][place][name]
+        linear["kernel"] = Halved(linear["kernel"] / 2, jnp.full(SMALL.layers, 2.0))
+    chex.assert_trees_all_equal(plain, run((graphdef, params), *inputs))
