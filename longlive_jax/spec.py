@@ -39,9 +39,11 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
 
 
-def build[T](cls: type[T], values: Any, *, path: str = "config") -> T:
+def build[T](cls: type[T], values: Any, *, path: str = "config", default: T | None = None) -> T:
     """Builds the (frozen) dataclass `cls` from a mapping, recursively.
 
+    What is not given is as in `default`, or as the class has it; of a field that is a dataclass, as
+    that field's default has it.
     Lists become tuples and whole numbers become floats where the field says so. An unknown key, a
     missing one, a value of the wrong type, and a ValueError from `__post_init__` raise UserError
     with the dotted path.
@@ -53,22 +55,31 @@ def build[T](cls: type[T], values: Any, *, path: str = "config") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     reject_unknown(values, fields, path)
     hints = typing.get_type_hints(cls)
-    chosen = {k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()}
-    for name, field in fields.items():
-        bare = field.default is field.default_factory is dataclasses.MISSING
-        if bare and name not in chosen:
+    kept = {k: _default(f) if default is None else getattr(default, k) for k, f in fields.items()}
+    chosen = {k: _convert(hints[k], v, f"{path}.{k}", kept[k]) for k, v in values.items()}
+    for name, value in kept.items():
+        if value is dataclasses.MISSING and name not in chosen:
             raise UserError(f"{path}: missing key {name!r}")
     try:
-        return typing.cast(T, cls(**chosen))
+        return typing.cast(T, cls(**kept | chosen))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotation `hint` wants it; hints it does not know let everything through."""
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
+    """`value` as the annotation `hint` wants it; hints it does not know let everything through.
+
+    What a mapping leaves out of a dataclass is taken from `default`, if that is one of its kind.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(args, value, path)
+        return _convert_union(args, value, path, default)
     if origin is typing.Literal:
         if value not in args:
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
@@ -76,7 +87,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (tuple, list) and isinstance(value, list | tuple):
         return origin(_convert_items(origin, args, value, path))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else build(hint, value, path=path)
+        if isinstance(value, hint):
+            return value
+        known = default if isinstance(default, hint) else None
+        return build(hint, value, path=path, default=known)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, str, bool) and type(value) is not hint:
@@ -100,7 +114,7 @@ def _convert_items(origin: Any, args: tuple, values: Any, path: str) -> list:
     ]
 
 
-def _convert_union(args: tuple, value: Any, path: str) -> Any:
+def _convert_union(args: tuple, value: Any, path: str, default: Any) -> Any:
     if value is None and type(None) in args:
         return None
     complaints = []
@@ -108,7 +122,7 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
         if option is type(None):
             continue
         try:
-            return _convert(option, value, path)
+            return _convert(option, value, path, default)
         except UserError as error:
             complaints.append(error)
     raise complaints[0]

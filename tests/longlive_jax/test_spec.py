@@ -36,6 +36,16 @@ def test_builds_nested_dataclasses_from_a_config_dict():
     assert isinstance(build(Whole, config).part.lr, float)
 
 
+def test_what_is_left_out_of_a_part_is_as_the_whole_has_it():
+    @dataclasses.dataclass(frozen=True)
+    class Long:
+        part: Part = Part(steps=50, kind="sde")
+        maybe: Part | None = Part(steps=60)
+
+    built = build(Long, {"part": {"lr": 2.0}, "maybe": {"lr": 3.0}})
+    assert built == Long(Part(50, 2.0, "sde"), Part(60, 3.0))
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
