@@ -1,7 +1,6 @@
 """Which cases are measured, and the run over them: resumable, one case after the other."""
 
 import dataclasses
-import functools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +26,11 @@ from longlive_jax.evals.small_world import (
 )
 from longlive_jax.io.checkpoint import read_manifest
 from longlive_jax.io.models import load_model
-from longlive_jax.sampling.pipeline import Pipeline
+from longlive_jax.sampling.pipeline import LOADED_WITH, Pipeline
 from longlive_jax.sampling.settings import SampleSpec, Solver, spec_for
 from longlive_jax.spec import UserError, nearest
 
-PARTS = ("ceilings", "steps", "long", "sinks")
+PARTS = ("ceilings", "steps", "long", "sinks", "compared")
 
 type Progress = Callable[[str], Tick]
 """Announces a case by its name; what it returns is told how far that case is."""
@@ -41,6 +40,7 @@ SHORT = Footage()
 LONG = Footage(least_shots=560, chunks=91, shot_chunks=(8, 30), shots=(4, 8), seed=1)
 """91 chunks are 60.5 seconds. Of 96 videos the last quarter over the first is known to 0.03."""
 RETURNING = Footage(least_shots=120, chunks=30, shot_chunks=(5, 9), cast=2, seed=2)
+COMPARED = Footage(least_shots=600, seed=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,9 @@ class EvaluateSpec:
       short: footage of the ceilings and of all numbers of steps.
       long: footage for drift.
       returning: footage for the sinks: long shots, and few subjects that leave and come back.
+      compared: one row each: `name`, settings of `SampleSpec`, and `checkpoint` for other weights
+        than the run's.
+      comparison: footage for these.
     """
 
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -64,20 +67,30 @@ class EvaluateSpec:
     short: Footage = SHORT
     long: Footage = LONG
     returning: Footage = RETURNING
+    compared: tuple[dict[str, Any], ...] = ()
+    comparison: Footage = COMPARED
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}; make at least one video at a time")
+        names = [case.name for case in cases(self)]
+        for row in self.compared:
+            if names.count(row.get("name", "")) != 1 or not row.get("name"):
+                raise ValueError(f"compared: {row} needs a name of its own")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the report. changes: of the sampler's settings; None for "truth" and "vae"."""
+    """One row of the report.
+
+    changes: of the sampler's settings; None for "truth" and "vae". checkpoint: None is the run's.
+    """
 
     part: str
     name: str
     footage: Footage
     changes: Mapping[str, Any] | None = None
+    checkpoint: Path | None = None
 
 
 SINKS = {
@@ -101,7 +114,12 @@ def cases(spec: EvaluateSpec) -> list[Case]:
         Case("sinks", name, spec.returning, {"global_sinks": first, "shot_sinks": shot})
         for name, (first, shot) in SINKS.items()
     ]
-    return found
+    return found + [_compared(dict(row), spec.comparison) for row in spec.compared]
+
+
+def _compared(row: dict[str, Any], footage: Footage) -> Case:
+    name, folder = row.pop("name", ""), row.pop("checkpoint", None)
+    return Case("compared", name, footage, row, None if folder is None else Path(folder))
 
 
 def check_parts(parts: Sequence[str]) -> None:
@@ -118,19 +136,22 @@ class Workshop:
         self.checkpoint = checkpoint
         self.weights = weights_of(checkpoint)
         self._sample = dict(sample)
+        self._loaded: tuple[str, Pipeline] | None = None
 
     def settings(self, case: Case) -> SampleSpec | None:
         """All settings of the sampler, or None where nothing is sampled."""
         if case.changes is None:
             return None
-        return spec_for(self.checkpoint, {**self._sample, **case.changes})
+        folder = case.checkpoint or self.checkpoint
+        return spec_for(folder, {**self._sample, **case.changes})
 
     def asked(self, case: Case, batch: int) -> dict[str, Any]:
         """Everything the result depends on, in plain JSON."""
         settings = self.settings(case)
         sample = None if settings is None else dataclasses.asdict(settings)
         footage = dataclasses.asdict(case.footage)
-        return {"sample": sample, "footage": footage, "batch": batch, "weights": self.weights}
+        weights = self.weights if case.checkpoint is None else weights_of(case.checkpoint)
+        return {"sample": sample, "footage": footage, "batch": batch, "weights": weights}
 
     def measure(self, case: Case, batch: int, tick: Tick) -> tuple[dict, Example]:
         """The result of one case, and a video of it."""
@@ -140,12 +161,17 @@ class Workshop:
             again = Reconstruction(load_model(self.checkpoint, "vae"))
             result, example = measure(again, case.footage, batch=batch, tick=tick)
             return {**result, **again.fidelity()}, example
-        pipe = self._pipe.with_settings(**dict(case.changes or {}))
-        return measure(Sampled(pipe), case.footage, batch=batch, tick=tick)
+        return measure(Sampled(self._pipe(case)), case.footage, batch=batch, tick=tick)
 
-    @functools.cached_property
-    def _pipe(self) -> Pipeline:
-        return Pipeline.from_checkpoint(self.checkpoint, **self._sample)
+    def _pipe(self, case: Case) -> Pipeline:
+        """A pipeline with the case's settings; one is kept, for cases that load the same."""
+        folder, changes = case.checkpoint or self.checkpoint, dict(case.changes or {})
+        loading = {key: changes.pop(key) for key in LOADED_WITH if key in changes}
+        key = json.dumps([str(folder), loading], sort_keys=True)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # one set of weights in memory at a time
+            self._loaded = key, Pipeline.from_checkpoint(folder, **self._sample | loading)
+        return self._loaded[1].with_settings(**changes)
 
 
 def weights_of(checkpoint: Path) -> str:

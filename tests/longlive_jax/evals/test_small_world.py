@@ -106,6 +106,17 @@ def test_finished_cases_are_kept_and_changed_ones_measured_again(command, tmp_pa
     assert json.loads(path.read_text())["cases"]["truth"]["shots"] == 2
 
 
+def test_weights_and_settings_are_compared_on_the_same_footage(command, tiny_world, tmp_path):
+    footage = "--config.evaluate.comparison={'least_shots': 2, 'chunks': 3, 'shot_chunks': (1, 2)}"
+    rows = [{"name": "one"}, {"name": "elsewhere", "checkpoint": str(tiny_world)}]
+    compared = f"--config.evaluate.compared={rows}"
+    assert run([*command, footage, compared, "--parts=compared"]) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["cases"]
+    assert list(found) == ["one", "elsewhere"]
+    for key in ("asked", "quarters"):
+        assert found["one"][key] == found["elsewhere"][key]
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -114,6 +125,7 @@ def test_finished_cases_are_kept_and_changed_ones_measured_again(command, tmp_pa
         ("--config.evaluate.bach=2", "did you mean 'batch'"),
         ("--config.evaluate.sample.stepz=2", "did you mean 'steps'"),
         ("--config.evaluate.batch=0", "at least one video"),
+        ("--config.evaluate.compared=[{'name': 'minute'}]", "a name of its own"),
     ],
 )
 def test_mistakes(command, word, message, capsys):
