@@ -1,0 +1,1 @@
+"""NVFP4 as Pallas Mosaic GPU kernels, for Blackwell."""

@@ -1,0 +1,73 @@
+"""The product of two NVFP4 matrices without a kernel of our own."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.dispatch import capability
+from pallas_kernels.nvfp4.format import BLOCK, NVFP4, dequantize_reference, unit
+
+LowRank = tuple[Float[Array, "m r"], Float[Array, "r n"]]
+
+
+def reference(
+    a: NVFP4,
+    b: NVFP4,
+    *,
+    bias: Float[Array, "n"] | None = None,
+    low_rank: LowRank | None = None,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> Float[Array, "m n"]:
+    """As `api.matmul`: dequantized to float32, multiplied in float32."""
+    x, y = (dequantize_reference(c, jnp.float32) for c in (a, b))
+    product = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
+    return _finish(product, bias, low_rank, out_dtype)
+
+
+def xla(
+    a: NVFP4,
+    b: NVFP4,
+    *,
+    bias: Float[Array, "n"] | None = None,
+    low_rank: LowRank | None = None,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> Float[Array, "m n"]:
+    """As `api.matmul`: the block-scaled product of the library on chips that have one (10.x).
+
+    Elsewhere code times scale, which bfloat16 holds exactly, through the bfloat16 product.
+    """
+    if capability().startswith("10."):
+        product = block_scaled(a, b)
+    else:
+        product = lax.dot_general(
+            _unscaled(a), _unscaled(b), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+    return _finish(product * (unit(a) * unit(b)), bias, low_rank, out_dtype)
+
+
+def block_scaled(a: NVFP4, b: NVFP4) -> Float32[Array, "m n"]:
+    """The product of codes times scales, for XLA to give to the library."""
+    x, y, x_scales, y_scales = (c[None] for c in (a.codes, b.codes, a.scales, b.scales))
+    product = jax.nn.scaled_matmul(x, y, x_scales, y_scales, preferred_element_type=jnp.float32)
+    return product[0]
+
+
+def _unscaled(a: NVFP4) -> Array:
+    """Code times scale: six significant bits at most."""
+    codes = a.codes.astype(jnp.bfloat16).reshape(*a.shape[:-1], -1, BLOCK)
+    return (codes * a.scales.astype(jnp.bfloat16)[..., None]).reshape(a.shape)
+
+
+def _finish(
+    product: Float32[Array, "m n"],
+    bias: Array | None,
+    low_rank: LowRank | None,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "m n"]:
+    if low_rank is not None:
+        x, y = (part.astype(jnp.bfloat16) for part in low_rank)
+        product += jnp.matmul(x, y, preferred_element_type=jnp.float32)
+    if bias is not None:
+        product += bias.astype(jnp.float32)
+    return product.astype(out_dtype)

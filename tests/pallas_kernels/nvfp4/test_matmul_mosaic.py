@@ -1,0 +1,196 @@
+"""The product kernel: numbers and races in the interpreter, compilation without the chip."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.nvfp4 import products, quantize
+from pallas_kernels.nvfp4.format import CODE, NVFP4, SCALE, constant, swizzle
+from pallas_kernels.nvfp4.mosaic import matmul as op
+from pallas_kernels.nvfp4.mosaic import matmul_tiling as tilings
+from pallas_kernels.nvfp4.mosaic.matmul_kernel import tile_of
+from pallas_kernels.nvfp4.mosaic.matmul_tiling import Problem, Tiling
+from tests.pallas_kernels import deviceless
+from tests.pallas_kernels.nvfp4_interpreter import nvfp4_interpreter, races, simulated
+
+ONE_BLOCK = ("nvfp4_matmul", "most tokens", "rank 16, single blocks")
+WIDE = Tiling(256, False, stages=3, clusters=1)
+NARROW = Tiling(128, False, stages=2, clusters=2, band=2)
+
+
+def exact(seed: int, rows: int, k: int) -> NVFP4:
+    """Any codes and scales whose products float32 adds up exactly in any order."""
+    codes, scales = jax.random.split(jax.random.key(seed))
+    codes = jax.random.bits(codes, (rows, k // 2), jnp.uint8)
+    codes = jax.lax.bitcast_convert_type(codes, CODE).reshape(rows, k)
+    scales = 2.0 ** jax.random.randint(scales, (rows, k // 16), -2, 3)
+    return NVFP4(codes, scales.astype(SCALE), jnp.float32(constant("mse") / 2), "mse")
+
+
+def whole(seed: int, *shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, -8, 9).astype(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    m: int
+    n: int
+    k: int
+    tiling: Tiling | None = None
+    bias: bool = True
+    rank: int = 0
+    dtype: type = jnp.bfloat16
+
+
+CASES = {
+    "more steps than stages, shared columns": Case(200, 384, 1280, WIDE),
+    "two blocks, low rank, odd sizes": Case(300, 200, 560, NARROW, rank=33),
+}
+SLOW = {
+    "a tile": Case(128, 128, 256, bias=False),
+    "less than a tile": Case(5, 72, 48, rank=5, dtype=jnp.float32),
+    "three tiles in turn": Case(160, 640, 512, WIDE, rank=16, dtype=jnp.float32),
+    "many narrow tiles": Case(328, 384, 768, NARROW, dtype=jnp.float32),
+    "chosen tiling": Case(512, 512, 512),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=name) for name, case in CASES.items()),
+        *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+    ],
+)
+def test_it_equals_the_oracle(case):
+    a, b = exact(0, case.m, case.k), exact(1, case.n, case.k)
+    bias = jax.random.normal(jax.random.key(2), (case.n,)) if case.bias else None
+    pair = (whole(3, case.m, case.rank), whole(4, case.rank, case.n)) if case.rank else None
+    options = {"bias": bias, "low_rank": pair, "out_dtype": case.dtype}
+    with nvfp4_interpreter():
+        got = op.matmul(a, b, tiling=case.tiling, interpret=simulated(), **options)
+        assert not races()
+    np.testing.assert_array_equal(got, products.reference(a, b, **options))
+
+
+def test_real_numbers_swizzled_scales_and_a_branch_in_float32():
+    a, b = (
+        quantize(jax.random.normal(jax.random.key(i), shape) * size, rule=rule)
+        for i, (shape, size, rule) in enumerate(
+            (((64, 256), 3.7, "abs_max"), ((128, 256), 0.02, "static_4"))
+        )
+    )
+    left = jax.random.normal(jax.random.key(2), (64, 8))
+    right = jax.random.normal(jax.random.key(3), (8, 128)).astype(jnp.bfloat16)
+    with nvfp4_interpreter():
+        got = op.matmul(
+            a, b, low_rank=(left, right), out_dtype=jnp.float32, b_swizzled=swizzle(b.scales),
+            interpret=simulated(),
+        )  # fmt: skip
+    want = products.reference(a, b, out_dtype=jnp.float32) + left @ right.astype(jnp.float32)
+    bound = 2.0**-8 * np.abs(left) @ np.abs(right.astype(jnp.float32)) + 1e-5
+    assert (np.abs(got - want) < bound).all()
+
+
+def test_nothing_but_the_branch_is_left_of_a_zero_matrix():
+    a, b = exact(0, 16, 32), exact(1, 64, 32)
+    a = dataclasses.replace(a, amax=jnp.float32(0))
+    pair = whole(3, 16, 16), whole(4, 16, 64)
+    problem = Problem(16, 64, 256, rank=16)
+    operands = op._operands(problem, a, b, swizzle(b.scales), None, pair)
+    assert not np.asarray(operands[2], np.float32).any() and operands[4] == 1
+    np.testing.assert_array_equal(operands[5], pair[0])
+    alone = op._operands(dataclasses.replace(problem, rank=0), a, b, swizzle(b.scales), None, None)
+    assert alone[4] == 0 and np.asarray(alone[2], np.float32).any()
+
+
+@pytest.mark.parametrize("rank", [0, 16, 128])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_tiling_fits_the_chip(rank, itemsize):
+    problem = Problem(7040, 3072, 14336, rank=rank, bias=True, itemsize=itemsize)
+    for pair, columns in itertools.product((False, True), tilings.COLUMNS):
+        tiling = tilings.fit(problem, columns, pair, 152)
+        assert tilings.shared_bytes(problem, tiling) <= tilings.SHARED_BYTES
+        scales = tilings.SCALE_SLOTS * 4 * (4 + tiling.scale_rows // 32)
+        assert tiling.second + tiling.columns + scales <= tilings.TENSOR_COLUMNS
+        assert tiling.clusters * tiling.blocks <= 152
+    chosen = tilings.choose(problem, multiprocessors=152)
+    assert chosen.collective and chosen.columns == 256 and chosen.stages >= 3
+    single = tilings.choose(problem, multiprocessors=152, collective=False)
+    assert not single.collective and single.stages >= 3
+
+
+@pytest.mark.parametrize(("down", "across", "band"), [(1, 3, 8), (7, 5, 8), (28, 12, 8), (9, 2, 4)])
+def test_every_tile_is_somebodys(down, across, band):
+    places = jnp.arange(down * across, dtype=jnp.int32)
+    row, column = jax.jit(jax.vmap(lambda i: tile_of(i, down, across, band)))(places)
+    found = set(zip(row.tolist(), column.tolist(), strict=True))
+    assert found == set(itertools.product(range(down), range(across)))
+
+
+A, B = exact(0, 32, 64), exact(1, 128, 64)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options", "message"),
+    [
+        (A, exact(1, 128, 32), {}, "rows of 64 and of 32 have no product"),
+        (A, B, {"out_dtype": jnp.float16}, "bfloat16 or float32, not float16"),
+        (A, B, {"bias": jnp.ones(32)}, r"bias is \(32,\), the result has 128 columns"),
+        (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((9, 128)))}, r"give \[m, r\] and \[r, n"),
+        (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((8, 64)))}, "is 32x64, the other 32x128"),
+        (A, B, {"low_rank": (jnp.ones((32, 200)), jnp.ones((200, 128)))}, "200 is over 128; add"),
+        (jax.tree.map(lambda x: x[None], A), B, {}, "map over those, or flatten"),
+        (A, B, {"collective": True}, "knows no pairs"),
+    ],
+)
+def test_it_says_what_it_does_not_take(a, b, options, message):
+    with pytest.raises(Unsupported, match=message):
+        op.matmul(a, b, interpret=simulated(), **options)
+
+
+def test_it_refuses_what_it_cannot_run():
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(Unsupported, match="needs an NVIDIA GPU"):
+        op.matmul(A, B)
+    with pytest.raises(ValueError, match="tiles of 64 columns"):
+        Tiling(64, False, stages=2, clusters=1)
+
+
+@pytest.mark.skipif(deviceless.refusal() is not None, reason=f"{deviceless.refusal()}")
+@pytest.mark.parametrize("which", ["catalog", pytest.param("shapes", marks=pytest.mark.slow)])
+def test_it_compiles_onto_block_scaled_tensor_cores_without_spills(which):
+    script = pathlib.Path(__file__).with_name("compile_matmul.py")
+    root = str(script.parents[3])
+    done = subprocess.run(
+        [sys.executable, str(script), "gb200", which],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert kernels.keys() >= op.CATALOG.keys() or which == "shapes"
+    for name, kernel in kernels.items():
+        assert kernel["architecture"] == "sm_100a" and kernel["spilled_bytes"] == 0, name
+        assert 0 < kernel["shared_bytes"] <= deviceless.SHARED_MEMORY, name
+        assert 0 < kernel["tensor_columns"] <= deviceless.TENSOR_COLUMNS, name
+        # A step is four products, of 64 neighbours each, for either slot of scales.
+        pattern = op.SINGLE if name in ONE_BLOCK else op.PAIRS
+        found = kernel["instructions"]
+        assert sum(n for i, n in found.items() if re.fullmatch(pattern, i)) >= 8, name
+        assert any(i.startswith("UTCHMMA") for i in found) == ("rank" in name), name

@@ -1,0 +1,174 @@
+"""The quantize kernels in the interpreter: codes and scales of the oracle, and no races."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.nvfp4 import NVFP4, reference
+from pallas_kernels.nvfp4.mosaic import launch
+from pallas_kernels.nvfp4.mosaic.quantize import quantize, quantize_both
+from pallas_kernels.nvfp4.rounding import draws, seeds
+
+KEY, OTHER = jax.random.split(jax.random.key(7))
+
+
+def simulated():
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def races() -> bool:
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return gpu_callbacks.get_races().races_found
+
+
+def array(*shape: int, dtype=jnp.bfloat16) -> jax.Array:
+    """Blocks of many sizes, one of them zero, and zeros of both signs."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    x = x * jnp.exp(2 * jax.random.normal(jax.random.key(1), (*shape[:-1], 1)))
+    x = x.at[..., :16, :16].set(0).at[..., 0, 1].set(-0.0) if x.ndim > 1 else x
+    return x.astype(dtype)
+
+
+def oracle(x, amax, key=None, transpose=False, **options) -> NVFP4:
+    by = None
+    if key is not None:
+        by = draws(seeds(key), (jnp.swapaxes(x, -1, -2) if transpose else x).shape)
+    return reference.quantize(
+        x, amax=amax, lead=amax.ndim, draws=by, transpose=transpose, **options
+    )
+
+
+def most(x, lead=0, transpose=False, hadamard=False, **_) -> jax.Array:
+    return reference.largest(reference.oriented(x, transpose, hadamard), lead)
+
+
+def assert_same(got: NVFP4, want: NVFP4) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = (np.asarray(x) for x in (a, b))
+        np.testing.assert_array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}"))
+
+
+CASES = {
+    "mse": (array(33, 144), 0, {"rule": "mse"}),
+    "static_6": (array(32, 64), 0, {"rule": "static_6"}),
+    "squares, static": (array(24, 64), 0, {"rule": "static_6", "block_rows": 16}),
+}
+SLOW = {
+    "rotated by chance": (array(3, 8, 128), 1, {"rule": "static_6", "hadamard": True, "key": KEY}),
+    "transposed, static": (array(16, 40), 0, {"rule": "static_4", "transpose": True}),
+    "stochastic": (array(2, 9, 80), 1, {"rule": "mae", "key": KEY}),
+    "rotated": (array(16, 128), 0, {"rule": "mse", "hadamard": True}),
+    "transposed": (array(32, 40), 0, {"rule": "mse", "transpose": True}),
+    "squares": (array(24, 64, dtype=jnp.float32), 0, {"rule": "mse", "block_rows": 16}),
+    "static_4": (array(32, 64), 0, {"rule": "static_4"}),
+    "mae": (array(33, 144), 0, {"rule": "mae"}),
+    "abs_max": (array(33, 144), 0, {"rule": "abs_max"}),
+    "one block": (array(16), 0, {"rule": "mse"}),
+    "leading axes": (array(2, 3, 40, 32), 2, {"rule": "mse"}),
+    "of a group of rows": (array(2, 3, 5, 32), 1, {"rule": "mse"}),
+    "transposed, ragged": (
+        array(2, 80, 200), 1, {"rule": "mse", "transpose": True, "hadamard": True, "key": KEY}
+    ),
+    "squares by chance": (array(40, 96), 0, {"rule": "mae", "block_rows": 16, "key": KEY}),
+    "squares by the maximum": (array(32, 64), 0, {"rule": "abs_max", "block_rows": 16}),
+    "squares, transposed": (
+        array(2, 32, 2304), 1, {"rule": "mse", "block_rows": 16, "transpose": True, "key": KEY}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=name) for name, case in CASES.items()),
+        *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+    ],
+)
+def test_it_equals_the_oracle(case):
+    x, lead, options = case
+    shape = {name: options.get(name, False) for name in ("transpose", "hadamard")}
+    amax = most(x, lead, **shape)
+    got = quantize(x, amax, interpret=simulated(), **options)
+    assert not races()
+    assert_same(got, oracle(x, amax, **options))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "keys"),
+    [
+        pytest.param((16, 128), "static_6", (None, KEY), id="static"),
+        pytest.param((16, 256), "mse", (None, None), id="nearest", marks=pytest.mark.slow),
+        pytest.param((16, 128), "mse", (KEY, OTHER), id="stochastic", marks=pytest.mark.slow),
+        pytest.param((2, 32, 2048), "mse", (None, KEY), id="in pieces", marks=pytest.mark.slow),
+        pytest.param((16, 80), "mse", (None, KEY), id="in two passes", marks=pytest.mark.slow),
+    ],
+)
+def test_both_in_one_pass(shape, rule, keys):
+    x = array(*shape)
+    lead = x.ndim - 2
+    amax, turned = most(x, lead), most(x, lead, transpose=True, hadamard=True)
+    got = quantize_both(x, amax, turned, rule=rule, keys=keys, interpret=simulated())
+    assert not races()
+    assert_same(got[0], oracle(x, amax, keys[0], rule=rule))
+    assert_same(got[1], oracle(x, turned, keys[1], rule=rule, transpose=True, hadamard=True))
+
+
+def test_nothing_but_zeros_and_what_is_not_finite():
+    """Two entries: one of zeros; in the other a block with NaN and one with infinity."""
+    x = array(2, 8, 64).at[0].set(0).at[1, 3, 5].set(jnp.nan).at[1, 5, 40].set(jnp.inf)
+    amax = jnp.array([0.0, 8.0])
+    got = quantize(x, amax, rule="static_6", interpret=simulated())
+    want = oracle(x, amax, rule="static_6")
+    np.testing.assert_array_equal(got.scales.view(jnp.uint8), want.scales.view(jnp.uint8))
+    np.testing.assert_array_equal(got.codes[0].view(jnp.uint8), want.codes[0].view(jnp.uint8))
+    assert int(jnp.isnan(got.scales.astype(jnp.float32)).sum()) == 2
+
+
+def test_programs_take_everything_once_or_themselves_twice():
+    for length in (128, 129, 511, 512, 513, 1300):
+        cut = launch.Cut(length, 4)
+        covered = np.zeros(length, int)
+        for group in range(cut.groups):
+            covered[min(group * 128, length - 128) :][:128] += 1
+        assert covered.min() == 1 and cut.programs * 4 <= max(4, cut.groups)
+        last = (cut.programs - 1) * 4  # of the last program; groups that overlap are its own
+        assert length % 128 == 0 or cut.groups == 1 or last <= cut.groups - 2
+    with pytest.raises(ValueError, match="100 are fewer than a group of 128"):
+        launch.Cut(100, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "amax", "options", "message"),
+    [
+        ((16, 40), (), {}, "contraction axis has 40 entries"),
+        ((40, 16), (), {"transpose": True}, "contraction axis has 40 entries"),
+        ((4, 16, 32), (3,), {}, r"amax has shape \(3,\)"),
+        ((16, 32), (), {"block_rows": 8}, "blocks of 8 rows"),
+    ],
+)
+def test_it_says_what_does_not_fit(shape, amax, options, message):
+    x = jnp.ones(shape, jnp.bfloat16)
+    with pytest.raises(ValueError, match=message):
+        quantize(x, jnp.ones(amax), interpret=simulated(), **options)
+
+
+def test_it_refuses_what_it_cannot_run(monkeypatch):
+    x = jnp.ones((16, 32), jnp.bfloat16)
+    with pytest.raises(Unsupported, match="rotated NVFP4 squares have no kernel"):
+        quantize(x, most(x), block_rows=16, hadamard=True, interpret=simulated())
+    if jax.default_backend() != "gpu":
+        with pytest.raises(Unsupported, match="quantize kernel needs an NVIDIA GPU; this is cpu"):
+            quantize(x, most(x))
+    monkeypatch.setattr(launch, "platform", lambda: "gpu")
+    monkeypatch.setattr(launch, "capability", lambda: "9.0")
+    with pytest.raises(
+        Unsupported, match=r"needs Blackwell \(sm_100\).*this is sm_90: use quant=f"
+    ):
+        quantize(x, most(x))
+    monkeypatch.setattr(launch, "capability", lambda: "10.0")
+    assert launch.refusal("quantize") is None
