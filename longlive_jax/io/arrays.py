@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -37,6 +38,11 @@ class ArraySpec:
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def flatten(tree: Mapping[Any, Any], prefix: Path = ()) -> dict[Path, Any]:
@@ -72,7 +78,7 @@ class ArrayFiller:
         self.fingerprints: dict[str, str] = {".".join(path): "" for path in specs}
         self._transaction, self._pending = ts.Transaction(), 0
         seed = nest(dict.fromkeys(specs, np.zeros((), np.int8)))
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(folder.absolute(), _text_keys(seed))
         # Only object stores need this marker, and it holds the path of this machine.
         (folder / "commit_success.txt").unlink(missing_ok=True)
@@ -107,6 +113,14 @@ class ArrayFiller:
         """Makes everything filled so far readable."""
         self._transaction.commit_sync()
         self._transaction, self._pending = ts.Transaction(), 0
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Of this process alone: of a run in several, one writes and the others need not know."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -208,6 +222,19 @@ class ArrayReader:
             raise UserError(
                 f"{self.folder}: {'.'.join(path)} is missing or damaged ({detail}); convert again"
             ) from error
-        if layer is None and f"{zlib.crc32(_bytes(value)):08x}" != self._checksums[path]:
-            raise UserError(f"{self.folder}: {'.'.join(path)} has changed on disk; convert again")
+        if layer is None:
+            self._verify(path, zlib.crc32(_bytes(value)))
         return value
+
+    def layers(self, path: Path) -> Iterator[np.ndarray]:
+        """The slices of an array along its leading axis; verified when the last one is taken."""
+        checksum = 0
+        for layer in range(self.specs[path].shape[0]):
+            value = np.asarray(self.read(path, layer), order="C")
+            checksum = zlib.crc32(_bytes(value), checksum)
+            yield value
+        self._verify(path, checksum)
+
+    def _verify(self, path: Path, checksum: int) -> None:
+        if f"{checksum:08x}" != self._checksums[path]:
+            raise UserError(f"{self.folder}: {'.'.join(path)} has changed on disk; convert again")

@@ -26,6 +26,7 @@ from longlive_jax.spec import UserError, nearest
 
 __all__ = [
     "CheckpointWriter",
+    "is_part",
     "load_component",
     "open_component",
     "read_manifest",
@@ -35,6 +36,15 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "longlive.json"
 TOKENIZER = "tokenizer.model"
+QUANTIZATION = "quantization"
+"""Of the manifest: how components are packed (see `packed`)."""
+PARTS = ("codes", "scales", "amax", "a", "b")
+"""Arrays of a packed kernel, below its path."""
+
+
+def is_part(path: Path) -> bool:
+    """Whether an array is part of a packed kernel: its type is no choice."""
+    return path[-2:-1] == ("kernel",) and path[-1] in PARTS
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -117,13 +127,20 @@ class CheckpointWriter:
         config: Any,
         *,
         provenance: Mapping[str, Any] | None = None,
+        quantization: Any = None,
     ) -> ArrayFiller:
-        """Lays out a component with zero-filled arrays; the caller fills each by path."""
+        """Lays out a component with zero-filled arrays; the caller fills each by path.
+
+        `quantization`: the record of packed kernels, if there are any.
+        """
         filler = ArrayFiller(self.stage(name), specs)
         self._fillers.append(filler)
         self.manifest["components"][name] = _jsonable(config)
         self.manifest["arrays"][name] = filler.fingerprints
         self.manifest["provenance"][name] = dict(provenance or {})
+        self.manifest.get(QUANTIZATION, {}).pop(name, None)
+        if quantization is not None:
+            self.manifest.setdefault(QUANTIZATION, {})[name] = _jsonable(quantization)
         return filler
 
     def tokenizer(self, source: FilePath) -> None:
@@ -195,15 +212,16 @@ def load_component(
 ) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Parameters as JAX arrays in nested dictionaries, and the settings they were saved with.
 
-    Every array is checked against its fingerprint. Floating-point arrays become `dtype` if given;
-    one array at a time is on the host, and `put` places it. Raises UserError for a missing, foreign
-    or damaged directory.
+    Every array is checked against its fingerprint. Floating-point arrays become `dtype` if given,
+    parts of packed kernels excepted; one array at a time is on the host, and `put` places it.
+    Raises UserError for a missing, foreign or damaged directory.
     """
     reader, config = open_component(folder, name)
     params: dict[Path, jax.Array] = {}
     for path in reader.specs:
         value = reader.read(path)
-        if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating):
+        floating = jnp.issubdtype(value.dtype, jnp.floating) and not is_part(path)
+        if dtype is not None and floating:
             value = value.astype(dtype)
         params[path] = put(path, value)
     return nest(params), config

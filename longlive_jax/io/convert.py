@@ -18,10 +18,11 @@ from jax.typing import DTypeLike
 from longlive_jax import __version__
 from longlive_jax.io import keys_lora
 from longlive_jax.io.arrays import ArraySpec
-from longlive_jax.io.checkpoint import TOKENIZER, CheckpointWriter
+from longlive_jax.io.checkpoint import TOKENIZER, CheckpointWriter, is_part
 from longlive_jax.io.components import COMPONENTS, Component, expected_shapes, identify
 from longlive_jax.io.components import saved_settings as saved
-from longlive_jax.io.keytable import Collected, KeyReport, KeyTable, Leaf, Path
+from longlive_jax.io.keytable import Collected, KeyReport, KeyTable, Leaf, Path, Shape
+from longlive_jax.io.packed import Record, dense, with_parts
 from longlive_jax.io.sources import Source, find_sources, find_tokenizer
 from longlive_jax.io.tensors import LazyTensor
 from longlive_jax.spec import UserError
@@ -53,6 +54,7 @@ class _Plan:
     leaves: Sequence[Leaf]
     config: Any
     specs: Mapping[Path, ArraySpec]
+    packing: Record | None = None
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +95,7 @@ def convert(
     adapters = None
     if merge_lora is not None:
         adapters = Adapters.open(merge_lora, alpha=lora_alpha)
-        adapters.check(next((p.leaves for p in plans if p.component.name == "dit"), ()))
+        adapters.check(_kernels(plans))
     tokenizer = find_tokenizer(source) if source.is_dir() else None
     total, done = sum(plan.nbytes for plan in plans), 0
     with CheckpointWriter(out, overwrite=overwrite) as writer:
@@ -105,6 +107,18 @@ def convert(
             writer.tokenizer(tokenizer)
         writer.commit()
     return [_report(plan) for plan in plans]
+
+
+def _kernels(plans: Sequence[_Plan]) -> dict[Path, Shape]:
+    """Shapes of what a LoRA can be merged into; UserError if that is packed."""
+    dit = next((plan for plan in plans if plan.component.name == "dit"), None)
+    if dit is not None and dit.packing is not None:
+        raise UserError(
+            f"{dit.source.path}: a LoRA cannot be merged into packed weights; merge it into the "
+            "bfloat16 checkpoint and pack that with `longlive quantize`, or keep it beside them: "
+            "`longlive quantize --lora=FILE --lora_mode=branch`"
+        )
+    return {leaf.path: leaf.shape for leaf in dit.leaves} if dit is not None else {}
 
 
 def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> _Plan:
@@ -121,11 +135,16 @@ def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> 
         dtypes = {source.tensors[key].dtype for key in leaf.keys}
         if len(dtypes) > 1 and dtype is None:
             mixed.append(f"{leaf.keys[0]} ({', '.join(sorted(map(str, dtypes)))})")
-        specs[leaf.path] = ArraySpec(leaf.shape, stored_dtype(dtypes.pop(), dtype))
+        wanted = None if is_part(leaf.path) else dtype
+        specs[leaf.path] = ArraySpec(leaf.shape, stored_dtype(dtypes.pop(), wanted))
     if mixed:
         raise UserError(f"{source.path}: layers of different types: {', '.join(mixed[:8])}; "
                         "choose one with --dtype")  # fmt: skip
-    return _Plan(component, table.name, source, leaves, config, specs)
+    packing = None
+    if source.packed is not None:
+        codes = (leaf.path for leaf in leaves if is_part(leaf.path) and leaf.path[-1] == "codes")
+        packing = source.packed.record(["/".join(path[:-1]) for path in codes])
+    return _Plan(component, table.name, source, leaves, config, specs, packing)
 
 
 def _fit(
@@ -133,7 +152,7 @@ def _fit(
 ) -> tuple[list[Leaf], Any]:
     """Leaves and settings; shapes give the settings, and those say what else must be there."""
     try:
-        config = component.settings(found.shapes, hints)
+        config = component.settings(dense(found.shapes), hints)
     except KeyError as error:  # the path of an array without which nothing can be told
         if error.args[0] not in found.paths:
             found.report.missing += table.unmatched(found)
@@ -141,7 +160,7 @@ def _fit(
         raise
     expected = expected_shapes(component, config)
     if expected is not None:
-        table.compare(found, expected)
+        table.compare(found, with_parts(expected, found.paths))
     found.report.check(table.name)
     return found.leaves, config
 
@@ -174,7 +193,9 @@ def _write(writer: CheckpointWriter, plan: _Plan, adapters: "Adapters | None") -
         "merged_lora": adapters.path.name if adapters else "",
     }
     name, config = plan.component.name, saved(plan.config)
-    filler = writer.component(name, plan.specs, config, provenance=provenance)
+    filler = writer.component(
+        name, plan.specs, config, provenance=provenance, quantization=plan.packing
+    )
     for leaf in plan.leaves:
         filler.fill(leaf.path, _pieces(plan, leaf, adapters), stacked=leaf.rule.stacked)
         yield sum(plan.source.tensors[key].nbytes for key in leaf.keys)
@@ -222,9 +243,8 @@ class Adapters:
         scale = plan.config["alpha"] / plan.config["rank"]
         return cls(path, leaves, plan.source.tensors, scale)
 
-    def check(self, kernels: Sequence[Leaf]) -> None:
-        """UserError unless every adapter fits a kernel among the leaves of a DiT."""
-        shapes = {leaf.path: leaf.shape for leaf in kernels}
+    def check(self, shapes: Mapping[Path, Shape]) -> None:
+        """UserError unless every adapter fits a kernel among the arrays of a DiT."""
         report = KeyReport()
         for path, leaf in self.leaves.items():
             kernel = shapes.get((*path[:-1], "kernel"))
@@ -240,9 +260,18 @@ class Adapters:
         sides = [self.leaves.get((*path[:-1], side)) for side in "ab"]
         if path[-1] != "kernel" or sides[0] is None or sides[1] is None:
             return kernel
-        a, b = (leaf.place(self.tensors[leaf.keys[layer]].read()) for leaf in sides if leaf)
+        a, b = (self.layer(leaf, layer) for leaf in sides if leaf)
         update = a.astype(np.float32) @ b.astype(np.float32)
         return (kernel.astype(np.float32) + update * self.scale).astype(kernel.dtype)
+
+    def layer(self, leaf: Leaf, layer: int) -> np.ndarray:
+        """One half of one adapter."""
+        return leaf.place(self.tensors[leaf.keys[layer]].read())
+
+    def layers(self, path: Path) -> Iterator[np.ndarray]:
+        """One half, `(..., "a")` or `(..., "b")`, in all layers."""
+        leaf = self.leaves[path]
+        return (self.layer(leaf, layer) for layer in range(len(leaf.keys)))
 
 
 def _peft_alpha(source: Source) -> dict[str, Any]:

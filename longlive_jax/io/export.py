@@ -1,4 +1,7 @@
-"""Our checkpoint directory back to safetensors, under the original or the diffusers names."""
+"""Our checkpoint directory back to safetensors, under the original or the diffusers names.
+
+A packed DiT becomes `model_4o6.pt`, the layout in which LongLive-2.0 releases it.
+"""
 
 import functools
 import json
@@ -10,17 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from longlive_jax.io import keys_vae
+from longlive_jax.io import keys_vae, released
 from longlive_jax.io.arrays import ArrayReader
-from longlive_jax.io.checkpoint import TOKENIZER, open_component, read_manifest
+from longlive_jax.io.checkpoint import TOKENIZER, is_part, open_component, read_manifest
 from longlive_jax.io.components import COMPONENTS
 from longlive_jax.io.keytable import KeyTable, Leaf
+from longlive_jax.io.packed import Record, record_of
 from longlive_jax.io.safetensors_file import DEFAULT_SHARD_BYTES, Outgoing, write_safetensors
+from longlive_jax.io.torch_writer import write_torch
 from longlive_jax.spec import UserError
 
 __all__ = ["NAMINGS", "export"]
 
 NAMINGS = ("original", "diffusers")
+PACKED = "model_4o6.pt"
 # component -> folder and stem of its files
 PLACES = {
     "original": {
@@ -56,13 +62,17 @@ def export(
 
     Bits are kept: converting `out` gives the same arrays again. Memory stays at one tensor. Returns
     the files of weights. Raises UserError if `out` exists and is not empty, or if a component
-    cannot be said in that naming; `out` appears only when everything is written.
+    cannot be said in that naming (a packed one has the original only); `out` appears only when
+    everything is written.
     """
     if naming not in NAMINGS:
         raise UserError(f"naming {naming!r}; choose {' or '.join(NAMINGS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; choose a new folder")
     names = [n for n in read_manifest(source)["components"] if n in COMPONENTS]
+    packing = record_of(source) if "dit" in names else None
+    if packing is not None:
+        _check_releasable(source, packing, naming)
     opened = {name: open_component(source, name) for name in names}
     jobs = {name: _outgoing(name, naming, *opened[name]) for name in names}
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
@@ -72,13 +82,14 @@ def export(
         for name, tensors in jobs.items():
             folder, stem = PLACES[naming][name]
             (temporary / folder).mkdir(parents=True, exist_ok=True)
-            written += write_safetensors(
-                temporary / folder,
-                stem,
-                tensors,
-                shard_bytes=shard_bytes,
-                progress=functools.partial(count, name),
-            )
+            report = functools.partial(count, name)
+            if name == "dit" and packing is not None:
+                written.append(temporary / PACKED)
+                write_torch(written[-1], released.whole(tensors, packing), progress=report)
+            else:
+                written += write_safetensors(
+                    temporary / folder, stem, tensors, shard_bytes=shard_bytes, progress=report
+                )
             _write_config(temporary / folder, naming, name, opened[name][1])
         _copy_tokenizer(source, temporary / TOKENIZER_PLACE[naming])
         if out.is_dir():
@@ -89,6 +100,20 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [out / path.relative_to(temporary) for path in written]
+
+
+def _check_releasable(source: Path, packing: Record, naming: str) -> None:
+    """UserError for packed kernels that the released layout cannot hold."""
+    forms = {(kernel.kind, kernel.tile) for kernel in packing.kernels.values()}
+    why = ""
+    if naming != "original":
+        why = f"packed kernels have no names in naming {naming!r}; say --naming=original"
+    elif forms != {("nvfp4", 1)} or len(set(packing.kernels.values())) > 1:
+        why = f"the released layout holds NVFP4 in 1x16 blocks, this is {packing.describe()}"
+    elif packing.branch_lora:
+        why = f"the released layout has no place for the LoRA {packing.branch_lora} beside"
+    if why:
+        raise UserError(f"{source}: {why}; or export the checkpoint it was packed from")
 
 
 def _counter(total: int, progress: Progress) -> Callable[[str, int], None]:
@@ -118,6 +143,9 @@ def _outgoing(
         raise UserError(f"{reader.folder}: {error}") from error
     tensors: dict[str, Outgoing] = {}
     for leaf in leaves:
+        if is_part(leaf.path):
+            tensors |= _packed(reader, leaf) if leaf.path[-1] == "codes" else {}
+            continue
         dtype = reader.specs[leaf.path].dtype
         shape = leaf.extract(np.broadcast_to(np.zeros((), np.uint8), piece_shape(leaf))).shape
         for i, key in enumerate(leaf.keys):
@@ -126,6 +154,19 @@ def _outgoing(
             tensors[key] = Outgoing(shape, dtype, make)
     # files list layer after layer, as the model runs
     return dict(sorted(tensors.items(), key=lambda item: _natural(item[0])))
+
+
+def _packed(reader: ArrayReader, codes: Leaf) -> dict[str, Outgoing]:
+    """The tensors of one packed kernel in all layers, found by its codes `[layers, n, k/2]`."""
+    _, rows, half = codes.shape
+    tensors: dict[str, Outgoing] = {}
+    for layer, key in enumerate(codes.keys):
+
+        def read(part: str, layer: int = layer) -> np.ndarray:
+            return reader.read((*codes.path[:-1], part), layer)
+
+        tensors |= released.tensors_of(released.module_of(key), (rows, 2 * half), read)
+    return tensors
 
 
 def piece_shape(leaf: Leaf) -> tuple[int, ...]:

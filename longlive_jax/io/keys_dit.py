@@ -1,5 +1,6 @@
-"""Key tables of the DiT: original Wan naming, and that of diffusers."""
+"""Key tables of the DiT: original Wan naming (also LongLive's packed one), and diffusers'."""
 
+from longlive_jax.io import released
 from longlive_jax.io.keytable import KeyRule, KeyTable
 
 
@@ -17,6 +18,10 @@ def _patch() -> list[KeyRule]:
     ]
 
 
+def _packable(key: str, path: str) -> list[KeyRule]:
+    return [*_linear(key, path), *released.rules(key, path)]
+
+
 _BLOCK = "blocks.{layer}"
 _ATTENTION = "{attn:self_attn|cross_attn}"
 
@@ -32,12 +37,12 @@ ORIGINAL = KeyTable(
         KeyRule("head.modulation", "head.modulation", "drop_first"),
         *_linear("head.head", "head.linear"),
         KeyRule(f"{_BLOCK}.modulation", "blocks.modulation", "drop_first"),
-        *_linear(f"{_BLOCK}.{_ATTENTION}.{{m:q|k|v|o}}", "blocks.{attn}.{m}"),
+        *_packable(f"{_BLOCK}.{_ATTENTION}.{{m:q|k|v|o}}", "blocks.{attn}.{m}"),
         KeyRule(f"{_BLOCK}.{_ATTENTION}.norm_{{m:q|k}}.weight", "blocks.{attn}.norm_{m}.scale"),
         KeyRule(f"{_BLOCK}.norm3.weight", "blocks.norm3.scale"),
         KeyRule(f"{_BLOCK}.norm3.bias", "blocks.norm3.bias"),
-        *_linear(f"{_BLOCK}.ffn.0", "blocks.ffn.up"),
-        *_linear(f"{_BLOCK}.ffn.2", "blocks.ffn.down"),
+        *_packable(f"{_BLOCK}.ffn.0", "blocks.ffn.up"),
+        *_packable(f"{_BLOCK}.ffn.2", "blocks.ffn.down"),
     ],
 )
 

@@ -99,11 +99,15 @@ TRANSFORMS: dict[str, Transform] = {
 
 @dataclasses.dataclass(frozen=True)
 class KeyRule:
-    """One line of a table: a key template, a path template, and the name of a transform."""
+    """One line of a table: a key template, a path template, and the name of a transform.
+
+    `optional`: another form of a weight that some files have; it is never missed.
+    """
 
     key: str
     path: str
     transform: str = "identity"
+    optional: bool = False
 
     def __post_init__(self):
         if self.transform not in TRANSFORMS:
@@ -318,9 +322,10 @@ class KeyTable:
                 report.missing += self._keys_or_path(path, shape)
 
     def unmatched(self, found: Collected) -> list[str]:
-        """Key templates of the rules that none of the keys fit."""
+        """Key templates of the rules that none of the keys fit, optional ones apart."""
         used = [".".join(path) for path in found.paths]
-        return [r.key for r in self.rules if not any(r.path_regex.match(path) for path in used)]
+        rules = (rule for rule in self.rules if not rule.optional)
+        return [r.key for r in rules if not any(r.path_regex.match(path) for path in used)]
 
     def _keys_or_path(self, path: Path, shape: Shape) -> list[str]:
         try:

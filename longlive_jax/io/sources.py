@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longlive_jax.io import released
 from longlive_jax.io.keys_lora import PREFIX
 from longlive_jax.io.keytable import KeyReport
 from longlive_jax.io.safetensors_file import read_index, read_safetensors
@@ -38,6 +39,7 @@ class Source:
     hints: Mapping[str, Any]
     part: str  # which of several state dicts in the file, for the record
     report: KeyReport  # of names that collide and values that are no tensors
+    packed: released.Packed | None = None  # rules of matrices in NVFP4
 
 
 def find_sources(path: Path, *, use_ema: bool = False) -> list[Source]:
@@ -79,26 +81,27 @@ def _files(folder: Path) -> list[Path]:
 def open_file(path: Path, *, use_ema: bool = False) -> Source:
     """One file (or the index of several) as a state dict with plain names.
 
-    Raises UserError for an unreadable file and for quantized weights.
+    Raises UserError for an unreadable file and for packed weights of another kind than LongLive's.
     """
     state: Mapping[str, Any]
+    around: Any = None
     try:
         if path.name.endswith(INDEX):
             state, part = read_index(path), ""
         elif path.suffix == ".safetensors":
             state, part = read_safetensors(path), ""
         else:
-            state, part = _unwrap(read_torch(path), path, use_ema)
+            around = read_torch(path)
+            state, part = _unwrap(around, path, use_ema)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if use_ema and part != "generator_ema":
         raise UserError(f"{path}: has no generator_ema; leave out --use_ema")
-    if any(key.endswith("quantized_weight_values") for key in state):
-        raise UserError(
-            f"{path}: holds NVFP4 weights, which are not read yet; convert the bfloat16 checkpoint"
-        )
+    packed = released.header_of(around, str(path)) if released.is_packed(state) else None
     tensors, report = _plain(state)
-    return Source(path, tensors, _hints(path.parent), part, report)
+    if packed is not None:
+        tensors = released.parts_of(tensors, str(path))
+    return Source(path, tensors, _hints(path.parent), part, report, packed)
 
 
 def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], str]:

@@ -247,11 +247,6 @@ def test_a_read_error_half_way_leaves_nothing(fixtures, tmp_path):
     assert not (tmp_path / "ck").exists()
 
 
-def test_nvfp4_is_named(fixtures, tmp_path):
-    with pytest.raises(UserError, match="NVFP4"):
-        convert(fixtures / "longlive_model_4o6.pt", tmp_path / "ck")
-
-
 def test_what_cannot_be_told_or_found(fixtures, tmp_path):
     with pytest.raises(UserError, match="--heads"):
         convert(fixtures / "dit_flat_bf16.pth", tmp_path / "ck")

@@ -1,0 +1,105 @@
+"""Matrices in FP8 for GPUs without FP4 units: E4M3, a scale a row of the matrix, a scale a token.
+
+The product's operands are FP8 themselves, so XLA hands them to the tensor cores as they are (an
+H200's cuBLASLt FP8 GEMM); both scales are factors of the finished sums. Casts saturate at 448,
+where a plain cast to float8_e4m3fn gives NaN.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from longlive_jax.quant.low_rank import LowRank
+from longlive_jax.typing import Array, Float, Float32
+
+__all__ = ["Fp8Kernel", "dequantize_rows", "matmul_rows", "pack_fp8", "quantize_rows"]
+
+F8 = jnp.float8_e4m3fn
+LARGEST = 448.0
+
+
+def quantize_rows(x: Float[Array, "*rows k"]) -> tuple[Array, Float32[Array, "*rows"]]:
+    """E4M3 codes `[*rows, k]`, rounded to nearest even, and a scale a row: x ~ code * scale.
+
+    A row of zeros has scale 0. NaN and infinities go through to the row's result as NaN.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST
+    unit = jnp.where(scale == 0, 1.0, scale)[..., None]
+    return jnp.clip(x / unit, -LARGEST, LARGEST).astype(F8), scale
+
+
+def dequantize_rows(codes: Array, scale: Float32[Array, "*rows"]) -> Float32[Array, "*rows k"]:
+    """`code * scale`."""
+    return codes.astype(jnp.float32) * scale[..., None]
+
+
+def matmul_rows(
+    x: Array,
+    x_scale: Float32[Array, "m"],
+    w: Array,
+    w_scale: Float32[Array, "n"],
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> Float[Array, "m n"]:
+    """`[m, k] x [n, k]` in FP8, summed in float32, times both scales.
+
+    In bfloat16 the sums are handed over in bfloat16, before they are scaled: a product of 7040 x
+    3072 is then written and read at half the bytes, for one rounding of 1/512 more.
+    """
+    contract = (((1,), (1,)), ((), ()))
+    sums = lax.dot_general(x, w, contract, preferred_element_type=jnp.dtype(out_dtype))
+    scaled = sums.astype(jnp.float32) * x_scale[:, None] * w_scale[None]
+    return scaled.astype(out_dtype)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales", "branch"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Fp8Kernel:
+    """A kernel `[*layers, i, o]`, held transposed, that multiplies itself.
+
+    Attributes:
+      codes: float8_e4m3fn `[*layers, o, i]`.
+      scales: float32 `[*layers, o]`.
+      branch: LoRA beside it, in high precision.
+    """
+
+    codes: Array
+    scales: Float32[Array, "*layers o"]
+    branch: LowRank | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel it stands for, `[*layers, i, o]`."""
+        *layers, outputs, inputs = self.codes.shape
+        return (*layers, inputs, outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales on the device."""
+        return self.codes.size + 4 * self.scales.size
+
+    def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
+        """`x @ kernel + bias` in the dtype of `x`; a token's scale is found as it comes."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = matmul_rows(*quantize_rows(rows), self.codes, self.scales, out_dtype=x.dtype)
+        if self.branch is not None:
+            y = y + self.branch(rows)
+        return (y + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+    def dequantized(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers i o"]:
+        """The kernel as an array, without its branch."""
+        return jnp.swapaxes(dequantize_rows(self.codes, self.scales), -1, -2).astype(dtype)
+
+
+def pack_fp8(kernel: Float[Array, "*layers i o"]) -> Fp8Kernel:
+    """The kernel in FP8, one layer after the other."""
+    if kernel.ndim > 2:
+        return lax.map(pack_fp8, kernel)
+    return Fp8Kernel(*quantize_rows(kernel.T))

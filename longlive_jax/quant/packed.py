@@ -1,0 +1,171 @@
+"""Matrices in NVFP4 that serve inference: W4A4 (paper, section 3.1; Appendix D).
+
+The full-precision matrix is gone; activations are quantized as they come, with one amax a call. A
+LoRA is either merged before packing, Q(W + B A), or a branch beside the packed matrix, which the
+product adds in the same pass: Q(x) Q(W) + (x A) B.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from longlive_jax.quant.fp8 import Fp8Kernel, pack_fp8
+from longlive_jax.quant.low_rank import LowRank
+from longlive_jax.quant.policy import Format, QuantPolicy, path_of
+from longlive_jax.typing import Array, Float, Params
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, matmul, quantize, which
+
+__all__ = ["Fp8Kernel", "PackedKernel", "pack", "quantize_params", "resident_bytes", "served"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "branch"],
+    meta_fields=["activations", "implementation"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedKernel:
+    """A kernel `[*layers, i, o]`, held transposed, that multiplies itself.
+
+    Attributes:
+      weight: `[*layers, o, i]`, blocks along i.
+      branch: LoRA beside it, in high precision.
+      activations: scale rule of what it is multiplied with.
+      implementation: of quantize and matmul.
+    """
+
+    weight: NVFP4
+    branch: LowRank | None = None
+    activations: Rule = "mse"
+    implementation: Implementation = "auto"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel it stands for, `[*layers, i, o]`."""
+        *layers, outputs, inputs = self.weight.shape
+        return (*layers, inputs, outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed matrix on the device."""
+        return self.weight.nbytes
+
+    def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
+        """`x @ kernel + bias` in the dtype of `x`: branch and bias are added before the rounding.
+
+        (The reference rounds to bfloat16 first.) A branch in float32 is not for tensor cores and
+        is added apart.
+        """
+        rows, branch = x.reshape(-1, x.shape[-1]), self.branch
+        fused = branch is not None and x.dtype == jnp.bfloat16
+        y = matmul(
+            quantize(rows, rule=self.activations, implementation=self.implementation),
+            self.weight,
+            bias=bias,
+            low_rank=(branch.down(rows), branch.b) if branch is not None and fused else None,
+            out_dtype=x.dtype,
+            implementation=self.implementation,
+        )
+        if branch is not None and not fused:
+            y = y + branch(rows)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def dequantized(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers i o"]:
+        """The kernel as an array, without its branch."""
+        return jnp.swapaxes(dequantize(self.weight, jnp.dtype(dtype)), -1, -2)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "implementation"))
+def pack(
+    kernel: Float[Array, "*layers i o"], form: Format, *, implementation: Implementation = "auto"
+) -> PackedKernel | Fp8Kernel:
+    """A kernel in a format, one layer after the other, so that memory holds one in float32."""
+    if form.kind == "fp8":
+        return pack_fp8(kernel)
+
+    def one(layer: Array) -> NVFP4:
+        return quantize(
+            layer,
+            rule=form.weights,
+            block_rows=form.tile,
+            transpose=True,
+            implementation=implementation,
+        )
+
+    weight = one(kernel) if kernel.ndim == 2 else lax.map(one, kernel)
+    return PackedKernel(weight, None, form.activations, implementation)
+
+
+def quantize_params(
+    params: Params,
+    policy: QuantPolicy,
+    *,
+    branches: Mapping[str, LowRank] | None = None,
+    implementation: Implementation = "auto",
+    dtype: DTypeLike | None = None,
+) -> Params:
+    """Parameters in which the kernels that the policy picks are packed; their arrays are dropped.
+
+    Args:
+      params: of a model, kernels `[*layers, i, o]`; under `jax.eval_shape` shapes are enough.
+      branches: by path of the kernel (`blocks/ffn/up/kernel`), to be kept beside the packed one.
+      dtype: of all other floating-point parameters; as they are if None.
+
+    Raises ValueError where the policy does not fit the model, and for a branch beside no packed
+    kernel.
+    """
+    formats, branches = policy.formats(params), dict(branches or {})
+    if homeless := sorted(set(branches) - set(formats)):
+        raise ValueError(f"{policy.name} packs no kernel at {', '.join(homeless[:4])} for a LoRA")
+
+    def place(keys: tuple, leaf: Array) -> Any:
+        path = path_of(keys)
+        if path in formats:
+            packed = pack(leaf, formats[path], implementation=implementation)
+            return dataclasses.replace(packed, branch=branches.get(path))
+        floating = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if floating else leaf
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def served(params: Params) -> tuple[str, ...]:
+    """One line for each kind of packed matrix: its rules, how many, and what multiplies it."""
+    kinds = collections.Counter[str]()
+    for node in jax.tree.leaves(params, is_leaf=_is_packed):
+        if _is_packed(node):
+            kinds[_kind(node)] += math.prod(node.shape[:-2])
+    return tuple(f"{count} matrices in {kind}" for kind, count in kinds.items())
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, PackedKernel | Fp8Kernel)
+
+
+def _kind(node: PackedKernel | Fp8Kernel) -> str:
+    beside = "" if node.branch is None else ", a LoRA beside"
+    if isinstance(node, Fp8Kernel):
+        return f"FP8 E4M3{beside}; quantize: xla, matmul: xla"
+    rules = f"weights {node.weight.rule}, activations {node.activations}"
+    by = (f"{op}: {which(op, implementation=node.implementation)}" for op in ("quantize", "matmul"))
+    return f"NVFP4 ({rules}){beside}; {', '.join(by)}"
+
+
+def resident_bytes(params: Params) -> dict[str, int]:
+    """Bytes on the device: of `packed` kernels (their branches apart) and of all the `rest`."""
+    sizes = {"packed": 0, "rest": 0}
+    for node in jax.tree.leaves(params, is_leaf=_is_packed):
+        if _is_packed(node):
+            sizes["packed"] += node.nbytes
+        for leaf in jax.tree.leaves(node.branch) if _is_packed(node) else [node]:
+            sizes["rest"] += leaf.size * leaf.dtype.itemsize
+    return sizes
