@@ -6,7 +6,10 @@
         --size=704x1280 --chunks=48 --text_dtype=bfloat16
     longlive train --config=configs/ar_5b.py:64s --workdir=runs/ar_5b --out=checkpoints/ar_5b
 
-The argument is the clips' length; the mesh in each is for 32 GPUs (64s, 32s) or 8 (16s), and
+The argument is the clips' length; with `nvfp4` beside it (`:64s,nvfp4`) the linears of the blocks
+are trained in NVFP4, forward and backward, with float32 masters (paper, section 2.2): by the chip's
+own products on Blackwell, elsewhere the same numbers through bfloat16 ones, which costs time. The
+mesh in each is for 32 GPUs (64s, 32s) or 8 (16s), and
 `longlive plan --config=configs/ar_5b.py:64s --chip=gb200 --mesh=data=8,sp=4` says what a device
 would need, before one is rented: 141 GiB for 64s, which a GB200 has and an H200 has not. On H200s
 64s takes `--config.mesh.data=4 --config.mesh.sp=8 --config.batch=4
@@ -23,14 +26,15 @@ Cost and result: not measured, no GPU has run it. The same trainer made the smal
 
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("16s", "32s", "64s")
+ARGUMENTS = ("16s", "32s", "64s", "nvfp4")
 MESHES = {"16s": dict(data=2, sp=4), "32s": dict(data=8, sp=4), "64s": dict(data=8, sp=4)}
 CHUNKS = {"16s": 12, "32s": 24, "64s": 48}
 
 
 def get_config(arg: str = "64s") -> ConfigDict:
     """Teacher forcing of the whole history, one prompt a chunk."""
-    length = arg or "64s"
+    words = arg.split(",")
+    length = next((word for word in words if word in MESHES), "64s")
     mesh = MESHES[length]
     return ConfigDict(
         dict(
@@ -40,6 +44,7 @@ def get_config(arg: str = "64s") -> ConfigDict:
             batch=mesh["data"],
             mesh=mesh,
             dtype="bfloat16",
+            quant=dict(policy="nvfp4_train" if "nvfp4" in words else "none"),
             remat=True,
             ffn_parts=8,
             save_dtype="bfloat16",

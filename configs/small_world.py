@@ -7,7 +7,8 @@ One stage of the recipe after the other, into the same checkpoint:
     longlive train --config=configs/small_world.py:ar --workdir=runs/ar --out=runs/small_world
     longlive evaluate --config=configs/small_world.py:evaluate --checkpoint=runs/small_world
 
-or all four by launch/small_world.sh.
+or all four by launch/small_world.sh. With `--config.quant.policy=nvfp4_train` the linears of the
+DiT's blocks are trained in NVFP4, forward and backward (paper, section 2.2).
 
 Cost on two CPU cores that other work shared (curves in docs/): vae 55 minutes (32 of them since its
 last restart, which shortened the clips from 17 to 9 frames after step 1600; 2026-11-20), text 2
@@ -32,21 +33,43 @@ of its own but for minute-long videos, where it stands on the line. See the READ
 
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("sample", "evaluate", "vae", "text", "ar")
+ARGUMENTS = ("sample", "nvfp4", "evaluate", "formats", "vae", "text", "ar")
 
 
 def get_config(arg: str = "sample") -> ConfigDict:
-    """Sampling from the built-in checkpoint, or one stage of the recipe that made it."""
-    parts = {"sample": _sample, "evaluate": _evaluate, "vae": _vae, "text": _text, "ar": _ar}
-    return ConfigDict(parts[arg or "sample"]())
+    """Sampling from the built-in checkpoint (`nvfp4`: packed as it is loaded, and so is its cache),
+    or one stage of the recipe that made it, or what is measured of it (`formats`: after
+    launch/formats.sh has trained what it compares)."""
+    parts = {"sample": _sample, "nvfp4": _nvfp4, "evaluate": _evaluate, "formats": _formats}
+    stages = {"vae": _vae, "text": _text, "ar": _ar}
+    return ConfigDict((parts | stages)[arg or "sample"]())
 
 
 def _sample() -> dict:
     return dict(checkpoint="longlive_jax/assets/small_world", sample={})
 
 
+def _nvfp4() -> dict:
+    return _sample() | dict(sample=dict(quant=dict(policy="nvfp4"), kv="nvfp4"))
+
+
 def _evaluate() -> dict:
     return dict(evaluate=dict(batch=8, sample=dict(steps=32), fewer_steps=(4, 2)))
+
+
+def _formats() -> dict:
+    weights = {
+        "bf16": dict(checkpoint="runs/formats/bf16"),
+        "packed afterwards": dict(checkpoint="runs/formats/bf16", quant=dict(policy="nvfp4")),
+        "trained in NVFP4": dict(checkpoint="runs/formats/nvfp4", quant=dict(policy="nvfp4")),
+    }
+    rows = [
+        dict(name=f"{name}, {cache} cache", kv="nvfp4" if cache == "NVFP4" else "model", **chosen)
+        for name, chosen in weights.items()
+        for cache in ("bf16", "NVFP4")
+    ]
+    few = dict(dtype="bfloat16", steps=4, solver="unipc")
+    return dict(evaluate=dict(batch=16, sample=few, compared=rows))
 
 
 def _vae() -> dict:
@@ -105,6 +128,7 @@ def _ar() -> dict:
         stage="ar",
         save_dtype="float16",
         dtype="bfloat16",
+        quant=dict(policy="none"),
         unroll=4,
         gate=0.5,
         solver="sde",

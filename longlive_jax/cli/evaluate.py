@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("evaluate", __doc__ or "")
     parser.add_argument("--checkpoint", help="default: the built-in one")
     parser.add_argument("--out", default="out/evaluation", help="folder of the report")
-    parser.add_argument("--parts", default="", help="ceilings,steps,long,sinks,compared; default: all")
+    parser.add_argument("--parts", default="", help="of ceilings,steps,long,sinks,compared")
     args = parser.parse_args(rest)
     settings = config.to_dict()
     reject_unknown(settings, ("evaluate",), "config")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from longlive_jax.evals.report import (
     chart,
     is_done,
@@ -26,6 +28,7 @@ from longlive_jax.evals.small_world import (
 )
 from longlive_jax.io.checkpoint import read_manifest
 from longlive_jax.io.models import load_model
+from longlive_jax.quant.packed import resident_bytes
 from longlive_jax.sampling.pipeline import LOADED_WITH, Pipeline
 from longlive_jax.sampling.settings import SampleSpec, Solver, spec_for
 from longlive_jax.spec import UserError, nearest
@@ -161,7 +164,9 @@ class Workshop:
             again = Reconstruction(load_model(self.checkpoint, "vae"))
             result, example = measure(again, case.footage, batch=batch, tick=tick)
             return {**result, **again.fidelity()}, example
-        return measure(Sampled(self._pipe(case)), case.footage, batch=batch, tick=tick)
+        pipe = self._pipe(case)
+        result, example = measure(Sampled(pipe), case.footage, batch=batch, tick=tick)
+        return {**result, "bytes": _resident(pipe)}, example
 
     def _pipe(self, case: Case) -> Pipeline:
         """A pipeline with the case's settings; one is kept, for cases that load the same."""
@@ -172,6 +177,12 @@ class Workshop:
             self._loaded = None  # one set of weights in memory at a time
             self._loaded = key, Pipeline.from_checkpoint(folder, **self._sample | loading)
         return self._loaded[1].with_settings(**changes)
+
+
+def _resident(pipe: Pipeline) -> dict[str, int]:
+    """Bytes of the DiT, and of a video's keys and values (with guidance both halves)."""
+    cache = jax.eval_shape(lambda: pipe.cache(1, pipe.spec.size))
+    return {"dit": sum(resident_bytes(pipe.params).values()), "cache": cache.nbytes}
 
 
 def weights_of(checkpoint: Path) -> str:

@@ -96,9 +96,10 @@ def markdown(report: Mapping[str, Any]) -> str:
             ["case", *(f"{k} of {w}" for w in ("first shot", "later shots") for k in _KEPT)],
             [[n, *_returns(c)] for n, c in cases.items()],
         ),
-        "## Times",
+        "## Times and memory",
+        "Of the DiT's parameters, and of the keys and values of one video's window.",
         _table(
-            ["case", "seconds of video", "first batch, s", "all, s", "frames/s", "judge, s"],
+            ["case", *_COSTS],
             [[n, *_times(c)] for n, c in cases.items()],
         ),
     ]
@@ -130,6 +131,9 @@ def _bars(report: Mapping[str, Any]) -> str:
 
 
 _KEPT = ("mark", "size")
+_COSTS = (
+    "seconds of video", "first batch, s", "all, s", "frames/s", "judge, s", "DiT, MB", "cache, MB",
+)  # fmt: skip
 
 
 def _about(about: Mapping[str, Any]) -> str:
@@ -172,7 +176,10 @@ def _returns(case: Mapping[str, Any]) -> list[str]:
 def _times(case: Mapping[str, Any]) -> list[str]:
     times = case["times"]
     keys = ("video_seconds", "first_batch", "all_batches", "frames_per_second", "judging")
-    return ["–" if times[key] is None else f"{times[key]:g}" for key in keys]
+    seconds = ["–" if times[key] is None else f"{times[key]:g}" for key in keys]
+    held = case.get("bytes", {})
+    sizes = [f"{held[key] / 1e6:.2f}" if key in held else "–" for key in ("dit", "cache")]
+    return [*seconds, *sizes]
 
 
 def _number(value: float) -> str:

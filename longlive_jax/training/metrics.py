@@ -3,6 +3,8 @@
 import json
 import math
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
@@ -66,12 +68,16 @@ def peak_gib() -> dict[str, float]:
     return {"peak_gib": max(known) / 2**30} if known else {}
 
 
-def plot_curves(records: list[dict], path: pathlib.Path) -> None:
-    """Draws every logged number over the steps, one panel each, to a PNG."""
+def plot_curves(runs: Mapping[str, list[dict]], path: pathlib.Path) -> None:
+    """Draws every logged number of the runs over the steps, one panel each, to a PNG.
+
+    `runs` are records by the name that a legend gives them; of one run there is none.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = sorted({k for r in records for k in r} - {"step", "bad_steps"})
+    found = {k for records in runs.values() for r in records for k in r}
+    names = sorted(found - {"step", "bad_steps"})
     if not names:
         return
     columns = min(3, len(names))
@@ -80,12 +86,24 @@ def plot_curves(records: list[dict], path: pathlib.Path) -> None:
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, name in zip(panels, names, strict=False):
-        points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
-        panel.plot(*zip(*points, strict=True), lw=1.2)
-        panel.set_title(name, fontsize=9)
-        panel.tick_params(labelsize=7)
-        if points and min(y for _, y in points) > 0 and ("loss" in name or name == "grad_norm"):
-            panel.set_yscale("log")
+        _draw(panel, name, runs)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
+    if len(runs) > 1:
+        handles = panels[0].get_lines()
+        figure.legend(handles, list(runs), loc="outside upper center", ncols=len(runs), fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def _draw(panel: Any, name: str, runs: Mapping[str, list[dict]]) -> None:
+    """One number of every run."""
+    lowest = math.inf
+    for records in runs.values():
+        points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        panel.plot(steps, values, lw=1.2)
+        lowest = min((lowest, *values))
+    panel.set_title(name, fontsize=9)
+    panel.tick_params(labelsize=7)
+    if 0 < lowest < math.inf and ("loss" in name or name == "grad_norm"):
+        panel.set_yscale("log")

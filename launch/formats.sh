@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# What NVFP4 costs the built-in model, in one table: ./launch/formats.sh [STEPS]   (default: 1000)
+# Trains the built-in DiT on, once in bf16 and once in NVFP4 with the same data and seeds, then
+# judges both, and the first one packed afterwards, each with a bf16 and an NVFP4 cache, into
+# runs/formats. A run that was stopped goes on where it was when the same command is given again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+steps=${1:-1000}
+. launch/setup.sh
+setup
+formats=runs/formats
+train() { # NAME POLICY
+    mkdir -p "$formats"
+    [ -d "$formats/$1" ] || cp -r longlive_jax/assets/small_world "$formats/$1"
+    .venv/bin/longlive train --config=configs/small_world.py:ar --config.start=checkpoint \
+        --config.loop.steps="$steps" --config.loop.seed=2 --config.optim.lr=0.005 \
+        --config.quant.policy="$2" --workdir="$formats/$1.run" --out="$formats/$1"
+}
+train bf16 none
+mkdir -p "$formats/nvfp4.run" # both runs see the same encoded videos
+ln -f "$formats/bf16.run/corpus.npz" "$formats/nvfp4.run/corpus.npz"
+train nvfp4 nvfp4_train
+.venv/bin/longlive curves bf16="$formats/bf16.run" nvfp4="$formats/nvfp4.run" \
+    --out="$formats/curves.png"
+.venv/bin/longlive evaluate --config=configs/small_world.py:formats --parts=compared \
+    --checkpoint="$formats/bf16" --out="$formats/report"
