@@ -1,0 +1,165 @@
+"""`longlive kernels check`: its rows, what it calls a failure, and where its words come from."""
+
+import ast
+import json
+
+import pytest
+
+from longlive_jax.bench import deviceless, kernels
+from longlive_jax.cli.app import run
+from longlive_jax.cli.kernels import state
+from longlive_jax.spec import UserError
+from pallas_kernels.catalog import catalog
+
+GOOD = {
+    "architecture": "sm_100a",
+    "registers": 48,
+    "spilled_bytes": 0,
+    "shared_bytes": 1024,
+    "tensor_columns": 0,
+    "tensor_core": {},
+    "instructions": {"F2FP.F16.E2M1.UNPACK_B": 16},
+}
+NAME = "nvfp4_dequantize"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Puts words into the compiler's mouth: a kernel's report, or why there is none."""
+    monkeypatch.setattr(deviceless, "refusal", lambda: None)
+
+    def says(found, *, passes=True):
+        answer = found if "failure" in found else {"compiled": [found]}
+        monkeypatch.setattr(kernels, "_compiled", lambda target, names, tick: {NAME: answer})
+        monkeypatch.setattr(kernels, "_interpreted", lambda names, tick: {NAME: passes})
+
+    return says
+
+
+def check(capsys, *options: str) -> tuple[int, dict]:
+    code = run(["kernels", "check", "--chip=sm_100a", f"--kernel={NAME}", "--json", *options])
+    (row,) = json.loads(capsys.readouterr().out)
+    return code, row
+
+
+def test_a_good_kernel(compiled, capsys):
+    compiled(GOOD)
+    code, row = check(capsys)
+    assert code == 0 and row == {
+        "kernel": NAME,
+        "chip": "sm_100a",
+        "instructions": GOOD["instructions"],
+        "spill_bytes": 0,
+        "registers": 48,
+        "smem_bytes": 1024,
+        "tensor_columns": 0,
+        "interpreted": True,
+        "compiled": True,
+        "executed_on": None,
+        "failures": [],
+    }
+    assert check(capsys, "--no-interpret")[1]["interpreted"] is None
+    assert run(["kernels", "check", "--chip=sm_100a", f"--kernel={NAME}"]) == 0
+    assert "interpreted," in capsys.readouterr().out
+    assert state(row) == "interpreted, compiled for sm_100a"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"failure": "ValueError: no"}, "ValueError: no"),
+        ({"spilled_bytes": 24}, "24 bytes of registers spill"),
+        ({"instructions": {}}, "the instructions it is written for are missing"),
+        ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
+        ({"tensor_columns": 513}, "513 columns of tensor memory"),
+        ({"architecture": "sm_90a"}, "compiled for sm_90a"),
+    ],
+)
+def test_what_is_wrong_is_said_and_fails(compiled, capsys, change, message):
+    compiled(change if "failure" in change else GOOD | change)
+    code, row = check(capsys)
+    assert code == 1 and row["failures"] == [message]
+
+
+def test_wrong_numbers_fail(compiled, capsys):
+    compiled(GOOD, passes=False)
+    code, row = check(capsys)
+    assert code == 1 and row["failures"] == ["its test in the interpreter fails"]
+    assert row["interpreted"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["check", "--chip=sm_100"], "--chip: 'sm_100'; choose sm_100a or sm_90a"),
+        (["chekc", "--chip=sm_100a"], "unknown command 'chekc'"),
+        (
+            ["check", "--chip=sm_90a", "--kernel=nvfp4_matmul"],
+            "no kernel 'nvfp4_matmul' for sm_90a",
+        ),
+        (["check", "--chip=sm_100a", "--kernel=nvfp4_matmull"], "nvfp4_matmul"),
+    ],
+)
+def test_bad_input(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(deviceless, "refusal", lambda: None)
+    assert run(["kernels", *options]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) >= 1 and message in said[-1]
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(deviceless, "tool", lambda name: None)
+    with pytest.raises(UserError, match=r"no ptxas: install .*\[plan\]"):
+        kernels.check("sm_100a")
+    monkeypatch.setattr(deviceless, "tool", lambda name: "/somewhere")
+    monkeypatch.setattr(deviceless, "PLUGIN", deviceless.PLUGIN / "nowhere")
+    monkeypatch.setattr(deviceless, "_installed", lambda: False)
+    assert (
+        deviceless.refusal() == "no CUDA plugin of JAX: `pip install -e '.[plan]'` (no GPU needed)"
+    )
+
+
+def test_interpreted_is_what_the_tests_say(monkeypatch):
+    tests = kernels.INTERPRETED_BY
+    passed, failed = tests["nvfp4_quantize"], tests["nvfp4_dequantize"]
+    lines = ["collecting", f"{failed} FAILED  [50%]", f"{passed} PASSED [100%]", "=== 1 failed"]
+    monkeypatch.setattr(kernels, "_lines", lambda command, folder: iter(lines))
+    names = ["nvfp4_quantize", "nvfp4_dequantize", "nvfp4_matmul_2cta"]
+    found = kernels._interpreted(names, lambda done, total: None)
+    assert found == dict(zip(names, (True, False, False), strict=True))
+    monkeypatch.setattr(kernels, "ROOT", kernels.ROOT / "nowhere")
+    assert kernels._interpreted(names, lambda done, total: None) == dict.fromkeys(names)
+
+
+def test_every_test_that_is_named_is_there():
+    assert kernels.INTERPRETED_BY.keys() <= catalog().keys()
+    for node in set(kernels.INTERPRETED_BY.values()):
+        file, _, name = node.partition("::")
+        function, _, case = name.removesuffix("]").partition("[")
+        text = (kernels.ROOT / file).read_text()
+        functions = [x.name for x in ast.walk(ast.parse(text)) if isinstance(x, ast.FunctionDef)]
+        assert function in functions, node
+        assert not case or f'"{case.rpartition("-")[0] or case}"' in text, node
+
+
+def test_what_ran_is_on_record(tmp_path):
+    assert kernels.executed_on(NAME, "sm_100a", tmp_path) is None
+    rows = [{"kernel": NAME, "chip": "sm_100a", "executed_on": "NVIDIA GB200"}]
+    (tmp_path / "kernels_gb200.json").write_text(json.dumps(rows))
+    assert kernels.executed_on(NAME, "sm_100a", tmp_path) == "NVIDIA GB200"
+    assert kernels.executed_on(NAME, "sm_90a", tmp_path) is None
+
+
+@pytest.mark.skipif(deviceless.refusal() is not None, reason=f"{deviceless.refusal()}")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["nvfp4_quantize_static", "nvfp4_dequantize_slots"],
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
+def test_nvfp4_kernels_compile_onto_hardware_conversions_without_spills(names):
+    for row in kernels.check("sm_100a", names, interpret=False):
+        assert row["failures"] == [] and row["compiled"], row
+        if row["kernel"].startswith(("nvfp4_quantize", "nvfp4_dequantize")):
+            assert sum(n for name, n in row["instructions"].items() if ".E2M1." in name) >= 8, row
