@@ -100,7 +100,7 @@ def remember_chunk(
     twice = _same if guidance is None else doubled
     cut, offset = twice(request.cut), twice(request.offset)
     cache = cache.opened(cut)
-    _, kv = dit(
+    _, packed = dit(
         twice(latents),
         jnp.zeros((cache.count.shape[0], latents.shape[1])),
         request.text,
@@ -108,10 +108,10 @@ def remember_chunk(
         cache,
         attend=attend,
         output=False,
+        store=cache.pack,
         relative_rope=cache.policy.relative_rope,
     )
-    assert kv is not None
-    return cache.write(*kv, cut=cut, offset=offset)
+    return cache.put(packed, cut=cut, offset=offset)
 
 
 def chunk_noise(

@@ -68,11 +68,12 @@ class Sampler:
     """The jitted drivers of one DiT structure; parameters are arguments.
 
     Every method compiles once: for all chunks, prompts, cuts, seeds, and with or without a given
-    first frame. Caches passed in are donated and must not be used again.
+    first frame. Caches passed in are donated and must not be used again. `dit` makes the module
+    of parameters.
     """
 
     def __init__(self, graphdef: nnx.GraphDef[DiT], *, attend: AttentionFn = attention):
-        self._dit = functools.partial(with_params, graphdef)
+        self.dit = functools.partial(with_params, graphdef)
         self._attend = attend
         self.step = jax.jit(self._step, donate_argnums=1)
         self.remember = jax.jit(self._remember, donate_argnums=1)
@@ -104,7 +105,7 @@ class Sampler:
     def _step(self, params: Params, cache: KVCache, setting: Setting, order: Order):
         request = self._request(cache, setting, order)
         return sample_chunk(
-            self._dit(params), cache, request, setting.solver,
+            self.dit(params), cache, request, setting.solver,
             guidance=setting.guidance, attend=self._attend,
         )  # fmt: skip
 
@@ -128,13 +129,13 @@ class Sampler:
         """The cache after a given chunk of latents, of the video to be continued."""
         request = self._request(cache, setting, order)
         return remember_chunk(
-            self._dit(params), cache, latents, request,
+            self.dit(params), cache, latents, request,
             guidance=setting.guidance, attend=self._attend,
         )  # fmt: skip
 
     def _text(self, params: Params, embedding: Float[Array, "b t e"]) -> TextKV:
         """Keys and values of prompts, one a sample, for `Order.text` or as a bank."""
-        return self._dit(params).text_kv(embedding[:, None])
+        return self.dit(params).text_kv(embedding[:, None])
 
     def _request(self, cache: KVCache, setting: Setting, order: Order) -> Request:
         batch, *space = setting.first.shape

@@ -33,18 +33,27 @@ from longlive_jax.models.umt5.tokenizer import Tokenizer
 from longlive_jax.models.vae import VAE
 from longlive_jax.models.wan import DiT, TextKV
 from longlive_jax.models.wan.cache import KVCache, empty_cache
+from longlive_jax.models.wan.packed_cache import Packed
+from longlive_jax.quant.packed import served
 from longlive_jax.sampling.decode import Codec
 from longlive_jax.sampling.drivers import Order, Sampler, Setting
 from longlive_jax.sampling.plan import Plan, plan
+from longlive_jax.sampling.precision import load_dit
 from longlive_jax.sampling.script import ShotScript, check_size
 from longlive_jax.sampling.settings import SampleSpec, precision, spec_for
 from longlive_jax.sampling.stream import Stream
 from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.attention import AttentionFn, attention
+from pallas_kernels.attention.packed import which_packed
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.nvfp4 import NVFP4
 
 KEPT_PROMPTS = 24
 """Prompts whose keys and values stay at hand; the least recently used goes first."""
+
+LOADED_WITH = frozenset({"dtype", "vae_dtype", "vae_device", "quant"})
+"""Settings that the weights are loaded with; they stay."""
 
 type Scripts = ShotScript | Sequence[ShotScript]
 
@@ -87,9 +96,8 @@ class Pipeline:
         spec = spec_for(folder, settings)
         dtype, vae_dtype = precision(spec.dtype), precision(spec.vae_dtype)
         tokenizer = Tokenizer(Path(folder) / TOKENIZER)
-        dit, umt5 = (
-            load_model(folder, name, param_dtype=dtype, dtype=dtype) for name in ("dit", "umt5")
-        )
+        dit = load_dit(folder, spec.quant, param_dtype=dtype, dtype=dtype)
+        umt5 = load_model(folder, "umt5", param_dtype=dtype, dtype=dtype)
         vae = load_model(folder, "vae", param_dtype=vae_dtype, dtype=vae_dtype)
         return cls(dit, vae, umt5, tokenizer, spec)
 
@@ -98,11 +106,15 @@ class Pipeline:
 
         Precision and the VAE's device are what the weights were loaded with, and stay.
         """
-        if fixed := {"dtype", "vae_dtype", "vae_device"} & set(changes):
+        if fixed := LOADED_WITH & set(changes):
             raise UserError(f"{', '.join(sorted(fixed))} cannot change after loading; load again")
         other = copy.copy(self)
         other.spec = build(SampleSpec, dataclasses.asdict(self.spec) | changes, path="sample")
         return other
+
+    def served(self) -> tuple[str, ...]:
+        """One line for each kind of packed matrix of the DiT, and what multiplies it."""
+        return served(self.params)
 
     def sample(self, scripts: Scripts, **options: Any) -> UInt8[np.ndarray, "b f h w 3"]:
         """All frames of one script or a batch of them; `options` as in `stream`.
@@ -207,6 +219,35 @@ class Pipeline:
         shape = (self.spec.chunk, rows, columns)
         return empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
 
+    def cache_notes(self, batch: int, size: tuple[int, int]) -> tuple[str, ...]:
+        """What a packed cache takes and what reads it; nothing if it is not packed.
+
+        Raises UserError for a model whose heads cannot be packed and for a kernel not to be had.
+        """
+        form = self.spec.policy.format
+        if not form.packed:
+            return ()
+        cache = jax.eval_shape(lambda: self.cache(batch, size))
+        if form.reader == "mosaic":
+            self._check_reader(batch, size)
+        reader = {"auto": "unpacked a layer at a time", "mosaic": "read by the kernel"}[form.reader]
+        bf16 = cache.nbytes * cache.compression
+        return (
+            f"keys and values of the window are NVFP4 ({form.smoothing}), {reader}: "
+            f"{cache.nbytes / 1e6:.2f} MB, {cache.compression:.2f} times less than the "
+            f"{bf16 / 1e6:.2f} MB of bfloat16",
+        )
+
+    def _check_reader(self, batch: int, size: tuple[int, int]) -> None:
+        keys, offset = jax.eval_shape(lambda: _keys(self.cache(batch, size)))
+        try:
+            which_packed(
+                jax.ShapeDtypeStruct((batch, 1, *keys.shape[-2:]), self.cfg.dtype),
+                keys, offset, implementation="mosaic",
+            )  # fmt: skip
+        except Unsupported as why:
+            raise UserError(f"kv_reader=mosaic: {why}") from why
+
     def setting(self, scripts: Sequence[ShotScript], size: tuple[int, int]) -> Setting:
         """Solver, seeds, guidance and given first frames of a batch."""
         spec, ratio = self.spec, self.codec.cfg.spatial_ratio
@@ -259,6 +300,11 @@ class Pipeline:
         ratio, chunk = self.codec.cfg.temporal_ratio, self.spec.chunk
         chunks = (frames - 1 + ratio) // (ratio * chunk)
         return self.codec.cfg.raw_frames(chunks * chunk) if chunks else 0
+
+
+def _keys(cache: KVCache) -> tuple[NVFP4, Array | None]:
+    assert isinstance(cache.k, Packed)
+    return cache.k.array, cache.k.offset
 
 
 def _listed(scripts: Scripts) -> list[ShotScript]:

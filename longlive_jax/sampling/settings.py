@@ -9,6 +9,8 @@ import jax
 
 from longlive_jax.io.checkpoint import CheckpointWriter, read_manifest
 from longlive_jax.models.wan.cache import CachePolicy
+from longlive_jax.models.wan.packed_cache import KVFormat, Reader, Smoothing, Storage
+from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.sampling.script import CUT_PREFIX, check_size
 from longlive_jax.spec import UserError, build
 
@@ -37,11 +39,17 @@ class SampleSpec:
       rope_offset: latent frames added to temporal positions at every cut.
       clean_recache: at a cut, only the global sinks are kept.
       relative_rope: temporal positions are counted from the start of the window.
+      kv: how the window's keys and values are stored: in the model's dtype, or in NVFP4 at 4.5 bits
+        a number.
+      kv_smoothing: of NVFP4 keys; "reference" is what LongLive 2.0 ships, see `packed_cache`.
+      kv_reader: of NVFP4 keys and values: "auto" unpacks them a layer at a time, "mosaic" is a
+        kernel that reads them packed, for Blackwell.
       cut_prefix: opens the prompt of the first chunk of a new shot.
       ahead: chunks computed ahead of the one a stream hands out. Prompts and cuts given to a stream
         take effect that many chunks later; 0 reacts at once and overlaps nothing.
       dtype: of DiT and text encoder; "auto" is bfloat16 on accelerators and float32 on CPUs.
       vae_dtype: of the VAE.
+      quant: of the DiT's matrices; policy "none" takes them as the checkpoint has them.
       vae_device: index of a device of its own for the VAE, if there is more than one.
     """
 
@@ -59,11 +67,15 @@ class SampleSpec:
     rope_offset: int = 8
     clean_recache: bool = False
     relative_rope: bool = False
+    kv: Storage = "model"
+    kv_smoothing: Smoothing = KVFormat().smoothing
+    kv_reader: Reader = KVFormat().reader
     cut_prefix: str = CUT_PREFIX
     ahead: int = 1
     dtype: Precision = "auto"
     vae_dtype: Precision = "auto"
     vae_device: int | None = None
+    quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
 
     def __post_init__(self) -> None:
         check_size(*self.size)
@@ -87,6 +99,7 @@ class SampleSpec:
             shot_sinks=self.shot_sinks,
             clean_recache=self.clean_recache,
             relative_rope=self.relative_rope,
+            format=KVFormat(self.kv, smoothing=self.kv_smoothing, reader=self.kv_reader),
         )
 
 

@@ -65,7 +65,7 @@ class Stream(Iterator[UInt8[np.ndarray, "b f h w 3"]]):
 
     Attributes:
       plan: what the scripts ask for.
-      notes: remarks for the user: rounded durations, prompts that were cut off.
+      notes: remarks for the user: rounded durations, prompts that were cut off, a packed cache.
       made: chunks handed out so far.
       latents: of the chunk handed out last, float32 [b, f, h, w, c], on the device.
     """
@@ -90,6 +90,7 @@ class Stream(Iterator[UInt8[np.ndarray, "b f h w 3"]]):
         ]
         self._video = video
         self._size = pipe.size_of(self._scripts)
+        self.notes += pipe.cache_notes(len(self._scripts), self._size)
         if video is not None:
             self.notes += pipe.check_video(video, self._scripts, self._size)
         self._negative = pipe.negative_prompts(self._scripts)

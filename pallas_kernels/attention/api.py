@@ -115,7 +115,12 @@ def which(
     return implementation
 
 
-def check(q: Array, k: Array, q_tokens: Tokens | None, k_tokens: Tokens | None) -> None:
+def check(
+    q: Array | jax.ShapeDtypeStruct,
+    k: Array | jax.ShapeDtypeStruct,
+    q_tokens: Tokens | None,
+    k_tokens: Tokens | None,
+) -> None:
     """Raises ValueError for tokens that do not fit the arrays."""
     if (q_tokens is None) != (k_tokens is None):
         raise ValueError("give tokens for queries and keys, or for neither")

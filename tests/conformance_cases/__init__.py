@@ -9,7 +9,19 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conformance_cases import dit, facts, recycling, sampling, tables, text, training, vae
+from conformance_cases import (
+    dit,
+    facts,
+    kvquant,
+    lora,
+    nvfp4,
+    recycling,
+    sampling,
+    tables,
+    text,
+    training,
+    vae,
+)
 from conformance_cases.golden import Golden
 from conformance_cases.rows import Case, later
 
@@ -19,8 +31,11 @@ KINDS: dict[str, Callable[[Golden], Sequence[Case]]] = {
     "dit_teacher_forcing": dit.teacher_forcing,
     "error_buffer": recycling.error_buffer,
     "flow_schedulers": tables.flow_schedulers,
+    "lora": lora.adapted,
+    "nvfp4_quantize": nvfp4.quantized,
+    "rht": nvfp4.rotated,
     "sampling_i2v": sampling.videos,
-    "sampling_kvquant": sampling.quantised_cache,
+    "sampling_kvquant": kvquant.quantised_cache,
     "sampling_multishot": sampling.videos,
     "teacher_forcing_masks": tables.masks,
     "umt5_encoder": text.umt5_encoder,

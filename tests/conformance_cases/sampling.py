@@ -19,12 +19,12 @@ from conformance_cases.rows import (
     compared,
     differing,
     distance,
-    later,
     relative,
 )
 from longlive_jax import layout
 from longlive_jax.diffusion import solvers
 from longlive_jax.models.wan.cache import CachePolicy, KVCache, empty_cache
+from longlive_jax.models.wan.packed_cache import KVFormat
 from longlive_jax.sampling.drivers import Order, Sampler, Setting, stack_orders
 
 CACHE_KEY = re.compile(r"([kv])_cache_layer(\d+)")
@@ -47,17 +47,12 @@ def videos(golden: Golden) -> Sequence[Case]:
     return [case for entry in golden.meta["cases"] for case in studio.cases(entry)]
 
 
-def quantised_cache(golden: Golden) -> Sequence[Case]:
-    """The run without quantisation, which the file has beside the quantised one."""
-    entry = {"name": "unquantized", "inference": golden.meta["inference"]}
-    return [*Studio(golden).cases(entry), later("kvquant")]
-
-
 class Studio:
     """What the cases of a file share: model, prompts and noise."""
 
-    def __init__(self, golden: Golden):
+    def __init__(self, golden: Golden, form: KVFormat | None = None):
         self.golden, self.model = golden, golden.dit
+        self.form = KVFormat() if form is None else form
         self.chunk = golden.meta["num_frame_per_block"]
         self.noise = golden.frames("noise", 2)
         self.order: list[str] = golden.meta["prompt_order"]
@@ -71,7 +66,7 @@ class Studio:
 
     def cases(self, entry: Mapping[str, Any]) -> list[Case]:
         name, golden = entry["name"], self.golden
-        video = functools.cache(lambda: self._video(entry))
+        video = functools.cache(lambda: self.video(entry))
 
         def cached(key: str) -> float:
             return _matched(video()[1], key, golden[f"{name}/{key}"])[0]
@@ -93,7 +88,7 @@ class Studio:
             cases.append(compared(flow, CLOSE, lambda: self._first_chunk(entry), want))
         return cases
 
-    def _video(self, entry: Mapping[str, Any]) -> tuple[jax.Array, KVCache]:
+    def video(self, entry: Mapping[str, Any]) -> tuple[jax.Array, KVCache]:
         """Latents of the video, and the cache after it."""
         options, prompts = entry["inference"], self._prompts(entry)
         scale = options.get("guidance_scale", 1.0)
@@ -116,11 +111,12 @@ class Studio:
         )
         size = (self.chunk, height // 2, width // 2)
         samples = batch if scale == 1 else 2 * batch
-        cache = empty_cache(self.model.config, samples, size, self._policy(options, len(prompts)))
-        orders = self._orders(prompts, options, guided=scale != 1)
+        cache = empty_cache(self.model.config, samples, size, self.policy(options, len(prompts)))
+        orders = self.orders(prompts, options, guided=scale != 1)
         return self.sampler.sample(self.model.params, cache, setting, orders, self.bank)
 
-    def _policy(self, options: Mapping[str, Any], chunks: int) -> CachePolicy:
+    def policy(self, options: Mapping[str, Any], chunks: int) -> CachePolicy:
+        """What the cache keeps by these options."""
         unknown = sorted(key for key in set(options) - OPTIONS if options[key])
         if unknown:
             raise NotThere(f"options {unknown}")
@@ -137,6 +133,7 @@ class Studio:
             shot_sinks=bool(options.get("multi_shot_sink")) and sinks > 0,
             clean_recache=bool(options.get("shot_clean_recache")),
             relative_rope=bool(options.get("use_relative_rope")),
+            format=self.form,
         )
 
     def _prompts(self, entry: Mapping[str, Any]) -> list[str]:
@@ -154,7 +151,10 @@ class Studio:
         (left,) = set(self.order) - used
         return left
 
-    def _orders(self, prompts: Sequence[str], options: Mapping[str, Any], *, guided: bool) -> Order:
+    def orders(
+        self, prompts: Sequence[str], options: Mapping[str, Any], *, guided: bool = False
+    ) -> Order:
+        """The orders of all chunks, stacked."""
         phase, prefix = (
             options.get("multi_shot_rope_offset", 0),
             self.golden.meta["scene_cut_prefix"],

@@ -17,12 +17,37 @@ KV = tuple[Array, Array]
 """Keys and values of one layer, each `[b, l, n, d]`."""
 
 
+class Past(Protocol):
+    """Cached keys and values of one layer: a pytree."""
+
+    def attend(self, q: Array, own: KV, seen: "Seen", attend: AttentionFn, /) -> Array:
+        """Attention `[b, l, n, d]` of rotated queries to `own` keys and, after them, cached ones.
+
+        `own` keys are as `SelfAttention.remember` gives them.
+        """
+
+
+@flax.struct.dataclass
+class ArrayPast:
+    """Cached keys and values as arrays."""
+
+    k: Float[Array, "b slots m n d"]
+    v: Float[Array, "b slots m n d"]
+
+    def attend(self, q: Array, own: KV, seen: "Seen", attend: AttentionFn) -> Array:
+        """See `Past`."""
+        past = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (self.k, self.v))
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
+        return attend(q, seen.turned(k), v, seen.q_tokens, seen.k_tokens)
+
+
 @runtime_checkable
 class Cache(Protocol):
     """What the model reads of a key-value cache; see `models.wan.cache`."""
 
-    k: Float[Array, "layers b slots m n d"]
-    v: Float[Array, "layers b slots m n d"]
+    @property
+    def past(self) -> Past:
+        """Keys and values of all layers; every leaf begins with an axis of layers."""
 
     def tokens(self, queries: Tokens, /) -> Tokens:
         """What the cached keys are, `[b, slots * m]` in slot order, for a chunk of these tokens."""
@@ -39,6 +64,26 @@ class TextKV:
     k: Float[Array, "layers b s t n d"]
     v: Float[Array, "layers b s t n d"]
     streams: int = flax.struct.field(pytree_node=False, default=1)
+
+    @property
+    def segments(self) -> int:
+        """`s`."""
+        return self.k.shape[2]
+
+
+@flax.struct.dataclass
+class TextRows:
+    """The prompts of a `TextKV` before that, as `DiT.text_rows` embeds them: every layer makes its
+    own keys and values. For training, where those of all layers would be kept for the gradient.
+    """
+
+    rows: Float[Array, "b s t e"]
+    streams: int = flax.struct.field(pytree_node=False, default=1)
+
+    @property
+    def segments(self) -> int:
+        """`s`."""
+        return self.rows.shape[1]
 
 
 class Attention(nnx.Module):
@@ -79,21 +124,25 @@ class Seen:
     """Of the keys to be rotated: own ones only if the cache holds rotated keys."""
     relative: bool = flax.struct.field(pytree_node=False, default=False)
 
+    def turned(self, k: Array) -> Array:
+        """All keys, rotated if they are not yet."""
+        return rotate(k, self.k_rotation) if self.relative else k
+
 
 class SelfAttention(Attention):
     """Attention over own keys and, after them, cached ones."""
 
     def __call__(
-        self, x: Float[Array, "b l e"], seen: Seen, past: KV | None, *, attend: AttentionFn
+        self, x: Float[Array, "b l e"], seen: Seen, past: Past | None, *, attend: AttentionFn
     ) -> tuple[Float[Array, "b l e"], KV]:
         """Returns the output and this call's own (k, v), keys as a cache should hold them."""
         k, v = own = self.remember(x, seen)
-        if past is not None:
-            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
-        if seen.relative:
-            k = rotate(k, seen.k_rotation)
         q = rotate(self.queries(x), seen.q_rotation)
-        return self.out(attend(q, k, v, seen.q_tokens, seen.k_tokens)), own
+        if past is None:
+            y = attend(q, seen.turned(k), v, seen.q_tokens, seen.k_tokens)
+        else:
+            y = past.attend(q, own, seen, attend)
+        return self.out(y), own
 
     def remember(self, x: Float[Array, "b l e"], seen: Seen) -> KV:
         """Only the (k, v) of this call: rotated, or raw if positions are relative to the window."""
@@ -104,7 +153,9 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of each segment of frames to its own prompt; padding rows of a prompt count."""
 
-    def __call__(self, x: Float[Array, "b l e"], text: KV, *, streams: int) -> Array:
+    def __call__(
+        self, x: Float[Array, "b l e"], text: KV, *, streams: int, attend: AttentionFn = attention
+    ) -> Array:
         k, v = text
         b, segments, *rest = k.shape
         q = self.queries(x)
@@ -113,6 +164,6 @@ class CrossAttention(Attention):
         q = q.reshape(b, streams, segments, -1, n, d).swapaxes(1, 2)
         q = q.reshape(b * segments, -1, n, d)
         k, v = (x.reshape(b * segments, *rest) for x in (k, v))
-        y = attention(q, k, v)
+        y = attend(q, k, v)
         y = y.reshape(b, segments, streams, -1, n, d).swapaxes(1, 2)
         return self.out(y.reshape(b, length, n, d))

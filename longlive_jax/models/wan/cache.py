@@ -14,14 +14,25 @@ so samples of a batch may cut at different times.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
+from longlive_jax.models.wan.attention import ArrayPast, Past
 from longlive_jax.models.wan.config import DiTConfig
-from longlive_jax.typing import Array, Bool, Float, Int
+from longlive_jax.models.wan.packed_cache import (
+    KVFormat,
+    PackedPast,
+    empty_packed,
+    pack_keys,
+    pack_values,
+)
+from longlive_jax.spec import UserError
+from longlive_jax.typing import Array, Bool, Float, Int, Shaped
 from pallas_kernels.tokens import EMPTY, Tokens, make
 
 
@@ -32,7 +43,8 @@ class CachePolicy:
     Fields: `window` chunks that attention sees, the current one included; `global_sinks` first
     chunks of the video kept for ever; `shot_sinks` keeps the first chunk of the current shot;
     `clean_recache` forgets all but the global sinks when a cut chunk is remembered;
-    `relative_rope` counts temporal positions from the start of the window.
+    `relative_rope` counts temporal positions from the start of the window; `format` says how keys
+    and values are stored.
     """
 
     window: int = 4
@@ -40,6 +52,7 @@ class CachePolicy:
     shot_sinks: bool = True
     clean_recache: bool = False
     relative_rope: bool = False
+    format: KVFormat = dataclasses.field(default_factory=KVFormat)
 
     def __post_init__(self) -> None:
         least = 1 + max(1, self.global_sinks + self.shot_sinks)
@@ -47,6 +60,11 @@ class CachePolicy:
             raise ValueError(
                 f"a window of {self.window} chunks cannot hold {self.global_sinks} global sinks, "
                 f"{int(self.shot_sinks)} shot sinks and the current chunk; use at least {least}"
+            )
+        if self.relative_rope and self.format.packed and self.format.reader == "mosaic":
+            raise UserError(
+                "kv_reader=mosaic reads rotated keys, and relative_rope stores unrotated ones; use "
+                "kv_reader=auto"
             )
 
     @property
@@ -62,11 +80,11 @@ class KVCache:
     `held` is the chunk in each slot or -1, `start` the temporal position of its first frame;
     `sink_start` and `sink_length` are the shot sink in chunks; `count` is the number of chunks made
     so far, which is also the index of the next one. `size` is (frames, rows, columns) of a chunk in
-    tokens.
+    tokens. `k` and `v` are `[layers, b, slots, m, n, d]`: arrays, or `Packed` in NVFP4.
     """
 
-    k: Float[Array, "layers b slots m n d"]
-    v: Float[Array, "layers b slots m n d"]
+    k: Any
+    v: Any
     held: Int[Array, "b slots"]
     start: Int[Array, "b slots"]
     sink_start: Int[Array, "b"]
@@ -74,6 +92,29 @@ class KVCache:
     count: Int[Array, "b"]
     size: tuple[int, int, int] = struct.field(pytree_node=False)
     policy: CachePolicy = struct.field(pytree_node=False)
+
+    @property
+    def past(self) -> Past:
+        """What the model attends, layer by layer."""
+        if self.policy.format.packed:
+            return PackedPast(self.k, self.v, self.policy.format)
+        return ArrayPast(self.k, self.v)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values on the device."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v)))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that one token of one sample takes in all layers."""
+        _, b, slots, tokens, _, _ = self.k.shape
+        return self.nbytes / (b * slots * tokens)
+
+    @property
+    def compression(self) -> float:
+        """How many times more bytes the same keys and values take in bfloat16."""
+        return 2 * (self.k.size + self.v.size) / self.nbytes
 
     def tokens(self, queries: Tokens | None = None, /) -> Tokens:
         """What the stored keys are, `[b, slots * m]` in slot order; nobody sees an empty slot."""
@@ -99,6 +140,15 @@ class KVCache:
         drop = cut[:, None] & (self.held >= self.policy.global_sinks)
         return dataclasses.replace(self, held=jnp.where(drop, EMPTY, self.held))
 
+    def pack(
+        self, k: Float[Array, "*layers b m n d"], v: Float[Array, "*layers b m n d"]
+    ) -> tuple[Any, Any]:
+        """Keys and values of a chunk as they are stored, of one layer or of all."""
+        form = self.policy.format
+        if form.packed:
+            return pack_keys(k, form), pack_values(v, form)
+        return k.astype(self.k.dtype), v.astype(self.v.dtype)
+
     def write(
         self,
         k: Float[Array, "layers b m n d"],
@@ -107,18 +157,30 @@ class KVCache:
         cut: Bool[Array, "b"],
         offset: Int[Array, "b"] | int = 0,
     ) -> "KVCache":
+        """`put` of keys and values that are yet to be packed."""
+        return self.put(self.pack(k, v), cut=cut, offset=offset)
+
+    def put(
+        self,
+        packed: tuple[Any, Any],
+        *,
+        cut: Bool[Array, "b"],
+        offset: Int[Array, "b"] | int = 0,
+    ) -> "KVCache":
         """Stores the finished next chunk; if it begins a shot it becomes the shot sink.
 
-        In place when the cache is donated. If sinks fill every slot, the chunk is not stored.
+        `packed` is what `pack` gives, of all layers. In place when the cache is donated. If sinks
+        fill every slot, the chunk is not stored.
         """
         bound = self.bind_shot(cut | (self.count == 0))
         at = bound.free_slot()
         written = jnp.arange(self.held.shape[1]) == at[:, None]
         start = self._next_start(offset)[:, None]
+        k, v = jax.tree.map(lambda x, new: _put(x, new, at), (self.k, self.v), packed)
         return dataclasses.replace(
             bound,
-            k=_put(self.k, k, at),
-            v=_put(self.v, v, at),
+            k=k,
+            v=v,
             held=jnp.where(written, self.count[:, None], self.held),
             start=jnp.where(written, start, self.start),
             count=self.count + 1,
@@ -172,16 +234,22 @@ def empty_cache(
 ) -> KVCache:
     """A cache that has seen nothing, for chunks of `size` (frames, rows, columns) in tokens.
 
-    It takes 2 * layers * slots * tokens * dim values a sample, in `dtype` (default: the model's).
+    It takes 2 * layers * slots * tokens * dim values a sample, in `dtype` (default: the model's) or
+    packed, as the policy's format says. Raises UserError for heads that cannot be packed.
     """
     shape = (cfg.layers, batch, policy.slots, _volume(size), cfg.heads, cfg.head_dim)
     dtype = cfg.dtype if dtype is None else dtype
+    policy.format.check(cfg.head_dim)
+    k: Any = jnp.zeros(shape, dtype)
+    v: Any = jnp.zeros(shape, dtype)
+    if policy.format.packed:
+        k, v = empty_packed(shape, policy.format)
     nothing = jnp.full((batch, policy.slots), EMPTY, jnp.int32)
 
     # Distinct buffers: a donated argument may not appear twice.
     return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=k,
+        v=v,
         held=nothing,
         start=jnp.zeros((batch, policy.slots), jnp.int32),
         sink_start=jnp.full(batch, EMPTY, jnp.int32),
@@ -193,16 +261,16 @@ def empty_cache(
 
 
 def _put(
-    store: Float[Array, "layers b slots m n d"],
-    new: Float[Array, "layers b m n d"],
+    store: Shaped[Array, "layers b slots *rest"],
+    new: Shaped[Array, "layers b *rest"],
     at: Int[Array, "b"],
-) -> Float[Array, "layers b slots m n d"]:
+) -> Shaped[Array, "layers b slots *rest"]:
     """`new` in slot `at` of every sample; slots beyond the last are not written.
 
     One scatter over (sample, slot), which XLA does in place; vmapped updates would copy the store.
     """
     sample = jnp.arange(store.shape[1])
-    return store.at[:, sample, at].set(new.astype(store.dtype), mode="drop", unique_indices=True)
+    return store.at[:, sample, at].set(new, mode="drop", unique_indices=True)
 
 
 def _volume(size: tuple[int, int, int]) -> int:

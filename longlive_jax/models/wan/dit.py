@@ -18,9 +18,11 @@ from longlive_jax.models.wan.attention import (
     KV,
     Cache,
     CrossAttention,
+    Past,
     Seen,
     SelfAttention,
     TextKV,
+    TextRows,
 )
 from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.layers import (
@@ -38,7 +40,7 @@ from longlive_jax.typing import Array, Float, typechecked
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, concat
 
-__all__ = ["GATES", "DiT", "DiTBlock", "TextKV"]
+__all__ = ["GATES", "DiT", "DiTBlock", "TextKV", "TextRows"]
 
 Unpack = Callable[..., Any]
 """`(module, *path) -> module` ready for use, for a layer or a part of one at `path`: what gathers
@@ -48,6 +50,11 @@ parameters that are shared out, or unpacks quantized ones, wraps the model here.
 def as_is[M: nnx.Module](module: M, *_path: str) -> M:
     """The module itself."""
     return module
+
+
+def both(k: Array, v: Array) -> KV:
+    """Keys and values as they are."""
+    return k, v
 
 
 GATES = (2, 5)
@@ -72,10 +79,11 @@ class DiTBlock(nnx.Module):
         mod: Float[Array, "b g 6 e"],
         text: KV,
         seen: Seen,
-        past: KV | None,
+        past: Past | None,
         *,
         streams: int,
         attend: AttentionFn,
+        attend_text: AttentionFn = attention,
         ffn_parts: int = 1,
     ) -> tuple[Float[Array, "b g p e"], KV]:
         """`x` is grouped so that the `p` tokens of a group share their noise level."""
@@ -84,7 +92,8 @@ class DiTBlock(nnx.Module):
             _flat(modulate(x, shift1, scale1, self.cfg)), seen, past, attend=attend
         )
         x = self._add(x, y, gate1)
-        x = self._add(x, self.cross_attn(_flat(self.norm3(x)), text, streams=streams))
+        words = self.cross_attn(_flat(self.norm3(x)), text, streams=streams, attend=attend_text)
+        x = self._add(x, words)
         y = _in_parts(self.ffn, _flat(modulate(x, shift2, scale2, self.cfg)), ffn_parts)
         return self._add(x, y, gate2), kv
 
@@ -140,11 +149,7 @@ class DiT(nnx.Module):
         Rows are zero-padded to `cfg.text_len`, and padding is attended like text: the weights were
         trained so. Raises ValueError for longer prompts.
         """
-        length = text.shape[2]
-        if length > self.cfg.text_len:
-            raise ValueError(f"{length} text rows; this model takes at most {self.cfg.text_len}")
-        text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
-        rows = self.text_embedding(text)
+        rows = self.text_rows(text, streams=streams).rows
 
         def layer(_, attn):
             return None, unpack(attn, "blocks", "cross_attn").keys_values(rows)
@@ -153,24 +158,35 @@ class DiT(nnx.Module):
         return TextKV(k, v, streams=streams)
 
     @typechecked
+    def text_rows(self, text: Float[Array, "b s t e"], *, streams: int = 1) -> TextRows:
+        """The same prompts padded and embedded, which is what the layers share."""
+        length = text.shape[2]
+        if length > self.cfg.text_len:
+            raise ValueError(f"{length} text rows; this model takes at most {self.cfg.text_len}")
+        text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
+        return TextRows(self.text_embedding(text), streams=streams)
+
+    @typechecked
     def __call__(
         self,
         latents: Float[Array, "b f h w c"],
         timestep: Float[Array, "b g"],
-        text: TextKV,
+        text: TextKV | TextRows,
         tokens: Tokens,
         cache: Cache | None = None,
         *,
         attend: AttentionFn = attention,
+        attend_text: AttentionFn = attention,
         noisy_from: int = 0,
         output: bool = True,
         return_kv: bool = False,
+        store: Callable[[Array, Array], Any] = both,
         relative_rope: bool = False,
         remat: bool = False,
         unroll: int = 1,
         ffn_parts: int = 1,
         unpack: Unpack = as_is,
-    ) -> tuple[Float[Array, "b f2 h w c2"] | None, KV | None]:
+    ) -> tuple[Float[Array, "b f2 h w c2"] | None, Any]:
         """Velocity (noise - x0) of `latents`, and the keys and values of every layer.
 
         `timestep` in [0, 1000] has one entry a frame or one a token (frame, row, column order).
@@ -182,24 +198,19 @@ class DiT(nnx.Module):
 
         Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
         `cfg.dtype` if `return_kv`, else None. `output=False` (a pass that only fills a cache) gives
-        no velocity, always k and v, and skips what only the velocity needs.
+        no velocity, always k and v, and skips what only the velocity needs. `store` is what becomes
+        of a layer's k and v `[b, l, n, d]` before those of all layers are stacked.
         """
         x = self._embed(latents, timestep, tokens, text)
         time, mod = self._levels(timestep)
         seen = _seen(tokens, cache, self.cfg, relative_rope)
         keep = return_kv or not output
-
-        def layer(x, xs):
-            block, words, past = xs
-            x, kv = unpack(block, "blocks")(
-                x, mod, words, seen, past, streams=text.streams, attend=attend, ffn_parts=ffn_parts
-            )
-            return x, kv if keep else None
-
-        past = None if cache is None else tuple(_joined(part) for part in (cache.k, cache.v))
-        layers = (self.blocks, (text.k, text.v), past)
+        options = {"attend": attend, "attend_text": attend_text, "ffn_parts": ffn_parts}
+        layer = _layer(text, mod, seen, store if keep else None, unpack, options)
+        words = (text.k, text.v) if isinstance(text, TextKV) else None
+        layers = (self.blocks, words, None if cache is None else cache.past)
         if not output:
-            return None, self._fill(layer, x, layers, mod, seen, unpack)
+            return None, self._fill(layer, x, layers, mod, seen, unpack, store)
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, kv = lax.scan(body, x, layers, unroll=unroll)
         return self._velocity(x, time, latents.shape, noisy_from), kv
@@ -208,7 +219,7 @@ class DiT(nnx.Module):
         first = noisy_from * x.shape[1] // shape[1]
         return self._unpatchify(self.head(x[:, first:], time[:, first:]), shape, noisy_from)
 
-    def _fill(self, layer, x: Array, layers, mod: Array, seen: Seen, unpack: Unpack) -> KV:
+    def _fill(self, layer, x: Array, layers, mod: Array, seen: Seen, unpack: Unpack, store) -> Any:
         """Keys and values of all layers; of the last layer nothing else is computed."""
 
         def at(i):
@@ -217,9 +228,8 @@ class DiT(nnx.Module):
         last = self.cfg.layers - 1
         x, kv = lax.scan(lambda x, i: layer(x, at(i)), x, jnp.arange(last))
         block, _, _ = at(last)
-        final = unpack(block, "blocks").remember(x, mod, seen)
-        k, v = (jnp.concatenate([a, b[None]]) for a, b in zip(kv, final, strict=True))
-        return k, v
+        final = store(*unpack(block, "blocks").remember(x, mod, seen))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, final)
 
     def _levels(self, timestep: Array) -> tuple[Array, Array]:
         """Embedding [b, g, e] and block modulation [b, g, 6, e] of noise levels, in float32."""
@@ -227,7 +237,7 @@ class DiT(nnx.Module):
         mod = self.time_projection(jax.nn.silu(time).astype(time_dtype(self.cfg)))
         return time, einops.rearrange(mod.astype(jnp.float32), "b g (six e) -> b g six e", six=6)
 
-    def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV):
+    def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV | TextRows):
         """Patches as [b, groups, tokens a group, e], one group a timestep."""
         b, frames, height, width, channels = latents.shape
         if channels != self.cfg.in_channels or height % 2 or width % 2:
@@ -241,7 +251,7 @@ class DiT(nnx.Module):
             raise ValueError(f"{groups} timesteps for {frames} frames of {length} tokens in all")
         if len(tokens) != length:
             raise ValueError(f"{len(tokens)} tokens described, {length} given")
-        parts = text.streams * text.k.shape[2]
+        parts = text.streams * text.segments
         if frames % parts:
             raise ValueError(f"{frames} frames do not split into {parts} segments of text")
         pattern = "b f (h ph) (w pw) c -> b (f h w) (ph pw c)"
@@ -254,15 +264,26 @@ class DiT(nnx.Module):
         return einops.rearrange(x, "b f h w (ph pw c) -> b f (h ph) (w pw) c", ph=2, pw=2)
 
 
+def _layer(text: TextKV | TextRows, mod: Array, seen: Seen, store, unpack: Unpack, options: Any):
+    """A step of the scan over layers; `store` is None where keys and values are not kept. A layer
+    without keys of the texts makes its own, within what remat computes again."""
+    rows = text.rows if isinstance(text, TextRows) else None
+
+    def layer(x, xs):
+        block, words, past = xs
+        block = unpack(block, "blocks")
+        words = block.cross_attn.keys_values(rows) if words is None else words
+        x, kv = block(x, mod, words, seen, past, streams=text.streams, **options)
+        return x, None if store is None else store(*kv)
+
+    return layer
+
+
 def _seen(tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool) -> Seen:
     keys = tokens if cache is None else concat(tokens, cache.tokens(tokens))
     rotation = rope_rotation(tokens.pos, cfg.head_dim)
     turned = rope_rotation(keys.pos, cfg.head_dim) if relative else rotation
     return Seen(tokens, keys, rotation, turned, relative=relative)
-
-
-def _joined(x: Float[Array, "layers b slots m n d"]) -> Float[Array, "layers b k n d"]:
-    return x.reshape(*x.shape[:2], -1, *x.shape[-2:])
 
 
 def _in_parts(function: Callable[[Array], Array], x: Float[Array, "b l e"], parts: int) -> Array:

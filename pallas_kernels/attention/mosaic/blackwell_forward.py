@@ -25,6 +25,7 @@ LAYOUT = plgpu.Layout.TCGEN05
 CONTROL, SOFTMAX, GATHER = range(3)  # warpgroups
 LOADER, ISSUER = range(2)  # warps of the first
 PIECE = 64  # columns of the output at once: one swizzled tile, beside the sums in registers
+PARAMETERS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,7 @@ def forward(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=_scratch(size, width, q.dtype),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=PARAMETERS,
         **({} if interpret is None else {"interpret": interpret}),
     )
     query, key = (whole(x, b) for x in (columns.query, columns.key))
@@ -71,6 +70,13 @@ def forward(
 
 def _scratch(size: ForwardTiles, width: int, dtype):
     kv = plgpu.SMEM((size.stages, size.keys, width), dtype, transforms=SWIZZLED)
+    codes = plgpu.SMEM((size.stages, size.keys), jnp.int32)
+    return {"targets": ((kv,), (kv,), (codes,))} | scratch(size, width, dtype)
+
+
+def scratch(size, width: int, dtype, *, masks: int = 1):
+    """What a forward pass needs beside the tiles of keys, values and their columns, which come in
+    `masks` copies."""
     once, staged = plgpu.Barrier(), plgpu.Barrier(num_barriers=size.stages)
     twice = plgpu.Barrier(num_barriers=2)
     product = plgpu.Barrier(orders_tensor_core=True)
@@ -79,8 +85,7 @@ def _scratch(size: ForwardTiles, width: int, dtype):
     return {
         "q_s": plgpu.SMEM((size.rows, width), dtype, transforms=SWIZZLED),
         "q_here": once,
-        "targets": ((kv,), (kv,), (plgpu.SMEM((size.stages, size.keys), jnp.int32),)),
-        "here": (staged, staged, staged),
+        "here": (staged, staged, plgpu.Barrier(num_arrivals=masks, num_barriers=size.stages)),
         "used": (product_staged, product_staged, staged),
         "logits_t": plgpu.TMEM((size.rows, 2 * size.keys), jnp.float32),
         "logits_full": product_twice,
@@ -129,30 +134,23 @@ def _body(size: ForwardTiles, width: int):
 
                 @pl.when(warp == ISSUER)
                 def _issue():
-                    _products(size, width, steps, **shared)
+                    products(size, width, steps, **shared)
 
         @pl.when(warpgroup == SOFTMAX)
         def _softmax():
             plgpu.set_max_registers(216, action="increase")
-            columns = [row_of(query.at[batch, i, rows]) for i in range(query.shape[1])]
-            top, total = _weights(size, width, columns, ranges, steps, **shared)
-            empty = top <= MASKED
-            shared["norm_s"][...] = jnp.where(empty, 0.0, 1 / total)
-            plgpu.barrier_arrive(shared["norm_full"])
-            shared["lse_s"][...] = jnp.where(empty, -MASKED, top + jnp.log(total) * LOG2_E)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(shared["lse_s"], lse.at[batch, head, rows])
-            plgpu.wait_smem_to_gmem(0)
+            columns = query.at[batch, :, rows]
+            softmax(size, width, columns, ranges, steps, lse.at[batch, head, rows], **shared)
 
         @pl.when(warpgroup == GATHER)
         def _gather():
             plgpu.set_max_registers(216, action="increase")
-            _sums(size, width, steps, out.at[batch, rows, head], **shared)
+            gather(size, width, steps, out.at[batch, rows, head], **shared)
 
     return body
 
 
-def _products(
+def products(
     size, width, steps, *, q_s, q_here, targets, here, used, logits_t, logits_full, logits_free,
     weights_s, weights_full, weights_free, values_t, values_full, values_free, **_,
 ):  # fmt: skip
@@ -204,9 +202,22 @@ def _products(
     drain(steps, logits_free, values_free)
 
 
+def softmax(size, width, query, ranges, steps, lse, *, norm_s, norm_full, lse_s, **shared):
+    """The weights of every step, then what divides their sums, and the log-sum-exp."""
+    columns = [row_of(query.at[i]) for i in range(query.shape[0])]
+    top, total = _weights(size, width, columns, ranges, steps, **shared)
+    empty = top <= MASKED
+    norm_s[...] = jnp.where(empty, 0.0, 1 / total)
+    plgpu.barrier_arrive(norm_full)
+    lse_s[...] = jnp.where(empty, -MASKED, top + jnp.log(total) * LOG2_E)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(lse_s, lse)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _weights(
-    size, width, columns, ranges, steps, *, targets, here, used, logits_t, logits_full, logits_free,
-    weights_s, weights_full, weights_free, fade_s, fade_full, fade_free, **_,
+    size, width, columns, ranges, steps, *, weights_s, weights_full, weights_free, fade_s,
+    fade_full, fade_free, **shared,
 ):  # fmt: skip
     """Online softmax over the tiles of all ranges: row maxima and row sums."""
     shape = (size.rows, size.keys)
@@ -215,16 +226,7 @@ def _weights(
     def step(t, slot, tile, is_full, carry):
         top, total = carry
         half = lax.rem(t, jnp.int32(2))
-        plgpu.barrier_wait(logits_full.at[half])
-        logits = load(logits_t.at[:, pl.ds(half * size.keys, size.keys)])
-        plgpu.wait_load_tmem()
-        plgpu.barrier_arrive(logits_free.at[half])
-        logits = logits * (width**-0.5 * LOG2_E)
-        plgpu.barrier_wait(here[2].at[slot])
-
-        mask = functools.partial(_masked, columns=columns, code_s=targets[2][0].at[slot])
-        logits = lax.cond(is_full, lambda x: x, mask, logits)
-        plgpu.barrier_arrive(used[2].at[slot])
+        logits = _logits(size, width, columns, (slot, half), is_full, **shared)
         new_top = jnp.maximum(top, logits.max(axis=1))
         fade = jnp.exp2(top - new_top)
         weights = jnp.exp2(logits - wide(new_top, shape))
@@ -256,6 +258,31 @@ def _weights(
     return top, total
 
 
+def _logits(
+    size, width, columns, at, is_full, *, targets, here, used, logits_t, logits_full, logits_free,
+    **_,
+):  # fmt: skip
+    """A step's logits times log2 e, masked.
+
+    A second target beside the codes is what a tile adds to those of each row.
+    """
+    slot, half = at
+    plgpu.barrier_wait(logits_full.at[half])
+    logits = load(logits_t.at[:, pl.ds(half * size.keys, size.keys)])
+    plgpu.wait_load_tmem()
+    plgpu.barrier_arrive(logits_free.at[half])
+    logits = logits * (width**-0.5 * LOG2_E)
+    plgpu.barrier_wait(here[2].at[slot])
+    code_s, *shift_s = (x.at[slot] for x in targets[2])
+    if shift_s:
+        logits = logits + wide(row_of(shift_s[0]), logits.shape)
+        plgpu.commit_smem()  # as in _masked
+    mask = functools.partial(_masked, columns=columns, code_s=code_s)
+    logits = lax.cond(is_full, lambda x: x, mask, logits)
+    plgpu.barrier_arrive(used[2].at[slot])
+    return logits
+
+
 def _rows(arrays):
     """Arrays of one number a row in the layout of rows."""
     return tuple(plgpu.layout_cast(x, LAYOUT.reduce(1)) for x in arrays)
@@ -280,7 +307,7 @@ def drain(steps, *barriers):
             plgpu.barrier_wait(barrier.at[half])
 
 
-def _sums(
+def gather(
     size, width, steps, out, *, q_s, values_t, values_full, values_free,
     fade_s, fade_full, fade_free, norm_s, norm_full, **_,
 ):  # fmt: skip

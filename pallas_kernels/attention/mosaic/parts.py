@@ -19,6 +19,12 @@ SWIZZLED = (_TRANSFORMS.TilingTransform((8, 64)), _TRANSFORMS.SwizzleTransform(1
 """How 16-bit tiles lie in shared memory."""
 
 
+def swizzled(columns: int, bits: int) -> tuple[Any, ...]:
+    """The same for tiles of whole rows, at most 128 bytes long."""
+    swizzle = _TRANSFORMS.SwizzleTransform(columns * bits // 8)
+    return _TRANSFORMS.TilingTransform((8, columns)), swizzle
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """What both backward kernels read: the forward's arguments, its log-sum-exp, the gradient of

@@ -101,9 +101,9 @@ class Toy:
     size = (2, 3, 4)
     shape = (2, 6, 8, 4)
 
-    def __init__(self, policy=CachePolicy()):  # noqa: B008
+    def __init__(self, policy=CachePolicy(), *, dim=48):  # noqa: B008
         self.config = DiTConfig(
-            dim=48, ffn_dim=96, freq_dim=16, text_dim=12, text_len=6, heads=2, layers=3,
+            dim=dim, ffn_dim=96, freq_dim=16, text_dim=12, text_len=6, heads=2, layers=3,
             in_channels=4, out_channels=4,
         )  # fmt: skip
         model = DiT(self.config, rngs=nnx.Rngs(0))

@@ -14,7 +14,7 @@ from longlive_jax.layout import grid, teacher_forcing
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.variants import variant
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.models.wan.attention import Cache
+from longlive_jax.models.wan.attention import ArrayPast, Cache
 from longlive_jax.models.wan.layers import affine, stored
 from pallas_kernels.tokens import Tokens, make
 
@@ -72,13 +72,13 @@ def run(model, latents, times, text, tokens, cache=None, **flags):
     return call(model[1], latents, times, text, cache)
 
 
-def forced(model, params, batch, **flags):
+def forced(model, params, batch, *, words="text_kv", **flags):
     """Velocity of the noisy half under teacher forcing, and every layer's keys and values."""
     dit = with_params(model[0], params)
     latents = jnp.concatenate([batch["clean"], batch["noisy"]], axis=1)
     times = jnp.concatenate([jnp.zeros_like(batch["time"]), batch["time"]], axis=1)
     tokens = teacher_forcing(FRAMES, ROWS, COLUMNS, chunk=CHUNK)
-    text = dit.text_kv(batch["text"], streams=2)
+    text = getattr(dit, words)(batch["text"], streams=2)
     return dit(latents, times, text, tokens, noisy_from=FRAMES, **flags)
 
 
@@ -89,6 +89,10 @@ class Slots:
     k: jax.Array
     v: jax.Array
     held: Tokens
+
+    @property
+    def past(self):
+        return ArrayPast(self.k, self.v)
 
     def tokens(self, queries, /):
         return self.held
@@ -130,13 +134,13 @@ def test_cached_equals_masked(model, batch, relative):
         held.append(clean)
 
 
-def test_rematerialised_and_unrolled_layers_change_nothing(model, batch):
+def test_rematerialised_and_unrolled_layers_and_texts_within_them_change_nothing(model, batch):
     def loss(params, **flags):
         velocity, _ = forced(model, params, batch, **flags)
         return jnp.mean(velocity**2)
 
     want = jax.jit(jax.value_and_grad(loss))(model[1])
-    for flags in ({"remat": True}, {"unroll": 3}):
+    for flags in ({"remat": True, "words": "text_rows"}, {"unroll": 3}):
         got = jax.jit(jax.value_and_grad(lambda p, flags=flags: loss(p, **flags)))(model[1])
         chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 

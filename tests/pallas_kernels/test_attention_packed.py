@@ -1,0 +1,174 @@
+"""Attention to packed keys: all implementations against the oracle; the kernel is compiled."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import attention, packed, reference
+from pallas_kernels.attention.mosaic import packed_op
+from pallas_kernels.attention.packed import attention_packed, unpacked, which_packed
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.nvfp4 import BLOCK, NVFP4, dequantize
+from pallas_kernels.nvfp4.format import CODE, SCALE
+from pallas_kernels.tokens import EMPTY, concat, make
+from tests.pallas_kernels import deviceless
+
+
+def problem(*, batch=1, slots=2, tokens=64, heads=2, width=64, own=40, dtype=jnp.bfloat16):
+    """(q, own k, own v, packed k, packed v), an offset, and tokens: the first slot is empty."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((batch, own, heads, width)), dtype) for _ in range(3)
+    )
+    shape = (batch, slots, tokens, heads, width)
+    past = (random_array(rng, shape, amax) for amax in (6.0, 9.0))
+    offset = jnp.asarray(3 * rng.standard_normal((batch, slots, 1, heads, width)), jnp.float32)
+    chunk = np.repeat(np.where(np.arange(slots) == 0, EMPTY, np.arange(slots)), tokens)
+    mine = make(np.zeros((own, 3), np.int32), slots, True, alike=True)
+    theirs = make(np.zeros((slots * tokens, 3), np.int32), chunk, False)
+    return (q, k, v, *past), offset, (mine, concat(mine, theirs))
+
+
+def random_array(rng, shape, amax) -> NVFP4:
+    codes = (2 * rng.standard_normal(shape)).astype(CODE)
+    scales = rng.uniform(50, 250, (*shape[:-1], shape[-1] // BLOCK)).astype(SCALE)
+    largest = amax * (1 + np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape[:2]))
+    return NVFP4(jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(largest), "mse")
+
+
+def distance(got, want) -> float:
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "restored"), [(jnp.float32, 1e-5, True), (jnp.bfloat16, 1e-2, False)]
+)
+def test_unpacking_equals_the_oracle(dtype, most, restored):
+    arguments, offset, tokens = problem(batch=2, dtype=dtype)
+    given = offset if restored else None
+    want = attention_packed(*arguments, *tokens, offset=given, implementation="reference")
+    for implementation in ("auto", "xla"):
+        got = attention_packed(*arguments, *tokens, offset=given, implementation=implementation)
+        assert got.dtype == dtype and distance(got, want) < most
+    q, k, v, past_k, past_v = arguments
+    k, v = (
+        jnp.concatenate([x, dequantize(y, jnp.float32).reshape(2, -1, *x.shape[2:])], axis=1)
+        for x, y in ((k, past_k), (v, past_v))
+    )
+    shift = jnp.repeat(offset, 64, axis=2).reshape(2, -1, 2, 64) if restored else 0.0
+    plain = attention(q, k.at[:, 40:].add(shift), v, *tokens, implementation="reference")
+    assert distance(want, plain) < most
+
+
+def test_an_offset_a_token_is_restored():
+    arguments, _, _ = problem(dtype=jnp.float32)
+    mean = jnp.arange(2 * 64 * 2, dtype=jnp.bfloat16).reshape(1, 2, 64, 2, 1)
+    got = unpacked(arguments[3], mean, jnp.float32)
+    want = dequantize(arguments[3], jnp.float32) + mean.astype(jnp.float32)
+    np.testing.assert_array_equal(got, want.reshape(1, -1, 2, 64))
+
+
+def races() -> bool:
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return gpu_callbacks.get_races().races_found
+
+
+def test_the_kernel_equals_the_oracle():
+    """Two tiles a slot, queries that fill no tile, an empty slot, an offset, and no race."""
+    arguments, offset, tokens = problem(heads=1, tokens=128)
+    want = attention_packed(*arguments, *tokens, offset=offset, implementation="reference")
+    simulated = plgpu.InterpretGPUParams(detect_races=True)
+    got = packed_op.attend(*arguments, *tokens, offset, interpret=simulated)
+    assert distance(got, want) < 5e-3
+    assert not races()
+
+
+def test_the_kernel_without_an_offset_and_where_nothing_is_seen():
+    (_, k, _, past_k, past_v), _, (_, every) = problem(heads=1)
+    blind = make(np.zeros((8, 3), np.int32), EMPTY, False)
+    queries = concat(make(np.zeros((32, 3), np.int32), 2, True), blind)
+    past = make(np.zeros((128, 3), np.int32), every.chunk[40:], False)
+    simulated = plgpu.InterpretGPUParams(detect_races=True)
+    out, lse = packed_op.attend_past(k, past_k, past_v, queries, past, interpret=simulated)
+    keys, values = (unpacked(x, None, jnp.float32) for x in (past_k, past_v))
+    want, want_lse = reference.attend_with_lse(k.astype(jnp.float32), keys, values, queries, past)
+    assert distance(out, want) < 5e-3
+    np.testing.assert_allclose(lse, want_lse, atol=2e-3)
+    assert not np.asarray(out[0, -8:], np.float32).any() and np.isneginf(lse[0, -8:]).all()
+    assert not races()
+
+
+def test_parts_merge_by_their_log_sum_exp():
+    keys = jax.random.split(jax.random.key(1), 4)
+    one, two = (jax.random.normal(key, (1, 5, 2, 8)) for key in keys[:2])
+    a, b = (jax.random.normal(key, (1, 5, 2)) for key in keys[2:])
+    blind = jnp.full_like(a, -jnp.inf)
+    weight = jax.nn.sigmoid(a - b)[..., None]
+    np.testing.assert_allclose(
+        packed_op.merged((one, a), (two, b)), weight * one + (1 - weight) * two, atol=1e-6
+    )
+    np.testing.assert_allclose(packed_op.merged((one, a), (two, blind)), one, atol=1e-6)
+    assert not np.asarray(packed_op.merged((one, blind), (two, blind))).any()
+
+
+@pytest.mark.parametrize(
+    ("capability", "change", "message"),
+    [
+        ("", {}, "needs Blackwell .sm_100.; this is cpu: use implementation='auto'"),
+        ("9.0", {}, "needs Blackwell .sm_100.; this is sm_90: use implementation='auto'"),
+        ("10.0", {"dtype": jnp.float32}, "bfloat16 queries, not float32"),
+        ("10.0", {"width": 96}, "heads are 96 wide; it takes 64 or 128"),
+        ("10.0", {"tokens": 80}, "a slot holds 80 tokens; it takes multiples of 64"),
+        ("10.0", {"each": True}, "a mean a channel, not one a token"),
+    ],
+)
+def test_the_kernel_says_what_it_does_not_take(capability, change, message, monkeypatch):
+    monkeypatch.setattr(packed, "platform", lambda: "gpu" if capability else "cpu")
+    monkeypatch.setattr(packed, "capability", lambda: capability)
+    each, change = "each" in change, {k: v for k, v in change.items() if k != "each"}
+    (q, _, _, past, _), offset, _ = jax.eval_shape(lambda: problem(**change))
+    offset = jax.ShapeDtypeStruct((1, 2, 64, 2, 1), jnp.bfloat16) if each else offset
+    with pytest.raises(Unsupported, match=message):
+        which_packed(q, past, offset, implementation="mosaic")
+
+
+def test_auto_never_is_the_kernel(monkeypatch):
+    monkeypatch.setattr(packed, "capability", lambda: "10.0")
+    arguments, offset, _ = problem()
+    assert which_packed(arguments[0], arguments[3], offset) == "xla"
+
+
+@pytest.mark.skipif(deviceless.refusal() is not None, reason=f"{deviceless.refusal()}")
+@pytest.mark.parametrize(("width", "offset"), [(64, "plain"), (128, "offset")])
+def test_it_compiles_onto_tensor_cores_without_spills(width, offset):
+    script = pathlib.Path(__file__).with_name("compile_packed.py")
+    root = str(script.parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script), str(width), offset],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (kernel,) = json.loads(done.stdout.splitlines()[-1])
+    assert kernel["architecture"] == "sm_100a" and kernel["spilled_bytes"] == 0
+    assert kernel["tensor_core"]["UTCHMMA"] >= 8
+    # One conversion turns two codes: all of a thread's row of a tile.
+    conversions = [
+        n for name, n in kernel["instructions"].items() if name.startswith("F2FP.F16.E2M1")
+    ]
+    assert sum(conversions) == width // 2
+    assert 0 < kernel["shared_bytes"] <= deviceless.SHARED_MEMORY
+    assert kernel["tensor_columns"] <= deviceless.TENSOR_COLUMNS
