@@ -241,7 +241,7 @@ def _flops(step: PlannedStep, chip: Chip) -> dict[str, Any]:
     work = step_work(model, batch=stage.batch, **sizes)
     forward = forward_flops(model, **sizes)
     parts = {k: 3 * stage.batch * x for k, x in dataclasses.asdict(forward).items()}
-    again = stage.batch * (forward.linears + forward.attention) if stage.remat else 0.0
+    again = stage.batch * forward.total if stage.remat else 0.0
     if stage.ffn_parts > 1:  # the hidden values once more
         again += 2.0 * model.layers * work.tokens * model.dim * model.ffn_dim
     return {
@@ -260,15 +260,14 @@ def _bytes(step: PlannedStep) -> dict[str, Any]:
     width = jnp.dtype(model.dtype).itemsize
     rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
     prompts = 2 * rows * clip.chunks // stage.mesh.sp
+    layers = 1 if stage.remat else model.layers  # whose texts' keys and values are there at once
     cache = 2 * CachePolicy().slots * clip.chunk_tokens * model.dim * model.layers * width
     return {
         "state_bytes_per_device": _state_bytes(step),
         "activation_bytes_per_device": {
             "layer_inputs": model.layers * tokens * RESIDUAL * model.dim,
             "keys_and_values_of_a_layer": 2 * width * tokens * model.dim,
-            "keys_and_values_of_texts": (
-                2 * width * model.layers * prompts * model.text_len * model.dim
-            ),
+            "keys_and_values_of_texts": (2 * width * layers * prompts * model.text_len * model.dim),
         },
         "kv_cache_bytes": cache,
     }

@@ -7,9 +7,7 @@ kernel: compiled with the Mosaic kernels themselves (`--config.attention=mosaic`
 the same to 0.1 GiB: 68.9 GiB at 128 latent frames over 4 H200, 140.7 at 384 over 32 GB200.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.models.wan import attention as text_attention
 from longlive_jax.parallel import rules
 from longlive_jax.training.clips_stage import BATCH_SPECS, ClipsStage
 from longlive_jax.training.optim import make_optimizer
@@ -99,15 +96,21 @@ class PlannedStep:
         shapes, specs = self.state()
         where = rules.shardings(mesh, specs)
         setup = stage.setup(self.model, self.clip.chunk, self.clip.chunks)
+        # On a GPU attention to the text is cuDNN's, whose library a plan does not need.
+        setup = dataclasses.replace(setup, attend_text=fused)
         if stage.attention != "mosaic":
             setup = dataclasses.replace(setup, attention_for=lambda _tokens: fused)
+        clip, text = self.clip, self.model.text_len
+        rows = clip.chunks * clip.chunk_tokens, clip.chunks * text
+        quant = stage.precision(shapes.params, specs.params, mesh, rows)
         step = make_train_step(
-            stage.loss_fn(setup, mesh, specs.params),
+            stage.loss_fn(setup, mesh, quant.specs(specs.params, shapes.params)),
             make_optimizer(stage.optim, stage.loop.steps),
             stage.ema,
             stage.loop.seed,
             accumulate=stage.loop.accumulate,
             shardings=where,
+            prepare=quant.prepare,
         )
         batch = self.batch()
         places = {k: NamedSharding(mesh, P(*BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()}
@@ -116,7 +119,7 @@ class PlannedStep:
 
 def lower(step: PlannedStep, mesh: Mesh) -> jax.stages.Lowered:
     """The step over a mesh, which may be of devices that are not here."""
-    with _fused_text(), jax.default_device(mesh.devices.flat[0]):  # tells kernels their chip
+    with jax.default_device(mesh.devices.flat[0]):  # tells kernels their chip
         jitted, arguments = step.over(mesh)
         return jitted.lower(*arguments)
 
@@ -131,18 +134,6 @@ def _lying(shapes: Any, where: Any) -> Any:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
     )
-
-
-@contextlib.contextmanager
-def _fused_text() -> Iterator[None]:
-    """Attention to the text is cuDNN's on a GPU, whose library a plan does not need; the stand-in
-    takes its place while a step is traced."""
-    held = text_attention.attention
-    text_attention.attention = fused  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        text_attention.attention = held
 
 
 def fused(

@@ -30,11 +30,14 @@ VERBS = {
     "sample": "a shot script to a video",
     "demo": "a short video from the built-in model, and the judge's opinion of it",
     "train": "train the model of a config: --config=configs/small_world.py:vae",
+    "curves": "what several trainings logged, in one picture",
     "evaluate": "sample held-out scripts and report how often the video is right",
     "convert": "checkpoints of other libraries to ours, without unpickling anything",
     "data": "check a dataset of videos, or encode it to latents and text features",
+    "quantize": "pack a checkpoint in NVFP4 or FP8, for inference with a quarter of the memory",
     "export": "our checkpoint back to safetensors, original or diffusers names",
     "bench": "speed and memory by stage",
+    "kernels": "check every GPU kernel: what it compiles to, and whether its numbers are right",
     "plan": "what training would need on GPUs that are not here, and whether it fits",
 }
 

@@ -2,19 +2,18 @@
 
 `longlive bench encode [--sp=4] [--frames=96,192,384] [--size=704x1280]` counts what encoding a clip
 over a mesh costs each device. `longlive bench attention` times attention alone, `longlive bench
-balanced` what Balanced SP buys.
+balanced` what Balanced SP buys, `longlive bench nvfp4` packed products and what goes with them.
 """
 
 import importlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from longlive_jax.cli.app import Parser
+from longlive_jax.cli.bench_spec import add_report_options, check_report_options, deliver
 from longlive_jax.spec import UserError, build, nearest
 
-APART = ("attention", "balanced")
+APART = ("attention", "balanced", "nvfp4")
 """Benchmarks with options of their own."""
 WHAT = ("sampler", "encode", *APART)
 
@@ -35,28 +34,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sp", type=int, default=4, help="encode: devices that share a clip")
     parser.add_argument("--frames", default="96,192,384", help="encode: lengths in latent frames")
     parser.add_argument("--size", default="704x1280", help="encode: HEIGHTxWIDTH in pixels")
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    add_report_options(parser)
     args = parser.parse_args(argv)
     if args.what not in WHAT:
         raise UserError(f"bench: unknown benchmark {args.what!r}{nearest(args.what, WHAT)}")
-    if args.out is not None:
-        from longlive_jax.io.video import check_writable
-
-        check_writable(args.out.parent)
-    report = _report(args)
-    text = json.dumps(report, indent=1)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    if args.json:
-        print(text)
-    elif args.what == "encode":
-        from longlive_jax.bench.encode_cost import table
-
-        print(table(report))
-    else:
-        show(report)
+    check_report_options(args)
+    deliver(_report(args), args, _encode_table if args.what == "encode" else show)
     return 0
+
+
+def _encode_table(report: dict[str, Any]) -> None:
+    from longlive_jax.bench.encode_cost import table
+
+    print(table(report))
 
 
 def _report(args: Any) -> dict[str, Any]:

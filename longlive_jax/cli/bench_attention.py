@@ -5,14 +5,10 @@ flex_attention where PyTorch and a CUDA device are. Sizes not given are those of
 of the 5B model on a GPU, and small ones elsewhere.
 """
 
-import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from longlive_jax.cli.app import Parser
-from longlive_jax.spec import build
+from longlive_jax.cli.bench_spec import Benchmark, rate
 
 HELP = {
     "seconds": "length of the video; 6 latent frames a second",
@@ -31,27 +27,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the benchmark, prints a table or JSON, writes JSON to --out."""
     from longlive_jax.bench.attention import AttentionSpec, bench_attention, default_settings
 
-    parser = Parser("bench attention", __doc__ or "")
-    for field in dataclasses.fields(AttentionSpec):
-        parser.add_argument(f"--{field.name}", type=field.type, help=HELP[field.name])
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
-    args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if k in HELP and v is not None}
-    spec = build(AttentionSpec, {**default_settings(), **given}, path="bench")
-    if args.out is not None:
-        from longlive_jax.io.video import check_writable
-
-        check_writable(args.out.parent)
-    report = bench_attention(spec)
-    text = json.dumps(report, indent=1)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    if args.json:
-        print(text)
-    else:
-        show(report)
-    return 0
+    about, defaults = __doc__ or "", default_settings()
+    bench = Benchmark("attention", about, AttentionSpec, HELP, bench_attention, show, defaults)
+    return bench.main(argv)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -59,13 +37,13 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     console, spec, pairs = Console(), report["spec"], report["pairs"]
-    rate = report["matmul_flop_per_second"][spec["dtype"]]
+    product = report["matmul_flop_per_second"][spec["dtype"]]
     console.print(
         f"{report['machine']['device']}: {spec['seconds']:g} s of video, {report['tokens']} tokens "
         f"in chunks of {spec['chunk']} frames, {spec['heads']} heads of {spec['width']}, "
         f"{spec['dtype']}; {pairs['visible']:.1%} of all pairs are visible, {pairs['visited']:.1%} "
         f"are in tiles of {pairs['tile']} that a kernel visits; one matrix product runs at "
-        f"{_rate(rate)}.",
+        f"{rate(product)}.",
         highlight=False,
     )
     console.print(_table(report))
@@ -86,17 +64,9 @@ def _table(report: dict[str, Any]):
                 name if part == "forward" else "",
                 "both" if part == "forward_backward" else part,
                 f"{row['seconds'][part]['median']:.4g}",
-                _rate(row["flop_per_second"][part]),
+                rate(row["flop_per_second"][part]),
                 f"{row['share_of_matmul'][part]:.1%}",
                 "" if ratio is None else f"{ratio[part]:.2f}",
             )
         table.add_section()
     return table
-
-
-def _rate(flop_per_second: float) -> str:
-    """In the largest unit that leaves a number above one."""
-    for unit, size in (("T", 1e12), ("G", 1e9)):
-        if flop_per_second >= size:
-            return f"{flop_per_second / size:.3g} {unit}FLOP/s"
-    return f"{flop_per_second / 1e6:.3g} MFLOP/s"

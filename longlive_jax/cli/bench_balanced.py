@@ -5,13 +5,11 @@ machine without accelerators over devices that share its cores.
 """
 
 import contextlib
-import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from longlive_jax.cli.app import Parser
-from longlive_jax.spec import UserError, build
+from longlive_jax.cli.bench_spec import Benchmark
+from longlive_jax.spec import UserError
 
 HELP = {
     "sp": "devices that share a clip",
@@ -27,31 +25,13 @@ HELP = {
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark, prints its numbers, writes JSON to --out."""
     from longlive_jax.bench.balanced import BalancedSpec, bench_balanced
+    from longlive_jax.cli.bench import show
 
-    parser = Parser("bench balanced", __doc__ or "")
-    for field in dataclasses.fields(BalancedSpec):
-        parser.add_argument(f"--{field.name}", type=field.type, help=HELP[field.name])
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
-    args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if k in HELP and v is not None}
-    spec = build(BalancedSpec, given, path="bench")
-    if args.out is not None:
-        from longlive_jax.io.video import check_writable
+    def run(spec: BalancedSpec) -> dict[str, Any]:
+        _enough(spec.sp)
+        return bench_balanced(spec)
 
-        check_writable(args.out.parent)
-    _enough(spec.sp)
-    report = bench_balanced(spec)
-    text = json.dumps(report, indent=1)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    if args.json:
-        print(text)
-    else:
-        from longlive_jax.cli.bench import show
-
-        show(report)
-    return 0
+    return Benchmark("balanced", __doc__ or "", BalancedSpec, HELP, run, show).main(argv)
 
 
 def _enough(count: int) -> None:

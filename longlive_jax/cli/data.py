@@ -15,12 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from longlive_jax.cli.app import Parser
+from longlive_jax.cli.meshes import mesh_of
 from longlive_jax.cli.progress import ShareBars
 from longlive_jax.spec import Failure, UserError, build, nearest
 
 if TYPE_CHECKING:
     from longlive_jax.data.clips.check import Finding
-    from longlive_jax.data.clips.encoding import EncodeSpec
+    from longlive_jax.data.clips.encoding import Encoders, EncodeSpec
 
 MOST_ROWS = 60
 """A dataset of more samples is listed by its troubles only."""
@@ -72,8 +73,10 @@ def encode(argv: Sequence[str]) -> int:
     from longlive_jax.data.clips.encoding import encode_dataset
     from longlive_jax.sampling.settings import precision
 
-    spec = _encode_spec(args)
-    encoders = checkpoint_encoders(args.checkpoint, spec, dtype=precision(args.compute))
+    spec, dtype = _encode_spec(args), precision(args.compute)
+    encoders = checkpoint_encoders(args.checkpoint, spec, dtype=dtype)
+    if args.mesh is not None:
+        encoders = _over_mesh(encoders, spec, args, dtype)
     samples = find_samples(args.source)
     usable(samples, args.source)
     with ShareBars() as bars:
@@ -99,6 +102,23 @@ def encode(argv: Sequence[str]) -> int:
     skipped = f", {len(made.skipped)} skipped" if made.skipped else ""
     print(f"{args.out}: {clips} clips, {texts} prompts{skipped}")
     return 0
+
+
+def _over_mesh(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: Any) -> "Encoders":
+    """The encoders over the first devices of this machine."""
+    import jax
+
+    from longlive_jax.parallel.mesh import make_mesh
+    from longlive_jax.training.encoders import over_mesh
+
+    mesh, devices = mesh_of(args.mesh), jax.devices()
+    if mesh.samples != 1:
+        raise UserError("--mesh: clips are encoded one after the other, over sp; data, fsdp: 1")
+    if mesh.sp > len(devices):
+        raise UserError(f"--mesh: sp = {mesh.sp}, and there are {len(devices)} devices; give fewer")
+    method = None if args.share == "auto" else args.share
+    made = make_mesh(mesh, devices[: mesh.sp])
+    return over_mesh(encoders, args.checkpoint, spec, made, dtype=dtype, method=method)
 
 
 def _encode_spec(args: Any) -> "EncodeSpec":
@@ -200,6 +220,13 @@ def _encode_parser() -> Parser:
     )
     parser.add_argument(
         "--compute", choices=("auto", "float32", "bfloat16"), default="auto", help="of the models"
+    )
+    parser.add_argument("--mesh", help="sp=N: share each clip out over N devices")
+    parser.add_argument(
+        "--share",
+        choices=("auto", "tails", "halo"),
+        default="auto",
+        help="with --mesh: exchange layers' tails, encode a halo, or (auto) the cheaper",
     )
     parser.add_argument("--shard", type=int, default=64, help="clips of a file")
     return parser

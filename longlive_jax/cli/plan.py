@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax.cli.app import Parser, take_config
-from longlive_jax.spec import UserError, build, nearest
+from longlive_jax.cli.meshes import mesh_of
+from longlive_jax.spec import UserError, build
 
 GIB = 2**30
 
@@ -34,25 +35,25 @@ def main(argv: Sequence[str]) -> int:
     more = {"size": size, "fastest": args.fastest, "compile": not args.no_compile}
     spec = build(PlanSpec, asked | more, path="plan")
     stage = build(ClipsStage, settings)
-    stage = moved(stage, stage.mesh if args.mesh is None else _mesh(args.mesh), spec.clip)
+    stage = moved(stage, stage.mesh if args.mesh is None else mesh_of(args.mesh), spec.clip)
     report = plan(stage, spec, say=lambda text: print(text, file=sys.stderr))
+    report["precision"] = _precision(stage)
     print(json.dumps(report, indent=1) if args.json else table(report))
     return 0
 
 
-def _mesh(text: str) -> Any:
-    """Axes and their sizes; an axis that is not named is 1."""
-    from longlive_jax.parallel.mesh import AXES, MeshSpec
+def _precision(stage: Any) -> str:
+    """What of the planned model is quantized, in one line."""
+    from flax import nnx
 
-    axes: dict[str, int] = {}
-    for word in filter(None, text.split(",")):
-        name, _, number = word.partition("=")
-        if name not in AXES:
-            raise UserError(f"--mesh: unknown axis {name!r}{nearest(name, AXES)}")
-        if not number.isdecimal():
-            raise UserError(f"--mesh: expected {name}=NUMBER, got {word!r}")
-        axes[name] = int(number)
-    return build(MeshSpec, axes, path="--mesh")
+    from longlive_jax.bench.plan import model_of
+    from longlive_jax.models.params import abstract
+    from longlive_jax.models.wan import DiT
+    from longlive_jax.quant.policy import named
+
+    model, _ = model_of(stage)
+    _, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
+    return named(stage.quant.policy).describe(shapes)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -69,6 +70,7 @@ def table(report: dict[str, Any]) -> str:
     rows = [
         ("devices", f"{report['devices']} x {report['device']}, {_axes(report['mesh'])}"),
         ("model", f"{report['model']}, {report['parameters'] / 1e9:.2f} B parameters"),
+        ("precision", report["precision"]),
         ("clips", _clips(report)),
         ("recomputed", _policy(report)),
         ("operations", _operations(report)),

@@ -1,4 +1,7 @@
-"""`longlive sample --config=FILE.py --script=SCRIPT [--out=DIR]`: a shot script to a video."""
+"""`longlive sample --config=FILE.py --script=SCRIPT [--checkpoint=DIR] [--out=DIR]`.
+
+A shot script to a video.
+"""
 
 import contextlib
 import dataclasses
@@ -33,8 +36,10 @@ def main(argv: Sequence[str]) -> int:
     from longlive_jax.sampling.pipeline import Pipeline
 
     out = check_writable(args.out)
-    folder = _checkpoint(settings.get("checkpoint"))
+    folder = _checkpoint(args.checkpoint or settings.get("checkpoint"))
     pipe = Pipeline.from_checkpoint(folder, **(settings.get("sample") or {}))
+    for line in pipe.served():
+        print(f"dit: {line}")
     video = _given_video(args.video, pipe, scripts)
     batches = [scripts[i : i + args.batch] for i in range(0, len(scripts), args.batch)]
     for batch in batches:
@@ -47,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("sample", "A shot script to a video.")
     parser.add_argument("--script", required=True, help=".yaml, .json, .txt, or caption folder")
+    parser.add_argument(
+        "--checkpoint", help="in place of the config's; packed ones run as they are"
+    )
     parser.add_argument("--out", default="out/sample", type=Path, help="folder for the files")
     parser.add_argument("--seed", type=int, help="in place of the script's")
     parser.add_argument("--chunks", type=int, help="length of each video, for text and captions")

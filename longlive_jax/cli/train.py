@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
 def _train(settings: dict[str, Any], args: Any) -> int:
     import jax
 
+    from longlive_jax.parallel.hosts import first_process, readable
     from longlive_jax.training.loop import train
     from longlive_jax.training.stages import STAGES
 
@@ -43,8 +44,8 @@ def _train(settings: dict[str, Any], args: Any) -> int:
     began = time.perf_counter()
     task = stage.task(out, workdir, mesh)
     state = train(task, workdir, loop=stage.loop, optim=stage.optim, ema=stage.ema, mesh=mesh)
-    average = _everywhere(state.ema)
-    if jax.process_index() == 0:
+    average = readable(state.ema)
+    if first_process():
         task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), average), out)
         minutes = (time.perf_counter() - began) / 60
         done = f"{name}: {int(state.step)} steps, {minutes:.1f} minutes"
@@ -84,16 +85,6 @@ def _places(args: Any) -> tuple[Path, Path]:
     with CheckpointWriter(out, overwrite=True):
         pass  # refuses a folder of other files now, not when the training is over
     return workdir, out
-
-
-def _everywhere(params: Any) -> Any:
-    """Parameters that this process can read whole."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return params
-    return multihost_utils.process_allgather(params, tiled=True)
 
 
 def _parser() -> Parser:

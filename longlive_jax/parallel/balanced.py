@@ -20,15 +20,6 @@ def paired(context: Array, target: Array, parts: int, *, axis: int = 1) -> Array
     return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
 
 
-def unpaired(x: Array, first: int, parts: int, *, axis: int = 1) -> tuple[Array, Array]:
-    """The inverse: context (`first` entries in all) and target."""
-    split = _split(x, parts, axis)
-    at = first // parts
-    halves = jnp.split(split, [at], axis=axis + 1)
-    context, target = (h.reshape(*h.shape[:axis], -1, *h.shape[axis + 2 :]) for h in halves)
-    return context, target
-
-
 def _split(x: Array, parts: int, axis: int) -> Array:
     if x.shape[axis] % parts:
         raise ValueError(f"{x.shape[axis]} entries do not split into {parts} parts")

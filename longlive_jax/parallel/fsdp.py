@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from longlive_jax.parallel.rules import Specs
 from longlive_jax.typing import Array
+from pallas_kernels.nvfp4 import pack, unpack
 
 type Axes = str | tuple[str, ...]
 
@@ -29,6 +30,7 @@ class Gather:
     Attributes:
       specs: PartitionSpecs of all parameters, as nested dictionaries.
       dtype: that parameters of layers travel in; None: their own. Gradients travel in float32.
+        Packed numbers, of a byte or less, travel as they are.
     """
 
     specs: Specs
@@ -63,7 +65,17 @@ def gathered(x: Array, names: Axes, axis: int, dtype: DTypeLike | None) -> Array
 
     Its gradient is summed over the devices in float32, and each keeps its own part.
     """
+    if jnp.dtype(x.dtype).itemsize == 1:
+        return _in_bytes(x, names, axis)
     return lax.all_gather(x.astype(dtype or x.dtype), names, axis=axis, tiled=True)
+
+
+def _in_bytes(x: Array, names: Axes, axis: int) -> Array:
+    """The same of packed numbers, for collectives that know bytes but no 4- or 8-bit floats."""
+    four = x.dtype == jnp.float4_e2m1fn
+    data = pack(x) if four else lax.bitcast_convert_type(x, jnp.uint8)
+    data = lax.all_gather(data, names, axis=axis, tiled=True)
+    return unpack(data) if four else lax.bitcast_convert_type(data, x.dtype)
 
 
 def _forward(x: Array, names: Axes, axis: int, dtype: DTypeLike | None):

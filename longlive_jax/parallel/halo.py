@@ -63,13 +63,3 @@ def equal_windows(
         last = 1 + ratio * (first + longest - 1)
         found.append(Window(ratio * first, last, part * own - first))
     return tuple(found)
-
-
-def frames_encoded(latents: int, parts: int, *, ratio: int = 4) -> dict[str, int]:
-    """Raw frames that the busiest device encodes: with a "halo", and with exchanged "tails".
-
-    An encoder's work is proportional to them. Exchanged tails take its own frames and the clip's
-    first one.
-    """
-    busiest = max(w.frames for w in windows(latents, parts, ratio=ratio))
-    return {"halo": busiest, "tails": 1 + ratio * latents // parts}

@@ -9,8 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from longlive_jax.spec import Failure, UserError
 
@@ -65,19 +67,40 @@ def leave_at_once(call: Callable[[], int]) -> int:
     """`call()`; if it fails in one process of several, that process ends on the spot.
 
     An exception alone would wait at the end for the others, who wait for this process. The exit
-    code is that of a `Failure`, 2 for a UserError, else 1.
+    code is that of a `Failure`, 2 for a UserError, 130 for Ctrl-C, else 1.
     """
     try:
         return call()
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        if isinstance(error, Failure | UserError):
-            sys.stderr.write(f"longlive: {error}\n")
-            sys.stderr.flush()
-            os._exit(error.code if isinstance(error, Failure) else 2)
-        place = f"process {jax.process_index()} of {jax.process_count()}"
-        sys.stderr.write(f"{place} failed:\n{traceback.format_exc()}")
+        said, code = _last_words(error)
         sys.stdout.flush()
+        sys.stderr.write(said + "\n")
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """What to say of an error that ends this process, and its exit code."""
+    if isinstance(error, Failure | UserError):
+        return f"longlive: {error}", error.code if isinstance(error, Failure) else 2
+    if isinstance(error, KeyboardInterrupt):
+        return "longlive: interrupted", 130
+    place = f"process {jax.process_index()} of {jax.process_count()}"
+    return f"{place} failed:\n{traceback.format_exc().rstrip()}", 1
+
+
+def first_process() -> bool:
+    """Whether this process is the one that speaks, and writes what belongs to the whole job."""
+    return jax.process_index() == 0
+
+
+def readable(tree: Any) -> Any:
+    """Arrays that this process can read whole; if there are several, NumPy's on every host.
+
+    All processes call it.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -18,7 +18,7 @@ from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target
 from longlive_jax.models.params import with_params
 from longlive_jax.models.wan.dit import DiT, Unpack, as_is
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
-from pallas_kernels.attention import AttentionFn, lay_out
+from pallas_kernels.attention import AttentionFn, attention, lay_out
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.tokens import Tokens, make
 
@@ -100,6 +100,7 @@ class ARSetup:
       empty_prompt: row of the empty prompt in the text.
       spec: of the loss.
       attention_for: tokens -> attention over sequences of them; called once a step.
+      attend_text: attention to the texts.
       unroll: layers in one step of the scan over layers.
       remat: recompute each layer in the backward pass, keeping only its input.
       ffn_parts: parts of the sequence that go through the feed-forward one after the other.
@@ -110,6 +111,7 @@ class ARSetup:
     empty_prompt: int
     spec: ARLossSpec
     attention_for: Callable[[Tokens], AttentionFn] = laid_out
+    attend_text: AttentionFn = attention
     unroll: int = 1
     remat: bool = False
     ffn_parts: int = 1
@@ -203,9 +205,10 @@ def predict(
     velocity, _ = dit(
         packing.join(draws.context, noisy),
         packing.join(draws.context_timestep, draws.timestep),
-        dit.text_kv(packing.join(*_cut(_rows(text, prompts), context_chunks)), unpack=unpack),
+        dit.text_rows(packing.join(*_cut(_rows(text, prompts), context_chunks))),
         jax.tree.map(lambda x: packing.join(*_cut(x, packing.context)), tokens),
         attend=packing.wrap(attend, everything),
+        attend_text=setup.attend_text,
         noisy_from=batch.context.shape[0] * batch.context.shape[1],
         unroll=setup.unroll,
         remat=setup.remat,

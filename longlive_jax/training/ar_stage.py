@@ -29,24 +29,26 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, encode_prompts
 from longlive_jax.models.wan import GATES, DiT, DiTConfig
 from longlive_jax.parallel import rules
+from longlive_jax.parallel.hosts import first_process, readable
 from longlive_jax.parallel.mesh import BATCH, check_fits
+from longlive_jax.quant.policy import QuantSpec
+from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.sampling.settings import Solver, save_settings
 from longlive_jax.spec import UserError
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, draw, forward
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, forward
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
+from longlive_jax.training.objective import objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
+from longlive_jax.training.quantized import quantized
 from longlive_jax.training.recycling import (
     RecyclingSpec,
     check_recycling,
-    init_buffers,
-    partition,
-    recycling_loss,
 )
 from longlive_jax.training.run import HELD_OUT_SEED, RunSpec
 from longlive_jax.training.sharded import COLUMNS, FRAMES, Shared, shared_forward
 from longlive_jax.training.state import Params
-from longlive_jax.training.step import LossFn, forgetful
+from longlive_jax.training.step import LossFn
 from longlive_jax.typing import Array
 from pallas_kernels.attention.chunks import attend_chunks
 
@@ -85,6 +87,7 @@ class ARStage(RunSpec):
     )
     start: Literal["random", "checkpoint"] = "random"  # "checkpoint": from the DiT that is there
     gate: float = 0.0  # added to the gates at the start, or their blocks begin almost closed
+    quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)  # of the blocks' products
 
     def __post_init__(self) -> None:
         spec, heads = self.episodes, self.model.heads
@@ -116,26 +119,26 @@ class ARStage(RunSpec):
             attention_for=lambda _: chunkwise,
             unroll=self.unroll,
         )
+        specs = rules.specs_for(rules.DIT, shapes)
+        quant = quantized(self.quant, shapes, specs, mesh, self._rows(size))
         train, held_out = _split(videos, share=0.03)
-
-        def export(params, directory):
-            provenance = self.provenance("ar") | past
-            save_component(
-                directory, "dit", params, self.model, provenance=provenance, overwrite=True
-            )
-            save_settings(directory, self.sampling())
-
         return Task(
             init=init,
-            loss_fn=self._loss_fn(setup, mesh, rules.specs_for(rules.DIT, shapes), text),
+            loss_fn=self._loss_fn(setup, mesh, quant.specs(specs, shapes), text),
+            prepare=quant.prepare,
+            notes=(quant.describe(shapes),),
             feed=in_order(EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed)),
             evaluate=self._evaluation(
-                setup, text, held_out, Preview(self.preview, out, self.model, self.sampling())
+                setup,
+                text,
+                held_out,
+                Preview(self.preview, out, self.model, self.sampling()),
+                dataclasses.replace(quant, axes=()),
             ),
-            export=export,
+            export=functools.partial(self._export, past),
             rules=rules.DIT,
             batch_specs=EPISODE,
-            **self._remembered(videos.latents.shape[2:]),
+            **remembered(self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:])),
         )
 
     def _loss_fn(self, setup: ARSetup, mesh: Mesh, specs: Any, text: Array) -> LossFn:
@@ -143,38 +146,38 @@ class ARStage(RunSpec):
         run = functools.partial(forward, setup)
         if mesh.size > 1:
             run = functools.partial(shared_forward, setup, Shared(mesh, specs))
-        if self.recycling is not None:
-            inner = recycling_loss(
-                lambda params, batch, used: run(params, batch, used.batch, used.draws, text),
-                chunk=setup.chunk,
-                spec=self.recycling,
-                loss=self.loss,
-            )
-            return lambda params, batch, key, memory: inner(params, Episode(**batch), key, memory)
+        return objective(setup, run, lambda batch: (Episode(**batch), text), self.recycling)
 
-        def loss(params: Params, batch: dict[str, Array], key: Array):
-            episode = Episode(**batch)
-            draws = draw(key, episode, chunk=setup.chunk, spec=self.loss)
-            value, metrics, _ = run(params, episode, episode, draws, text)
-            return value, metrics
+    def _rows(self, chunk_tokens: int) -> dict[str, int]:
+        """Rows that a sample gives to the linears."""
+        counts = {
+            "context": self.episodes.context_chunks,
+            "target": self.episodes.target_chunks,
+        }
+        tokens = {f"{name} tokens": n * chunk_tokens for name, n in counts.items()}
+        words = {f"text rows of {name}": n * self.model.text_len for name, n in counts.items()}
+        return tokens | words
 
-        return forgetful(loss)
-
-    def _remembered(self, latent: tuple[int, ...]) -> dict[str, Any]:
-        """The error buffers of a `Task`, for latent frames of shape (h, w, c)."""
-        spec = self.recycling
-        if spec is None:
-            return {}
-        chunk = (world.CHUNK_LATENTS, *latent)
-        return {"memory": lambda: init_buffers(spec, chunk), "memory_specs": partition(spec)}
-
-    def _evaluation(self, setup: ARSetup, text: Array, held_out: EncodedVideos, preview: Preview):
-        """Held-out errors of the averaged parameters, the same batches and draws every time."""
+    def _evaluation(
+        self,
+        setup: ARSetup,
+        text: Array,
+        held_out: EncodedVideos,
+        preview: Preview,
+        quant: QuantizedTraining,
+    ):
+        """Held-out errors of the averaged parameters, in the precision of the run, the same batches
+        and draws every time."""
         checks = EpisodeBatches(held_out, self.episodes, self.held_out_batches, HELD_OUT_SEED)
-        measure = jax.jit(lambda p, batch, key: ar_loss(setup, p, Episode(**batch), key, text))
+
+        @jax.jit
+        def measure(params, batch, key):
+            params = quant.prepare(params)(params, key)
+            return ar_loss(setup, params, Episode(**batch), key, text)
 
         def evaluate(params, step, workdir):
             preview.write(params, step, workdir)
+            params = readable(params)
             found = [measure(params, checks[i], jax.random.key(i))[1] for i in range(len(checks))]
             return {f"held_out_{k}": np.mean([float(m[k]) for m in found]) for k in found[0]}
 
@@ -210,15 +213,25 @@ class ARStage(RunSpec):
             )
         return lambda key: params
 
+    def _export(self, past: dict[str, Any], params: Params, directory: pathlib.Path) -> None:
+        provenance = self.provenance("ar") | past
+        save_component(directory, "dit", params, self.model, provenance=provenance, overwrite=True)
+        save_settings(directory, self.sampling())
+
     def _past(self, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
         """What the checkpoint says of the DiT to go on from; kept, as this run replaces it."""
         if self.start == "random":
             return {}
         kept = workdir / "continues.json"
-        if not kept.exists():
+        if kept.exists():
+            return {"continues": json.loads(kept.read_text())}
+        continues = read_manifest(out)["provenance"].get("dit", {})
+        if first_process():
             workdir.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(read_manifest(out)["provenance"].get("dit", {})))
-        return {"continues": json.loads(kept.read_text())}
+            partial = kept.with_suffix(".partial")
+            partial.write_text(json.dumps(continues))
+            partial.replace(kept)
+        return {"continues": continues}
 
     @staticmethod
     def _chunk_tokens(videos: EncodedVideos) -> int:
@@ -226,7 +239,11 @@ class ARStage(RunSpec):
         return world.CHUNK_LATENTS * (height // 2) * (width // 2)
 
     def _latents(self, out: pathlib.Path, workdir: pathlib.Path) -> EncodedVideos:
-        """The encoded corpus, from the work directory if an earlier run left it there."""
+        """The encoded corpus, from the work directory if an earlier run left it there.
+
+        Of several processes each encodes it for itself, to the same numbers, and the first one
+        leaves it there.
+        """
         cached = workdir / "corpus.npz"
         if cached.exists():
             with np.load(cached) as held:
@@ -239,15 +256,17 @@ class ARStage(RunSpec):
             shot_chunks=spec.shot_chunks,
             seed=self.loop.seed,
         )
-        found = list(track(parts, "encoding", total=-(-spec.videos // 8)))
+        total, silent = -(-spec.videos // 8), not first_process()
+        found = list(track(parts, "encoding", total=total, disable=silent))
         fields: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in found])
             for name in ("latents", "prompt", "shot")
         }
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(".partial.npz")
-        np.savez(partial, **fields)
-        partial.rename(cached)
+        if first_process():
+            workdir.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(".partial.npz")
+            np.savez(partial, **fields)
+            partial.replace(cached)
         return EncodedVideos(**fields)
 
 

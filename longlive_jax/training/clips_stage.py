@@ -24,23 +24,24 @@ from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.fsdp import Gather
 from longlive_jax.parallel.mesh import BATCH, check_fits
+from longlive_jax.quant.policy import QuantSpec
+from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, draw, laid_out
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, laid_out
 from longlive_jax.training.ar_stage import EPISODE
 from longlive_jax.training.feed import Feed, own_rows, placed
 from longlive_jax.training.loop import Task
+from longlive_jax.training.objective import judged, objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
+from longlive_jax.training.quantized import quantized
 from longlive_jax.training.recycling import (
     RecyclingSpec,
     check_recycling,
-    init_buffers,
-    partition,
-    recycling_loss,
 )
 from longlive_jax.training.run import HELD_OUT_SEED, RunSpec
 from longlive_jax.training.sharded import Shared, shared_forward
 from longlive_jax.training.state import Params
-from longlive_jax.training.step import LossFn, forgetful
+from longlive_jax.training.step import LossFn
 from longlive_jax.training.work import step_work
 from longlive_jax.typing import Array
 from pallas_kernels.dispatch import Implementation
@@ -69,6 +70,7 @@ class ClipsStage(RunSpec):
       remat: recompute layers in the backward pass.
       ffn_parts: parts of a device's tokens that go through the feed-forward one after the other.
       dtype: of matrix products, and of parameters on their way between devices.
+      quant: precision of the blocks' matrix products.
     """
 
     checkpoint: str
@@ -86,6 +88,7 @@ class ClipsStage(RunSpec):
     remat: bool = True
     ffn_parts: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
 
     def task(self, out: Path, workdir: Path, mesh: Mesh) -> Task:
         """Raises UserError for clips of another checkpoint, or that do not fit model and mesh."""
@@ -95,15 +98,20 @@ class ClipsStage(RunSpec):
         chunk = shape[0] // len(clips[0].cut)
         self._check(model, shape, chunk)
         setup = self.setup(model, chunk, clips.manifest.texts_per_clip)
-        specs = rules.specs_for(rules.DIT, abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[1])
+        shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[1]
+        specs = rules.specs_for(rules.DIT, shapes)
         tokens = chunk * (shape[1] // 2) * (shape[2] // 2)
         chunks = shape[0] // chunk
+        quant = self.precision(shapes, specs, mesh, (chunks * tokens, chunks * model.text_len))
+        dressed = quant.specs(specs, shapes)
         return Task(
             init=lambda key: params_of(DiT(model, rngs=nnx.Rngs(key))),
             start=lambda: self._restored(mesh, specs),
-            loss_fn=self.loss_fn(setup, mesh, specs),
+            loss_fn=self.loss_fn(setup, mesh, dressed),
+            prepare=quant.prepare,
+            notes=(quant.describe(shapes),),
             feed=functools.partial(self._feed, clips, mesh, self.loop.seed),
-            evaluate=self._evaluation(setup, mesh, specs),
+            evaluate=self._evaluation(setup, mesh, dressed, quant),
             export=functools.partial(self._export, model),
             rules=rules.DIT,
             batch_specs=BATCH_SPECS,
@@ -111,7 +119,7 @@ class ClipsStage(RunSpec):
             work=step_work(
                 model, batch=self.batch, chunks=chunks, chunk_tokens=tokens, window=self.window
             ),
-            **self.remembered((chunk, *shape[1:])),
+            **remembered(self.recycling, (chunk, *shape[1:])),
         )
 
     def model(self) -> DiTConfig:
@@ -134,31 +142,18 @@ class ClipsStage(RunSpec):
             ffn_parts=self.ffn_parts,
         )
 
+    def precision(
+        self, shapes: Params, specs: Any, mesh: Mesh, rows: tuple[int, int]
+    ) -> QuantizedTraining:
+        """How products are quantized; `rows`: tokens and words of a clip, clean or noisy."""
+        named = dict(zip(("clean or noisy tokens", "text rows"), rows, strict=True))
+        return quantized(self.quant, shapes, specs, mesh, named)
+
     def loss_fn(self, setup: ARSetup, mesh: Mesh, specs: Any) -> LossFn:
-        """The loss over the mesh, with error recycling if there is any."""
+        """The loss over the mesh, with error recycling if there is any; `specs` are those of the
+        parameters as it sees them."""
         run = functools.partial(shared_forward, setup, self._shared(mesh, specs))
-        if self.recycling is None:
-            return forgetful(functools.partial(_judged, setup, run))
-        spec = self.recycling
-
-        def loss(params: Params, batch: dict[str, Array], key: Array, memory: Any):
-            episode, text = _taken(batch)
-            inner = recycling_loss(
-                lambda params, batch, used: run(params, batch, used.batch, used.draws, text),
-                chunk=setup.chunk,
-                spec=spec,
-                loss=self.loss,
-            )
-            return inner(params, episode, key, memory)
-
-        return loss
-
-    def remembered(self, chunk: tuple[int, ...]) -> dict[str, Any]:
-        """The error buffers of a `Task`, for chunks of shape (m, h, w, c)."""
-        spec = self.recycling
-        if spec is None:
-            return {}
-        return {"memory": lambda: init_buffers(spec, chunk), "memory_specs": partition(spec)}
+        return objective(setup, run, _taken, self.recycling)
 
     def _shared(self, mesh: Mesh, specs: Any) -> Shared:
         return Shared(mesh, specs, Gather(specs, dtype=jnp.dtype(self.dtype)))
@@ -214,9 +209,9 @@ class ClipsStage(RunSpec):
 
         return collated
 
-    def _evaluation(self, setup: ARSetup, mesh: Mesh, specs: Any):
-        """A preview, and held-out errors of the averaged parameters, the same clips and draws
-        every time."""
+    def _evaluation(self, setup: ARSetup, mesh: Mesh, specs: Any, quant: QuantizedTraining):
+        """A preview, and held-out errors of the averaged parameters in the run's precision, the
+        same clips and draws every time."""
         window = {} if self.window is None else {"window": self.window}
         settings = {"shift": self.loss.shift, "rope_offset": self.phase, **window}
         preview = Preview(self.preview, Path(self.checkpoint), self.model(), settings)
@@ -224,7 +219,10 @@ class ClipsStage(RunSpec):
         if clips is not None:
             check_made_by(clips, self.checkpoint)
         run = functools.partial(shared_forward, setup, self._shared(mesh, specs))
-        measure = jax.jit(functools.partial(_judged, setup, run))
+
+        @jax.jit
+        def measure(params: Params, batch: dict[str, Array], key: Array):
+            return judged(setup, run, _taken, quant.prepare(params)(params, key), batch, key)
 
         def evaluate(params: Params, step: int, workdir: Path) -> dict[str, float]:
             preview.write(params, step, workdir)
@@ -264,11 +262,3 @@ def _taken(batch: dict[str, Array]) -> tuple[Episode, Array]:
     columns = dict(batch)
     text = columns.pop("text")
     return Episode(**columns), text
-
-
-def _judged(setup: ARSetup, run, params: Params, batch: dict[str, Array], key: Array):
-    """Loss and metrics without recycling."""
-    episode, text = _taken(batch)
-    draws = draw(key, episode, chunk=setup.chunk, spec=setup.spec)
-    value, metrics, _ = run(params, episode, episode, draws, text)
-    return value, metrics

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from longlive_jax.training.metrics import MetricsLog, mean_of, peak_gib, plot_cu
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.saves import Saves
 from longlive_jax.training.state import WHOLE, Params, TrainState, make_state
-from longlive_jax.training.step import EMASpec, LossFn, make_train_step
+from longlive_jax.training.step import EMASpec, LossFn, Prepare, as_they_are, make_train_step
 from longlive_jax.training.stopping import Stopped, StopRequest
 
 
@@ -62,10 +62,12 @@ SAMPLES = P(BATCH)
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What one update amounts to: tokens that go through the model, and floating point operations
-    of its matrix products, forward and backward, recomputation not counted."""
+    of its matrix products, forward and backward, recomputation not counted; `kinds` are parts of
+    these by name."""
 
     tokens: int
     flops: float
+    kinds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Task:
       memory: makes what the loss remembers, at step 0; its specs are `memory_specs`.
       work: of one update, for the log.
       start: parameters from elsewhere, on the mesh already; in the place of `init`.
+      prepare: parameters -> how the loss sees them, made once an update (`step.Prepare`).
+      notes: lines to be printed before the first update.
     """
 
     init: Callable[[jax.Array], Params]
@@ -99,6 +103,8 @@ class Task:
     memory_specs: Any = ()
     work: Work | None = None
     start: Callable[[], Params] | None = None
+    prepare: Prepare = as_they_are
+    notes: tuple[str, ...] = ()
 
 
 class Diverged(Failure, FloatingPointError):
@@ -140,14 +146,15 @@ def train(
         start=task.start if Saves.none_in(workdir) else None,
     )
     with Saves(workdir, keep=loop.keep) as saves, run.progress(), StopRequest(run.say) as stop:
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
-        if (found := saves.restore(like, say=run.say)) is not None:
-            step, state = found
-            run.say(f"Resumed from step {step} of {workdir}.")
+        state = run.resumed(saves, state)
         step_fn = make_train_step(
-            task.loss_fn, tx, ema, loop.seed, accumulate=loop.accumulate, shardings=where
+            task.loss_fn,
+            tx,
+            ema,
+            loop.seed,
+            accumulate=loop.accumulate,
+            shardings=where,
+            prepare=task.prepare,
         )
         return run.until_done(state, step_fn, saves, stop)
 
@@ -171,6 +178,18 @@ class _Run:
     def say(self, text: str) -> None:
         if self.first:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def resumed(self, saves: Saves, state: TrainState) -> TrainState:
+        """The state of the last good save, or `state` if there is none."""
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        if (found := saves.restore(like, say=self.say)) is not None:
+            step, state = found
+            self.say(f"Resumed from step {step} of {self.workdir}.")
+        for note in self.task.notes:
+            self.say(note)
+        return state
 
     def until_done(self, state: TrainState, step_fn, saves: Saves, stop: StopRequest) -> TrainState:
         """Steps, logs, evaluates and saves."""
@@ -220,7 +239,7 @@ class _Run:
 
     def _plot(self, log: MetricsLog) -> None:
         if self.first:
-            plot_curves(log.records, self.workdir / "curves.png")
+            plot_curves({"": log.records}, self.workdir / "curves.png")
 
     def _leave(self, number: int, done: int, saves: Saves) -> None:
         saves.wait()
@@ -269,6 +288,8 @@ class _Window:
             flops = rate * self._task.work.flops
             values["tokens_per_s"] = rate * self._task.work.tokens
             values["tflops_per_s"] = flops / 1e12
+            for kind, part in self._task.work.kinds.items():
+                values[f"tflops_per_s_{kind}"] = rate * part / 1e12
             if self._loop.peak_tflops:
                 peak = 1e12 * self._loop.peak_tflops * self._devices
                 values["percent_of_peak"] = 100 * flops / peak

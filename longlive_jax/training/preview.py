@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from longlive_jax.io.checkpoint import TOKENIZER
 from longlive_jax.io.models import load_model
@@ -16,6 +15,7 @@ from longlive_jax.io.pictures import strip
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.umt5 import Tokenizer
 from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.parallel.hosts import first_process, readable
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.script import ShotScript
 from longlive_jax.sampling.settings import spec_for
@@ -50,9 +50,10 @@ class Preview:
         spec = self._spec
         if not spec.prompts:
             return
-        params = _whole(params)
-        if jax.process_index() != 0:
+        params = readable(params)
+        if not first_process():
             return
+        params = jax.device_put(params, jax.local_devices()[0])
         self._pipe = self._pipe or self._made(params)
         self._pipe.params = params
         script = ShotScript.of(*spec.prompts, seconds=spec.seconds, seed=spec.seed)
@@ -66,10 +67,3 @@ class Preview:
         spec = spec_for(self._checkpoint, self._settings)
         tokenizer = Tokenizer(self._checkpoint / TOKENIZER)
         return Pipeline(with_params(graphdef, params), vae, umt5, tokenizer, spec)
-
-
-def _whole(params: Params) -> Params:
-    """Parameters on the first device."""
-    if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
-    return jax.device_put(params, jax.local_devices()[0])

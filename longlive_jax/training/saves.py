@@ -3,13 +3,15 @@
     WORKDIR/state/<step>/{state,about}/     one save
     WORKDIR/damaged/<step>.<n>/             saves that could not be read, kept to be looked at
 
-A save is restored onto whatever mesh the new state lies on.
+A save is restored onto whatever mesh the new state lies on, whole (`Saves.restore`) or only what a
+sampler or another run begins from (`restore_weights`).
 """
 
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +22,8 @@ from longlive_jax.spec import Failure, UserError
 from longlive_jax.training.fingerprints import fingerprints
 
 STATE, ABOUT = "state", "about"
+LORA = r"(^|/)branch/[ab]$"
+"""Paths of low-rank branches (`quant.low_rank.LoRAKernel`) among parameters."""
 type Say = Callable[[str], None]
 
 
@@ -150,6 +154,50 @@ class Saves:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"put aside {step}")
         return place
+
+
+def restore_weights(
+    workdir: pathlib.Path,
+    like: Any,
+    *,
+    part: Literal["params", "ema"] = "ema",
+    only: str | None = None,
+    say: Say,
+) -> tuple[int, Any]:
+    """The step of the newest good save, and its parameters or their average; nothing else is read.
+
+    `like` is the tree of the parameters, as `jax.ShapeDtypeStruct` with shardings where they are to
+    be read. `only` is a regular expression that is searched in their paths, such as `LORA`: what it
+    does not name is returned as it is in `like`, the base of an adapter for instance, and need not
+    be in the save. Raises UserError for a folder without saves, for saves of another model, and if
+    `only` names nothing.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    named = {path_of(keys): leaf for keys, leaf in leaves}
+    wanted = {path: x for path, x in named.items() if only is None or re.search(only, path)}
+    if not wanted:
+        raise UserError(f"no parameter's path matches {only!r}; the first is {next(iter(named))}")
+    if Saves.none_in(workdir):
+        raise UserError(f"{workdir}: holds no save of a run; give the --workdir of `train`")
+    with Saves(workdir) as saves:
+        found = saves.restore({part: _nested(wanted)}, say=say)
+    if found is None:
+        raise UserError(f"{workdir}: holds no finished save of a run; train for longer")
+    step, tree = found
+    read, _ = jax.tree_util.tree_flatten_with_path(tree[part])
+    named |= {path_of(keys): leaf for keys, leaf in read}
+    return step, jax.tree.unflatten(structure, list(named.values()))
+
+
+def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Dictionaries in dictionaries from paths: any part of a tree has this form."""
+    tree: dict[str, Any] = {}
+    for path, leaf in named.items():
+        node, (*parents, last) = tree, path.split("/")
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
 
 
 def _shapes(tree: Any) -> dict[str, list]:

@@ -13,8 +13,16 @@ from jax import lax
 from longlive_jax.training.state import Params, TrainState
 
 Metrics = dict[str, jax.Array]
+Prepare = Callable[[Params], Callable[[Params, jax.Array], Params]]
+"""`prepare(params)` makes what an update needs of its parameters once, such as packed copies, and
+gives `dress(params, key)`, which puts the same parameters before the loss in another form."""
 LossFn = Callable[..., tuple[jax.Array, tuple[Metrics, Any]]]
 """`(params, batch, key, memory) -> (loss, (metrics, memory))`."""
+
+
+def as_they_are(_params: Params) -> Callable[[Params, jax.Array], Params]:
+    """Nothing to prepare: the loss sees the float32 parameters themselves."""
+    return lambda params, _key: params
 
 
 def forgetful(loss: Callable[..., tuple[jax.Array, Metrics]]) -> LossFn:
@@ -43,6 +51,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     shardings: TrainState | None = None,
+    prepare: Prepare = as_they_are,
 ):
     """`loss_fn` becomes one donated, jitted update `(state, batch) -> (state, metrics)`.
 
@@ -50,15 +59,16 @@ def make_train_step(
     would. An update with a non-finite loss or gradient changes nothing but the step, `bad_steps`
     and the memory, of which the loss itself takes care: a choice here would keep two of it.
     With `accumulate` the batch is worked off in that many parts, by a scan, and the update is that
-    of their mean gradient. `shardings` say where the new state lies.
+    of their mean gradient. `shardings` say where the new state lies. `prepare` is called once, for
+    all parts; gradients are of the parameters themselves.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    whole = grad_fn if accumulate == 1 else _accumulated(grad_fn, accumulate)
     placed = {} if shardings is None else {"out_shardings": (shardings, None)}
 
     @partial(jax.jit, donate_argnums=0, **placed)
     def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grad_fn = jax.value_and_grad(_dressed(loss_fn, prepare(state.params)), has_aux=True)
+        whole = grad_fn if accumulate == 1 else _accumulated(grad_fn, accumulate)
         (loss, (metrics, memory)), grads = whole(state.params, batch, key, state.memory)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -73,6 +83,13 @@ def make_train_step(
         return TrainState(state.step + 1, params, average, opt_state, bad_steps, memory), metrics
 
     return train_step
+
+
+def _dressed(loss_fn: LossFn, dress: Callable[[Params, jax.Array], Params]) -> LossFn:
+    def loss(params: Params, batch: Any, key: jax.Array, memory: Any):
+        return loss_fn(dress(params, key), batch, key, memory)
+
+    return loss
 
 
 def _accumulated(grad_fn, parts: int):

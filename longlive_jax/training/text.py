@@ -27,6 +27,7 @@ from longlive_jax.io.checkpoint import TOKENIZER, CheckpointWriter, save_compone
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.umt5 import UMT5, Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.models.umt5.tokenizer import EOS
+from longlive_jax.parallel.hosts import readable
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
 from longlive_jax.training.step import forgetful
@@ -100,7 +101,7 @@ def text_task(
     graphdef, _ = abstract(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
 
     def evaluate(params: Params, step: int, workdir: pathlib.Path) -> dict[str, float]:
-        umt5 = with_params(graphdef, params)
+        umt5 = with_params(graphdef, readable(params))
         guess = {"guess_accuracy": guess_accuracy(umt5, tokenizer)}
         return guess | probe_accuracy(umt5, tokenizer)
 

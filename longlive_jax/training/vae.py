@@ -19,6 +19,7 @@ from flax import nnx
 from longlive_jax.io.checkpoint import save_component
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
+from longlive_jax.parallel.hosts import first_process, readable
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
 from longlive_jax.training.step import forgetful
@@ -107,9 +108,10 @@ def vae_task(
         return encode(with_params(graphdef, params), video, chunk=4)
 
     def evaluate(params: Params, step: int, workdir: pathlib.Path) -> dict[str, float]:
-        rebuilt = jnp.clip(round_trip(params, held_out), -1, 1)
+        rebuilt = jnp.clip(round_trip(readable(params), held_out), -1, 1)
         frames = np.concatenate([np.asarray(held_out[0, ::8]), np.asarray(rebuilt[0, ::8])])
-        _save_frames(frames, workdir / f"reconstruction_{step:06d}.png")
+        if first_process():
+            _save_frames(frames, workdir / f"reconstruction_{step:06d}.png")
         worst = jnp.mean((rebuilt - held_out) ** 2, axis=(2, 3, 4)).max()
         found = {"held_out_psnr": psnr(rebuilt - held_out), "worst_psnr": 10 * jnp.log10(4 / worst)}
         return {name: float(value) for name, value in found.items()}

@@ -50,4 +50,5 @@ def step_work(
 ) -> Work:
     """Of one update: a backward pass is twice a forward pass; recomputation is not counted."""
     flops = forward_flops(cfg, chunks=chunks, chunk_tokens=chunk_tokens, window=window)
-    return Work(tokens=2 * batch * chunks * chunk_tokens, flops=3.0 * batch * flops.total)
+    kinds = {kind: 3.0 * batch * part for kind, part in dataclasses.asdict(flops).items()}
+    return Work(2 * batch * chunks * chunk_tokens, 3.0 * batch * flops.total, kinds)

@@ -21,7 +21,14 @@ from longlive_jax.models.vae import VAE, VAEConfig, encode_chunk
 from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Float, UInt8
 
-__all__ = ["check_made_by", "checkpoint_encoders", "encode_video", "fingerprint", "text_encoder"]
+__all__ = [
+    "check_made_by",
+    "checkpoint_encoders",
+    "encode_video",
+    "fingerprint",
+    "pixels",
+    "text_encoder",
+]
 
 
 def checkpoint_encoders(folder: str | os.PathLike, spec: EncodeSpec, *, dtype: Any) -> Encoders:
@@ -98,15 +105,16 @@ def encode_video(vae: VAE, video: UInt8[np.ndarray, "r h w 3"], *, chunk: int) -
 
 @jax.jit
 def _begin(vae: VAE, frames: UInt8[Array, "1 f h w 3"]):
-    return encode_chunk(vae, _pixels(frames))
+    return encode_chunk(vae, pixels(frames))
 
 
 @jax.jit
 def _go_on(vae: VAE, frames: UInt8[Array, "1 f h w 3"], tails):
-    return encode_chunk(vae, _pixels(frames), tails)
+    return encode_chunk(vae, pixels(frames), tails)
 
 
-def _pixels(frames: Array) -> Array:
+def pixels(frames: UInt8[Array, "*b f h w 3"]) -> Float[Array, "*b f h w 3"]:
+    """Colours in [-1, 1], as the VAE takes them."""
     return frames.astype(jnp.float32) / 127.5 - 1.0
 
 

@@ -33,6 +33,9 @@ __all__ = ["EncodeSpec", "Encoders", "Job", "encode_dataset", "plan_jobs"]
 OPENED = 8
 """Files whose headers are read at once."""
 
+Read = Callable[[int, int | None], np.ndarray]
+"""`read(first, last)`: those frames of a clip, uint8 [n, h, w, 3]; None: to the end."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and of how much."""
 
@@ -72,7 +75,8 @@ class Encoders:
 
     Attributes:
       text: () -> (prompt -> features [t, e] without padding).
-      video: () -> (uint8 [r, h, w, 3] -> latents [f, h, w, c]).
+      video: () -> (what `frames` gave -> latents [f, h, w, c]).
+      frames: which frames of a clip are decoded, and how they lie: uint8 [r, h, w, 3].
       latent_bytes: of one latent frame at float32, for the check of free disk space.
       identity: fingerprints.
     """
@@ -81,6 +85,7 @@ class Encoders:
     video: Callable[[], Callable[[np.ndarray], np.ndarray]]
     latent_bytes: int
     identity: Mapping[str, str]
+    frames: Callable[[Read], np.ndarray] = lambda read: read(0, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,8 +309,11 @@ def _made(
     """The records of the jobs that are left; the next clip is decoded while one is encoded."""
 
     def decoded(i: int) -> np.ndarray | Unusable:
+        def read(first: int, last: int | None) -> np.ndarray:
+            return read_clip(jobs[i].sample, jobs[i].clip, spec.size, slice(first, last))
+
         try:
-            return read_clip(jobs[i].sample, jobs[i].clip, spec.size)
+            return encoders.frames(read)
         except Unusable as reason:
             return reason
 

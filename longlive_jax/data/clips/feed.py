@@ -14,6 +14,7 @@ to pass over; `ClipFeed` counts and logs them.
 import collections
 import dataclasses
 import itertools
+import signal
 import sys
 from collections.abc import Iterator
 from types import TracebackType
@@ -146,6 +147,11 @@ def clip_batches(source: Source, spec: FeedSpec) -> grain.MapDataset:
     return grain.MapDataset.source(_Rows(source, order, spec)).batch(spec.rows)
 
 
+def _leave_ctrl_c(_worker: int, _count: int) -> None:
+    """A terminal sends Ctrl-C to workers as well; the first process decides and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class ClipFeed:
     """Batches from step `start` on, as an endless iterator; a context manager.
 
@@ -167,7 +173,8 @@ class ClipFeed:
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=spec.workers, per_worker_buffer_size=spec.ahead
-                )
+                ),
+                worker_init_fn=_leave_ctrl_c,
             )
         self._batches: Iterator[dict[str, np.ndarray]] = iter(batches)
 

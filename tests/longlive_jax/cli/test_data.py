@@ -118,6 +118,35 @@ def test_encode_and_again(good, checkpoint, tmp_path, capsys):
     assert "encoded otherwise (size)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("share", ["auto", "halo"])
+def test_encoded_over_a_mesh_as_by_one_device(good, checkpoint, tmp_path, share, monkeypatch):
+    """Every device's frames are decoded for themselves; a clip of two shots and one with padding
+    among them."""
+    command = [
+        "data", "encode", f"--source={good}", f"--checkpoint={checkpoint}", "--chunks=4", "--pad",
+        "--text_len=16", "--dtype=float32",
+    ]  # fmt: skip
+    assert run([*command, f"--out={tmp_path / 'one'}"]) == 0
+    parts = []
+    read_clip = encoding.read_clip
+
+    def read(sample, clip, size, part):
+        parts.append((part.start, part.stop))
+        return read_clip(sample, clip, size, part)
+
+    monkeypatch.setattr(encoding, "read_clip", read)
+    over = ["--mesh=sp=4", f"--share={share}"]
+    assert run([*command, *over, f"--out={tmp_path / 'four'}"]) == 0
+    own = [(0, 5), (5, 13), (13, 21), (21, 29)]
+    assert sorted(parts) == (sorted(2 * own) if share == "auto" else sorted(2 * [(0, 29)] * 4))
+    one, four = (EncodedClips(tmp_path / name) for name in ("one", "four"))
+    assert len(one) == len(four) == 2
+    for a, b in ((one[i], four[i]) for i in range(2)):
+        np.testing.assert_allclose(b.latents, a.latents, atol=2e-5 * np.abs(a.latents).max())
+        np.testing.assert_array_equal(b.mask, a.mask)
+    assert one.manifest.identity == four.manifest.identity
+
+
 def test_encode_names_what_it_skips_and_survives_a_full_disk(
     broken, checkpoint, tmp_path, capsys, monkeypatch
 ):
@@ -156,6 +185,11 @@ def test_encode_names_what_it_skips_and_survives_a_full_disk(
         (["--shard=0"], "shard is 0"),
         (["--chunks=50"], "none of the 2 samples can be used"),
         (["--sorce=x"], "did you mean '--source'"),
+        (["--mesh=sp=3"], "4 latents do not split over mesh.sp = 3"),
+        (["--mesh=sp=4", "--share=tails"], "1 latents a device are too few"),
+        (["--mesh=sp=9"], "sp = 9, and there are 8 devices"),
+        (["--mesh=data=2"], "one after the other, over sp"),
+        (["--mesh=ps=2"], "unknown axis 'ps'"),
     ],
 )
 def test_mistakes_cost_one_line(good, checkpoint, tmp_path, change, message, capsys, monkeypatch):

@@ -13,14 +13,28 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def start(*arguments: object, devices: int, program: Path = PROGRAM) -> subprocess.Popen:
     """The program in a group of its own, on so many fake devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    return _started(str(program), *arguments, devices=devices)
+
+
+def longlive(*arguments: object, devices: int, cache: Path | None = None) -> subprocess.Popen:
+    """`longlive ARGUMENTS` likewise, compiled in haste; compiled programs are kept in `cache`."""
+    kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    kept["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    more = kept if cache is not None else {}
+    return _started("-m", "longlive_jax", *arguments, devices=devices, flags=flags, **more)
+
+
+def _started(*words: object, devices: int, flags: str = "", **more: str) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices} {flags}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, str(program), *map(str, arguments)],
+        [sys.executable, *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=env,
+        env=env | more,
+        cwd=ROOT,
         start_new_session=True,
     )
 

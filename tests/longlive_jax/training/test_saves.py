@@ -1,5 +1,6 @@
 """Saved runs: any mesh, parts, damage of every kind, other models, full disks."""
 
+import dataclasses
 import shutil
 from collections import namedtuple
 
@@ -12,10 +13,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
+from longlive_jax.quant.low_rank import LoRAKernel, LowRank
 from longlive_jax.spec import Failure, UserError
 from longlive_jax.training import saves as module
 from longlive_jax.training.fingerprints import fingerprints
-from longlive_jax.training.saves import Saves
+from longlive_jax.training.saves import LORA, Saves, restore_weights
 from longlive_jax.training.state import TrainState
 
 
@@ -81,6 +83,39 @@ def test_a_part_is_restored_alone(workdir):
     (step, part), _ = restored(workdir, {"ema": {"w": like(state_of(0)).ema["w"]}})
     assert step == 30 and set(part) == {"ema"} and set(part["ema"]) == {"w"}
     chex.assert_trees_all_equal(part["ema"]["w"], state_of(30).ema["w"])
+
+
+def test_the_average_alone_is_restored_onto_another_mesh(tmp_path):
+    with Saves(tmp_path) as saves:
+        saves.save(5, state_of(5, split(2, 1, 4)))
+    wanted = like(state_of(0, split(1, 1, 2))).ema
+    step, average = restore_weights(tmp_path, wanted, say=pytest.fail)
+    assert step == 5 and average["w"].sharding.is_equivalent_to(wanted["w"].sharding, 2)
+    chex.assert_trees_all_equal(average, jax.device_get(state_of(5).ema))
+    with pytest.raises(UserError, match="holds no save of a run"):
+        restore_weights(tmp_path / "nothing", wanted, say=pytest.fail)
+
+
+def adapted(seed):
+    """A state whose matrix has a low-rank branch."""
+    state, rng = state_of(seed), np.random.default_rng(seed)
+    a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((64, 2), (2, 16)))
+    params = {"q": {"kernel": LoRAKernel(state.params["w"], LowRank(a, b, 0.5))}}
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+
+
+def test_low_rank_branches_alone_are_restored_onto_a_base_from_elsewhere(tmp_path):
+    trained, base = adapted(5), adapted(6)
+    with Saves(tmp_path) as saves:
+        saves.save(5, trained)
+    shapes, other = like(base).params["q"]["kernel"], base.params["q"]["kernel"]
+    mixed = {"q": {"kernel": dataclasses.replace(shapes, kernel=other.kernel)}}
+    step, found = restore_weights(tmp_path, mixed, part="params", only=LORA, say=pytest.fail)
+    kernel = found["q"]["kernel"]
+    assert step == 5 and kernel.kernel is other.kernel
+    chex.assert_trees_all_equal(kernel.branch, trained.params["q"]["kernel"].branch)
+    with pytest.raises(UserError, match="no parameter's path matches 'lora_'"):
+        restore_weights(tmp_path, mixed, only="lora_", say=pytest.fail)
 
 
 def largest(folder):

@@ -56,3 +56,6 @@ def test_a_step_is_three_forward_passes_of_every_clip():
     forward = forward_flops(CFG, chunks=3, chunk_tokens=10)
     work = step_work(CFG, batch=4, chunks=3, chunk_tokens=10)
     assert work.tokens == 4 * 2 * 3 * 10 and work.flops == 3 * 4 * forward.total
+    assert sorted(work.kinds) == ["attention", "linears", "text"]
+    assert work.kinds["text"] == 12 * forward.text
+    assert sum(work.kinds.values()) == pytest.approx(work.flops)

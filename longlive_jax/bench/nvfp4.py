@@ -1,0 +1,263 @@
+"""NVFP4 and FP8 one operation at a time: every implementation that runs here, in one run.
+
+Speeds are of useful work: bytes that must be read and written once, or operations of the product.
+They are held against what this device reached a moment before, copying memory and multiplying
+matrices, and against the same thing in plain `jnp` under `jit` ("reference"), so that a slow or
+shared machine cancels. `bfloat16` is the product, or the attention, of numbers that are not packed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.bench.timing import machine, peak_memory, repeated
+from longlive_jax.quant.packed import pack
+from longlive_jax.quant.policy import Format
+from longlive_jax.typing import Array
+from pallas_kernels.attention import attention
+from pallas_kernels.attention.packed import attention_packed
+from pallas_kernels.dispatch import Implementation, Unsupported
+from pallas_kernels.nvfp4 import NVFP4, dequantize, matmul, quantize
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic")
+PLAIN = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NVFP4Spec:
+    """Sizes; the defaults are those of one chunk of the 5B model at 704x1280.
+
+    Attributes:
+      rows: tokens that meet a matrix.
+      inputs, outputs: of the matrix.
+      slots, tokens: chunks that are kept packed, and tokens in each.
+      heads, width: of the attention.
+      calls: made before one waits for the device; times are of one of them.
+      repeats: measurements, after one that is not counted.
+      product: size of the square matrix product whose rate is a limit.
+      copy: MiB that are copied, for the other limit.
+    """
+
+    rows: int = 7040
+    inputs: int = 3072
+    outputs: int = 14336
+    slots: int = 3
+    tokens: int = 7040
+    heads: int = 24
+    width: int = 128
+    calls: int = 20
+    repeats: int = 10
+    product: int = 8192
+    copy: int = 1024
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}; at least 1 is")
+        for name in ("inputs", "width"):
+            if getattr(self, name) % 16:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must split into blocks of 16"
+                )
+
+
+SMALL = {
+    "rows": 256, "inputs": 512, "outputs": 768, "slots": 2, "tokens": 96, "heads": 4, "width": 64,
+    "calls": 1, "repeats": 3, "product": 1024, "copy": 64,
+}  # fmt: skip
+"""What a CPU does in seconds."""
+
+
+def default_settings() -> dict[str, Any]:
+    """Settings of `NVFP4Spec` that suit this machine."""
+    return {} if jax.default_backend() == "gpu" else dict(SMALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+      work: useful bytes, or floating-point operations, of a call.
+      unit: "bytes" or "flop".
+      ways: name of an implementation to a function of `arguments`.
+      arguments: of all of them; `plain` are those of the way "bfloat16".
+    """
+
+    work: float
+    unit: str
+    ways: Mapping[str, Callable[..., Any]]
+    arguments: tuple
+    plain: tuple = ()
+
+
+def bench_nvfp4(spec: NVFP4Spec) -> dict[str, Any]:
+    """Times everything; the report is ready for JSON and says why ways were left out."""
+    about, limits = machine(), _limits(spec)
+    found: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    for name, make in OPS.items():
+        op = make(spec)
+        rows: dict[str, Any] = {}
+        for way, function in op.ways.items():
+            arguments = op.plain if way == PLAIN else op.arguments
+            try:
+                seconds = _seconds(spec, function, arguments)
+            except Unsupported as error:
+                left_out[f"{name}/{way}"] = str(error)
+                continue
+            rows[way] = _judged(op, seconds, limits)
+        found[name] = {"unit": op.unit, "work": op.work, "ways": _compared(rows)}
+    return {
+        "machine": about,
+        "spec": dataclasses.asdict(spec),
+        "limits": limits,
+        "operations": found,
+        "not_run": left_out,
+        "peak": peak_memory(),
+    }
+
+
+def _seconds(spec: NVFP4Spec, function: Callable[..., Any], arguments: tuple) -> dict[str, float]:
+    """Of one call: several are under way at once, so that launching them costs nothing."""
+    compiled = jax.jit(function)
+
+    def calls() -> Any:
+        result = None
+        for _ in range(spec.calls):
+            result = compiled(*arguments)
+        return result
+
+    times = repeated(calls, spec.repeats)
+    return {k: x if k == "repeats" else x / spec.calls for k, x in times.items()}
+
+
+def _limits(spec: NVFP4Spec) -> dict[str, float]:
+    """Bytes a second of a copy or a negation, whichever is faster; FLOP/s of square products."""
+    x = jnp.ones(spec.copy * 2**18, jnp.float32)
+    fastest = min(_seconds(spec, f, (x,))["least"] for f in (jnp.copy, jnp.negative))
+    limits = {"bytes": 2 * x.nbytes / max(fastest, 1e-9)}
+    for dtype in ("bfloat16", "float32"):
+        a, b = (_normal(i, spec.product, spec.product, dtype=dtype) for i in range(2))
+        seconds = _seconds(spec, jnp.matmul, (a, b))["least"]
+        limits[f"flop_{dtype}"] = 2 * spec.product**3 / max(seconds, 1e-9)
+    limits["flop"] = max(limits["flop_bfloat16"], limits["flop_float32"])
+    return {k: float(f"{x:.4g}") for k, x in limits.items()}
+
+
+def _judged(op: Op, seconds: dict[str, float], limits: Mapping[str, float]) -> dict[str, Any]:
+    rate = op.work / max(seconds["median"], 1e-9)
+    return {
+        "seconds": {k: float(f"{x:.4g}") for k, x in seconds.items()},
+        "per_second": float(f"{rate:.4g}"),
+        "share_of_limit": round(rate / limits[op.unit], 4),
+    }
+
+
+def _compared(rows: dict[str, Any]) -> dict[str, Any]:
+    """The same with how many times as fast each is as plain `jnp`, and as bfloat16."""
+    for base in ("reference", PLAIN):
+        if base in rows:
+            slow = rows[base]["per_second"]
+            for row in rows.values():
+                row[f"times_{base}"] = round(row["per_second"] / slow, 3)
+    return rows
+
+
+def _normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def _packed_bytes(numbers: int) -> float:
+    """Codes and scales."""
+    return numbers * (1 / 2 + 1 / 16)
+
+
+def _by(function: Callable[..., Any], **settings: Any) -> dict[str, Callable[..., Any]]:
+    """The function with each implementation."""
+
+    def one(name: Implementation) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments, implementation=name, **settings)
+
+    return {name: one(name) for name in IMPLEMENTATIONS}
+
+
+def _quantize(spec: NVFP4Spec) -> Op:
+    """Activations to codes and scales, their largest magnitude being known."""
+    x = _normal(0, spec.rows, spec.inputs)
+    amax = jnp.max(jnp.abs(x)).astype(jnp.float32)
+
+    def call(x: Array, amax: Array, implementation: Implementation) -> NVFP4:
+        return quantize(x, amax=amax, implementation=implementation)
+
+    return Op(2 * x.size + _packed_bytes(x.size), "bytes", _by(call), (x, amax))
+
+
+def _dequantize(spec: NVFP4Spec) -> Op:
+    """A matrix back to bfloat16."""
+    a = quantize(_normal(0, spec.outputs, spec.inputs))
+    return Op(2 * a.size + _packed_bytes(a.size), "bytes", _by(dequantize), (a,))
+
+
+def _matmul(spec: NVFP4Spec) -> Op:
+    """Packed times packed; in bfloat16, the same product of what was not packed."""
+    x, w = _normal(0, spec.rows, spec.inputs), _normal(1, spec.outputs, spec.inputs)
+    ways = _by(matmul) | {PLAIN: lambda x, w: x @ w.T}
+    flop = 2 * spec.rows * spec.inputs * spec.outputs
+    return Op(flop, "flop", ways, (quantize(x), quantize(w)), (x, w))
+
+
+def _linear(spec: NVFP4Spec) -> Op:
+    """A whole linear, activations quantized on the way: in FP8 and in NVFP4."""
+    x, bias = _normal(0, spec.rows, spec.inputs), _normal(1, spec.outputs)
+    kernel = _normal(2, spec.inputs, spec.outputs)
+    four, eight = pack(kernel, Format()), pack(kernel, Format(kind="fp8"))
+    ways: dict[str, Callable[..., Any]] = {
+        PLAIN: lambda x, kernel, bias: x @ kernel + bias,
+        "fp8": lambda x, _, eight, bias: eight.product(x, bias),
+        "nvfp4": lambda x, four, _, bias: four.product(x, bias),
+    }
+    flop = 2 * spec.rows * spec.inputs * spec.outputs
+    return Op(flop, "flop", ways, (x, four, eight, bias), (x, kernel, bias))
+
+
+def _window(spec: NVFP4Spec, seed: int) -> NVFP4:
+    shape = (1, spec.slots, spec.tokens, spec.heads, spec.width)
+    return quantize(_normal(seed, *shape), lead=2)
+
+
+def _kv_dequantize(spec: NVFP4Spec) -> Op:
+    """The keys of a window back to bfloat16."""
+    past = _window(spec, 0)
+    return Op(2 * past.size + _packed_bytes(past.size), "bytes", _by(dequantize), (past,))
+
+
+def _kv_attention(spec: NVFP4Spec) -> Op:
+    """A chunk's attention to itself and to a packed window; `bfloat16`: to one never packed."""
+    own = [_normal(i, 1, spec.tokens, spec.heads, spec.width) for i in range(3)]
+    k, v = _window(spec, 3), _window(spec, 4)
+    whole = [
+        jnp.concatenate([part, dequantize(past).reshape(1, -1, *part.shape[2:])], axis=1)
+        for part, past in ((own[1], k), (own[2], v))
+    ]
+    ways: dict[str, Callable[..., Any]] = {
+        "unpacked": lambda *x: attention_packed(*x),
+        "mosaic": lambda *x: attention_packed(*x, implementation="mosaic"),
+        PLAIN: lambda q, k, v: attention(q, k, v),
+    }
+    flop = 4 * spec.tokens**2 * (spec.slots + 1) * spec.heads * spec.width
+    return Op(flop, "flop", ways, (*own, k, v), (own[0], *whole))
+
+
+OPS: Mapping[str, Callable[[NVFP4Spec], Op]] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "matmul": _matmul,
+    "linear": _linear,
+    "kv_dequantize": _kv_dequantize,
+    "kv_attention": _kv_attention,
+}
+"""In the order of the report."""
