@@ -58,15 +58,15 @@ def _evaluate() -> dict:
 
 
 def _formats() -> dict:
-    weights = {
+    weights: dict[str, dict] = {
         "bf16": dict(checkpoint="runs/formats/bf16"),
         "packed afterwards": dict(checkpoint="runs/formats/bf16", quant=dict(policy="nvfp4")),
         "trained in NVFP4": dict(checkpoint="runs/formats/nvfp4", quant=dict(policy="nvfp4")),
     }
     rows = [
-        dict(name=f"{name}, {cache} cache", kv="nvfp4" if cache == "NVFP4" else "model", **chosen)
+        dict(name=f"{name}, {cache} cache", kv=kv, **chosen)
         for name, chosen in weights.items()
-        for cache in ("bf16", "NVFP4")
+        for cache, kv in (("bf16", "model"), ("NVFP4", "nvfp4"))
     ]
     few = dict(dtype="bfloat16", steps=4, solver="unipc")
     return dict(evaluate=dict(batch=16, sample=few, compared=rows))
