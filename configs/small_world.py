@@ -59,16 +59,16 @@ def _evaluate() -> dict:
 
 def _formats() -> dict:
     weights: dict[str, dict] = {
-        "bf16": dict(checkpoint="runs/formats/bf16"),
+        "not packed": dict(checkpoint="runs/formats/bf16"),
         "packed afterwards": dict(checkpoint="runs/formats/bf16", quant=dict(policy="nvfp4")),
         "trained in NVFP4": dict(checkpoint="runs/formats/nvfp4", quant=dict(policy="nvfp4")),
     }
     rows = [
         dict(name=f"{name}, {cache} cache", kv=kv, **chosen)
         for name, chosen in weights.items()
-        for cache, kv in (("bf16", "model"), ("NVFP4", "nvfp4"))
+        for cache, kv in (("plain", "model"), ("NVFP4", "nvfp4"))
     ]
-    few = dict(dtype="bfloat16", steps=4, solver="unipc")
+    few = dict(steps=4, solver="unipc")
     return dict(evaluate=dict(batch=16, sample=few, compared=rows))
 
 
