@@ -2,7 +2,8 @@
 
 `longlive bench encode [--sp=4] [--frames=96,192,384] [--size=704x1280]` counts what encoding a clip
 over a mesh costs each device. `longlive bench attention` times attention alone, `longlive bench
-balanced` what Balanced SP buys, `longlive bench nvfp4` packed products and what goes with them.
+balanced` what Balanced SP buys, `longlive bench nvfp4` packed products and what goes with them, and
+`longlive bench kv` what packed keys and values cost.
 """
 
 import importlib
@@ -13,7 +14,7 @@ from longlive_jax.cli.app import Parser
 from longlive_jax.cli.bench_spec import add_report_options, check_report_options, deliver
 from longlive_jax.spec import UserError, build, nearest
 
-APART = ("attention", "balanced", "nvfp4")
+APART = ("attention", "balanced", "nvfp4", "kv")
 """Benchmarks with options of their own."""
 WHAT = ("sampler", "encode", *APART)
 
