@@ -28,7 +28,7 @@ first run made no mistake of shape (25 first chunks of shots). This file holds t
 nobody has run it from the start.
 
 Result: the VAE reaches its bar (32.4 dB and every attribute right on held-out shots), the DiT all
-of its own but for minute-long videos, where it stands on the line. See the README's table.
+of its own. See the README's table.
 """
 
 from ml_collections import ConfigDict
