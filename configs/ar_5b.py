@@ -11,9 +11,9 @@ are trained in NVFP4, forward and backward, with float32 masters (paper, section
 own products on Blackwell, elsewhere the same numbers through bfloat16 ones, which costs time. The
 mesh in each is for 32 GPUs (64s, 32s) or 8 (16s), and
 `longlive plan --config=configs/ar_5b.py:64s --chip=gb200 --mesh=data=8,sp=4` says what a device
-would need, before one is rented: 141 GiB for 64s, which a GB200 has and an H200 has not. On H200s
-64s takes `--config.mesh.data=4 --config.mesh.sp=8 --config.batch=4
---config.recycling.buffer.groups=4`: 105 GiB with `--config.ffn_parts=1`. Settings are those of the
+would need, before one is rented: 119 GiB for 64s (115 on H200s), 145 at once
+(`--config.ffn_parts=1`). Over 8 devices a sequence, `--config.mesh.data=4 --config.mesh.sp=8
+--config.batch=4 --config.recycling.buffer.groups=4`, that is 98 GiB. Settings are those of the
 paper's section 4.1: AdamW with betas (0, 0.999), a constant rate of 1e-5, gradients clipped to 10,
 an average of 0.99 from update 100, float32 masters. On several hosts every process runs the same
 command with `--hosts` (launch/slurm.sh, launch/gke.yaml).

@@ -6,20 +6,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from longlive_jax.cli.app import run
-from longlive_jax.io.checkpoint import load_component, read_manifest, save_component
-from longlive_jax.models.params import params_of
-from longlive_jax.models.wan import DiT, DiTConfig
-from tests.longlive_jax.data.clips.models import TEXT_DIM, Z_DIM, write_encoders
-from tests.longlive_jax.data.clips.videos import write_sample
-from tests.tiny import lively
+from longlive_jax.io.checkpoint import load_component, read_manifest
 
-DIT = DiTConfig(
-    dim=24, ffn_dim=32, freq_dim=8, text_dim=TEXT_DIM, text_len=48, heads=2, layers=2,
-    in_channels=Z_DIM, out_channels=Z_DIM,
-)  # fmt: skip
 SETTINGS = (
     "batch=4", "dtype=float32", "ffn_parts=2", "loop.log_every=1", "loop.save_every=2",
     "optim.lr=1e-3", "ema.start=1", "save_dtype=float32", "recycling=none",
@@ -29,23 +19,6 @@ RECYCLED = (
     "recycling.buffer.groups=1", "recycling.clean=0.3", "recycling.warmup=1",
 )  # fmt: skip
 ALONE, SHARED = (f"mesh.data={n},mesh.fsdp={n},mesh.sp={n}" for n in (1, 2))
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """A checkpoint with all parts, and clips of four chunks that its encoders made."""
-    folder = tmp_path_factory.mktemp("clips")
-    checkpoint = write_encoders(folder / "checkpoint")
-    params = lively(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
-    save_component(checkpoint, "dit", params, DIT)
-    for name, *lengths in (("a", 40), ("b", 18, 16), ("c", 30, 20), ("d", 33), ("e", 31, 9)):
-        write_sample(folder / "videos", name, *lengths)
-    command = [
-        "data", "encode", f"--source={folder / 'videos'}", f"--checkpoint={checkpoint}",
-        f"--out={folder / 'encoded'}", "--chunks=4", "--dtype=float32", "--pad",
-    ]  # fmt: skip
-    assert run(command) == 0
-    return folder
 
 
 def command(places, workdir, *changes):

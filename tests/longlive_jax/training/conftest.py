@@ -1,0 +1,34 @@
+"""Clips that a small checkpoint has encoded, for all tests of training on them."""
+
+import pytest
+from flax import nnx
+
+from longlive_jax.cli.app import run
+from longlive_jax.io.checkpoint import save_component
+from longlive_jax.models.params import params_of
+from longlive_jax.models.wan import DiT, DiTConfig
+from tests.longlive_jax.data.clips.models import TEXT_DIM, Z_DIM, write_encoders
+from tests.longlive_jax.data.clips.videos import write_sample
+from tests.tiny import lively
+
+DIT = DiTConfig(
+    dim=24, ffn_dim=32, freq_dim=8, text_dim=TEXT_DIM, text_len=48, heads=2, layers=2,
+    in_channels=Z_DIM, out_channels=Z_DIM,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    """A checkpoint with all parts, and clips of four chunks that its encoders made."""
+    folder = tmp_path_factory.mktemp("clips")
+    checkpoint = write_encoders(folder / "checkpoint")
+    params = lively(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
+    save_component(checkpoint, "dit", params, DIT)
+    for name, *lengths in (("a", 40), ("b", 18, 16), ("c", 30, 20), ("d", 33), ("e", 31, 9)):
+        write_sample(folder / "videos", name, *lengths)
+    command = [
+        "data", "encode", f"--source={folder / 'videos'}", f"--checkpoint={checkpoint}",
+        f"--out={folder / 'encoded'}", "--chunks=4", "--dtype=float32", "--pad",
+    ]  # fmt: skip
+    assert run(command) == 0
+    return folder
