@@ -180,7 +180,7 @@ def _judged(times: dict[str, Any], useful: dict[str, int], rate: float) -> dict[
     return {
         "seconds": {**times, "backward": {"median": round(seconds["backward"], 5)}},
         "flop_per_second": {k: float(f"{x:.4g}") for k, x in speeds.items()},
-        "share_of_matmul": {k: round(x / rate, 4) for k, x in speeds.items()},
+        "share_of_matmul": {k: round(x / rate, 6) for k, x in speeds.items()},
     }
 
 
