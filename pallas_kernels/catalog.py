@@ -21,8 +21,8 @@ from pallas_kernels.tokens import Tokens, make
 
 Build = Callable[[], tuple[Callable, tuple]]
 BLACKWELL, HOPPER = ("sm_100a",), ("sm_90a",)
-TO_E2M1 = r"F2FP\.SATFINITE\.E2M1\."
-FROM_E2M1 = r"F2FP\.F16\.E2M1\."
+TO_E2M1 = (r"F2FP\.SATFINITE\.E2M1\.",)
+FROM_E2M1 = (r"F2FP\.F16\.E2M1\.",)
 TOKENS, DIM, HEADS, WIDTH = 7040, 3072, 24, 128
 """A chunk of eight latent frames, the channels of the 5B model, and its heads."""
 MODULES = ("nvfp4.mosaic.matmul", "attention.mosaic.packed_op")
@@ -36,12 +36,12 @@ class Entry:
     Attributes:
       chips: architectures it is for.
       build: gives a function and abstract arguments, so that tracing it launches the kernel.
-      instructions: pattern of those in its machine code that it is written for.
+      instructions: patterns of those it is written for, all of them to be in its machine code.
     """
 
     chips: tuple[str, ...]
     build: Build
-    instructions: str
+    instructions: tuple[str, ...]
 
 
 @functools.cache
@@ -136,10 +136,10 @@ def _packed(shape: tuple[int, ...], lead: tuple[int, ...]) -> NVFP4:
 
 
 _ATTENTION = {
-    "attention_forward_hopper": Entry(HOPPER, _forward, r"HGMMA\."),
-    "attention_gradients_hopper": Entry(HOPPER, _gradients, r"HGMMA\."),
-    "attention_forward_blackwell": Entry(BLACKWELL, _forward, r"UTCHMMA"),
-    "attention_gradients_blackwell": Entry(BLACKWELL, _gradients, r"UTCHMMA"),
+    "attention_forward_hopper": Entry(HOPPER, _forward, (r"HGMMA\.",)),
+    "attention_gradients_hopper": Entry(HOPPER, _gradients, (r"HGMMA\.",)),
+    "attention_forward_blackwell": Entry(BLACKWELL, _forward, (r"UTCHMMA",)),
+    "attention_gradients_blackwell": Entry(BLACKWELL, _gradients, (r"UTCHMMA",)),
 }
 _NVFP4 = {
     "nvfp4_quantize": Entry(BLACKWELL, _quantize(), TO_E2M1),

@@ -17,6 +17,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax.bench.chips import chip_of
@@ -91,19 +92,20 @@ def compile_for(chip: str, fn: Any, *arguments: Any) -> Any:
         return lowered.compile()
 
 
-def inspect(dump: pathlib.Path, pattern: str = "") -> list[dict[str, Any]]:
+def inspect(dump: pathlib.Path, *patterns: str) -> list[dict[str, Any]]:
     """What the compilers said of each kernel in a dump folder: its architecture, registers,
-    spills, bytes of shared memory, columns of tensor memory, tensor-core instructions, and how
-    often each instruction occurs that fits `pattern`."""
-    return [_inspect(p, pattern) for p in sorted(dump.glob("*.ptxas"))]
+    spills, bytes of shared memory, columns of tensor memory, tensor-core instructions, how often
+    each instruction occurs that fits one of `patterns`, and the patterns that none fits."""
+    return [_inspect(p, patterns) for p in sorted(dump.glob("*.ptxas"))]
 
 
-def _inspect(ptxas: pathlib.Path, pattern: str) -> dict[str, Any]:
+def _inspect(ptxas: pathlib.Path, patterns: Sequence[str]) -> dict[str, Any]:
     said = ptxas.read_text(errors="replace")
     taken = ptxas.with_suffix(".resources.txt").read_text()
     sass = ptxas.with_suffix(".sass_ctrl").read_text(errors="replace")
     mma = re.findall(r"\b(UTC[A-Z]*MMA|HGMMA|QGMMA|HMMA)\b", sass)
-    words = re.findall(r"\b[A-Z][A-Z0-9]+(?:\.\w+)*", sass) if pattern else []
+    words = collections.Counter(re.findall(r"\b[A-Z][A-Z0-9]+(?:\.\w+)*", sass))
+    fitting = {p: {w: n for w, n in words.items() if re.match(p, w)} for p in patterns}
 
     def number(pattern: str, text: str) -> int:
         return sum(int(x) for x in re.findall(pattern, text))
@@ -115,5 +117,6 @@ def _inspect(ptxas: pathlib.Path, pattern: str) -> dict[str, Any]:
         "shared_bytes": number(r"smem_scratch_bytes=(\d+)", taken),
         "tensor_columns": number(r"tmem_(?:collective_)?scratch_cols=(\d+)", taken),
         "tensor_core": dict(collections.Counter(mma)),
-        "instructions": dict(collections.Counter(x for x in words if re.match(pattern, x))),
+        "instructions": dict(collections.ChainMap(*fitting.values())),
+        "lacking": [pattern for pattern, found in fitting.items() if not found],
     }

@@ -132,8 +132,8 @@ def _failures(row: dict[str, Any], found: dict[str, Any], kernels: list[dict]) -
     wrong = []
     if row["spill_bytes"]:
         wrong.append(f"{row['spill_bytes']} bytes of registers spill")
-    if not all(kernel["instructions"] for kernel in kernels):
-        wrong.append("the instructions it is written for are missing")
+    if lacking := sorted({pattern for kernel in kernels for pattern in kernel["lacking"]}):
+        wrong.append(f"instructions it is written for are missing: {', '.join(lacking)}")
     if row["smem_bytes"] > deviceless.SHARED_MEMORY:
         wrong.append(f"{row['smem_bytes']} bytes of shared memory")
     if row["tensor_columns"] > deviceless.TENSOR_COLUMNS:

@@ -35,7 +35,7 @@ def _compiled(chip: str, name: str, dump: Path) -> dict[str, Any]:
     entry = catalog()[name]
     run, arguments = entry.build()
     deviceless.compile_for(chip, run, *arguments)
-    return {"compiled": deviceless.inspect(dump, entry.instructions)}
+    return {"compiled": deviceless.inspect(dump, *entry.instructions)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ DUMP = deviceless.prepare()
 from pallas_kernels.attention.mosaic import packed_op  # noqa: E402
 
 if __name__ == "__main__":
-    _, _, pattern = packed_op.CATALOG["attention_packed"]
+    _, _, patterns = packed_op.CATALOG["attention_packed"]
     run, arguments = packed_op.built(int(sys.argv[1]), offset=sys.argv[2] == "offset")
     deviceless.compile_for("gb200", run, *arguments)
-    print(json.dumps(deviceless.inspect(DUMP, pattern)))
+    print(json.dumps(deviceless.inspect(DUMP, *patterns)))

@@ -152,5 +152,5 @@ def built(width: int = 128, *, offset: bool = True) -> tuple[Callable, tuple]:
     return lambda q, k, v, mean: attend_past(q, k, v, *seen, mean), (q, packed, packed, mean)
 
 
-CATALOG = {"attention_packed": (("sm_100a",), built, r"UTCHMMA|F2FP\.F16\.E2M1\.")}
+CATALOG = {"attention_packed": (("sm_100a",), built, (r"UTCHMMA", r"F2FP\.F16\.E2M1\."))}
 """Kernel -> architectures, what builds it, and the instructions that it is written for."""

@@ -190,15 +190,15 @@ def product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
 SINGLE = r"UTCOMMA(?!\.2CTA)[.\w]*\.4X"
 """SASS of a product with a scale for 16 neighbours by one block, and by a pair of blocks."""
 PAIRS = r"UTCOMMA\.2CTA[.\w]*\.4X"
-CATALOG: Mapping[str, tuple[tuple[str, ...], Build, str]] = MappingProxyType(
+CATALOG: Mapping[str, tuple[tuple[str, ...], Build, tuple[str, ...]]] = MappingProxyType(
     {
-        "nvfp4_matmul": (("sm_100a",), product(7040, 3072, 3072, collective=False), SINGLE),
-        "nvfp4_matmul_2cta": (("sm_100a",), product(7040, 14336, 3072, collective=True), PAIRS),
+        "nvfp4_matmul": (("sm_100a",), product(7040, 3072, 3072, collective=False), (SINGLE,)),
+        "nvfp4_matmul_2cta": (("sm_100a",), product(7040, 14336, 3072, collective=True), (PAIRS,)),
         "nvfp4_matmul_low_rank": (
             ("sm_100a",),
             product(7040, 3072, 14336, rank=64, collective=True),
-            PAIRS,
+            (PAIRS, r"UTCHMMA"),
         ),
     }
 )
-"""For checks: kernel -> chips, builder of (callable, abstract arguments), pattern of its SASS."""
+"""For checks: kernel -> chips, builder of (callable, abstract arguments), patterns of its SASS."""

@@ -19,6 +19,7 @@ GOOD = {
     "tensor_columns": 0,
     "tensor_core": {},
     "instructions": {"F2FP.F16.E2M1.UNPACK_B": 16},
+    "lacking": [],
 }
 NAME = "nvfp4_dequantize"
 
@@ -69,7 +70,7 @@ def test_a_good_kernel(compiled, capsys):
     [
         ({"failure": "ValueError: no"}, "ValueError: no"),
         ({"spilled_bytes": 24}, "24 bytes of registers spill"),
-        ({"instructions": {}}, "the instructions it is written for are missing"),
+        ({"lacking": ["UTCHMMA"]}, "instructions it is written for are missing: UTCHMMA"),
         ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
         ({"tensor_columns": 513}, "513 columns of tensor memory"),
         ({"architecture": "sm_90a"}, "compiled for sm_90a"),
