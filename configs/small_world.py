@@ -33,15 +33,15 @@ of its own. See the README's table.
 
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("sample", "nvfp4", "evaluate", "formats", "vae", "text", "ar")
+ARGUMENTS = ("sample", "nvfp4", "evaluate", "formats", "vae", "text", "ar", "recycled")
 
 
 def get_config(arg: str = "sample") -> ConfigDict:
     """Sampling from the built-in checkpoint (`nvfp4`: packed as it is loaded, and so is its cache),
-    or one stage of the recipe that made it, or what is measured of it (`formats`: after
-    launch/formats.sh has trained what it compares)."""
+    or one stage of the recipe that made it (`recycled`: `ar` with error recycling), or what is
+    measured of it (`formats`: after launch/formats.sh has trained what it compares)."""
     parts = {"sample": _sample, "nvfp4": _nvfp4, "evaluate": _evaluate, "formats": _formats}
-    stages = {"vae": _vae, "text": _text, "ar": _ar}
+    stages = {"vae": _vae, "text": _text, "ar": _ar, "recycled": _recycled}
     return ConfigDict((parts | stages)[arg or "sample"]())
 
 
@@ -160,3 +160,9 @@ def _ar() -> dict:
         ),
         ema=dict(decay=0.99, start=200),
     )
+
+
+def _recycled() -> dict:
+    recipe = _ar()
+    buffer = dict(by="chunk", rows=recipe["corpus"]["chunks"], slots=16)
+    return recipe | dict(recycling=dict(buffer=buffer))

@@ -7,19 +7,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=${1:-1000}
 . launch/setup.sh
+. launch/train_on.sh
 setup
 formats=runs/formats
-train() { # NAME POLICY
-    mkdir -p "$formats"
-    [ -d "$formats/$1" ] || cp -r longlive_jax/assets/small_world "$formats/$1"
-    .venv/bin/longlive train --config=configs/small_world.py:ar --config.start=checkpoint \
-        --config.loop.steps="$steps" --config.loop.seed=2 --config.optim.lr=0.005 \
-        --config.quant.policy="$2" --workdir="$formats/$1.run" --out="$formats/$1"
-}
-train bf16 none
-mkdir -p "$formats/nvfp4.run" # both runs see the same encoded videos
-ln -f "$formats/bf16.run/corpus.npz" "$formats/nvfp4.run/corpus.npz"
-train nvfp4 nvfp4_train
+train_on "$formats" bf16 "$steps" ar
+train_on "$formats" nvfp4 "$steps" ar --config.quant.policy=nvfp4_train
 .venv/bin/longlive curves bf16="$formats/bf16.run" nvfp4="$formats/nvfp4.run" \
     --out="$formats/curves.png"
 .venv/bin/longlive evaluate --config=configs/small_world.py:formats --parts=compared \

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from longlive_jax.evals.small_world import (
     measure,
     truth,
 )
-from longlive_jax.io.checkpoint import read_manifest
+from longlive_jax.io.checkpoint import weights_of
 from longlive_jax.io.models import load_model
 from longlive_jax.quant.packed import resident_bytes
 from longlive_jax.sampling.pipeline import LOADED_WITH, Pipeline
@@ -183,12 +182,6 @@ def _resident(pipe: Pipeline) -> dict[str, int]:
     """Bytes of the DiT, and of a video's keys and values (with guidance both halves)."""
     cache = jax.eval_shape(lambda: pipe.cache(1, pipe.spec.size))
     return {"dit": sum(resident_bytes(pipe.params).values()), "cache": cache.nbytes}
-
-
-def weights_of(checkpoint: Path) -> str:
-    """A fingerprint of all arrays of a checkpoint directory."""
-    arrays = read_manifest(checkpoint)["arrays"]
-    return f"{zlib.crc32(json.dumps(arrays, sort_keys=True).encode()):08x}"
 
 
 def evaluate(

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "open_component",
     "read_manifest",
     "save_component",
+    "weights_of",
 ]
 
 FORMAT = 1
@@ -68,6 +70,13 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     if not all(isinstance(manifest.get(k), dict) for k in ("components", "arrays", "provenance")):
         raise UserError(f"{path}: incomplete; convert the checkpoint again")
     return manifest
+
+
+def weights_of(folder: str | os.PathLike, *components: str) -> str:
+    """A fingerprint of the arrays of a checkpoint directory, all or those of some components."""
+    arrays = read_manifest(folder)["arrays"]
+    chosen = {k: v for k, v in arrays.items() if not components or k in components}
+    return f"{zlib.crc32(json.dumps(chosen, sort_keys=True).encode()):08x}"
 
 
 class CheckpointWriter:

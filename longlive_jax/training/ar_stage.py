@@ -13,14 +13,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from rich.progress import track
 
 from longlive_jax.data.small_world import world
 from longlive_jax.data.small_world.latents import (
     EncodedVideos,
     EpisodeBatches,
     EpisodeSpec,
-    encode_videos,
     prompt_table,
 )
 from longlive_jax.io.checkpoint import TOKENIZER, load_component, read_manifest, save_component
@@ -36,15 +34,13 @@ from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.sampling.settings import Solver, save_settings
 from longlive_jax.spec import UserError
 from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, forward
+from longlive_jax.training.corpus import CorpusSpec, encoded_corpus
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
 from longlive_jax.training.objective import objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
 from longlive_jax.training.quantized import quantized
-from longlive_jax.training.recycling import (
-    RecyclingSpec,
-    check_recycling,
-)
+from longlive_jax.training.recycling import RecyclingSpec, check_recycling
 from longlive_jax.training.run import HELD_OUT_SEED, RunSpec
 from longlive_jax.training.sharded import COLUMNS, FRAMES, Shared, shared_forward
 from longlive_jax.training.state import Params
@@ -56,15 +52,6 @@ EPISODE = dict.fromkeys(("context", "target", "mask"), FRAMES) | {
     name: P(BATCH) for name in COLUMNS
 }
 """How a batch lies on a mesh."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CorpusSpec:
-    """How many videos are encoded for the DiT, of how many chunks, with shots of how many."""
-
-    videos: int = 800
-    chunks: int = 24
-    shot_chunks: tuple[int, int] = (3, 12)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +93,7 @@ class ARStage(RunSpec):
         umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
         prompts = prompt_table()
         text = jnp.asarray(encode_prompts(umt5, tokenizer, prompts, length=self.model.text_len))
-        videos = self._latents(out, workdir)
+        videos = encoded_corpus(self.corpus, seed=self.loop.seed, checkpoint=out, workdir=workdir)
         model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
         graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
         size = self._chunk_tokens(videos)
@@ -237,37 +224,6 @@ class ARStage(RunSpec):
     def _chunk_tokens(videos: EncodedVideos) -> int:
         height, width = videos.latents.shape[2:4]
         return world.CHUNK_LATENTS * (height // 2) * (width // 2)
-
-    def _latents(self, out: pathlib.Path, workdir: pathlib.Path) -> EncodedVideos:
-        """The encoded corpus, from the work directory if an earlier run left it there.
-
-        Of several processes each encodes it for itself, to the same numbers, and the first one
-        leaves it there.
-        """
-        cached = workdir / "corpus.npz"
-        if cached.exists():
-            with np.load(cached) as held:
-                return EncodedVideos(**{k: held[k] for k in held})
-        spec = self.corpus
-        parts = encode_videos(
-            load_model(out, "vae"),
-            videos=spec.videos,
-            chunks=spec.chunks,
-            shot_chunks=spec.shot_chunks,
-            seed=self.loop.seed,
-        )
-        total, silent = -(-spec.videos // 8), not first_process()
-        found = list(track(parts, "encoding", total=total, disable=silent))
-        fields: dict[str, Any] = {
-            name: np.concatenate([getattr(part, name) for part in found])
-            for name in ("latents", "prompt", "shot")
-        }
-        if first_process():
-            workdir.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(".partial.npz")
-            np.savez(partial, **fields)
-            partial.replace(cached)
-        return EncodedVideos(**fields)
 
 
 def _split(videos: EncodedVideos, *, share: float) -> tuple[EncodedVideos, EncodedVideos]:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from longlive_jax.cli.app import run
+from longlive_jax.data.small_world.latents import EncodedVideos
 from longlive_jax.io.builtin import builtin_checkpoint
 from longlive_jax.io.checkpoint import load_component
 from longlive_jax.models.params import abstract, params_of
@@ -23,6 +24,7 @@ from longlive_jax.quant.policy import POLICIES, Format, QuantPolicy, QuantSpec, 
 from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.spec import UserError
 from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss
+from longlive_jax.training.corpus import CORPUS, CorpusSpec, origin_of, save_corpus
 from longlive_jax.training.quantized import quantized
 from longlive_jax.training.sharded import Shared, shared_ar_loss
 from pallas_kernels.tokens import EMPTY
@@ -146,7 +148,8 @@ def test_loss_and_gradients_are_those_of_one_device():
 
 SETTINGS = (
     "model.dim=32", "model.ffn_dim=32", "model.freq_dim=8", "model.heads=2", "model.layers=1",
-    "unroll=1", "episodes.batch=2", "episodes.targets=3", "episodes.window=3",
+    "unroll=1", "corpus.videos=8", "corpus.chunks=8",
+    "episodes.batch=2", "episodes.targets=3", "episodes.window=3",
     "held_out_batches=1", "loop.steps=8", "loop.log_every=1", "loop.save_every=4",
     "optim.name=adamw", "optim.lr=0.02", "optim.warmup=0", "ema.start=100",
 )  # fmt: skip
@@ -162,7 +165,8 @@ def trained(folder, capsys, *changes):
         channels = np.random.default_rng(0).normal(size=16)  # one picture, to be learnt at once
         latents = np.broadcast_to(channels, (videos, 4 * chunks, 4, 4, 16))
         rows = np.zeros((videos, chunks), np.int32)
-        np.savez(workdir / "corpus.npz", latents=latents.astype("f4"), prompt=rows, shot=rows)
+        origin = origin_of(CorpusSpec(videos, chunks, (2, 8)), 0, out)
+        save_corpus(workdir / CORPUS, EncodedVideos(latents.astype("f4"), rows, rows), origin)
     overrides = [f"--config.{change}" for change in (*SETTINGS, *changes)]
     where = [f"--workdir={workdir}", f"--out={out}"]
     assert run(["train", "--config=configs/small_world.py:ar", *overrides, *where]) == 0

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What error recycling does for long videos: ./launch/recycling.sh [STEPS]   (default: 1000)
+# Trains the built-in DiT on, with recycling and without, with the same data and seeds, and judges
+# videos of a minute that each makes in 4 steps, into runs/recycling/{off,on}.report. A run that was
+# stopped goes on where it was when the same command is given again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+steps=${1:-1000}
+. launch/setup.sh
+. launch/train_on.sh
+setup
+folder=runs/recycling
+train_on "$folder" off "$steps" ar
+train_on "$folder" on "$steps" recycled
+for name in off on; do
+    .venv/bin/longlive evaluate --config=configs/small_world.py:evaluate --parts=long \
+        --config.evaluate.batch=16 --config.evaluate.sample.steps=4 \
+        --checkpoint="$folder/$name" --out="$folder/$name.report"
+done
