@@ -34,8 +34,6 @@ __all__ = ["PlanSpec", "check", "model_of", "moved", "plan"]
 
 RESERVED = 4 * 2**30
 """Bytes of a device that a program cannot have."""
-RESIDUAL = 4
-"""Bytes of a number in the stream between layers, which is float32 whatever the model's dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,7 @@ def model_of(stage: ClipsStage) -> tuple[DiTConfig, str]:
     """The DiT of the stage's checkpoint, and where it is from; without one Wan2.2-TI2V-5B."""
     if (Path(stage.checkpoint) / MANIFEST).is_file():
         return stage.model(), stage.checkpoint
-    model = DiTConfig(dtype=jnp.dtype(stage.dtype))
+    model = DiTConfig(**{k: jnp.dtype(v) for k, v in stage.computing().items()})
     return model, f"Wan2.2-TI2V-5B (there is no {stage.checkpoint})"
 
 
@@ -200,11 +198,12 @@ def least_bytes(step: PlannedStep) -> int:
     """What a device holds for certain when the last layer is done: the state, and of every layer
     the input; without recomputation also what its three norms and its matrix products took."""
     model = step.model
-    kept = RESIDUAL * model.dim
+    stream = jnp.dtype(model.stream_dtype).itemsize
+    kept = stream * model.dim
     if not step.stage.remat:
         # Inputs of the linears, rotated queries and keys, values; q and output again for the text.
         taken = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_parts == 1 else 0)
-        kept = 3 * RESIDUAL * model.dim + jnp.dtype(model.dtype).itemsize * taken
+        kept = (stream + 2 * 4) * model.dim + jnp.dtype(model.dtype).itemsize * taken
     tokens = device_tokens(step.stage, step.clip)
     return sum(_state_bytes(step).values()) + model.layers * tokens * kept
 
@@ -229,6 +228,7 @@ def _about(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[s
         "batch": stage.batch,
         "accumulate": stage.loop.accumulate,
         "dtype": stage.dtype,
+        "stream_dtype": stage.stream_dtype,
         "attention": "mosaic" if stage.attention == "mosaic" else "any fused kernel (a stand-in)",
         **_policy(stage),
     }
@@ -257,7 +257,7 @@ def _bytes(step: PlannedStep) -> dict[str, Any]:
     """Of one device, by what they are for, and of the sampler's cache of one video."""
     stage, clip, model = step.stage, step.clip, step.model
     tokens = device_tokens(stage, clip)
-    width = jnp.dtype(model.dtype).itemsize
+    width, stream = (jnp.dtype(x).itemsize for x in (model.dtype, model.stream_dtype))
     rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
     prompts = 2 * rows * clip.chunks // stage.mesh.sp
     layers = 1 if stage.remat else model.layers  # whose texts' keys and values are there at once
@@ -265,7 +265,7 @@ def _bytes(step: PlannedStep) -> dict[str, Any]:
     return {
         "state_bytes_per_device": _state_bytes(step),
         "activation_bytes_per_device": {
-            "layer_inputs": model.layers * tokens * RESIDUAL * model.dim,
+            "layer_inputs": model.layers * tokens * stream * model.dim,
             "keys_and_values_of_a_layer": 2 * width * tokens * model.dim,
             "keys_and_values_of_texts": (2 * width * layers * prompts * model.text_len * model.dim),
         },
@@ -327,7 +327,7 @@ def _measured(step: PlannedStep, spec: PlanSpec, say: Callable[[str], None]) -> 
 def _plain(model: DiTConfig) -> dict[str, Any]:
     """A model's settings with data types by name."""
     values = dataclasses.asdict(model)
-    return values | {k: jnp.dtype(values[k]).name for k in ("dtype", "param_dtype")}
+    return values | {k: jnp.dtype(values[k]).name for k in ("dtype", "stream_dtype", "param_dtype")}
 
 
 def _abstract(spec: MeshSpec) -> Any:

@@ -19,7 +19,7 @@ __all__ = ["COMPONENTS", "Component", "expected_shapes", "identify"]
 
 Hints = Mapping[str, Any]
 # how a run computes, not what the weights are
-RUN_FIELDS = ("dtype", "param_dtype", "reference_bf16")
+RUN_FIELDS = ("dtype", "stream_dtype", "param_dtype", "reference_bf16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,7 @@ class ClipsStage(RunSpec):
       remat: recompute layers in the backward pass.
       ffn_parts: parts of a device's tokens that go through the feed-forward one after the other.
       dtype: of matrix products, and of parameters on their way between devices.
+      stream_dtype: of the stream between layers, which remat keeps of every layer.
       quant: precision of the blocks' matrix products.
     """
 
@@ -88,6 +89,7 @@ class ClipsStage(RunSpec):
     remat: bool = True
     ffn_parts: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    stream_dtype: Literal["float32", "bfloat16"] = "float32"
     quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
 
     def task(self, out: Path, workdir: Path, mesh: Mesh) -> Task:
@@ -127,8 +129,12 @@ class ClipsStage(RunSpec):
         held = read_manifest(self.checkpoint)["components"].get("dit")
         if held is None:
             raise UserError(f"{self.checkpoint}: has no DiT to begin from")
-        settings = {k: v for k, v in held.items() if k not in RUN_FIELDS}
-        return build(DiTConfig, settings | {"dtype": self.dtype}, path=f"{self.checkpoint}: dit")
+        settings = {k: v for k, v in held.items() if k not in RUN_FIELDS} | self.computing()
+        return build(DiTConfig, settings, path=f"{self.checkpoint}: dit")
+
+    def computing(self) -> dict[str, Any]:
+        """Settings of the model that are the run's, not the weights'."""
+        return {"dtype": self.dtype, "stream_dtype": self.stream_dtype}
 
     def setup(self, model: DiTConfig, chunk: int, texts: int) -> ARSetup:
         """For clips with room for so many texts, behind which the empty one comes."""

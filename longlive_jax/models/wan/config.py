@@ -25,7 +25,10 @@ class DiTConfig:
     eps: float = 1e-6
     dtype: DTypeLike = jnp.float32
     """Of matrix products, keys and values. Norms, softmax, RoPE, the time path, modulation and the
-    residual stream are float32 whatever it is."""
+    residual stream within a layer are float32 whatever it is."""
+    stream_dtype: DTypeLike = jnp.float32
+    """Of the residual stream from layer to layer, and so of what rematerialised training keeps of
+    every layer. bfloat16, as the reference has it, halves that and rounds once a layer."""
     param_dtype: DTypeLike = jnp.float32
     reference_bf16: bool = False
     """Round to bfloat16 wherever the PyTorch reference holds bfloat16 (it has no autocast): time

@@ -213,7 +213,7 @@ class DiT(nnx.Module):
             return None, self._fill(layer, x, layers, mod, seen, unpack, store)
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, kv = lax.scan(body, x, layers, unroll=unroll)
-        return self._velocity(x, time, latents.shape, noisy_from), kv
+        return self._velocity(x.astype(jnp.float32), time, latents.shape, noisy_from), kv
 
     def _velocity(self, x: Array, time: Array, shape: tuple[int, ...], noisy_from: int) -> Array:
         first = noisy_from * x.shape[1] // shape[1]
@@ -228,7 +228,7 @@ class DiT(nnx.Module):
         last = self.cfg.layers - 1
         x, kv = lax.scan(lambda x, i: layer(x, at(i)), x, jnp.arange(last))
         block, _, _ = at(last)
-        final = store(*unpack(block, "blocks").remember(x, mod, seen))
+        final = store(*unpack(block, "blocks").remember(x.astype(jnp.float32), mod, seen))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, final)
 
     def _levels(self, timestep: Array) -> tuple[Array, Array]:
@@ -256,7 +256,8 @@ class DiT(nnx.Module):
             raise ValueError(f"{frames} frames do not split into {parts} segments of text")
         pattern = "b f (h ph) (w pw) c -> b (f h w) (ph pw c)"
         x = self.patch_embedding(einops.rearrange(latents, pattern, ph=2, pw=2))
-        return stored(x, self.cfg).reshape(b, groups, length // groups, -1)
+        x = stored(x, self.cfg).astype(self.cfg.stream_dtype)
+        return x.reshape(b, groups, length // groups, -1)
 
     def _unpatchify(self, x: Array, shape: tuple[int, ...], first: int) -> Array:
         b, frames, height, width, _ = shape
@@ -273,8 +274,10 @@ def _layer(text: TextKV | TextRows, mod: Array, seen: Seen, store, unpack: Unpac
         block, words, past = xs
         block = unpack(block, "blocks")
         words = block.cross_attn.keys_values(rows) if words is None else words
-        x, kv = block(x, mod, words, seen, past, streams=text.streams, **options)
-        return x, None if store is None else store(*kv)
+        y, kv = block(
+            x.astype(jnp.float32), mod, words, seen, past, streams=text.streams, **options
+        )
+        return y.astype(x.dtype), None if store is None else store(*kv)
 
     return layer
 

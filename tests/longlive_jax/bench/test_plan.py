@@ -1,5 +1,6 @@
 """Plans: the step that is compiled is the real one, and the numbers are those of arithmetic."""
 
+import dataclasses
 import re
 
 import jax
@@ -99,6 +100,10 @@ def test_sizes_and_operations_of_the_5b_model():
     assert flops["attention"] / report["flops_per_step"] == pytest.approx(0.88, abs=0.01)
     kept = report["activation_bytes_per_device"]
     assert kept["keys_and_values_of_a_layer"] == 2 * 168_960 * 3072 * 2
+    assert kept["layer_inputs"] == 30 * 168_960 * 3072 * 4
+    halved = dataclasses.replace(stage, stream_dtype="bfloat16")
+    halved = plan(halved, PlanSpec("gb200", compile=False))["activation_bytes_per_device"]
+    assert halved == kept | {"layer_inputs": kept["layer_inputs"] // 2}
     assert report["kv_cache_bytes"] == 30 * 2 * 3 * 7040 * 3072 * 2
     assert report["peak_bytes_per_device"] is report["fits"] is None
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import chex
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -189,6 +190,33 @@ def test_bfloat16_is_close_and_reference_rounding_is_what_it_says(model, batch):
     rounded = jax.jit(lambda x: stored(x, cfg))(x)
     chex.assert_trees_all_equal(rounded, x.astype(jnp.bfloat16).astype(jnp.float32))
     assert jnp.any(rounded != stored(x, SMALL))
+
+
+def test_a_bfloat16_stream_is_rounded_between_layers_alone(model, batch):
+    """It changes nothing where the stream is rounded anyway, and else less than the reference's
+    rounding; its gradients are those of the float32 stream but for that."""
+
+    def result(**settings):
+        cfg = dataclasses.replace(SMALL, **settings)
+        graphdef, _ = abstract(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+
+        def loss(params):
+            velocity, _ = forced((graphdef,), params, batch, remat=True)
+            return (velocity**2).mean(), velocity
+
+        (_, velocity), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model[1])
+        return velocity, jax.flatten_util.ravel_pytree(grads)[0]
+
+    def off(a, b):
+        return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+    rounded = {"dtype": jnp.bfloat16, "reference_bf16": True}
+    whole, _ = result(**rounded)
+    halved, _ = result(**rounded, stream_dtype=jnp.bfloat16)
+    chex.assert_trees_all_equal(halved, whole)
+    (want, want_grad), (got, got_grad) = result(), result(stream_dtype=jnp.bfloat16)
+    assert 1e-5 < off(got, want) < off(whole, want)
+    assert 1e-5 < off(got_grad, want_grad) < 2e-2
 
 
 def test_a_new_model_predicts_nothing():
