@@ -14,10 +14,10 @@ mesh in each is for 32 GPUs (64s, 32s) or 8 (16s), and
 would need, before one is rented: 119 GiB for 64s (115 on H200s), 145 at once
 (`--config.ffn_parts=1`). Over 8 devices a sequence, `--config.mesh.data=4 --config.mesh.sp=8
 --config.batch=4 --config.recycling.buffer.groups=4`, that is 98 GiB. The stream between layers is
-float32; `--config.stream_dtype=bfloat16` halves what every layer keeps of it. Settings are those of the
-paper's section 4.1: AdamW with betas (0, 0.999), a constant rate of 1e-5, gradients clipped to 10,
-an average of 0.99 from update 100, float32 masters. On several hosts every process runs the same
-command with `--hosts` (launch/slurm.sh, launch/gke.yaml).
+float32; `--config.stream_dtype=bfloat16` halves what every layer keeps of it. Settings are those of
+the paper's section 4.1: AdamW with betas (0, 0.999), a constant rate of 1e-5, gradients clipped to
+10, an average of 0.99 from update 100, float32 masters. On several hosts every process runs the
+same command with `--hosts` (launch/slurm.sh, launch/gke.yaml).
 
 Error recycling (appendix C) holds 2.4 GiB a device at 64 s and sp = 4 (`BufferSpec`); without it:
 `--config.recycling=none`.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and tests. `--slow` adds the tests that take minutes; other arguments go to pytest.
+# Lint, types and tests. `--slow` adds the tests that take minutes and has XLA optimize its code
+# (tests/conftest.py); other arguments go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
@@ -9,6 +10,7 @@ setup_compiler
 marks="not slow"
 if [ "${1:-}" = "--slow" ]; then
     marks=""
+    export JAX_DISABLE_MOST_OPTIMIZATIONS=0
     shift
 fi
 

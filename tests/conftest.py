@@ -1,4 +1,8 @@
-"""Eight CPU devices, exact float32 matmuls, and the paths of the shared reference material."""
+"""Eight CPU devices, exact float32 matmuls, and the paths of the shared reference material.
+
+Compiling takes most of the tests' time, so XLA leaves code as it is written, which halves that.
+With JAX_DISABLE_MOST_OPTIMIZATIONS=0, as in `launch/test.sh --slow`, it compiles as for users.
+"""
 
 import os
 from pathlib import Path
@@ -13,6 +17,8 @@ import pytest  # noqa: E402
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_default_matmul_precision", "highest")
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def _shared(folder: str) -> Path:

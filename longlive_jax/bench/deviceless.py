@@ -17,7 +17,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_jax.bench.chips import chip_of
@@ -76,8 +76,11 @@ def prepare() -> pathlib.Path:
     return dump
 
 
-def compile_for(chip: str, fn: Any, *arguments: Any) -> Any:
-    """`jax.jit(fn)` compiled for one device of a chip ("gb200"); ShapeDtypeStructs will do."""
+def compile_for(
+    chip: str, fn: Any, *arguments: Any, options: Mapping[str, Any] | None = None
+) -> Any:
+    """`jax.jit(fn)` compiled for one device of a chip ("gb200"); ShapeDtypeStructs will do.
+    `options` are the compiler's."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -89,7 +92,7 @@ def compile_for(chip: str, fn: Any, *arguments: Any) -> Any:
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.default_device(mesh.devices.flat[0]):  # tells Mosaic the architecture
         lowered = jax.jit(fn, in_shardings=place, out_shardings=place).lower(*arguments)
-        return lowered.compile()
+        return lowered.compile(compiler_options=dict(options or {}))
 
 
 def inspect(dump: pathlib.Path, *patterns: str) -> list[dict[str, Any]]:

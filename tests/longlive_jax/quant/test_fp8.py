@@ -1,11 +1,18 @@
 """Kernels in FP8: exact products of what both sides become, and casts that saturate."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from longlive_jax.bench import deviceless
 from longlive_jax.quant.fp8 import Fp8Kernel, dequantize_rows, matmul_rows, pack_fp8, quantize_rows
 from longlive_jax.quant.low_rank import LowRank
 
@@ -69,3 +76,20 @@ def test_a_branch_is_added():
         return beside.product(x, bias), packed.product(x, bias) + branch(x)
 
     np.testing.assert_allclose(*both(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(deviceless.refusal() is not None, reason=f"{deviceless.refusal()}")
+def test_a_hopper_gpu_multiplies_in_fp8(repository):
+    script = Path(__file__).with_name("compile_fp8.py")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["own"] == {"calls": [], "dots": [["f8e4m3fn", "f8e4m3fn"]]}
+    assert "__cublas$lt$matmul$f8" in found["library"]["calls"]

@@ -61,8 +61,18 @@ def test_a_mesh_of_eight_trains_as_one_device_does_with_error_recycling(places, 
     assert read_manifest(tmp_path / "2-out")["provenance"]["dit"]["stage"] == "clips"
 
 
-def test_accumulated_and_resumed_equals_uninterrupted(places, tmp_path):
-    parts = (SHARED, "batch=8", "loop.accumulate=2")
+NVFP4 = ("mesh.data=2,mesh.fsdp=4,mesh.sp=1,batch=16", "quant.policy=nvfp4_train", *RECYCLED)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param((SHARED,), id="float32"),
+        pytest.param(NVFP4, id="NVFP4, recycled", marks=pytest.mark.slow),
+    ],
+)
+def test_accumulated_and_resumed_equals_uninterrupted(places, tmp_path, more):
+    parts = ("batch=8", "loop.accumulate=2", *more)
     assert run(command(places, tmp_path / "whole", *parts, "loop.steps=4")) == 0
     for steps in (2, 4):
         assert run(command(places, tmp_path / "parts", *parts, f"loop.steps={steps}")) == 0

@@ -30,22 +30,6 @@ from longlive_jax.training.sharded import Shared, shared_ar_loss
 from pallas_kernels.tokens import EMPTY
 from tests.tiny import lively
 
-
-@pytest.fixture(autouse=True)
-def in_haste(tmp_path):
-    """Programs are compiled quickly, and none twice."""
-    changes = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path / "programs"),
-    }
-    held = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in held.items():
-        jax.config.update(name, value)
-
-
 CFG = DiTConfig(
     dim=128, ffn_dim=128, freq_dim=16, text_dim=8, text_len=16, heads=4, layers=2,
     in_channels=4, out_channels=4,
