@@ -1,5 +1,6 @@
-"""Clips that a small checkpoint has encoded, for all tests of training on them."""
+"""Clips that a small checkpoint has encoded, and programs that are compiled once for all tests."""
 
+import jax
 import pytest
 from flax import nnx
 
@@ -15,6 +16,20 @@ DIT = DiTConfig(
     dim=64, ffn_dim=64, freq_dim=8, text_dim=TEXT_DIM, text_len=48, heads=2, layers=2,
     in_channels=Z_DIM, out_channels=Z_DIM,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """Where compiled programs are kept: resumed runs repeat those of the runs they go on with."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(programs):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,13 @@ def losses(folder, corpus, *changes):
     return [r["loss"] for r in lines if "loss" in r]
 
 
-@pytest.mark.parametrize("changes", [(), RECYCLED], ids=["plain", "recycled"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param((), id="plain"),
+        pytest.param(RECYCLED, id="recycled", marks=pytest.mark.slow),
+    ],
+)
 def test_twenty_steps_on_eight_devices_are_those_of_one(tmp_path, corpus, changes):
     found = [losses(tmp_path / str(len(mesh)), corpus, *changes, *mesh) for mesh in ((), MESH)]
     assert len(found[0]) == 20
