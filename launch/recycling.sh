@@ -14,6 +14,7 @@ train_on "$folder" off "$steps" ar
 train_on "$folder" on "$steps" recycled
 for name in off on; do
     .venv/bin/longlive evaluate --config=configs/small_world.py:evaluate --parts=long \
-        --config.evaluate.batch=16 --config.evaluate.sample.steps=4 \
+        --config.evaluate.batch=16 \
+        --config.evaluate.sample.steps=4 --config.evaluate.sample.solver=unipc \
         --checkpoint="$folder/$name" --out="$folder/$name.report"
 done
