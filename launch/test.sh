@@ -25,7 +25,8 @@ bin=.venv/bin
 check lint $bin/ruff check .
 check format $bin/ruff format --check .
 check types $bin/mypy
-check tests $bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "$marks" "$@"
+check tests $bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
+    --no-loadscope-reorder -m "$marks" "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"
