@@ -1,8 +1,8 @@
 """Matrices in FP8 for GPUs without FP4 units: E4M3, a scale a row of the matrix, a scale a token.
 
 The product's operands are FP8 themselves, so XLA hands them to the tensor cores as they are: by
-cuBLASLt or by a kernel of its own, whichever it finds faster on the chip. Both scales are factors of
-the finished sums. Casts saturate at 448, where a plain cast to float8_e4m3fn gives NaN.
+cuBLASLt or by a kernel of its own, whichever is faster on the chip. Both scales are factors of the
+finished sums. Casts saturate at 448, where a plain cast to float8_e4m3fn gives NaN.
 """
 
 import dataclasses
