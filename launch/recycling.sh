@@ -11,7 +11,7 @@ steps=${1:-1000}
 setup
 folder=runs/recycling
 train_on "$folder" off "$steps" ar
-train_on "$folder" on "$steps" recycled
+train_on "$folder" on "$steps" recycled --config.recycling.start=0
 for name in off on; do
     .venv/bin/longlive evaluate --config=configs/small_world.py:evaluate --parts=long \
         --config.evaluate.batch=16 \

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes the built-in model anew, all stages: ./launch/small_world.sh [RUNS]   (default: runs)
-# Four to five hours on two CPU cores (docstring of configs/small_world.py); a run that was stopped
+# About four hours on two CPU cores (docstring of configs/small_world.py); a run that was stopped
 # goes on where it was when the same command is given again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 runs=${1:-runs}
 . "$here/launch/setup.sh"
 (cd "$here" && setup)
-for stage in vae text ar; do
+for stage in vae text recycled more; do
     "$here/.venv/bin/longlive" train --config="configs/small_world.py:$stage" \
         --workdir="$runs/$stage" --out="$runs/small_world"
 done

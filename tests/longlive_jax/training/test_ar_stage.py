@@ -18,7 +18,6 @@ RECYCLED = (
     "recycling.buffer.by=chunk", "recycling.buffer.rows=4", "recycling.buffer.slots=2",
     "recycling.clean=0.3", "recycling.warmup=4",
 )  # fmt: skip
-PREVIEW = "preview.prompts=('a red circle moves left on a white background',)"
 MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.sp=2")
 
 
