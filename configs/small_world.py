@@ -4,7 +4,8 @@ One stage of the recipe after the other, into the same checkpoint:
 
     longlive train --config=configs/small_world.py:vae --workdir=runs/vae --out=runs/small_world
     longlive train --config=configs/small_world.py:text --workdir=runs/text --out=runs/small_world
-    longlive train --config=configs/small_world.py:recycled --workdir=runs/ar --out=runs/small_world
+    longlive train --config=configs/small_world.py:recycled \\
+        --workdir=runs/recycled --out=runs/small_world
     longlive train --config=configs/small_world.py:more --workdir=runs/more --out=runs/small_world
     longlive evaluate --config=configs/small_world.py:evaluate --checkpoint=runs/small_world
 
@@ -13,7 +14,8 @@ or all of it by launch/small_world.sh. `ar` is `recycled` without error recyclin
 backward (paper, section 2.2).
 
 Cost, by launch/small_world.sh on two EPYC cores without AMX (2026-11-22): vae 38 minutes, text 1,
-recycled 92 (of these 12 of encoding); more, not timed whole yet, about as long as recycled.
+recycled 92 (of these 12 of encoding). more was stopped at update 301: 12 minutes of encoding, and its
+progress bar gave the rest 70.
 
 Result: the VAE reaches its bar (32.4 dB, every attribute right on held-out shots). After `recycled`
 the DiT does not reach its own: 73 % of 212 held-out shots all right at 32 steps (shape 79, colour
@@ -22,7 +24,7 @@ the DiT does not reach its own: 73 % of 212 held-out shots all right at 32 steps
 The shipped DiT was trained longer and without recycling, in two runs of `ar`: 12000 updates, then
 8000 more with
 
-    --config.start=checkpoint --config.loop.seed=1 --config.optim.lr=0.01
+    --config.start=checkpoint --config.loop.steps=8000 --config.loop.seed=1 --config.optim.lr=0.01
 
 on the corpus of the first. The first was not quite what this file makes: its first 3000 updates saw
 3000 videos of a harder world, with subjects of any size at any place, at a constant rate; then the
