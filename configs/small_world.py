@@ -14,8 +14,8 @@ or all of it by launch/small_world.sh. `ar` is `recycled` without error recyclin
 backward (paper, section 2.2).
 
 Cost, by launch/small_world.sh on two EPYC cores without AMX (2026-11-22): vae 38 minutes, text 1,
-recycled 92 (of these 12 of encoding). more was stopped at update 301: 12 minutes of encoding, and its
-progress bar gave the rest 70.
+recycled 92 (of these 12 of encoding). more was stopped at update 301: 12 minutes of encoding, and
+its progress bar gave the rest 70.
 
 Result: the VAE reaches its bar (32.4 dB, every attribute right on held-out shots). After `recycled`
 the DiT does not reach its own: 73 % of 212 held-out shots all right at 32 steps (shape 79, colour
