@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.data.clips.encoders import pixels
 from longlive_jax.data.clips.encoding import Encoders, EncodeSpec, Read
 from longlive_jax.io.checkpoint import read_manifest
 from longlive_jax.io.models import load_model
@@ -37,8 +36,8 @@ def over_mesh(
     """The same encoders, every clip's frames over the sp axis of `mesh`, whose other axes are 1.
 
     Of a video file every device's part is decoded apart and by a thread of its own; with "tails"
-    no frame twice. Latents are those of one device, to rounding. A device encodes its part at once:
-    its working memory grows with that. Raises UserError for clips that do not split.
+    no frame twice. Latents are those of one device, to rounding. Working memory does not grow with
+    the clip. Raises UserError for clips that do not split.
     """
     held = read_manifest(folder)["components"]["vae"]
     cfg = build(VAEConfig, held, path=f"{folder}: vae")
@@ -46,7 +45,6 @@ def over_mesh(
         way = sharing(cfg, spec.join.latents, mesh.shape[SP], method)
     except ValueError as error:
         raise UserError(f"--mesh: {error}") from error
-    absent = max(0, -way.starts[0])
     split = NamedSharding(mesh, P(BATCH, SP))
 
     def frames(read: Read) -> np.ndarray:
@@ -63,8 +61,8 @@ def over_mesh(
 
         @jax.jit
         def run(params: Params, parts: Array) -> Array:
-            first = pixels(parts[:, absent : absent + 1])
-            return encode_parts(graphdef, params, first, pixels(parts), mesh, way)
+            first = parts[:, way.absent : way.absent + 1]
+            return encode_parts(graphdef, params, first, parts, mesh, way)
 
         return lambda parts: np.asarray(run(params, jax.device_put(parts[None], split))[0])
 

@@ -2,30 +2,36 @@
 
 A causal encoder's latents need the frames before them. In the paper's way ("halo") a device encodes
 as many more of these as the encoder looks back, and drops their latents. Or ("tails") it fetches
-the end of every layer's past from its left neighbour, and encodes no frame that is another's.
+the end of every layer's past from its left neighbour, and encodes no frame that is another's. Both
+take a few latents at a time, so that working memory does not grow with the clip: with "tails" these
+are dealt out in rounds, each device the next few.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from longlive_jax.data.clips.encoders import pixels
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, encode_chunk
 from longlive_jax.parallel.halo import equal_windows
 from longlive_jax.parallel.mesh import BATCH, SP
-from longlive_jax.parallel.tails import fetched
-from longlive_jax.typing import Array, Float, Params
+from longlive_jax.parallel.tails import continued, fetched
+from longlive_jax.typing import Array, Float, Params, Shaped
 
 Method = Literal["halo", "tails"]
+
+AT_ONCE = 8
+"""Latents that a device encodes at a time, if its share can be cut so: a chunk of the 5B model."""
 
 
 def lookback(cfg: VAEConfig) -> int:
@@ -52,6 +58,7 @@ class Sharing:
       parts: devices.
       method: "halo" or "tails".
       halo: latents to encode besides one's own.
+      step: latents that a device encodes at a time.
       ratio: raw frames a latent.
     """
 
@@ -59,15 +66,24 @@ class Sharing:
     parts: int
     method: Method
     halo: int
+    step: int
     ratio: int = 4
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """Of the frames that each device encodes; below 0 stand frames that are not there."""
+    def rounds(self) -> int:
+        """In how many parts a device's frames lie in the clip."""
+        return 1 if self.method == "halo" else self.latents // (self.parts * self.step)
+
+    @property
+    def starts(self) -> tuple[tuple[int, ...], ...]:
+        """Of the frames of each device, round by round; below 0 stand frames that are not there."""
         if self.method == "halo":
-            return tuple(w.first for w in self._windows)
-        own = self.ratio * self.latents // self.parts
-        return tuple(1 - self.ratio + own * p for p in range(self.parts))
+            return tuple((w.first,) for w in self._windows)
+        run = self.ratio * self.step
+        return tuple(
+            tuple(1 - self.ratio + run * (p + self.parts * r) for r in range(self.rounds))
+            for p in range(self.parts)
+        )
 
     @property
     def frames(self) -> int:
@@ -75,6 +91,11 @@ class Sharing:
         if self.method == "halo":
             return self._windows[0].frames
         return self.ratio * self.latents // self.parts
+
+    @property
+    def absent(self) -> int:
+        """Frames at the beginning of the first device's that are not there."""
+        return max(0, -self.starts[0][0])
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -88,9 +109,10 @@ class Sharing:
 
         Nothing else of the clip is read.
         """
-        first = self.starts[device]
-        frames = read(max(first, 0), first + self.frames)
-        absent = max(0, -first)
+        run = self.frames // self.rounds
+        found = [read(max(first, 0), first + run) for first in self.starts[device]]
+        frames = np.concatenate(found, axis=1) if len(found) > 1 else found[0]
+        absent = self.absent if device == 0 else 0
         return np.pad(frames, ((0, 0), (absent, 0), (0, 0), (0, 0), (0, 0)))
 
     @property
@@ -98,25 +120,36 @@ class Sharing:
         return equal_windows(self.latents, self.parts, halo=self.halo, ratio=self.ratio)
 
 
-def sharing(cfg: VAEConfig, latents: int, parts: int, method: Method | None = None) -> Sharing:
+def sharing(
+    cfg: VAEConfig,
+    latents: int,
+    parts: int,
+    method: Method | None = None,
+    *,
+    at_once: int = AT_ONCE,
+) -> Sharing:
     """How `parts` devices share a clip out; by default in the way that takes the least work.
 
-    That is "tails" wherever there are two devices, and two latents for each of them. Raises
-    ValueError if latents do not split, or are too few for "tails".
+    That is "tails" wherever there are two devices, and two latents for each of them. A device
+    encodes up to `at_once` latents at a time, or all of its own if they have no divisor from 2 to
+    that. Raises ValueError if latents do not split, or are too few for "tails".
     """
     if latents % parts:
         raise ValueError(
             f"{latents} latents do not split over mesh.sp = {parts}; choose a divisor of {latents}"
         )
-    few = latents // parts < 2
+    own = latents // parts
+    few = own < 2
     if method == "tails" and few:
         raise ValueError(
-            f"{latents // parts} latents a device are too few to exchange tails; use a smaller "
+            f"{own} latents a device are too few to exchange tails; use a smaller "
             "mesh.sp or longer clips, 2 latents a device at least, or a halo"
         )
     halo = math.ceil(lookback(cfg) / cfg.temporal_ratio)
+    step = max((n for n in range(2, at_once + 1) if own % n == 0), default=own)
+    steps: dict[Method, int] = {"halo": at_once, "tails": step}
     ways = {
-        name: Sharing(latents, parts, name, halo, cfg.temporal_ratio)
+        name: Sharing(latents, parts, name, halo, steps[name], cfg.temporal_ratio)
         for name in ("halo", "tails")
         if not (name == "tails" and few)
     }
@@ -183,17 +216,18 @@ def encode_shared(
     cfg = with_params(graphdef, params).cfg
     latents = (video.shape[1] + cfg.temporal_ratio - 1) // cfg.temporal_ratio
     way = sharing(cfg, latents, mesh.shape[SP], method)
-    absent = max(0, -way.starts[0])
-    padded = jnp.pad(video, ((0, 0), (absent, 0), (0, 0), (0, 0), (0, 0)))
-    parts = [padded[:, a + absent : a + absent + way.frames] for a in way.starts]
-    return encode_parts(graphdef, params, video[:, :1], jnp.concatenate(parts, axis=1), mesh, way)
+    padded = jnp.pad(video, ((0, 0), (way.absent, 0), (0, 0), (0, 0), (0, 0)))
+    begins = [start + way.absent for starts in way.starts for start in starts]
+    run = way.frames // way.rounds
+    parts = jnp.concatenate([padded[:, at : at + run] for at in begins], axis=1)
+    return encode_parts(graphdef, params, video[:, :1], parts, mesh, way)
 
 
 def encode_parts(
     graphdef: nnx.GraphDef[VAE],
     params: Params,
-    first: Float[Array, "b 1 h w 3"],
-    parts: Float[Array, "b pn h w 3"],
+    first: Shaped[Array, "b 1 h w 3"],
+    parts: Shaped[Array, "b pn h w 3"],
     mesh: Mesh,
     way: Sharing,
 ) -> Float[Array, "b g h w z"]:
@@ -202,30 +236,60 @@ def encode_parts(
     `parts` has `way.part` of every device side by side, each on its device, `first` the clips'
     first frames on all (only "tails" looks at them).
     """
-    split = P(BATCH, SP)
     own = {"halo": _encode_window, "tails": _encode_own}[way.method]
     run = jax.shard_map(
         functools.partial(own, graphdef, way),
         mesh=mesh,
-        in_specs=(P(), P(BATCH), split),
-        out_specs=split,
+        in_specs=(P(), P(BATCH), P(BATCH, SP)),
+        out_specs=P(None, BATCH, SP),
         check_vma=False,
     )
-    return run(params, first, parts)
+    rounds = run(params, first, parts)  # [r, b, latents of a round, h, w, z]
+    latents = jnp.moveaxis(rounds, 0, 1).reshape(first.shape[0], way.latents, *rounds.shape[3:])
+    return jax.lax.with_sharding_constraint(latents, NamedSharding(mesh, P(BATCH, SP)))
 
 
 def _encode_window(graphdef, way: Sharing, params: Params, _first: Array, window: Array) -> Array:
-    """A device's latents from frames that begin far enough before them."""
-    latents, _ = encode_chunk(with_params(graphdef, params), window)
-    begin = jnp.asarray(way.dropped)[jax.lax.axis_index(SP)]
-    return jax.lax.dynamic_slice_in_dim(latents, begin, way.latents // way.parts, axis=1)
+    """A device's latents [1, b, n, h, w, z] from frames that begin far enough before them."""
+    vae, run = with_params(graphdef, params), way.ratio * way.step
+    begin = 1 + (window.shape[1] - 1) % run
+    start, tails = _encode(vae, window[:, :begin])
+
+    def go_on(tails: Any, frames: Array):
+        latents, tails = _encode(vae, frames, tails)
+        return tails, latents
+
+    rest = jax.lax.scan(go_on, tails, _runs(window[:, begin:], run))[1]
+    rest = jnp.moveaxis(rest, 0, 1).reshape(start.shape[0], -1, *start.shape[2:])
+    latents = jnp.concatenate([start, rest], axis=1)
+    at = jnp.asarray(way.dropped)[jax.lax.axis_index(SP)]
+    return jax.lax.dynamic_slice_in_dim(latents, at, way.latents // way.parts, axis=1)[None]
 
 
 def _encode_own(graphdef, way: Sharing, params: Params, first: Array, own: Array) -> Array:
-    """A device's latents. The first frame leads the first device's, in the place of what is absent;
-    the others encode it too, in step, and do not use it."""
+    """A device's latents [r, b, n, h, w, z], round by round. The first frame leads the first
+    device's, in the place of what is absent; the others encode it too, in step, and do not use it.
+    """
     vae = with_params(graphdef, params)
-    start, tails = encode_chunk(vae, first)
-    latents, _ = encode_chunk(vae, own, fetched(tails, way.latents // way.parts))
+    runs = _runs(own, way.ratio * way.step)
+    start, tails = _encode(vae, first)
+    latents, tails = _encode(vae, runs[0], fetched(tails, way.step))
     leading = jnp.concatenate([start, latents[:, 1:]], axis=1)
-    return jnp.where(jax.lax.axis_index(SP) == 0, leading, latents)
+    latents = jnp.where(jax.lax.axis_index(SP) == 0, leading, latents)
+
+    def go_on(tails: Any, frames: Array):
+        latents, tails = _encode(vae, frames, continued(tails, way.step))
+        return tails, latents
+
+    rest = jax.lax.scan(go_on, tails, runs[1:])[1]
+    return jnp.concatenate([latents[None], rest])
+
+
+def _encode(vae: VAE, frames: Array, tails: Any = None):
+    """Bytes become colours here, a run at a time."""
+    return encode_chunk(vae, pixels(frames) if frames.dtype == jnp.uint8 else frames, tails)
+
+
+def _runs(frames: Array, length: int) -> Array:
+    """[b, r * length, ...] as [r, b, length, ...]."""
+    return jnp.moveaxis(frames.reshape(frames.shape[0], -1, length, *frames.shape[2:]), 1, 0)
