@@ -11,6 +11,7 @@ prompt that a thousand clips share is stored once, and without the zeros behind 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ __all__ = ["EncodedClips", "Manifest", "Shard", "write_file", "write_shard"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REMOVE = "remove that file and run the same `longlive data encode` again, it makes it anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +144,9 @@ def write_shard(path: Path, records: Iterable[bytes]) -> int:
 class EncodedClips:
     """The clips of a store by index: `clips[i]` is a `ClipLatents`; also a `feed.Source`.
 
-    Raises UserError for a store that is missing, unfinished, or damaged. Whether it was made by the
-    models of a checkpoint is for `encoders.check_made_by`.
+    A store may have texts alone: then its length is 0. Raises UserError for a store that is
+    missing, unfinished, or damaged. Whether it was made by the models of a checkpoint is for
+    `encoders.check_made_by`.
     """
 
     def __init__(self, folder: str | Path):
@@ -159,6 +162,8 @@ class EncodedClips:
 
     def _open(self, shards: tuple[Shard, ...]) -> Any:
         held = [shard for shard in shards if shard.records]
+        if not held:
+            return ()
         try:
             source = grain.sources.ArrayRecordDataSource([str(self.folder / s.file) for s in held])
             count = len(source)
@@ -190,10 +195,56 @@ class EncodedClips:
         padded[: len(found)] = found
         return padded
 
+    def prompt(self, row: int) -> str:
+        """A prompt by its place; they are sorted. Unusable if its record is damaged."""
+        return self._record(self._texts, row)[1]["prompt"]
+
+    @property
+    def texts(self) -> int:
+        """How many prompts there are."""
+        return len(self._texts)
+
     @property
     def empty(self) -> Float[np.ndarray, "t e"]:
-        """Features of no prompt, for text dropout and guidance."""
-        return self.text(0)  # it sorts first
+        """Features of no prompt, for text dropout and guidance; UserError if they are damaged."""
+        try:
+            return self.text(0)  # it sorts first
+        except (Unusable, IndexError) as error:
+            file = self.folder / (self.manifest.texts[0].file if self.manifest.texts else "")
+            raise UserError(
+                f"{file}: the empty prompt is unreadable ({error}); {REMOVE}"
+            ) from error
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Frames, height, width and channels of every clip's latents; UserError if none is left."""
+        return self._first[0]
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of every clip; UserError if none is left."""
+        return self._first[1]
+
+    @functools.cached_property
+    def _first(self) -> tuple[tuple[int, ...], int]:
+        """Shape and chunks of the first clip that can be read."""
+        if not len(self):
+            raise UserError(
+                f"{self.folder}: has texts alone; encode clips into another folder, without "
+                "--texts_only"
+            )
+        reasons = []
+        for index in range(len(self)):
+            try:
+                arrays = self._record(self._clips, index)[0]
+            except Unusable as reason:
+                reasons.append(reason)
+                continue
+            return arrays["latents"].shape, len(arrays["cut"])
+        raise UserError(
+            f"{self.folder}: none of its {len(self)} clips can be read ({reasons[0]}); remove the "
+            "folder and run the same `longlive data encode` again"
+        )
 
     def read(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """`ClipLatents.row` with room for as many texts as any clip has; nothing is random."""

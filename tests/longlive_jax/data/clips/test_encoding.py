@@ -292,6 +292,46 @@ def test_damage_to_a_store(root, tmp_path):
         EncodedClips(out)
 
 
+def spoil(file, *words):
+    """Flips a bit behind each of the words, which stand in the headers of records."""
+    content = bytearray(file.read_bytes())
+    for word in words:
+        at = content.index(word) + 300
+        content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_a_store_is_does_not_hang_on_its_first_record(root, tmp_path):
+    out = tmp_path / "out"
+    run(root, out, Counting())
+    clips = EncodedClips(out)
+    assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2 and clips.texts == 6
+    assert [clips.prompt(row) for row in range(6)] == sorted(clips.prompt(row) for row in range(6))
+    assert clips.prompt(0) == "" and clips.prompt(2) == "a shot 0"
+    spoil(out / "clips-00000.array_record", b'"latents"')
+    clips = EncodedClips(out)
+    with pytest.raises(Unusable, match="damaged"):
+        clips[0]
+    assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2
+
+
+def test_a_store_of_which_nothing_can_be_read(root, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(root, out, Counting())
+
+    def damaged(record):
+        raise Unusable("damaged record")
+
+    monkeypatch.setattr(store, "unpack", damaged)
+    clips = EncodedClips(out)
+    with pytest.raises(
+        UserError, match=r"out: none of its 6 clips can be read .*remove the folder"
+    ):
+        _ = clips.shape
+    with pytest.raises(UserError, match=r"texts-00000\.array_record: the empty .*remove that file"):
+        _ = clips.empty
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
