@@ -75,6 +75,8 @@ def encode(argv: Sequence[str]) -> int:
 
     spec, dtype = _encode_spec(args), precision(args.compute)
     encoders = checkpoint_encoders(args.checkpoint, spec, dtype=dtype)
+    if args.mesh is not None and args.texts_only:
+        raise UserError("--mesh shares clips out, and --texts_only encodes none; give one of them")
     if args.mesh is not None:
         encoders = _over_mesh(encoders, spec, args, dtype)
     samples = find_samples(args.source)
@@ -89,7 +91,12 @@ def encode(argv: Sequence[str]) -> int:
 
         try:
             made = encode_dataset(
-                samples, args.out, spec=spec, encoders=encoders, progress=progress
+                samples,
+                args.out,
+                spec=spec,
+                encoders=encoders,
+                texts_only=args.texts_only,
+                progress=progress,
             )
         except OSError as error:
             raise Failure(
@@ -229,6 +236,11 @@ def _encode_parser() -> Parser:
         help="with --mesh: exchange layers' tails, encode a halo, or (auto) the cheaper",
     )
     parser.add_argument("--shard", type=int, default=64, help="clips of a file")
+    parser.add_argument(
+        "--texts_only",
+        action="store_true",
+        help="no clips, but every prompt that one could have: to train on the videos themselves",
+    )
     return parser
 
 

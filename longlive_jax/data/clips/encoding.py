@@ -8,7 +8,6 @@ the dataset, so that the text encoder has left the memory when the VAE arrives.
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -20,24 +19,19 @@ from typing import Literal
 import numpy as np
 
 from longlive_jax.data.clips.dataset import Sample, Unusable
+from longlive_jax.data.clips.jobs import Job, Progress, Work, plan_jobs, plan_texts
 from longlive_jax.data.clips.latents import clip_latents
-from longlive_jax.data.clips.plan import ClipPlan, JoinSpec, windows
+from longlive_jax.data.clips.plan import JoinSpec
 from longlive_jax.data.clips.records import dtype_of, pack, unpack
-from longlive_jax.data.clips.source import lengths_of, read_clip
+from longlive_jax.data.clips.source import read_clip
 from longlive_jax.data.clips.store import MANIFEST, Manifest, Shard, write_file, write_shard
 from longlive_jax.io.video import check_writable
 from longlive_jax.spec import UserError
 
-__all__ = ["EncodeSpec", "Encoders", "Job", "encode_dataset", "plan_jobs"]
-
-OPENED = 8
-"""Files whose headers are read at once."""
+__all__ = ["EncodeSpec", "Encoders", "encode_dataset"]
 
 Read = Callable[[int, int | None], np.ndarray]
 """`read(first, last)`: those frames of a clip, uint8 [n, h, w, 3]; None: to the end."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and of how much."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,83 +82,40 @@ class Encoders:
     frames: Callable[[Read], np.ndarray] = lambda read: read(0, None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One clip to encode."""
-
-    sample: Sample
-    clip: ClipPlan
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """Of every chunk."""
-        return self.clip.prompts([shot.caption for shot in self.sample.shots])
-
-
-def plan_jobs(
-    samples: Sequence[Sample], spec: EncodeSpec, progress: Progress
-) -> tuple[list[Job], list[tuple[str, str]]]:
-    """The clips of a dataset, and the samples that give none, with reasons; opens every file."""
-
-    def planned(sample: Sample) -> list[ClipPlan] | Unusable:
-        try:
-            return windows(lengths_of(sample), spec.join, spec.windows)
-        except Unusable as reason:
-            return reason
-
-    jobs: list[Job] = []
-    lacking: list[tuple[str, str]] = []
-    with concurrent.futures.ThreadPoolExecutor(OPENED) as pool:
-        for i, found in enumerate(pool.map(planned, samples)):
-            if isinstance(found, Unusable):
-                lacking.append((samples[i].name, str(found)))
-            else:
-                jobs += [Job(samples[i], clip) for clip in found]
-            progress("planning", i + 1, len(samples))
-    return jobs, lacking
-
-
 def encode_dataset(
     samples: Sequence[Sample],
     out: Path,
     *,
     spec: EncodeSpec,
     encoders: Encoders,
+    texts_only: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Encodes what `out` does not hold yet and returns what it then holds.
 
+    With `texts_only` that is every prompt that a clip could have, wherever it begins, and no clip.
     Raises UserError if there is nothing to encode, if `out` holds something else or the encoding of
     something else, or if the disk is too small; OSError if writing fails all the same.
     """
-    jobs, lacking = plan_jobs(samples, spec, progress)
-    if not jobs:
-        first = "; ".join(f"{name}: {reason}" for name, reason in lacking[:3])
-        raise UserError(f"none of the {len(samples)} samples can be used ({first})")
-    manifest = _begin(out, jobs, lacking, spec, encoders)
-    _check_space(manifest, out, len(jobs), spec, encoders)
-    prompts = sorted({"", *(p for job in jobs for p in job.prompts)})
-    manifest = _encode_texts(manifest, out, prompts, spec, encoders, progress)
-    manifest = _encode_clips(manifest, out, jobs, prompts, spec, encoders, progress)
-    if not any(shard.records for shard in manifest.clips):
-        first = "; ".join(f"{name}: {reason}" for name, reason in manifest.skipped[:3])
-        raise UserError(f"none of the {len(samples)} samples can be decoded ({first})")
+    if texts_only:
+        work = plan_texts(samples, spec.join)
+    else:
+        work = plan_jobs(samples, spec.join, spec.windows, progress)
+    manifest = _begin(out, work, spec, encoders)
+    _check_space(manifest, out, len(work.jobs), spec, encoders)
+    manifest = _encode_texts(manifest, out, work.prompts, spec, encoders, progress)
+    if work.jobs:
+        manifest = _encode_clips(manifest, out, work, spec, encoders, progress)
     manifest = dataclasses.replace(manifest, complete=True)
     manifest.write(out)
     shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
 
 
-def _begin(
-    out: Path,
-    jobs: Sequence[Job],
-    lacking: Sequence[tuple[str, str]],
-    spec: EncodeSpec,
-    encoders: Encoders,
-) -> Manifest:
-    """The manifest in `out` if it is of these jobs, or a new one in an empty folder."""
+def _begin(out: Path, work: Work, spec: EncodeSpec, encoders: Encoders) -> Manifest:
+    """The manifest in `out` if it is of this work, or a new one in an empty folder."""
     identity = json.loads(json.dumps(dataclasses.asdict(spec) | dict(encoders.identity)))
-    identity |= {"clips": len(jobs), "dataset": _digest(jobs)}
+    identity |= {"clips": len(work.jobs), "dataset": work.digest}
     if (out / MANIFEST).is_file():
         held = Manifest.read(out)
         differs = [k for k in identity if held.identity.get(k) != identity[k]]
@@ -183,23 +134,11 @@ def _begin(
     manifest = Manifest(
         identity=identity,
         versions={name: importlib.metadata.version(name) for name in libraries},
-        unplanned=tuple(lacking),
-        texts_per_clip=max(len(set(job.prompts)) for job in jobs),
+        unplanned=work.lacking,
+        texts_per_clip=work.texts_per_clip,
     )
     manifest.write(out)
     return manifest
-
-
-def _digest(jobs: Sequence[Job]) -> str:
-    """Of all that the clips are made from: names, files by size, captions, plans."""
-    digest = hashlib.sha256()
-    for job in jobs:
-        shots = [
-            (s.file.name, s.file.stat().st_size, s.caption, s.start, s.end)
-            for s in job.sample.shots
-        ]
-        digest.update(repr((job.sample.name, shots, job.clip.pieces)).encode())
-    return digest.hexdigest()[:16]
 
 
 def _encode_texts(
@@ -247,13 +186,13 @@ def _check_space(
 def _encode_clips(
     manifest: Manifest,
     out: Path,
-    jobs: Sequence[Job],
-    prompts: Sequence[str],
+    work: Work,
     spec: EncodeSpec,
     encoders: Encoders,
     progress: Progress,
 ) -> Manifest:
-    rows = {prompt: i for i, prompt in enumerate(prompts)}
+    rows = {prompt: i for i, prompt in enumerate(work.prompts)}
+    jobs = work.jobs
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
     begin = spec.shard * len(manifest.clips)
@@ -269,6 +208,9 @@ def _encode_clips(
                 done += 1
                 progress("clips", done, len(jobs))
         manifest = _close_shard(manifest, out, [parts / f"{i:08d}" for i in here])
+    if not any(shard.records for shard in manifest.clips):
+        why = "; ".join(f"{name}: {reason}" for name, reason in manifest.skipped[:3])
+        raise UserError(f"none of {len(jobs)} clips can be decoded ({why})")
     return manifest
 
 

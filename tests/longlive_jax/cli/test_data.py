@@ -118,6 +118,17 @@ def test_encode_and_again(good, checkpoint, tmp_path, capsys):
     assert "encoded otherwise (size)" in capsys.readouterr().err
 
 
+def test_encode_of_texts_alone(good, checkpoint, tmp_path, capsys):
+    command = [
+        "data", "encode", f"--source={good}", f"--checkpoint={checkpoint}", "--text_len=16",
+        f"--out={tmp_path / 'out'}", "--chunks=2", "--texts_only",
+    ]  # fmt: skip
+    for _ in range(2):
+        assert run(command) == 0
+        assert f"{tmp_path / 'out'}: 0 clips, 7 prompts\n" == capsys.readouterr().out
+    assert EncodedClips(tmp_path / "out").empty.shape == (16, 8)
+
+
 @pytest.mark.parametrize("share", ["auto", "halo"])
 def test_encoded_over_a_mesh_as_by_one_device(good, checkpoint, tmp_path, share, monkeypatch):
     """Every device's frames are decoded for themselves; a clip of two shots and one with padding
@@ -190,6 +201,7 @@ def test_encode_names_what_it_skips_and_survives_a_full_disk(
         (["--mesh=sp=9"], "sp = 9, and there are 8 devices"),
         (["--mesh=data=2"], "one after the other, over sp"),
         (["--mesh=ps=2"], "unknown axis 'ps'"),
+        (["--mesh=sp=2", "--texts_only"], "give one of them"),
     ],
 )
 def test_mistakes_cost_one_line(good, checkpoint, tmp_path, change, message, capsys, monkeypatch):

@@ -3,7 +3,6 @@
 The encoders are stand-ins that count; `test_encoders` has real ones.
 """
 
-import collections
 import dataclasses
 import errno
 import os
@@ -17,72 +16,18 @@ import numpy as np
 import pytest
 
 from longlive_jax.data.clips import encoding, store
-from longlive_jax.data.clips.dataset import Unusable, find_samples
-from longlive_jax.data.clips.encoding import Encoders, EncodeSpec, encode_dataset
 from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
 from longlive_jax.data.clips.plan import JoinSpec
 from longlive_jax.data.clips.store import EncodedClips, Manifest
 from longlive_jax.sampling.script import CUT_PREFIX
 from longlive_jax.spec import UserError
-from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_caption, write_sample
-
-SPEC = EncodeSpec(
-    join=JoinSpec(chunks=2, chunk=2), size=(32, 64), windows=0, text_len=6, dtype="float32", shard=3
-)
-
-
-class Counting:
-    """Encoders that remember what they were asked for, and stop when told to."""
-
-    def __init__(self, stop_after=None, error=KeyboardInterrupt):
-        self.videos, self.prompts, self.loaded = [], [], collections.Counter()
-        self.stop_after, self.error = stop_after, error
-
-    def encoders(self, **identity):
-        return Encoders(
-            text=self.load_text,
-            video=self.load_video,
-            latent_bytes=4 * 2 * 4 * 3,
-            identity={"vae": "v", "umt5": "u", **identity},
-        )
-
-    def load_text(self):
-        self.loaded["text"] += 1
-        return self.text
-
-    def load_video(self):
-        self.loaded["video"] += 1
-        return self.video
-
-    def text(self, prompt):
-        self.prompts.append(prompt)
-        return np.full((1 + len(prompt) % 5, 4), len(prompt), np.float32)
-
-    def video(self, frames):
-        if len(self.videos) == self.stop_after:
-            raise self.error
-        self.videos.append(tuple(numbers(frames)))
-        latents = frames[::4].reshape(-1, 2, 16, 4, 16, 3).mean(axis=(2, 4))
-        return latents.astype(np.float32)
+from tests.longlive_jax.data.clips.counting import SPEC, Counting, run, write_dataset
+from tests.longlive_jax.data.clips.videos import write_caption
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Seven clips of 13 frames: one of them cut short, two with one caption; a sample too short."""
-    root = tmp_path_factory.mktemp("dataset")
-    write_sample(root, "a", 30)
-    write_sample(root, "b", 7, 21)
-    write_sample(root, "c", 13, options={"movflags": "faststart"})
-    write_sample(root, "d", 27)
-    write_sample(root, "e", 12)
-    write_caption(root, "d", 0, "a shot 0")
-    cut_short(root / "video" / "c" / "0.mp4", 0.7)
-    return root
-
-
-def run(root, out, counting, spec=SPEC, **identity):
-    samples = find_samples(root)
-    return encode_dataset(samples, out, spec=spec, encoders=counting.encoders(**identity))
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 @pytest.fixture(scope="module")
@@ -267,69 +212,6 @@ def test_folders_that_do_not_do(root, tmp_path):
     short = dataclasses.replace(SPEC, join=JoinSpec(chunks=50))
     with pytest.raises(UserError, match="none of the 5 samples can be used"):
         run(root, tmp_path / "new", Counting(), spec=short)
-
-
-def test_damage_to_a_store(root, tmp_path):
-    out = tmp_path / "out"
-    run(root, out, Counting())
-    shard = out / "clips-00000.array_record"
-    content = shard.read_bytes()
-    middle = len(content) // 3
-    at = content.index(b'"latents"')
-    spoilt = content[: at + 300] + bytes([content[at + 300] ^ 1]) + content[at + 301 :]
-    shard.write_bytes(spoilt)
-    clips = EncodedClips(out)
-    with pytest.raises(Unusable, match="damaged"):
-        [clips[i] for i in range(3)]
-    with ClipFeed(clips, FeedSpec(batch=2)) as feed:
-        assert all(next(feed)["latents"].shape[0] == 2 for _ in range(4))
-        assert any("damaged" in reason for reason in feed.skipped)
-    shard.write_bytes(content[:middle])
-    with pytest.raises((UserError, Unusable), match="damaged"):
-        EncodedClips(out)[0]
-    shard.unlink()
-    with pytest.raises(UserError, match="missing or damaged"):
-        EncodedClips(out)
-
-
-def spoil(file, *words):
-    """Flips a bit behind each of the words, which stand in the headers of records."""
-    content = bytearray(file.read_bytes())
-    for word in words:
-        at = content.index(word) + 300
-        content[at] ^= 1
-    file.write_bytes(content)
-
-
-def test_what_a_store_is_does_not_hang_on_its_first_record(root, tmp_path):
-    out = tmp_path / "out"
-    run(root, out, Counting())
-    clips = EncodedClips(out)
-    assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2 and clips.texts == 6
-    assert [clips.prompt(row) for row in range(6)] == sorted(clips.prompt(row) for row in range(6))
-    assert clips.prompt(0) == "" and clips.prompt(2) == "a shot 0"
-    spoil(out / "clips-00000.array_record", b'"latents"')
-    clips = EncodedClips(out)
-    with pytest.raises(Unusable, match="damaged"):
-        clips[0]
-    assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2
-
-
-def test_a_store_of_which_nothing_can_be_read(root, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    run(root, out, Counting())
-
-    def damaged(record):
-        raise Unusable("damaged record")
-
-    monkeypatch.setattr(store, "unpack", damaged)
-    clips = EncodedClips(out)
-    with pytest.raises(
-        UserError, match=r"out: none of its 6 clips can be read .*remove the folder"
-    ):
-        _ = clips.shape
-    with pytest.raises(UserError, match=r"texts-00000\.array_record: the empty .*remove that file"):
-        _ = clips.empty
 
 
 KILLED = """
