@@ -15,7 +15,6 @@ import collections
 import dataclasses
 import itertools
 import signal
-import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -31,6 +30,9 @@ __all__ = ["ClipFeed", "FeedSpec", "Source", "clip_batches"]
 
 TRIES = 64
 """Samples in a row that may be unusable before a run gives up."""
+
+ENDLESS = 2**40
+"""Rows of a group: more than any run reads; grain divides them as floats, which are exact here."""
 
 
 class Source(Protocol):
@@ -97,7 +99,7 @@ class _Rows:
     spec: FeedSpec
 
     def __len__(self) -> int:
-        return sys.maxsize // self.spec.batch
+        return ENDLESS
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         step, row = divmod(int(i), self.spec.rows)

@@ -33,6 +33,15 @@ def test_every_epoch_is_all_samples_in_another_order():
     assert indices(batches(Toy(12), 4, batch=3, seed=1)) not in (epochs[0], epochs[1])
 
 
+def test_batches_of_one():
+    """Also with a group of one row, and far into a run."""
+    found = indices(batches(Toy(5, bad=(3,)), 10, batch=1))
+    assert set(found[:5]) == set(found[5:]) == {0, 1, 2, 4}
+    whole = batches(Toy(5), 2, 10**9, batch=2)
+    shares = [batches(Toy(5), 2, 10**9, batch=2, rank=rank, count=2) for rank in range(2)]
+    assert indices(whole) == [i for pair in zip(*map(indices, shares), strict=True) for i in pair]
+
+
 def test_what_is_random_is_drawn_anew_for_every_visit():
     found = batches(Toy(4), 3, batch=4)
     draws = {tuple(row) for batch in found for row in batch["draw"]}
