@@ -2,7 +2,8 @@
 
 Encoding may stop at any moment, by a kill or a full disk, and goes on with what is missing: a
 finished clip lies in `parts/` until its shard is whole, and a shard appears under its name when it
-is written. Each file is written under another name first. Prompts come first, all distinct ones of
+is written. Each file is written under another name first. A shard that has been lost or cut short
+since is made anew. Prompts come first, all distinct ones of
 the dataset, so that the text encoder has left the memory when the VAE arrives.
 """
 
@@ -24,11 +25,14 @@ from longlive_jax.data.clips.latents import clip_latents
 from longlive_jax.data.clips.plan import JoinSpec
 from longlive_jax.data.clips.records import dtype_of, pack, unpack
 from longlive_jax.data.clips.source import read_clip
-from longlive_jax.data.clips.store import MANIFEST, Manifest, Shard, write_file, write_shard
+from longlive_jax.data.clips.store import MANIFEST, Manifest, Shard, holds, write_file, write_shard
 from longlive_jax.io.video import check_writable
 from longlive_jax.spec import UserError
 
 __all__ = ["EncodeSpec", "Encoders", "encode_dataset"]
+
+TEXTS = 256
+"""Prompts of a file."""
 
 Read = Callable[[int, int | None], np.ndarray]
 """`read(first, last)`: those frames of a clip, uint8 [n, h, w, 3]; None: to the end."""
@@ -102,14 +106,31 @@ def encode_dataset(
     else:
         work = plan_jobs(samples, spec.join, spec.windows, progress)
     manifest = _begin(out, work, spec, encoders)
-    _check_space(manifest, out, len(work.jobs), spec, encoders)
-    manifest = _encode_texts(manifest, out, work.prompts, spec, encoders, progress)
+    texts = _lost(out, manifest.texts, len(work.prompts), TEXTS)
+    clips = _lost(out, manifest.clips, len(work.jobs), spec.shard)
+    if manifest.complete and not texts and not clips:
+        return manifest
+    _check_space(out, clips, spec, encoders)
+    manifest = dataclasses.replace(manifest, complete=False)
+    manifest.write(out)
+    manifest = _encode_texts(manifest, out, texts, work.prompts, spec, encoders, progress)
     if work.jobs:
-        manifest = _encode_clips(manifest, out, work, spec, encoders, progress)
+        manifest = _encode_clips(manifest, out, clips, work, spec, encoders, progress)
     manifest = dataclasses.replace(manifest, complete=True)
     manifest.write(out)
     shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
+
+
+def _lost(out: Path, shards: Sequence[Shard], records: int, size: int) -> dict[int, range]:
+    """What is to be made of so many records, `size` of them a shard: by number, those of shards
+    that are not on disk whole, whatever the manifest says."""
+    numbered = enumerate(range(i, min(i + size, records)) for i in range(0, records, size))
+    return {n: here for n, here in numbered if not (n < len(shards) and holds(out, shards[n]))}
+
+
+def _put(shards: tuple[Shard, ...], number: int, shard: Shard) -> tuple[Shard, ...]:
+    return (*shards[:number], shard, *shards[number + 1 :])
 
 
 def _begin(out: Path, work: Work, spec: EncodeSpec, encoders: Encoders) -> Manifest:
@@ -131,47 +152,46 @@ def _begin(out: Path, work: Work, spec: EncodeSpec, encoders: Encoders) -> Manif
     if any(out.iterdir()):
         raise UserError(f"{out}: holds other files; choose an empty or new folder")
     libraries = ("longlive-jax", "jax", "flax", "av", "grain", "array_record")
-    manifest = Manifest(
+    return Manifest(
         identity=identity,
         versions={name: importlib.metadata.version(name) for name in libraries},
         unplanned=work.lacking,
         texts_per_clip=work.texts_per_clip,
     )
-    manifest.write(out)
-    return manifest
 
 
 def _encode_texts(
     manifest: Manifest,
     out: Path,
+    lost: Mapping[int, range],
     prompts: Sequence[str],
     spec: EncodeSpec,
     encoders: Encoders,
     progress: Progress,
 ) -> Manifest:
-    size, done = 256, sum(shard.records for shard in manifest.texts)
-    if done == len(prompts):
+    if not lost:
         return manifest
     encode, dtype = encoders.text(), dtype_of(spec.text_dtype)
-    for at in range(done, len(prompts), size):
+    for number, here in lost.items():
 
-        def records(some: Sequence[str] = prompts[at : at + size], at: int = at) -> Iterator[bytes]:
-            for i, prompt in enumerate(some):
-                yield pack({"features": encode(prompt).astype(dtype)}, {"prompt": prompt})
-                progress("texts", at + i + 1, len(prompts))
+        def records(here: range = here) -> Iterator[bytes]:
+            for i in here:
+                features = encode(prompts[i]).astype(dtype)
+                yield pack({"features": features}, {"prompt": prompts[i]})
+                progress("texts", i + 1, len(prompts))
 
-        file = f"texts-{len(manifest.texts):05d}.array_record"
+        file = f"texts-{number:05d}.array_record"
         shard = Shard(file, write_shard(out / file, records()))
-        manifest = dataclasses.replace(manifest, texts=(*manifest.texts, shard))
+        manifest = dataclasses.replace(manifest, texts=_put(manifest.texts, number, shard))
         manifest.write(out)
     return manifest
 
 
 def _check_space(
-    manifest: Manifest, out: Path, jobs: int, spec: EncodeSpec, encoders: Encoders
+    out: Path, lost: Mapping[int, range], spec: EncodeSpec, encoders: Encoders
 ) -> None:
     """UserError if what is left to do does not fit on the disk."""
-    left = jobs - spec.shard * len(manifest.clips)
+    left = sum(map(len, lost.values()))
     one = encoders.latent_bytes * spec.join.latents * dtype_of(spec.dtype).itemsize // 4
     need = one * (left + min(left, spec.shard))  # a shard and its parts exist side by side
     need -= sum(part.stat().st_size for part in (out / "parts").glob("*"))
@@ -186,6 +206,7 @@ def _check_space(
 def _encode_clips(
     manifest: Manifest,
     out: Path,
+    lost: Mapping[int, range],
     work: Work,
     spec: EncodeSpec,
     encoders: Encoders,
@@ -195,26 +216,24 @@ def _encode_clips(
     jobs = work.jobs
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
-    begin = spec.shard * len(manifest.clips)
-    left = [i for i in range(begin, len(jobs)) if not _is_whole(parts / f"{i:08d}")]
+    left = [i for here in lost.values() for i in here if not _is_whole(parts / f"{i:08d}")]
     made, missing = _made(left, jobs, rows, spec, encoders), set(left)
     done = len(jobs) - len(left)
     progress("clips", done, len(jobs))
-    for first in range(begin, len(jobs), spec.shard):
-        here = range(first, min(first + spec.shard, len(jobs)))
+    for number, here in lost.items():
         for i in here:
             if i in missing:
                 write_file(parts / f"{i:08d}", next(made))
                 done += 1
                 progress("clips", done, len(jobs))
-        manifest = _close_shard(manifest, out, [parts / f"{i:08d}" for i in here])
+        manifest = _close_shard(manifest, out, number, [parts / f"{i:08d}" for i in here])
     if not any(shard.records for shard in manifest.clips):
         why = "; ".join(f"{name}: {reason}" for name, reason in manifest.skipped[:3])
         raise UserError(f"none of {len(jobs)} clips can be decoded ({why})")
     return manifest
 
 
-def _close_shard(manifest: Manifest, out: Path, parts: Sequence[Path]) -> Manifest:
+def _close_shard(manifest: Manifest, out: Path, number: int, parts: Sequence[Path]) -> Manifest:
     """Makes a shard of its parts, notes it in the manifest, and only then drops the parts."""
     whole, skipped = [], []
     for part in parts:
@@ -223,10 +242,10 @@ def _close_shard(manifest: Manifest, out: Path, parts: Sequence[Path]) -> Manife
             skipped.append((meta["sample"], meta["reason"]))
         else:
             whole.append(part)
-    file = f"clips-{len(manifest.clips):05d}.array_record"
+    file = f"clips-{number:05d}.array_record"
     written = write_shard(out / file, (part.read_bytes() for part in whole))
     shard = Shard(file, written, tuple(skipped))
-    manifest = dataclasses.replace(manifest, clips=(*manifest.clips, shard))
+    manifest = dataclasses.replace(manifest, clips=_put(manifest.clips, number, shard))
     manifest.write(out)
     for part in parts:
         part.unlink()

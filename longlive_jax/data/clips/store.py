@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from longlive_jax.data.clips.records import unpack
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Float
 
-__all__ = ["EncodedClips", "Manifest", "Shard", "write_file", "write_shard"]
+__all__ = ["EncodedClips", "Manifest", "Shard", "holds", "write_file", "write_shard"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -84,7 +84,10 @@ class Manifest:
             values = json.loads(path.read_text())
             version = values.pop("format")
             if version != FORMAT:
-                raise UserError(f"{path}: format {version!r}; this version reads format {FORMAT}")
+                raise UserError(
+                    f"{path}: format {version!r}, and this version reads format {FORMAT}; remove "
+                    f"{folder} and encode the dataset again"
+                )
             for name in ("texts", "clips"):
                 shards = values[name]
                 values[name] = tuple(
@@ -99,7 +102,9 @@ class Manifest:
         except UserError:
             raise
         except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error}); encode the dataset again") from error
+            raise UserError(
+                f"{path}: damaged ({error}); remove {folder} and encode the dataset again"
+            ) from error
 
 
 def _pairs(values: Iterable[Any]) -> tuple[tuple[str, str], ...]:
@@ -141,6 +146,23 @@ def write_shard(path: Path, records: Iterable[bytes]) -> int:
     return written
 
 
+def holds(folder: Path, shard: Shard) -> bool:
+    """Whether a shard's file is there with all its records; what is in them is not looked at."""
+    try:
+        return not shard.records or len(_source([folder / shard.file])) == shard.records
+    except (RuntimeError, OSError, ValueError):
+        return False
+
+
+def _source(files: Sequence[Path]) -> Any:
+    return grain.sources.ArrayRecordDataSource([str(file) for file in files])
+
+
+def _why(error: Exception) -> str:
+    """The first line of an error, shortened."""
+    return str(error).partition("\n")[0][:160]
+
+
 class EncodedClips:
     """The clips of a store by index: `clips[i]` is a `ClipLatents`; also a `feed.Source`.
 
@@ -164,14 +186,17 @@ class EncodedClips:
         held = [shard for shard in shards if shard.records]
         if not held:
             return ()
+        wanted = sum(shard.records for shard in held)
         try:
-            source = grain.sources.ArrayRecordDataSource([str(self.folder / s.file) for s in held])
-            count = len(source)
+            source = _source([self.folder / shard.file for shard in held])
+            lacking = "" if len(source) == wanted else f"{len(source)} records, {wanted} written"
         except (RuntimeError, OSError, ValueError) as error:
-            why = str(error).splitlines()[0][:160]
-            raise UserError(f"{self.folder}: missing or damaged ({why}); encode again") from error
-        if count != sum(shard.records for shard in held):
-            raise UserError(f"{self.folder}: holds {count} records, not as many as written")
+            lacking = _why(error)
+        if lacking:
+            raise UserError(
+                f"{self.folder}: missing or damaged files ({lacking}); run the same "
+                "`longlive data encode` again, it makes them anew"
+            )
         return source
 
     def __len__(self) -> int:
@@ -255,4 +280,4 @@ class EncodedClips:
         try:
             return unpack(source[index])
         except (RuntimeError, OSError) as error:
-            raise Unusable(f"damaged record ({str(error).splitlines()[0][:160]})") from error
+            raise Unusable(f"damaged record ({_why(error)})") from error

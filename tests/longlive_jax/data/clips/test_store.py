@@ -1,12 +1,14 @@
 """Stores read back: damage to them and its repair, and stores of texts alone."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
 from longlive_jax.data.clips import store
-from longlive_jax.data.clips.dataset import Unusable
+from longlive_jax.data.clips.dataset import Unusable, find_samples
+from longlive_jax.data.clips.encoding import encode_dataset
 from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
 from longlive_jax.data.clips.plan import JoinSpec
 from longlive_jax.data.clips.store import EncodedClips
@@ -23,7 +25,8 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    return out, run(root, out, Counting())
+    counting = Counting()
+    return out, run(root, out, counting), counting
 
 
 def test_damage_to_a_store(root, tmp_path):
@@ -47,6 +50,65 @@ def test_damage_to_a_store(root, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="missing or damaged"):
         EncodedClips(out)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty", "another's"])
+def test_encoding_again_makes_only_the_shards_that_are_lost(root, whole, tmp_path, damage):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    lost = [out / "clips-00001.array_record", out / "texts-00000.array_record"]
+    for file in lost:
+        content = file.read_bytes()
+        file.unlink()
+        if damage == "cut":
+            file.write_bytes(content[:-70])
+        elif damage == "empty":
+            file.write_bytes(b"")
+        elif damage == "another's":
+            shutil.copy(out / "clips-00002.array_record", file)
+    with pytest.raises(UserError, match="run the same `longlive data encode` again, it makes them"):
+        EncodedClips(out)
+    counting = Counting()
+    assert run(root, out, counting) == whole[1]
+    assert counting.videos == whole[2].videos[3:5] and counting.prompts == whole[2].prompts
+    for file in lost:
+        assert file.read_bytes() == (whole[0] / file.name).read_bytes()
+    assert len(EncodedClips(out)) == 6 and not (out / "parts").exists()
+
+
+def test_the_repair_may_be_stopped_too(root, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    for i in (0, 2):
+        (out / f"clips-{i:05d}.array_record").unlink()
+    first, second = Counting(3), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        run(root, out, first)
+    with pytest.raises(UserError, match="has not finished"):
+        EncodedClips(out)
+    assert run(root, out, second) == whole[1]
+    assert first.videos + second.videos == whole[2].videos[:3] + whole[2].videos[5:]
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 1, "te', '{"format": 9}'])
+def test_a_manifest_that_cannot_be_read(root, whole, tmp_path, content):
+    """What the message says does help."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    (out / "manifest.json").write_text(content)
+    for use in (EncodedClips, lambda out: run(root, out, Counting())):
+        with pytest.raises(UserError, match=f"remove {out} and encode the dataset again"):
+            use(out)
+
+
+def test_a_refusal_for_space_leaves_no_trace(root, tmp_path):
+    out, huge = tmp_path / "out", dataclasses.replace(SPEC, size=(10**6, 10**6))
+    counting = Counting()
+    wanting = dataclasses.replace(counting.encoders(), latent_bytes=2**50)
+    with pytest.raises(UserError, match="clips of"):
+        encode_dataset(find_samples(root), out, spec=huge, encoders=wanting)
+    assert not list(out.iterdir())
+    assert run(root, out, counting).complete
 
 
 def spoil(file, *words):
