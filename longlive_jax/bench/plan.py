@@ -24,10 +24,9 @@ from longlive_jax.io.checkpoint import MANIFEST
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy
 from longlive_jax.parallel import rules
-from longlive_jax.parallel.mesh import AXES, MeshSpec, check_fits
+from longlive_jax.parallel.mesh import AXES, MeshSpec
 from longlive_jax.spec import UserError
 from longlive_jax.training.clips_stage import BATCH_SPECS, ClipsStage
-from longlive_jax.training.recycling import check_recycling
 from longlive_jax.training.work import forward_flops, step_work
 
 __all__ = ["PlanSpec", "check", "model_of", "moved", "plan"]
@@ -115,32 +114,12 @@ def check(stage: ClipsStage, model: DiTConfig, spec: PlanSpec) -> None:
         raise UserError(
             f"--size: latents of {clip.size[2]} channels for a model of {model.in_channels}"
         )
-    if stage.batch % stage.loop.accumulate:
-        raise UserError(
-            f"config.batch = {stage.batch} does not split into config.loop.accumulate = "
-            f"{stage.loop.accumulate} parts; choose a multiple"
-        )
-    part = stage.batch // stage.loop.accumulate
     try:
-        check_fits(mesh, heads=model.heads, chunks=clip.chunks, batch=part)
-        if stage.recycling is not None:
-            check_recycling(stage.recycling, mesh, chunks=(clip.chunks,), batch=part)
+        stage.check(model, clip.chunks, clip.chunk_tokens)
         shapes, specs = PlannedStep(stage, model, clip).state()
         rules.check_divides(_abstract(mesh), specs.params, shapes.params)
     except ValueError as error:
         raise UserError(f"plan: {error}") from error
-    tokens = device_tokens(stage, clip)
-    if tokens % stage.ffn_parts:
-        raise UserError(
-            f"config.ffn_parts = {stage.ffn_parts} does not divide the {tokens} tokens of a "
-            "device; choose a divisor"
-        )
-
-
-def device_tokens(stage: ClipsStage, clip: Clip) -> int:
-    """Clean and noisy tokens that one device has at once."""
-    rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
-    return 2 * rows * clip.chunks * clip.chunk_tokens // stage.mesh.sp
 
 
 def plan(
@@ -184,7 +163,7 @@ def _first_that_fits(
 def policies(stage: ClipsStage, clip: Clip) -> list[ClipsStage]:
     """The stage with less and less memory, and ever more that is computed again."""
     known = {1, stage.ffn_parts if stage.ffn_parts > 1 else 8}
-    parts = sorted(n for n in known if device_tokens(stage, clip) % n == 0)
+    parts = sorted(n for n in known if stage.device_tokens(clip.chunks, clip.chunk_tokens) % n == 0)
     ways = [(remat, n) for remat in (False, True) for n in parts]
     return [dataclasses.replace(stage, remat=remat, ffn_parts=n) for remat, n in ways]
 
@@ -204,7 +183,7 @@ def least_bytes(step: PlannedStep) -> int:
         # Inputs of the linears, rotated queries and keys, values; q and output again for the text.
         taken = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_parts == 1 else 0)
         kept = (stream + 2 * 4) * model.dim + jnp.dtype(model.dtype).itemsize * taken
-    tokens = device_tokens(step.stage, step.clip)
+    tokens = step.stage.device_tokens(step.clip.chunks, step.clip.chunk_tokens)
     return sum(_state_bytes(step).values()) + model.layers * tokens * kept
 
 
@@ -256,7 +235,7 @@ def _flops(step: PlannedStep, chip: Chip) -> dict[str, Any]:
 def _bytes(step: PlannedStep) -> dict[str, Any]:
     """Of one device, by what they are for, and of the sampler's cache of one video."""
     stage, clip, model = step.stage, step.clip, step.model
-    tokens = device_tokens(stage, clip)
+    tokens = stage.device_tokens(clip.chunks, clip.chunk_tokens)
     width, stream = (jnp.dtype(x).itemsize for x in (model.dtype, model.stream_dtype))
     rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
     prompts = 2 * rows * clip.chunks // stage.mesh.sp

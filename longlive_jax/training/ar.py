@@ -1,4 +1,4 @@
-"""Autoregressive training by teacher forcing (paper, section 2.1; Balanced order comes with SP).
+"""Autoregressive training by teacher forcing (paper, section 2.1).
 
 One sequence holds clean context chunks and, after them, the chunks to denoise. Who sees whom
 follows from the chunks' numbers, window and sinks, so full-history training (the reference) and
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target
+from longlive_jax.diffusion.flow import TIMESTEPS, FlowSchedule, corrupt, velocity_target
 from longlive_jax.models.params import with_params
 from longlive_jax.models.wan.dit import DiT, Unpack, as_is
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
@@ -50,8 +50,9 @@ class ARLossSpec:
       weighting: of the errors by noise level. "bell" is the reference's, which suits fine-tuning:
         it hardly counts the noisiest levels, where a model from scratch learns to heed its text.
       global_sinks: first chunks that every later one sees.
-      context_noise: context latents get noise of a level uniform in [0, this], per chunk, while
-        their timestep stays 0: what the sampler feeds back is never quite clean either.
+      context_noise: context latents get noise of a level uniform in [0, this], per chunk: what the
+        sampler feeds back is never quite clean either.
+      context_noise_told: the model is told that level; else the context's timestep stays 0.
       text_dropout: share of samples whose prompts are all replaced by the empty one, for guidance.
       image_to_video: the video's first latent frame is given: clean, at timestep 0, in context and
         target alike, and not counted.
@@ -61,6 +62,7 @@ class ARLossSpec:
     weighting: Literal["bell", "uniform"] = "bell"
     global_sinks: int = 1
     context_noise: float = 0.0
+    context_noise_told: bool = False
     text_dropout: float = 0.0
     image_to_video: bool = False
 
@@ -146,23 +148,56 @@ def forward(
 
 def draw(key: Key[Array, ""], batch: Episode, *, chunk: int, spec: ARLossSpec) -> Draws:
     """One level a chunk, uniform over the table; noise; roughened context; dropped prompts."""
-    schedule = FlowSchedule(spec.shift)
     keys = jax.random.split(key, 5)
     b, frames = batch.target.shape[:2]
-    index = schedule.draw(keys[0], (b, frames // chunk))
-    index = jnp.repeat(index, chunk, axis=1)
-    known, given = _cut(_given(batch, chunk, spec), batch.context.shape[1])
-    rough = roughen(keys[2], batch.context, chunk, spec.context_noise)
-    return Draws(
+    level_key, rough_key = jax.random.split(keys[2])
+    level = jax.random.uniform(level_key, (b, batch.context.shape[1] // chunk))
+    return draws_of(
+        batch,
         noise=jax.random.normal(keys[1], batch.target.shape),
+        index=FlowSchedule(spec.shift).draw(keys[0], (b, frames // chunk)),
+        level=spec.context_noise * level,
+        rough=jax.random.normal(rough_key, batch.context.shape) if spec.context_noise else None,
+        dropped=jax.random.uniform(keys[3], (b, 1))[:, 0] < spec.text_dropout,
+        chunk=chunk,
+        spec=spec,
+    )
+
+
+def draws_of(
+    batch: Episode,
+    *,
+    noise: Float[Array, "b km h w c"],
+    index: Int[Array, "b k"],
+    level: Float[Array, "b j"],
+    rough: Float[Array, "b jm h w c"] | None,
+    dropped: Bool[Array, "b"],
+    chunk: int,
+    spec: ARLossSpec,
+) -> Draws:
+    """What random numbers make of a batch: `index` is every target chunk's entry of the table,
+    `rough` the noise of the context and `level` how much of it, chunk by chunk; None is none."""
+    schedule = FlowSchedule(spec.shift)
+    index, level = (jnp.repeat(x, chunk, axis=1) for x in (index, level))
+    known, given = _cut(_given(batch, chunk, spec), batch.context.shape[1])
+    context = batch.context if rough is None else corrupt(batch.context, rough, level)
+    told = TIMESTEPS * level if spec.context_noise_told and rough is not None else 0 * level
+    return Draws(
+        noise=noise,
         sigma=jnp.where(given, 0.0, jnp.asarray(schedule.sigmas)[index]),
         timestep=jnp.where(given, 0.0, jnp.asarray(schedule.timesteps)[index]),
         weight=_weight(spec, schedule, index),
-        context=jnp.where(known[:, :, None, None, None], batch.context, rough),
-        context_timestep=jnp.zeros((b, batch.context.shape[1])),
-        dropped=jax.random.uniform(keys[3], (b, 1))[:, 0] < spec.text_dropout,
+        context=jnp.where(known[:, :, None, None, None], batch.context, context),
+        context_timestep=jnp.where(known, 0.0, told),
+        dropped=dropped,
         given=given,
     )
+
+
+def counted(batch: Episode, chunk: int, spec: ARLossSpec) -> Float[Array, ""]:
+    """Target frames that the loss is the mean of."""
+    _, given = _cut(_given(batch, chunk, spec), batch.context.shape[1])
+    return jnp.sum(batch.mask * ~given)
 
 
 def _given(batch: Episode, chunk: int, spec: ARLossSpec) -> Bool[Array, "b jm+km"]:
@@ -290,16 +325,6 @@ def flow_loss(
     sums = {k: (jnp.sum(x * here), jnp.sum(here)) for k, (x, here) in shares.items()}
     means = {k: x / jnp.maximum(count, 1) for k, (x, count) in total(sums).items()}
     return means.pop("loss"), means
-
-
-def roughen(key, context: Float[Array, "b f h w c"], chunk: int, most: float) -> Array:
-    """Context with noise of a level drawn uniformly from [0, most] for every chunk."""
-    if not most:
-        return context
-    level_key, noise_key = jax.random.split(key)
-    level = most * jax.random.uniform(level_key, (context.shape[0], context.shape[1] // chunk))
-    noise = jax.random.normal(noise_key, context.shape)
-    return corrupt(context, noise, jnp.repeat(level, chunk, axis=1))
 
 
 def episode_tokens(batch: Episode, chunk: int, global_sinks: int) -> Tokens:

@@ -33,7 +33,14 @@ from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.sampling.settings import Solver, save_settings
 from longlive_jax.spec import UserError
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, forward
+from longlive_jax.training.ar import (
+    ARLossSpec,
+    ARSetup,
+    Episode,
+    ar_loss,
+    counted,
+    forward,
+)
 from longlive_jax.training.corpus import CorpusSpec, encoded_corpus
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
@@ -41,7 +48,7 @@ from longlive_jax.training.objective import objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
 from longlive_jax.training.quantized import quantized
 from longlive_jax.training.recycling import RecyclingSpec, check_recycling
-from longlive_jax.training.run import HELD_OUT_SEED, RunSpec
+from longlive_jax.training.run import HELD_OUT_SEED, RunSpec, part_of
 from longlive_jax.training.sharded import COLUMNS, FRAMES, Shared, shared_forward
 from longlive_jax.training.state import Params
 from longlive_jax.training.step import LossFn
@@ -78,24 +85,30 @@ class ARStage(RunSpec):
 
     def __post_init__(self) -> None:
         spec, heads = self.episodes, self.model.heads
-        for chunks in (spec.context_chunks, spec.target_chunks):
-            check_fits(self.mesh, heads=heads, chunks=chunks, batch=spec.batch)
+        counts = (spec.context_chunks, spec.target_chunks)
+        part = part_of(spec.batch, self.loop.accumulate)
+        for chunks in counts:
+            check_fits(self.mesh, heads=heads, chunks=chunks, batch=part)
         if self.recycling is not None:
-            counts = (spec.context_chunks, spec.target_chunks)
-            check_recycling(self.recycling, self.mesh, chunks=counts, batch=spec.batch)
+            check_recycling(self.recycling, self.mesh, chunks=counts, batch=part)
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
         for component, stage in (("vae", "vae"), ("umt5", "text")):
             if not (out / component).is_dir():
                 raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
+        model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
+        graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
+        specs = rules.specs_for(rules.DIT, shapes)
+        try:
+            rules.check_divides(mesh, specs, shapes)
+        except ValueError as error:
+            raise UserError(f"config: {error}") from error
         init = self._init if self.start == "random" else self._restored(out)
         past = self._past(out, workdir)
         umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
         prompts = prompt_table()
         text = jnp.asarray(encode_prompts(umt5, tokenizer, prompts, length=self.model.text_len))
         videos = encoded_corpus(self.corpus, seed=self.loop.seed, checkpoint=out, workdir=workdir)
-        model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
-        graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
         size = self._chunk_tokens(videos)
         chunkwise = functools.partial(attend_chunks, size=size, most=self.episodes.window)
         setup = ARSetup(
@@ -106,13 +119,13 @@ class ARStage(RunSpec):
             attention_for=lambda _: chunkwise,
             unroll=self.unroll,
         )
-        specs = rules.specs_for(rules.DIT, shapes)
         quant = quantized(self.quant, shapes, specs, mesh, self._rows(size))
         train, held_out = _split(videos, share=0.03)
         return Task(
             init=init,
             loss_fn=self._loss_fn(setup, mesh, quant.specs(specs, shapes), text),
             prepare=quant.prepare,
+            weigh=lambda batch: counted(Episode(**batch), world.CHUNK_LATENTS, self.loss),
             notes=(quant.describe(shapes),),
             feed=in_order(EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed)),
             evaluate=self._evaluation(

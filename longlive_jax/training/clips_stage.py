@@ -1,4 +1,4 @@
-"""Stage `clips`: a DiT made autoregressive on encoded clips (paper, sections 2.1 and 4.1)."""
+"""Stage `clips`: a DiT made autoregressive on clips of videos (paper, sections 2.1 and 4.1)."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.data.clips.encoders import check_made_by
 from longlive_jax.data.clips.episodes import collate
-from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
+from longlive_jax.data.clips.feed import ClipFeed, FeedSpec, Source
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import load_component, read_manifest, save_component
 from longlive_jax.io.components import RUN_FIELDS
@@ -27,9 +27,10 @@ from longlive_jax.parallel.mesh import BATCH, check_fits
 from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, laid_out
+from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, counted, laid_out
 from longlive_jax.training.ar_stage import EPISODE
 from longlive_jax.training.feed import Feed, own_rows, placed
+from longlive_jax.training.live import count_dropped, live_clips, placer
 from longlive_jax.training.loop import Task
 from longlive_jax.training.objective import judged, objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
@@ -38,7 +39,7 @@ from longlive_jax.training.recycling import (
     RecyclingSpec,
     check_recycling,
 )
-from longlive_jax.training.run import HELD_OUT_SEED, RunSpec
+from longlive_jax.training.run import HELD_OUT_SEED, RunSpec, part_of
 from longlive_jax.training.sharded import Shared, shared_forward
 from longlive_jax.training.state import Params
 from longlive_jax.training.step import LossFn
@@ -57,6 +58,10 @@ class ClipsStage(RunSpec):
     Attributes:
       checkpoint: with the DiT to begin from, and the VAE and text encoder that made the clips.
       clips: folder that `longlive data encode` made.
+      videos: dataset to decode and encode while training, in the place of the latents in `clips`,
+        which say what a clip is and have the texts. None: the latents are used.
+      anywhere: clips of `videos` begin at random places, drawn anew for every visit; else where
+        those in `clips` do.
       held_out: another such folder, for evaluations; None: there are none.
       held_out_batches: how many batches of it are measured.
       preview: what to sample at every evaluation, with the checkpoint's settings.
@@ -76,6 +81,8 @@ class ClipsStage(RunSpec):
 
     checkpoint: str
     clips: str
+    videos: str | None = None
+    anywhere: bool = True
     held_out: str | None = None
     held_out_batches: int = 4
     preview: PreviewSpec = dataclasses.field(default_factory=PreviewSpec)
@@ -92,18 +99,32 @@ class ClipsStage(RunSpec):
     stream_dtype: Literal["float32", "bfloat16"] = "float32"
     quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
 
+    def __post_init__(self) -> None:
+        if self.ffn_parts < 1:
+            raise ValueError(f"ffn_parts is {self.ffn_parts}; give at least 1")
+        least = 1 + max(1, self.loss.global_sinks + 1)
+        if self.window is not None and self.window < least:
+            raise ValueError(
+                f"window is {self.window}; with {self.loss.global_sinks} global sinks and a shot "
+                f"sink give at least {least}, or none for the whole past"
+            )
+        if self.attention in ("cudnn", "mosaic") and self.dtype == "float32":
+            raise ValueError(
+                f"attention is {self.attention!r}, which takes 16-bit numbers; give dtype=bfloat16"
+            )
+
     def task(self, out: Path, workdir: Path, mesh: Mesh) -> Task:
         """Raises UserError for clips of another checkpoint, or that do not fit model and mesh."""
         model, clips = self.model(), EncodedClips(self.clips)
         check_made_by(clips, self.checkpoint)
-        shape = clips[0].latents.shape
-        chunk = shape[0] // len(clips[0].cut)
-        self._check(model, shape, chunk)
-        setup = self.setup(model, chunk, clips.manifest.texts_per_clip)
+        data = self._data(clips, mesh)
+        shape, chunks = data.shape, data.chunks
+        chunk = shape[0] // chunks
         shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[1]
+        self._check(model, shape, chunks, shapes, mesh)
+        setup = self.setup(model, chunk, data.texts)
         specs = rules.specs_for(rules.DIT, shapes)
         tokens = chunk * (shape[1] // 2) * (shape[2] // 2)
-        chunks = shape[0] // chunk
         quant = self.precision(shapes, specs, mesh, (chunks * tokens, chunks * model.text_len))
         dressed = quant.specs(specs, shapes)
         return Task(
@@ -111,8 +132,10 @@ class ClipsStage(RunSpec):
             start=lambda: self._restored(mesh, specs),
             loss_fn=self.loss_fn(setup, mesh, dressed),
             prepare=quant.prepare,
-            notes=(quant.describe(shapes),),
-            feed=functools.partial(self._feed, clips, mesh, self.loop.seed),
+            weigh=lambda batch: counted(_taken(batch)[0], chunk, self.loss),
+            notes=(quant.describe(shapes), *data.notes),
+            feed=functools.partial(self._feed, data.source, clips.empty, mesh, self.loop.seed),
+            place=data.place,
             evaluate=self._evaluation(setup, mesh, dressed, quant),
             export=functools.partial(self._export, model),
             rules=rules.DIT,
@@ -123,6 +146,16 @@ class ClipsStage(RunSpec):
             ),
             **remembered(self.recycling, (chunk, *shape[1:])),
         )
+
+    def _data(self, clips: EncodedClips, mesh: Mesh) -> "_Data":
+        """Where rows come from: the store, or a dataset of videos."""
+        if self.videos is None:
+            return _Data(clips, clips.shape, clips.chunks, clips.manifest.texts_per_clip)
+        live = live_clips(self.videos, clips, self.checkpoint, mesh, anywhere=self.anywhere)
+        place = placer(live, self.checkpoint, mesh, BATCH_SPECS, self.batch)
+        left_out = f"{live.left_out} samples of {self.videos} cannot be used: `longlive data check`"
+        notes = (left_out,) if live.left_out else ()
+        return _Data(live.source, live.shape, live.chunks, live.source.texts, notes, place)
 
     def model(self) -> DiTConfig:
         """Of the checkpoint's DiT, computing as this run does."""
@@ -164,22 +197,35 @@ class ClipsStage(RunSpec):
     def _shared(self, mesh: Mesh, specs: Any) -> Shared:
         return Shared(mesh, specs, Gather(specs, dtype=jnp.dtype(self.dtype)))
 
-    def _check(self, model: DiTConfig, shape: tuple[int, ...], chunk: int) -> None:
+    def check(self, model: DiTConfig, chunks: int, chunk_tokens: int) -> None:
+        """ValueError if clips of so many chunks and tokens a chunk do not fit batch and mesh."""
+        part = part_of(self.batch, self.loop.accumulate)
+        check_fits(self.mesh, heads=model.heads, chunks=chunks, batch=part)
+        if self.recycling is not None:
+            check_recycling(self.recycling, self.mesh, chunks=(chunks,), batch=part)
+        tokens = self.device_tokens(chunks, chunk_tokens)
+        if tokens % self.ffn_parts:
+            raise ValueError(
+                f"ffn_parts = {self.ffn_parts} does not divide the {tokens} tokens of a device; "
+                "choose a divisor"
+            )
+
+    def device_tokens(self, chunks: int, chunk_tokens: int) -> int:
+        """Clean and noisy tokens that one device has at once."""
+        rows = self.batch // self.loop.accumulate // self.mesh.samples
+        return 2 * rows * chunks * chunk_tokens // self.mesh.sp
+
+    def _check(
+        self, model: DiTConfig, shape: tuple[int, ...], chunks: int, shapes: Any, mesh: Mesh
+    ) -> None:
+        """UserError for clips of latents `shape`, or parameters `shapes`, that do not fit."""
         if shape[-1] != model.in_channels:
             raise UserError(
                 f"{self.clips}: latents of {shape[-1]} channels for a model of {model.in_channels}"
             )
-        chunks = shape[0] // chunk
-        part = self.batch // self.loop.accumulate
-        if self.batch % self.loop.accumulate:
-            raise UserError(
-                f"config.batch = {self.batch} does not split into config.loop.accumulate = "
-                f"{self.loop.accumulate} parts; choose a multiple"
-            )
         try:
-            check_fits(self.mesh, heads=model.heads, chunks=chunks, batch=part)
-            if self.recycling is not None:
-                check_recycling(self.recycling, self.mesh, chunks=(chunks,), batch=part)
+            self.check(model, chunks, shape[0] // chunks * (shape[1] // 2) * (shape[2] // 2))
+            rules.check_divides(mesh, rules.specs_for(rules.DIT, shapes), shapes)
         except ValueError as error:
             raise UserError(f"config: {error}") from error
 
@@ -193,7 +239,7 @@ class ClipsStage(RunSpec):
 
         return load_component(self.checkpoint, "dit", dtype=np.float32, put=put)[0]
 
-    def _feed(self, clips: EncodedClips, mesh: Mesh, seed: int, start: int) -> Feed:
+    def _feed(self, source: Source, empty: np.ndarray, mesh: Mesh, seed: int, start: int) -> Feed:
         rows = own_rows(mesh, self.batch)
         spec = FeedSpec(
             batch=self.batch,
@@ -202,16 +248,17 @@ class ClipsStage(RunSpec):
             seed=seed,
             workers=self.workers,
         )
-        return _Collated(ClipFeed(clips, spec, start=start), self._collate(clips))
+        return _Collated(ClipFeed(source, spec, start=start), self._collate(empty))
 
-    def _collate(self, clips: EncodedClips) -> Callable[[dict], dict[str, np.ndarray]]:
-        empty, sinks = clips.empty, self.loss.global_sinks
+    def _collate(self, empty: np.ndarray) -> Callable[[dict], dict[str, np.ndarray]]:
+        sinks = self.loss.global_sinks
 
         def collated(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             batch, text = collate(
                 rows, empty, phase=self.phase, window=self.window, global_sinks=sinks
             )
-            return batch | {"text": text}
+            undecoded = {k: rows[k] for k in ("video", "dropped") if k in rows}
+            return batch | {"text": text} | undecoded
 
         return collated
 
@@ -235,7 +282,7 @@ class ClipsStage(RunSpec):
             if clips is None:
                 return {}
             first, found = own_rows(mesh, self.batch).start, []
-            with self._feed(clips, mesh, HELD_OUT_SEED, 0) as feed:
+            with self._feed(clips, clips.empty, mesh, HELD_OUT_SEED, 0) as feed:
                 for i, batch in zip(range(self.held_out_batches), feed, strict=False):
                     there = placed(batch, BATCH_SPECS, mesh, rows=self.batch, first=first)
                     found.append(measure(params, there, jax.random.key(i))[1])
@@ -251,6 +298,18 @@ class ClipsStage(RunSpec):
         save_component(directory, "dit", params, model, provenance=provenance, overwrite=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """Clips to train on; `place` is `Task.place`."""
+
+    source: Source
+    shape: tuple[int, ...]
+    chunks: int
+    texts: int
+    notes: tuple[str, ...] = ()
+    place: Callable[[Any], Any] | None = None
+
+
 class _Collated(Feed):
     """Batches of a `ClipFeed` as episodes."""
 
@@ -258,6 +317,8 @@ class _Collated(Feed):
         def made() -> Iterator[dict[str, np.ndarray]]:
             for rows in clips:
                 self.skipped += int(rows.pop("skipped").sum())
+                if "dropped" in rows:
+                    self.skipped += count_dropped(rows["dropped"])
                 yield collated(rows)
 
         super().__init__(made(), clips.close)

@@ -115,6 +115,12 @@ class Sharing:
         absent = self.absent if device == 0 else 0
         return np.pad(frames, ((0, 0), (absent, 0), (0, 0), (0, 0), (0, 0)))
 
+    def wanted(self, devices: range) -> np.ndarray:
+        """Numbers of the raw frames that these devices encode, rising."""
+        run = self.frames // self.rounds
+        spans = [range(max(at, 0), at + run) for p in devices for at in self.starts[p]]
+        return np.unique(np.concatenate([np.asarray(span) for span in spans]))
+
     @property
     def _windows(self):
         return equal_windows(self.latents, self.parts, halo=self.halo, ratio=self.ratio)

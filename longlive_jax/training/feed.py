@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.parallel.mesh import BATCH
+from longlive_jax.parallel.mesh import BATCH, SP
 
 
 def own_rows(mesh: Mesh, rows: int) -> range:
@@ -44,6 +44,33 @@ def placed(batch: Any, specs: Any, mesh: Mesh, *, rows: int, first: int = 0) -> 
         return jax.make_array_from_callback((rows, *x.shape[1:]), place, cut)
 
     return jax.tree.map(one, specs, batch, is_leaf=lambda x: isinstance(x, P))
+
+
+def own_parts(mesh: Mesh) -> range:
+    """The places along the sp axis of devices of this process, which are consecutive."""
+    size = mesh.shape[SP]
+    places = NamedSharding(mesh, P(SP)).addressable_devices_indices_map((size,)).values()
+    spans = [place[0].indices(size) for place in places if place is not None]
+    return range(min(s[0] for s in spans), max(s[1] for s in spans))
+
+
+def placed_parts(x: np.ndarray, mesh: Mesh, *, rows: int, first: int = 0) -> jax.Array:
+    """An array [rows, sp n, ...], samples over data and fsdp, axis 1 over sp.
+
+    `x` [b, k n, ...] has this process's rows, from `first` on, and of these its k `own_parts`.
+    """
+    own = own_parts(mesh)
+    width = x.shape[1] // len(own)
+
+    def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # asked for only where a device is ours
+        low, high, _ = index[0].indices(rows)
+        left, right, _ = index[1].indices(mesh.shape[SP] * width)
+        begin = own.start * width
+        return x[low - first : high - first, left - begin : right - begin]
+
+    shape = (rows, mesh.shape[SP] * width, *x.shape[2:])
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(BATCH, SP)), cut)
 
 
 class Feed:

@@ -24,7 +24,15 @@ from longlive_jax.training.metrics import MetricsLog, mean_of, peak_gib, plot_cu
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.saves import Saves
 from longlive_jax.training.state import WHOLE, Params, TrainState, make_state
-from longlive_jax.training.step import EMASpec, LossFn, Prepare, as_they_are, make_train_step
+from longlive_jax.training.step import (
+    EMASpec,
+    LossFn,
+    Prepare,
+    Weigh,
+    all_alike,
+    as_they_are,
+    make_train_step,
+)
 from longlive_jax.training.stopping import Stopped, StopRequest
 
 
@@ -87,7 +95,9 @@ class Task:
       memory: makes what the loss remembers, at step 0; its specs are `memory_specs`.
       work: of one update, for the log.
       start: parameters from elsewhere, on the mesh already; in the place of `init`.
+      place: puts this process's rows of a batch on the mesh in another way than by `batch_specs`.
       prepare: parameters -> how the loss sees them, made once an update (`step.Prepare`).
+      weigh: what a part of a batch counts for, where one is worked off in parts.
       notes: lines to be printed before the first update.
     """
 
@@ -103,7 +113,9 @@ class Task:
     memory_specs: Any = ()
     work: Work | None = None
     start: Callable[[], Params] | None = None
+    place: Callable[[Any], Any] | None = None
     prepare: Prepare = as_they_are
+    weigh: Weigh = all_alike
     notes: tuple[str, ...] = ()
 
 
@@ -155,6 +167,7 @@ def train(
             accumulate=loop.accumulate,
             shardings=where,
             prepare=task.prepare,
+            weigh=task.weigh,
         )
         return run.until_done(state, step_fn, saves, stop)
 
@@ -233,6 +246,8 @@ class _Run:
 
     def _place(self, batch: Any) -> Any:
         task = self.task
+        if task.place is not None:
+            return task.place(batch)
         rows = len(jax.tree.leaves(batch)[0]) if task.rows is None else task.rows
         first = 0 if task.rows is None else own_rows(self.mesh, rows).start
         return placed(batch, task.batch_specs, self.mesh, rows=rows, first=first)

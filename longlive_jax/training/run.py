@@ -32,7 +32,26 @@ class RunSpec:
         """What the checkpoint remembers of this run."""
         return {"stage": stage, "steps": self.loop.steps, "seed": self.loop.seed}
 
-    def refuse_sp(self) -> None:
-        """UserError for a mesh that splits sequences where there are none."""
-        if self.mesh.sp != 1:
-            raise ValueError(f"mesh.sp is {self.mesh.sp}; this stage has no sequence to split: 1")
+    def only_data(self, *batches: int) -> None:
+        """ValueError for a mesh that splits sequences or parameters, which this stage does not, or
+        that one of the batches does not split over."""
+        for axis, parts in (("sp", self.mesh.sp), ("fsdp", self.mesh.fsdp)):
+            if parts != 1:
+                raise ValueError(f"mesh.{axis} is {parts}; this stage splits batches alone: 1")
+        for batch in batches:
+            part = part_of(batch, self.loop.accumulate)
+            if part % self.mesh.data:
+                raise ValueError(
+                    f"{part} samples in a batch do not split over mesh.data = {self.mesh.data}; "
+                    "choose a divisor"
+                )
+
+
+def part_of(batch: int, accumulate: int) -> int:
+    """Samples that are worked off at a time; ValueError if a batch does not split into parts."""
+    if batch % accumulate:
+        raise ValueError(
+            f"batch = {batch} does not split into loop.accumulate = {accumulate} parts; choose a "
+            "multiple"
+        )
+    return batch // accumulate

@@ -33,7 +33,7 @@ class VAEStage(RunSpec):
     subject_weight: float = 3.0  # pixels of the subject count 1 + this
 
     def __post_init__(self):
-        self.refuse_sp()
+        self.only_data(*(phase.batch for phase in self.phases))
         total = sum(phase.steps for phase in self.phases)
         if total != self.loop.steps:
             raise ValueError(
@@ -60,7 +60,7 @@ class TextStage(RunSpec):
     batch: int = 128
 
     def __post_init__(self):
-        self.refuse_sp()
+        self.only_data(self.batch)
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
         tokenizer = world_tokenizer()

@@ -20,9 +20,18 @@ LossFn = Callable[..., tuple[jax.Array, tuple[Metrics, Any]]]
 """`(params, batch, key, memory) -> (loss, (metrics, memory))`."""
 
 
+Weigh = Callable[[Any], jax.Array]
+"""What a part of a batch counts for, such as the frames that its loss is the mean of."""
+
+
 def as_they_are(_params: Params) -> Callable[[Params, jax.Array], Params]:
     """Nothing to prepare: the loss sees the float32 parameters themselves."""
     return lambda params, _key: params
+
+
+def all_alike(_batch: Any) -> jax.Array:
+    """Every part counts for the same."""
+    return jnp.ones(())
 
 
 def forgetful(loss: Callable[..., tuple[jax.Array, Metrics]]) -> LossFn:
@@ -52,6 +61,7 @@ def make_train_step(
     accumulate: int = 1,
     shardings: TrainState | None = None,
     prepare: Prepare = as_they_are,
+    weigh: Weigh = all_alike,
 ):
     """`loss_fn` becomes one donated, jitted update `(state, batch) -> (state, metrics)`.
 
@@ -59,8 +69,8 @@ def make_train_step(
     would. An update with a non-finite loss or gradient changes nothing but the step, `bad_steps`
     and the memory, of which the loss itself takes care: a choice here would keep two of it.
     With `accumulate` the batch is worked off in that many parts, by a scan, and the update is that
-    of their mean gradient. `shardings` say where the new state lies. `prepare` is called once, for
-    all parts; gradients are of the parameters themselves.
+    of their mean gradient, each as heavy as `weigh` says. `shardings` say where the new state lies.
+    `prepare` is called once, for all parts; gradients are of the parameters themselves.
     """
     placed = {} if shardings is None else {"out_shardings": (shardings, None)}
 
@@ -68,7 +78,7 @@ def make_train_step(
     def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grad_fn = jax.value_and_grad(_dressed(loss_fn, prepare(state.params)), has_aux=True)
-        whole = grad_fn if accumulate == 1 else _accumulated(grad_fn, accumulate)
+        whole = grad_fn if accumulate == 1 else _accumulated(grad_fn, accumulate, weigh)
         (loss, (metrics, memory)), grads = whole(state.params, batch, key, state.memory)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -92,26 +102,28 @@ def _dressed(loss_fn: LossFn, dress: Callable[[Params, jax.Array], Params]) -> L
     return loss
 
 
-def _accumulated(grad_fn, parts: int):
-    """`grad_fn` part by part: means of losses, metrics and gradients, in float32."""
+def _accumulated(grad_fn, parts: int, weigh: Weigh):
+    """`grad_fn` part by part: weighted means of losses, metrics and gradients, in float32."""
 
     def whole(params: Params, batch, key: jax.Array, memory: Any):
         def add(memory: Any, xs):
-            part, key = xs
+            part, key, share = xs
             (loss, (metrics, memory)), grads = grad_fn(params, part, key, memory)
-            return memory, (loss, metrics, grads)
+            return memory, jax.tree.map(lambda x: share * x, (loss, metrics, grads))
 
         def step(carry, xs):
             memory, sums = carry
             memory, found = add(memory, xs)
             return (memory, jax.tree.map(jnp.add, sums, found)), None
 
-        inputs = (_parts(batch, parts), jax.random.split(key, parts))
+        split = _parts(batch, parts)
+        weights = jax.vmap(weigh)(split)
+        shares = weights / jnp.maximum(weights.sum(), 1e-30)
+        inputs = (split, jax.random.split(key, parts), shares)
         first = jax.tree.map(lambda x: x[0], inputs)
         _, shapes = jax.eval_shape(add, memory, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (memory, sums), _ = lax.scan(step, (memory, zeros), inputs)
-        loss, metrics, grads = jax.tree.map(lambda x: x / parts, sums)
+        (memory, (loss, metrics, grads)), _ = lax.scan(step, (memory, zeros), inputs)
         return (loss, (metrics, memory)), grads
 
     return whole

@@ -1,5 +1,6 @@
 """The training loss with everything random given: levels, noise, roughened context."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +14,16 @@ from conformance_cases.dit import prompts_of_blocks
 from conformance_cases.golden import Golden
 from conformance_cases.rows import CLOSE, TIGHT, Case, compared, later
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target, x0_from_velocity
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Draws, Episode, flow_loss, predict
+from longlive_jax.training.ar import (
+    ARLossSpec,
+    ARSetup,
+    Draws,
+    Episode,
+    draws_of,
+    flow_loss,
+    predict,
+)
+from longlive_jax.typing import Array
 
 OPTIONS = {
     "i2v",
@@ -94,40 +104,52 @@ class _Files:
         }
 
     def _given(self, name: str, options: Mapping[str, Any]):
-        """Batch and draws of a case, from the reference's own random numbers."""
+        """Batch, draws and levels of a case, from the reference's own random numbers."""
         golden, table = self.golden, self.schedule
-        noise, clean = golden.frames(f"{name}/noise", 2), self.clean
-        timestep = jnp.asarray(table.timesteps)[self._of_blocks(f"{name}/index_draw")]
-        if options.get("mixed_precision"):
+        clamp, context_name = bool(options.get("i2v")), f"{name}/aug_index_draw"
+        clean, noise = self.clean, golden.frames(f"{name}/noise", 2)
+        if clamp:  # the target of a given frame is then zero, as the reference has it
+            clean, noise = (
+                x.at[:, :1].set(golden.frames("initial_latent", 2)) for x in (clean, noise)
+            )
+        augmented = context_name in golden
+        spec = ARLossSpec(
+            shift=golden.meta["timestep_shift"],
+            global_sinks=0,
+            context_noise=float(augmented),
+            context_noise_told=augmented,
+            image_to_video=clamp,
+        )
+        level = jnp.zeros((len(clean), self.blocks))
+        if augmented:
+            level = jnp.asarray(table.sigmas)[golden[context_name][:, :: self.chunk]]
+        batch = self._episode(clean, jnp.asarray(golden[f"{name}/loss_mask"]))
+        draws = draws_of(
+            batch,
+            noise=noise,
+            index=jnp.asarray(golden[f"{name}/index_draw"][:, :: self.chunk]),
+            level=level,
+            rough=noise if augmented else None,
+            dropped=jnp.zeros(len(clean), bool),
+            chunk=self.chunk,
+            spec=spec,
+        )
+        return batch, *self._rounded(draws, bool(options.get("mixed_precision")))
+
+    def _rounded(self, draws: Draws, half: bool) -> tuple[Draws, dict[str, Array]]:
+        """Draws and their levels with the reference's rounding: bfloat16 timesteps, and every level
+        read off the table by its timestep, also where that is 0."""
+        table = self.schedule
+        timestep = draws.timestep
+        if half:
             timestep = timestep.astype(jnp.bfloat16).astype(jnp.float32)
-        context, told = clean, jnp.zeros(timestep.shape)
-        if f"{name}/aug_index_draw" in golden:
-            rough = self._of_blocks(f"{name}/aug_index_draw")
-            context = corrupt(clean, noise, jnp.asarray(table.sigmas)[rough])
-            told = jnp.asarray(table.timesteps)[rough]
-        clamp = bool(options.get("i2v"))
-        if clamp:
-            first = golden.frames("initial_latent", 2)
-            clean, context, noise = (x.at[:, :1].set(first) for x in (clean, context, noise))
-            timestep, told = timestep.at[:, 0].set(0.0), told.at[:, 0].set(0.0)
         index = table.index(timestep)
         sigma = jnp.asarray(table.sigmas)[index]
-        draws = Draws(
-            noise=noise,
-            sigma=sigma.at[:, 0].set(0.0) if clamp else sigma,
-            timestep=timestep,
-            weight=jnp.asarray(table.weights)[index],
-            context=context,
-            context_timestep=told,
-            dropped=jnp.zeros(clean.shape[0], bool),
-            given=jnp.zeros(clean.shape[:2], bool),  # the golden's mask says it
-        )
-        mask = jnp.asarray(golden[f"{name}/loss_mask"])
-        return self._episode(clean, mask), draws, {"sigma": sigma}
-
-    def _of_blocks(self, key: str) -> np.ndarray:
-        """Table entries with every frame of a block set to the block's first draw."""
-        return np.repeat(self.golden[key][:, :: self.chunk], self.chunk, axis=1)
+        weight = jnp.asarray(table.weights)[index]
+        if half:
+            draws = dataclasses.replace(draws, timestep=timestep, sigma=sigma)
+        weight = jnp.where(draws.given, weight, weight if half else draws.weight)
+        return dataclasses.replace(draws, weight=weight), {"sigma": sigma}
 
     def _episode(self, clean, mask) -> Episode:
         chunk = jnp.tile(jnp.arange(self.blocks), (len(clean), 2))

@@ -22,6 +22,7 @@ __all__ = [
     "FPS",
     "ClipPlan",
     "JoinSpec",
+    "Part",
     "Piece",
     "count",
     "plan",
@@ -35,6 +36,9 @@ FPS = 24
 
 Place = tuple[int, int]
 """A shot's index and a frame in it."""
+
+Part = slice | Sequence[int]
+"""Some of a clip's raw frames: a run of them, or their numbers, rising."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +113,14 @@ class ClipPlan:
     spec: JoinSpec
     pieces: tuple[Piece, ...]
 
-    def frames(self, part: slice = slice(None)) -> list[Place]:
+    def frames(self, part: Part = slice(None)) -> list[Place]:
         """Shot and frame of the raw frames of the clip, or of a part of them."""
         places = []
         for i, piece in enumerate(self.pieces):
             last = piece.start + max(piece.frames - 1, 0)
             wanted = range(piece.start, piece.start + self.spec.raw(i))
             places += [(piece.shot, min(at, last)) for at in wanted]
-        return places[part]
+        return places[part] if isinstance(part, slice) else [places[i] for i in part]
 
     @property
     def mask(self) -> Float[np.ndarray, "f"]:

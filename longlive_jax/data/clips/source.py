@@ -7,7 +7,7 @@ import numpy as np
 
 from longlive_jax.data.clips.dataset import Sample, Unusable
 from longlive_jax.data.clips.decoding import frames_of, read_frames
-from longlive_jax.data.clips.plan import ClipPlan, JoinSpec, plan
+from longlive_jax.data.clips.plan import ClipPlan, JoinSpec, Part, plan
 from longlive_jax.typing import UInt8
 
 __all__ = ["VideoClips", "lengths_of", "read_clip"]
@@ -23,7 +23,7 @@ def lengths_of(sample: Sample) -> list[int]:
 
 
 def read_clip(
-    sample: Sample, clip: ClipPlan, size: tuple[int, int], part: slice = slice(None)
+    sample: Sample, clip: ClipPlan, size: tuple[int, int], part: Part = slice(None)
 ) -> UInt8[np.ndarray, "f h w 3"]:
     """The raw frames of a clip, or only a part of them, for which only that part is decoded."""
     places = clip.frames(part)
@@ -43,8 +43,8 @@ class VideoClips:
       samples: of the dataset, the usable ones.
       join: how their shots become clips.
       size: height and width in pixels.
-      part: raw frames of the clip to decode: what this rank's share of the latents needs
-        (`plan.raw_frames`, or a window of `parallel.halo`). Prompts, flags and mask are the whole
+      part: numbers of the clip's raw frames to decode, rising: what this process's devices encode
+        (`training.encoding.Sharing.wanted`); None: all. Prompts, flags and mask are the whole
         clip's regardless.
       anywhere: clips begin at random places, drawn anew for every visit; else at the beginning.
     """
@@ -52,7 +52,7 @@ class VideoClips:
     samples: Sequence[Sample]
     join: JoinSpec
     size: tuple[int, int]
-    part: slice | None = None
+    part: Sequence[int] | None = None
     anywhere: bool = True
 
     def __len__(self) -> int:
@@ -63,30 +63,32 @@ class VideoClips:
         return self.samples[index].name
 
     def read(self, index: int, rng: np.random.Generator) -> Row:
-        """video uint8 [r, h, w, 3], mask [f], cut [k], shot [k], prompts [k] (text), usable [].
+        """video uint8 [r, h, w, 3], mask [f], cut [k], shot [k], prompts [k] (text), dropped [].
 
-        Raises Unusable. But damage that decoding a part of a clip reveals is seen by one rank
-        alone, and if that rank took another sample, the parts of a clip would no longer belong
-        together. So then the row comes with `usable` false, black, and with nothing in its mask;
-        whoever puts the parts together drops the clip on all ranks (the minimum of `usable` over
-        them). Samples too short or with files that do not open are refused by all ranks alike.
+        Raises Unusable. But damage that decoding a part of a clip reveals is seen by one process
+        alone, and if that took another sample, the parts of a clip would no longer belong together.
+        So then the row comes black, and `dropped` says why: the clip counts nowhere
+        (`training.live`). Samples too short or with files that do not open are refused by all
+        processes alike.
         """
         sample = self.samples[index]
         clip = plan(lengths_of(sample), self.join, rng if self.anywhere else None)
-        usable = True
+        dropped = ""
         try:
-            video = read_clip(sample, clip, self.size, self.part or slice(None))
-        except Unusable:
+            video = read_clip(
+                sample, clip, self.size, slice(None) if self.part is None else self.part
+            )
+        except Unusable as reason:
             if self.part is None:
                 raise
-            frames = range(self.join.frames)[self.part]
-            video, usable = np.zeros((len(frames), *self.size, 3), np.uint8), False
+            video = np.zeros((len(self.part), *self.size, 3), np.uint8)
+            dropped = f"{sample.name}: {reason}"
         prompts = clip.prompts([shot.caption for shot in sample.shots])
         return {
             "video": video,
-            "mask": clip.mask * usable,
+            "mask": clip.mask,
             "cut": clip.cut,
             "shot": clip.shot,
             "prompts": np.array(prompts),
-            "usable": np.array(usable),
+            "dropped": np.array(dropped),
         }

@@ -86,7 +86,7 @@ def test_a_verdict_in_words(capsys, monkeypatch):
         ("--chip=h200 --size=44x80x16", "latents of 16 channels for a model of 48"),
         ("--chip=h200 --config.ffn_parts=7", "config.ffn_parts = 7 does not divide the 168960"),
         ("--chip=h200 --config.batch=9", "config.batch = 9 does not split over"),
-        ("--chip=h200 --config.loop.accumulate=3", "does not split into config.loop.accumulate"),
+        ("--chip=h200 --config.loop.accumulate=3", "does not split into loop.accumulate"),
         ("--chip=h200 --config.stage=vae", "config.stage is 'vae'; plans are made for 'clips'"),
         ("--chip=h200 --frame=8", "unknown option '--frame'; did you mean '--frames'?"),
         ("--mesh=sp=4", "--chip"),

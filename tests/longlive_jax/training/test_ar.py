@@ -20,7 +20,6 @@ from longlive_jax.training.ar import (
     draw,
     flow_loss,
     predict,
-    roughen,
 )
 from pallas_kernels.attention.chunks import attend_chunks
 from pallas_kernels.tokens import EMPTY
@@ -168,13 +167,22 @@ def test_dropped_prompts_are_irrelevant(model, loss, batch):
     assert abs(with_text[0] - with_text[1]) > 1e-4
 
 
-def test_context_is_roughened_by_one_level_a_chunk():
-    clean = jnp.zeros((2, 6, 16, 16, 3))
-    level = roughen(jax.random.key(0), clean, FRAMES, 0.5).std((2, 3, 4))
-    assert ((level > 0) & (level < 0.55)).all()
-    chex.assert_trees_all_close(level[:, ::FRAMES], level[:, 1::FRAMES], rtol=0.15)
-    assert len(set(np.asarray(level[:, ::FRAMES]).round(2).flat)) > 3
-    assert roughen(jax.random.key(0), clean, FRAMES, 0.0) is clean
+def test_context_is_roughened_by_one_level_a_chunk(batch):
+    """And the model is told it, if it is to be."""
+    kinds = {"untold": {}, "told": {"context_noise_told": True}}
+    key, batch = jax.random.key(0), batch.replace(context=jnp.zeros_like(batch.context))
+    untold, told = (
+        draw(key, batch, chunk=FRAMES, spec=ARLossSpec(context_noise=0.5, **kinds[name]))
+        for name in ("untold", "told")
+    )
+    chex.assert_trees_all_equal(untold.replace(context_timestep=told.context_timestep), told)
+    assert not untold.context_timestep.any()
+    level = told.context_timestep / 1000
+    np.testing.assert_array_equal(level[:, ::FRAMES], level[:, 1::FRAMES])
+    assert ((level > 0) & (level < 0.5)).all() and len(set(np.asarray(level).flat)) > 3
+    np.testing.assert_allclose(told.context.std((2, 3, 4)), level, rtol=0.25)
+    clean = draw(key, batch, chunk=FRAMES, spec=ARLossSpec(context_noise_told=True))
+    assert not clean.context.any() and not clean.context_timestep.any()
 
 
 def test_draws_are_one_level_a_chunk_of_the_table(batch):

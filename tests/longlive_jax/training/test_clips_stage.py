@@ -82,15 +82,49 @@ def test_accumulated_and_resumed_equals_uninterrupted(places, tmp_path, more):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
+def test_videos_train_as_their_encoded_clips_do(places, tmp_path):
+    """Decoded and encoded on the way, on one device or shared out over a mesh."""
+    steps = "loop.steps=3"
+    assert run(command(places, tmp_path / "stored", ALONE, steps)) == 0
+    want = records(tmp_path / "stored")
+    live = (f"videos={places / 'videos'}", "anywhere=false", steps)
+    for mesh in (ALONE, SHARED):
+        workdir = tmp_path / mesh[-1]
+        assert run(command(places, workdir, mesh, *live)) == 0
+        for stored, found in zip(want, records(workdir), strict=True):
+            for name in ("loss", "grad_norm"):
+                assert found[name] == pytest.approx(stored[name], rel=2e-4)
+
+
+def test_videos_begin_anywhere_and_resume(places, tmp_path):
+    texts = tmp_path / "texts"
+    encode = ["data", "encode", f"--source={places / 'videos'}", "--chunks=2", "--texts_only"]
+    assert run([*encode, f"--checkpoint={places / 'checkpoint'}", f"--out={texts}"]) == 0
+    more = (ALONE, f"videos={places / 'videos'}", f"clips={texts}")
+    assert run(command(places, tmp_path / "whole", *more, "loop.steps=4")) == 0
+    for steps in (2, 4):
+        assert run(command(places, tmp_path / "parts", *more, f"loop.steps={steps}")) == 0
+    whole, resumed = (records(tmp_path / name) for name in ("whole", "parts"))
+    assert [r["loss"] for r in whole] == [r["loss"] for r in resumed]
+    fixed = (*more, "anywhere=false", "loop.steps=4")
+    assert run(command(places, tmp_path / "fixed", *fixed)) == 0
+    assert [r["loss"] for r in records(tmp_path / "fixed")] != [r["loss"] for r in whole]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("mesh.data=1,mesh.fsdp=1,mesh.sp=8", "2 attention heads do not split over mesh.sp = 8"),
         ("mesh.data=8,mesh.fsdp=1,mesh.sp=1", "4 samples in a batch do not split"),
         ("mesh.data=3,mesh.fsdp=1,mesh.sp=1", "needs 3 devices and there are 8"),
-        ("loop.accumulate=3," + ALONE, "does not split into config.loop.accumulate = 3"),
+        ("ffn_parts=7," + ALONE, "ffn_parts = 7 does not divide the"),
+        ("ffn_parts=0," + ALONE, "ffn_parts is 0; give at least 1"),
+        ("window=2," + ALONE, "window is 2; with 1 global sinks and a shot sink give at least 3"),
+        ("attention=mosaic," + ALONE, "takes 16-bit numbers; give dtype=bfloat16"),
+        ("loop.accumulate=3," + ALONE, "does not split into loop.accumulate = 3"),
         ("recycling.buffer.rows=3," + ALONE, "do not fill the error buffer's 3 rows evenly"),
         ("clips=/nowhere," + ALONE, "no encoded clips"),
+        ("videos=/nowhere," + ALONE, "/nowhere: no such dataset"),
         ("checkpoint=/nowhere," + ALONE, "no such checkpoint directory"),
     ],
 )

@@ -125,6 +125,23 @@ def test_accumulation_is_one_update_by_the_mean_gradient():
     chex.assert_trees_all_close(*states, rtol=1e-6)
 
 
+def test_parts_count_for_what_they_hold():
+    """Padding in one part does not make the frames of that part heavier than others."""
+    tx = make_optimizer(OPTIM, 10)
+
+    @forgetful
+    def masked(params, batch, key):
+        error = (batch["x"] @ params["kernel"] - 1) ** 2
+        return jnp.sum(error * batch["mask"]) / jnp.sum(batch["mask"]), {}
+
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    batch, states = {"x": x, "mask": jnp.array([1.0, 0, 0, 0, 1, 0, 1, 1])}, []
+    for parts in (1, 2):
+        step = make_train_step(masked, tx, EMA, accumulate=parts, weigh=lambda b: b["mask"].sum())
+        states.append(step(init_state({"kernel": jnp.zeros(2)}, tx), batch))
+    chex.assert_trees_all_close(*states, rtol=1e-6)
+
+
 def test_accumulation_carries_the_memory_from_part_to_part():
     tx = make_optimizer(OPTIM, 10)
 
