@@ -4,6 +4,7 @@ Exit codes of `check`: 0 all samples can be used, 1 some cannot, 2 none can or D
 Of `encode`: 0 done (samples left out are named), 1 the disk is full or failed, 2 bad input.
 """
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ MOST_ROWS = 60
 def main(argv: Sequence[str]) -> int:
     """Checks or encodes a dataset of videos."""
     actions = {"check": check, "encode": encode}
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -46,13 +49,19 @@ def check(argv: Sequence[str]) -> int:
     from longlive_jax.data.clips.plan import JoinSpec
 
     join = build(JoinSpec, _join(args), path="data")
+    size = None if args.size is None else _size(args.size)
     if args.threads < 1:
         raise UserError(f"--threads is {args.threads}; it must be at least 1")
     samples = find_samples(args.dir)
     with ShareBars() as bars:
         tick = bars.begin("reading")
         found = check_samples(
-            samples, join, decode=args.decode, threads=args.threads, progress=tick
+            samples,
+            join,
+            size=size,
+            decode=args.decode,
+            threads=args.threads,
+            progress=tick,
         )
     good = sum(finding.usable for finding in found)
     if args.json:
@@ -132,7 +141,6 @@ def _encode_spec(args: Any) -> "EncodeSpec":
     """The options; what is not said is as the checkpoint's model is used."""
     from longlive_jax.data.clips.encoding import EncodeSpec
     from longlive_jax.io.checkpoint import read_manifest
-    from longlive_jax.sampling.script import check_size
     from longlive_jax.sampling.settings import spec_for
 
     own = spec_for(args.checkpoint)
@@ -143,7 +151,6 @@ def _encode_spec(args: Any) -> "EncodeSpec":
         "min_latents": args.min_latents,
     }
     size = own.size if args.size is None else _size(args.size)
-    check_size(*size)
     settings = {
         "join": join,
         "size": size,
@@ -157,10 +164,13 @@ def _encode_spec(args: Any) -> "EncodeSpec":
 
 
 def _size(text: str) -> tuple[int, int]:
+    from longlive_jax.sampling.script import check_size
+
     try:
         height, width = (int(edge) for edge in text.lower().split("x"))
     except ValueError:
         raise UserError(f"--size: {text!r} is not HEIGHTxWIDTH, such as 704x1280") from None
+    check_size(height, width)
     return height, width
 
 
@@ -201,6 +211,7 @@ def _check_parser() -> Parser:
     parser.add_argument("--chunks", type=int, default=1, help="that a sample must fill")
     parser.add_argument("--chunk", type=int, default=8, help="latents of a chunk")
     _add_rules(parser)
+    parser.add_argument("--size", help="HEIGHTxWIDTH that pictures must fit (default: not checked)")
     parser.add_argument("--decode", action="store_true", help="decode every frame (slow)")
     parser.add_argument("--threads", type=int, default=4, help="files read at once")
     parser.add_argument("--json", action="store_true", help="print JSON only")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from longlive_jax.data.clips.dataset import Sample, Unusable
-from longlive_jax.data.clips.decoding import probe, verify
+from longlive_jax.data.clips.decoding import check_fits, probe, verify
 from longlive_jax.data.clips.plan import FPS, JoinSpec, count, plan
 from longlive_jax.data.clips.source import lengths_of
 
@@ -48,20 +48,24 @@ def check_samples(
     samples: Sequence[Sample],
     join: JoinSpec,
     *,
+    size: tuple[int, int] | None = None,
     decode: bool = False,
     threads: int = 4,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Finding]:
-    """Opens and reads every file, and decodes it whole if asked to; findings in order."""
+    """Opens and reads every file, and decodes it whole if asked to; findings in order.
+
+    Given `size` (height, width), shots whose pictures are too far from its shape are found too.
+    """
     found = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for finding in pool.map(lambda sample: _check(sample, join, decode), samples):
+        for finding in pool.map(lambda sample: _check(sample, join, size, decode), samples):
             found.append(finding)
             progress(len(found), len(samples))
     return found
 
 
-def _check(sample: Sample, join: JoinSpec, decode: bool) -> Finding:
+def _check(sample: Sample, join: JoinSpec, size: tuple[int, int] | None, decode: bool) -> Finding:
     finding = Finding(sample.name, len(sample.shots), remarks=sample.remarks)
     try:
         lengths = lengths_of(sample)
@@ -71,11 +75,14 @@ def _check(sample: Sample, join: JoinSpec, decode: bool) -> Finding:
             seconds=round(sum(lengths) / FPS, 3),
             sizes=tuple(sorted({f"{info.height}x{info.width}" for info in infos})),
             rates=tuple(sorted({round(float(info.rate), 3) for info in infos})),
-            chunks=count(lengths, join),
         )
         for file in {shot.file: None for shot in sample.shots}:
             verify(file, decode=decode)
+        finding = dataclasses.replace(finding, chunks=count(lengths, join))
         plan(lengths, join)
+        if size is not None:
+            for shot in sample.shots:
+                check_fits(shot, size)
     except Unusable as reason:
         return dataclasses.replace(finding, reason=str(reason))
     return finding

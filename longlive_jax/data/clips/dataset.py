@@ -21,7 +21,7 @@ no shot is unusable with a reason, and samples are sorted, numbers in their name
 import dataclasses
 import itertools
 import json
-import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,6 +32,9 @@ from longlive_jax.spec import UserError, reject_unknown
 __all__ = ["MANIFEST", "Sample", "Shot", "Unusable", "find_samples", "usable"]
 
 MANIFEST = "manifest.jsonl"
+LONGEST = 1e9
+"""Seconds: no video is longer, and such a number can be computed with."""
+
 SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 
 
@@ -78,15 +81,16 @@ def find_samples(where: str | Path) -> list[Sample]:
             f"{where}: no dataset; expected video/<sample>/<shot>.mp4 with "
             f"caption/<sample>/<shot>.json, or {MANIFEST}"
         )
-    names = {
-        path.name
-        for kind in ("video", "caption")
-        for path in _entries(where / kind)
-        if path.is_dir()
-    }
+    entries = [path for kind in ("video", "caption") for path in _entries(where / kind)]
+    astray = {path.name: _astray(path) for path in _entries(where / "video")}
+    names = {path.name for path in entries if path.is_dir()}
+    names |= {name for name, problem in astray.items() if problem}
     if not names:
         raise UserError(f"{where}: no sample; expected folders video/<sample>/")
-    return _sorted(_read_folders(where, name) for name in names)
+    return _sorted(
+        Sample(name, problem=astray[name]) if astray.get(name) else _read_folders(where, name)
+        for name in names
+    )
 
 
 def usable(samples: Iterable[Sample], where: str | Path) -> list[Sample]:
@@ -104,14 +108,27 @@ def _sorted(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def _natural(name: str) -> tuple:
-    """Sorts digits by value: 2 before 10."""
+    """Sorts digits by value: 2 before 10. Numbers may be longer than Python reads."""
     parts = re.split(r"([0-9]+)", name)
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
+    digits = (part.lstrip("0") for part in parts[1::2])
+    pairs = zip(((len(d), d) for d in digits), parts[2::2], strict=True)
+    return (parts[0], *pairs), name
 
 
 def _entries(folder: Path) -> list[Path]:
     """What a folder holds, hidden files aside; nothing if it is not there."""
     return [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+
+
+def _astray(path: Path) -> str:
+    """What is wrong with an entry of video/ that was surely meant as a sample, and is no folder."""
+    if path.is_dir():
+        return ""
+    if path.suffix.lower() in SUFFIXES:
+        return f"video/{path.name} is in no sample's folder; move it to video/<sample>/{path.name}"
+    if path.is_symlink() and not path.exists():
+        return f"video/{path.name} is a link that leads nowhere"
+    return ""
 
 
 def _read_folders(root: Path, name: str) -> Sample:
@@ -136,6 +153,8 @@ def _read_folders(root: Path, name: str) -> Sample:
 def _caption(path: Path) -> str:
     """The caption in a JSON file; Unusable if there is none."""
     shown = "/".join(path.parts[-3:])
+    if path.exists() and not path.is_file():
+        raise Unusable(f"{shown} is no regular file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -152,7 +171,7 @@ def _caption(path: Path) -> str:
 
 def _read_manifest(path: Path) -> list[Sample]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({_line(error)})") from error
     samples, seen = [], dict[str, int]()
@@ -199,11 +218,21 @@ def _read_shot(values: Any, i: int, folder: Path) -> Shot:
     start, end = values.get("start", 0.0), values.get("end")
     for key, value in (("start", start), ("end", 0.0 if end is None else end)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0:
-            raise Unusable(f"{where}: {key} must be seconds from 0 on, got {value!r}")
+        if not number or not 0 <= value <= LONGEST:
+            raise Unusable(f"{where}: {key} must be seconds from 0 on, got {repr(value)[:40]}")
+    if _no_file_name(values["video"]):
+        raise Unusable(f"{where}: video is no file name: {ascii(values['video'])[:80]}")
     if end is not None and end <= start:
         raise Unusable(f"{where}: end {end} is not after start {start}")
     return Shot(folder / values["video"], values["caption"].strip(), start, end)
+
+
+def _no_file_name(name: str) -> bool:
+    """Whether no file can be called so: with a zero byte, or characters that no encoding has."""
+    try:
+        return b"\0" in os.fsencode(name)
+    except UnicodeEncodeError:
+        return True
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import stat
 from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +27,7 @@ from longlive_jax.data.clips.plan import FPS
 from longlive_jax.io.video import BT709
 from longlive_jax.typing import UInt8
 
-__all__ = ["VideoInfo", "frames_of", "probe", "read_frames", "verify"]
+__all__ = ["VideoInfo", "check_fits", "frames_of", "probe", "read_frames", "verify"]
 
 GRACE = Fraction(1, 4 * FPS)
 """Seconds by which a frame may begin late and still count as on screen."""
@@ -62,18 +63,23 @@ def probe(path: Path) -> VideoInfo:
     """
     try:
         held = path.stat()
-    except OSError as error:
-        raise Unusable(f"{path.name}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        raise Unusable(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(held.st_mode):
+        raise Unusable(f"{path.name}: is no regular file")
     return _probe(path, held.st_size, held.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2**16)
-def _probe(path: Path, _size: int, _changed: int) -> VideoInfo:
+def _probe(path: Path, length: int, _changed: int) -> VideoInfo:
     with _opened(path) as (container, stream):
         rate = Fraction(stream.average_rate or stream.guessed_rate or FPS)
         seconds = Fraction(stream.duration or 0) * stream.time_base
         if seconds <= 0:
             seconds = _last_moment(container, stream)
+        elif seconds * FPS > length:
+            # More frames than bytes: a still picture, or a damaged header that would be believed.
+            _check_length(path, seconds, _last_moment(container, stream))
         size = stream.codec_context.height, stream.codec_context.width
         stretch = Fraction(stream.sample_aspect_ratio or 1)
     if seconds <= 0 or min(size) <= 0:
@@ -116,7 +122,7 @@ def read_frames(
                 raise Unusable(f"{shot.file.name}: {reason}") from reason
         if done == len(moments):
             return images
-    raise _short(shot.file, moments[done])
+    raise _short(shot.file, info.seconds, moments[done])
 
 
 def verify(path: Path, *, decode: bool = False) -> None:
@@ -126,15 +132,30 @@ def verify(path: Path, *, decode: bool = False) -> None:
     else:
         with _opened(path) as (container, stream):
             seconds = _last_moment(container, stream)
-    if seconds < probe(path).seconds - Fraction(1, FPS):
-        raise _short(path, seconds)
+    _check_length(path, probe(path).seconds, seconds)
 
 
-def _short(path: Path, seconds: Fraction) -> Unusable:
-    said = float(probe(path).seconds)
+def check_fits(shot: Shot, size: tuple[int, int]) -> None:
+    """Decodes a shot's first frame; Unusable if its shape is too far from (height, width)."""
+    info = probe(shot.file)
+    for frame, _ in _shown(shot.file, Fraction(shot.start) + GRACE):
+        try:
+            _scaled(frame, size, info.stretch)
+        except Unusable as reason:
+            raise Unusable(f"{shot.file.name}: {reason}") from reason
+        return
+    raise _short(shot.file, info.seconds, Fraction(shot.start))
+
+
+def _check_length(path: Path, said: Fraction, found: Fraction) -> None:
+    if found < said - Fraction(1, FPS):
+        raise _short(path, said, found)
+
+
+def _short(path: Path, said: Fraction, found: Fraction) -> Unusable:
     return Unusable(
-        f"{path.name}: cannot be read past {float(seconds):.2f} s, though its header says "
-        f"{said:.2f} s; it is cut short or damaged"
+        f"{path.name}: cannot be read past {float(found):.2f} s, though its header says "
+        f"{float(said):.2f} s; it is cut short or damaged"
     )
 
 
@@ -218,8 +239,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise Unusable(f"{path.name}: cannot be decoded ({why})") from error
 
 
-def _fitted(frame: Any, size: tuple[int, int], stretch: Fraction) -> UInt8[np.ndarray, "h w 3"]:
-    """A frame upright, scaled to cover `size`, and cropped to it centrally."""
+def _scaled(
+    frame: Any, size: tuple[int, int], stretch: Fraction
+) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """Quarter turns of a frame, `size` as it lies in the file, and the size that covers it."""
     turns = round(frame.rotation / 90) % 4
     height, width = size[::-1] if turns % 2 else size
     shown = frame.width * stretch
@@ -229,6 +252,12 @@ def _fitted(frame: Any, size: tuple[int, int], stretch: Fraction) -> UInt8[np.nd
         raise Unusable(
             f"{frame.height}x{frame.width} pixels are too far from the shape of {height}x{width}"
         )
+    return turns, (height, width), (tall, wide)
+
+
+def _fitted(frame: Any, size: tuple[int, int], stretch: Fraction) -> UInt8[np.ndarray, "h w 3"]:
+    """A frame upright, scaled to cover `size`, and cropped to it centrally."""
+    turns, (height, width), (tall, wide) = _scaled(frame, size, stretch)
     image = frame.reformat(
         width=wide,
         height=tall,

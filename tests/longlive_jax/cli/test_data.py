@@ -1,6 +1,9 @@
 """`longlive data`: what it says of a dataset, what it encodes, and every mistake before that."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,6 +103,44 @@ def test_check_without_anything_usable(broken, tmp_path, capsys):
     assert run(["data", "check", str(broken), "--chunks=9", "--pad"]) == 1
     assert run(["data", "check", str(tmp_path)]) == 2
     assert "no dataset; expected video/<sample>/<shot>.mp4" in capsys.readouterr().err
+
+
+def test_check_of_sizes(good, tmp_path, capsys):
+    """Encoding would skip what is too far from the wanted shape."""
+    root = write_sample(tmp_path / "thin", "thin", 32, size=(2, 400))
+    assert run(["data", "check", str(root)]) == 0
+    write_sample(root, "usual", 32)
+    assert run(["data", "check", str(root), "--size=32x64"]) == 1
+    assert "0.mp4: 2x400 pixels are too far from the shape of 32x64" in capsys.readouterr().out
+    assert run(["data", "check", str(good), "--size=1000000"]) == 2
+    assert run(["data", "check", str(good), "--size=31x64"]) == 2
+    assert "is not divisible by 32" in capsys.readouterr().err
+
+
+HOSTILE = r"""
+{"name": "good", "shots": [{"video": "a.mp4", "caption": "x"}]}
+{"name": "s\ud83d", "shots": [{"video": "a.mp4", "caption": "x"}]}
+{"name": "zero", "shots": [{"video": "a\u0000b.mp4", "caption": "x"}]}
+{"name": "half", "shots": [{"video": "a\ud83d.mp4", "caption": "x"}]}
+{"name": "late", "shots": [{"video": "a.mp4", "caption": "x", "start": 1LATE}]}
+{"name": "pipe", "shots": [{"video": "pipe.mp4", "caption": "x"}]}
+"""
+
+
+def test_check_of_hostile_names_and_numbers(tmp_path, repository):
+    """In a process of its own, whose output takes UTF-8 alone; the folder's name is Latin-1."""
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    write_video(root / "a.mp4", 32)
+    os.mkfifo(root / "pipe.mp4")
+    (root / "manifest.jsonl").write_text(HOSTILE.replace("LATE", "0" * 400))
+    command = [sys.executable, "-m", "longlive_jax", "data", "check", str(root)]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, cwd=repository, env=env, capture_output=True, timeout=120)
+    said = done.stdout.decode()
+    assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
+    assert r"s\ud83d" in said and "2 of 6 samples can be used" in said
+    for reason in ("video is no file name", "start must be seconds", "is no regular file"):
+        assert reason in said
 
 
 def test_encode_and_again(good, checkpoint, tmp_path, capsys):

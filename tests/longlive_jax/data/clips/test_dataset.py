@@ -1,6 +1,7 @@
 """What is found on disk, and what is said about what cannot be used. No video is opened."""
 
 import json
+import os
 
 import pytest
 
@@ -67,6 +68,32 @@ def test_reasons_of_unusable_folders(root):
         usable(find_samples(root.root), root.root)
 
 
+def test_what_lies_astray_in_video_is_said(root):
+    root("a", "1.mp4", captions=("1",))
+    video = root.root / "video"
+    (video / "1.mp4").write_bytes(b"no video")
+    (video / "loop").symlink_to("loop")
+    (video / "dead").symlink_to("nowhere")
+    (video / "linked").symlink_to("a")
+    (root.root / "caption" / "loop").mkdir()
+    (root.root / "caption" / "linked").symlink_to("a")
+    (video / "notes.txt").write_text("")
+    found = {s.name: s.problem for s in find_samples(root.root)}
+    assert list(found) == ["1.mp4", "a", "dead", "linked", "loop"]
+    assert found["1.mp4"] == "video/1.mp4 is in no sample's folder; move it to video/<sample>/1.mp4"
+    assert found["loop"] == "video/loop is a link that leads nowhere"
+    assert found["dead"] == "video/dead is a link that leads nowhere"
+    assert not found["a"] and not found["linked"]
+
+
+def test_a_caption_that_is_no_file_is_not_waited_for(root):
+    root("a", "1.mp4")
+    (root.root / "caption" / "a").mkdir(parents=True)
+    os.mkfifo(root.root / "caption" / "a" / "1.json")
+    (sample,) = find_samples(root.root)
+    assert "caption/a/1.json is no regular file" in sample.problem
+
+
 def test_folders_that_are_no_dataset(tmp_path):
     with pytest.raises(UserError, match="no such dataset"):
         find_samples(tmp_path / "nowhere")
@@ -112,6 +139,10 @@ SHOT = {"video": "x.mp4", "caption": "one"}
         ({"shots": [SHOT | {"end": "3"}]}, "end must be seconds"),
         ({"shots": [SHOT | {"start": 3, "end": 3}]}, "not after start"),
         ('{"shots": [{"video": "x", "caption": "y", "end": Infinity}]}', "end must be seconds"),
+        ({"shots": [SHOT | {"start": 10**400}]}, "start must be seconds"),
+        ({"shots": [SHOT | {"end": -(10**400)}]}, "end must be seconds"),
+        ({"shots": [SHOT | {"video": "a\0b.mp4"}]}, r"video is no file name: 'a\x00b.mp4'"),
+        ({"shots": [SHOT | {"video": "a\ud83d.mp4"}]}, r"video is no file name: 'a\ud83d.mp4'"),
     ],
 )
 def test_bad_lines_of_a_manifest(tmp_path, line, reason):
@@ -121,6 +152,26 @@ def test_bad_lines_of_a_manifest(tmp_path, line, reason):
     good, bad = find_samples(path)
     assert good.name == "good" and not good.problem
     assert reason in bad.problem and bad.problem.startswith("line 1: ")
+    assert len(bad.problem) < 200
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_newlines_end_a_line_of_a_manifest(tmp_path, end):
+    """JSON lets other line separators stand within a text."""
+    captions = ["a\u2028b", "c\u0085d", "e\u2029f"]
+    lines = [json.dumps({"shots": [SHOT | {"caption": c}]}, ensure_ascii=False) for c in captions]
+    path = tmp_path / "clips.jsonl"
+    path.write_bytes(end.join([*lines, ""]).encode())
+    found = find_samples(path)
+    assert [s.shots[0].caption for s in found] == captions
+    assert [s.name for s in found] == ["line 1", "line 2", "line 3"]
+
+
+def test_numbers_of_any_length_in_names(tmp_path):
+    names = ["9" * 5000, "a007", "a7", "a10", "1" + "0" * 5000]
+    path = tmp_path / "clips.jsonl"
+    path.write_text("\n".join(json.dumps({"name": n, "shots": [SHOT]}) for n in names))
+    assert [s.name for s in find_samples(path)] == [names[0], names[4], *names[1:4]]
 
 
 def test_names_are_unique_and_something_must_be_there(tmp_path):

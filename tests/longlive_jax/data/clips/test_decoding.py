@@ -1,13 +1,14 @@
 """Real files: every frame rate, size and kind of damage, and only the part that is asked for."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 
 from longlive_jax.data.clips import decoding
 from longlive_jax.data.clips.dataset import Shot, Unusable
-from longlive_jax.data.clips.decoding import frames_of, probe, read_frames, verify
+from longlive_jax.data.clips.decoding import check_fits, frames_of, probe, read_frames, verify
 from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_video
 
 SIZE = (32, 64)
@@ -171,6 +172,31 @@ def test_a_cut_file_with_its_index_first(tmp_path):
             verify(path, decode=decode)
 
 
+@pytest.mark.parametrize("use", [probe, verify])
+def test_a_header_that_promises_more_frames_than_the_file_has_bytes(tmp_path, use):
+    """It would be planned for two years of video."""
+    path = write_video(tmp_path / "a.avi", 40, codec="mpeg4")
+    content = bytearray(path.read_bytes())
+    for at in (content.index(b"strh") + 40, content.index(b"avih") + 24):
+        content[at : at + 4] = (0x7FFFFFF0).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(Unusable, match=r"a\.avi: cannot be read past 1\.67 s"):
+        use(path)
+
+
+def test_a_still_picture_has_more_frames_than_bytes(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 2, stamps=[0, 3600], ahead=0)
+    assert path.stat().st_size < 3600 * 24
+    assert probe(path).seconds > 3599
+
+
+def test_a_shape_is_checked_by_one_frame(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 30, size=(200, 20), rotation=90)
+    check_fits(Shot(path, "", start=0.5), (20, 200))
+    with pytest.raises(Unusable, match=r"a\.mp4: 200x20 pixels are too far from the shape of"):
+        check_fits(Shot(path, ""), (200, 20))
+
+
 def test_damage_in_the_middle_is_found_by_decoding(tmp_path):
     path = write_video(tmp_path / "a.mp4", 96, gop=12)
     content = bytearray(path.read_bytes())
@@ -196,6 +222,27 @@ def test_files_that_are_no_videos(tmp_path, kind):
         path.mkdir()
     with pytest.raises(Unusable, match=r"a\.mp4: "):
         probe(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b.mp4", "a\ud83d.mp4", "a" * 300])
+def test_names_that_no_file_can_have(tmp_path, name):
+    with pytest.raises(Unusable):
+        probe(tmp_path / name)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, linked):
+    """A pipe would be waited on for ever."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    path = tmp_path / "pipe.mp4"
+    if linked:
+        path = tmp_path / "link.mp4"
+        path.symlink_to("pipe.mp4")
+    with pytest.raises(Unusable, match=r"(pipe|link)\.mp4: is no regular file"):
+        probe(path)
+    real = tmp_path / "real.mp4"
+    real.symlink_to(write_video(tmp_path / "a.mp4", 3))
+    assert probe(real).width == 64
 
 
 def _write_sound(path):
