@@ -3,6 +3,9 @@
 The blocked form never holds a [queries, keys] array: an online softmax runs over blocks of keys
 for one block of queries at a time, and both loops are rematerialised, so that its gradient needs
 no more memory than its value (FlashAttention, arXiv:2205.14135, without the fused kernel).
+
+A loop sums the cotangent of an array that it only reads in the dtype of that array. So keys and
+values enter the loops in float32 too, but for their gradients alone, and queries the inner one.
 """
 
 import jax
@@ -109,6 +112,7 @@ def _blocked(q, k, v, q_tokens, k_tokens):
             q_parts = _split_tokens(q_parts, q_size)
     q, k, v = (_split(x, size) for x, size in ((q, q_size), (k, k_size), (v, k_size)))
     q, v = (jnp.swapaxes(x, -1, -2) for x in (q, v))
+    k, v = ((x, x.astype(jnp.float32)) for x in (k, v))
     out, lse = each(sample, (q, k, v, q_parts, k_parts))  # [b, n, blocks, size, d], less d
     out, lse = out.reshape(b, n, -1, d), lse.reshape(b, n, -1)
     return jnp.swapaxes(out[:, :, :length], 1, 2), jnp.swapaxes(lse[..., :length], 1, 2)
@@ -118,25 +122,38 @@ def _at_once(function, xs):
     return jax.vmap(function)(xs)
 
 
+@jax.custom_jvp
+def _narrow(x: Array, wide: Array) -> Array:
+    """`x`, whose gradient goes to the same numbers in float32; their values are never read."""
+    del wide
+    return x
+
+
+@_narrow.defjvp
+def _narrow_jvp(primals, tangents):
+    return primals[0], tangents[1].astype(primals[0].dtype)
+
+
 def _head(head, q_tokens, k_tokens, real):
     """One head: k [blocks, size, d], q and v [blocks, d, size]; tokens are those of its sample.
 
     Logits are [keys, queries], for which XLA's reductions over keys are vectorised on CPUs; and
-    neither product has to transpose an operand.
+    neither product has to transpose an operand. k and v are pairs for `_narrow`.
     """
     q, k, v = head
-    scale = k.shape[-1] ** -0.5
+    dtype, scale = q.dtype, q.shape[-2] ** -0.5
 
     @jax.checkpoint
     def queries(block):
         q, q_part = block
-        q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+        q = q.astype(jnp.float32) * scale
 
         @jax.checkpoint
         def step(carry, xs):
             top, total, acc = carry
             k, v, k_part, real = xs
-            logits = jnp.einsum("kd,dq->kq", k, q, preferred_element_type=jnp.float32)
+            k, v = _narrow(*k), _narrow(*v)
+            logits = jnp.einsum("kd,dq->kq", k, q.astype(dtype), preferred_element_type=jnp.float32)
             seen = _seen(q_part, k_part, real)
             if seen is not None:
                 logits = jnp.where(seen, logits, _NEVER)
@@ -144,14 +161,14 @@ def _head(head, q_tokens, k_tokens, real):
             weights = jnp.exp(logits - new_top)
             fade = jnp.exp(top - new_top)
             part = jnp.einsum(
-                "dk,kq->dq", v, weights.astype(v.dtype), preferred_element_type=jnp.float32
+                "dk,kq->dq", v, weights.astype(dtype), preferred_element_type=jnp.float32
             )
             return (new_top, total * fade + weights.sum(0), acc * fade + part), None
 
         d, rows = q.shape
         start = (jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros((d, rows)))
         (top, total, acc), _ = lax.scan(step, start, (k, v, k_tokens, real))
-        return (acc / jnp.maximum(total, 1e-30)).T.astype(v.dtype), log_sum(top, total)
+        return (acc / jnp.maximum(total, 1e-30)).T.astype(dtype), log_sum(top, total)
 
     if q_tokens is None or q_tokens.alike:
         return lax.map(lambda q: queries((q, q_tokens)), q)
