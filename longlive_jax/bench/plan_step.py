@@ -73,7 +73,9 @@ class PlannedStep:
             return init_state(params, tx, memory)
 
         shapes = jax.eval_shape(made)
-        memory_specs: Any = () if recycling is None else partition(recycling)
+        memory_specs: Any = ()
+        if recycling is not None:
+            memory_specs = partition(recycling, self.stage.mesh.samples)
         return shapes, state_specs(shapes, tx, rules.DIT, memory_specs)
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -41,7 +41,7 @@ from longlive_jax.training.ar import (
     counted,
     forward,
 )
-from longlive_jax.training.corpus import CorpusSpec, encoded_corpus
+from longlive_jax.training.corpus import CorpusSpec, encoded_corpus, origin_of
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
 from longlive_jax.training.objective import objective, remembered
@@ -126,6 +126,10 @@ class ARStage(RunSpec):
             loss_fn=self._loss_fn(setup, mesh, quant.specs(specs, shapes), text),
             prepare=quant.prepare,
             weigh=lambda batch: counted(Episode(**batch), world.CHUNK_LATENTS, self.loss),
+            origin={
+                "batch": self.episodes.batch,
+                "corpus": origin_of(self.corpus, self.loop.seed, out),
+            },
             notes=(quant.describe(shapes),),
             feed=in_order(EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed)),
             evaluate=self._evaluation(
@@ -138,7 +142,9 @@ class ARStage(RunSpec):
             export=functools.partial(self._export, past),
             rules=rules.DIT,
             batch_specs=EPISODE,
-            **remembered(self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:])),
+            **remembered(
+                self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:]), self.mesh
+            ),
         )
 
     def _loss_fn(self, setup: ARSetup, mesh: Mesh, specs: Any, text: Array) -> LossFn:

@@ -133,6 +133,11 @@ class ClipsStage(RunSpec):
             loss_fn=self.loss_fn(setup, mesh, dressed),
             prepare=quant.prepare,
             weigh=lambda batch: counted(_taken(batch)[0], chunk, self.loss),
+            origin={
+                "batch": self.batch,
+                "clips": clips.manifest.identity["dataset"],
+                "from videos": self.videos is not None,
+            },
             notes=(quant.describe(shapes), *data.notes),
             feed=functools.partial(self._feed, data.source, clips.empty, mesh, self.loop.seed),
             place=data.place,
@@ -144,7 +149,7 @@ class ClipsStage(RunSpec):
             work=step_work(
                 model, batch=self.batch, chunks=chunks, chunk_tokens=tokens, window=self.window
             ),
-            **remembered(self.recycling, (chunk, *shape[1:])),
+            **remembered(self.recycling, (chunk, *shape[1:]), self.mesh),
         )
 
     def _data(self, clips: EncodedClips, mesh: Mesh) -> "_Data":

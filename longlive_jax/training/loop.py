@@ -97,6 +97,7 @@ class Task:
       start: parameters from elsewhere, on the mesh already; in the place of `init`.
       place: puts this process's rows of a batch on the mesh in another way than by `batch_specs`.
       prepare: parameters -> how the loss sees them, made once an update (`step.Prepare`).
+      origin: what the data are, ready for JSON: kept with every save, compared on resuming.
       weigh: what a part of a batch counts for, where one is worked off in parts.
       notes: lines to be printed before the first update.
     """
@@ -116,6 +117,7 @@ class Task:
     place: Callable[[Any], Any] | None = None
     prepare: Prepare = as_they_are
     weigh: Weigh = all_alike
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -157,8 +159,14 @@ def train(
         memory_specs=task.memory_specs,
         start=task.start if Saves.none_in(workdir) else None,
     )
-    with Saves(workdir, keep=loop.keep) as saves, run.progress(), StopRequest(run.say) as stop:
+    origin = {"seed": loop.seed, "accumulate": loop.accumulate, **task.origin}
+    with (
+        Saves(workdir, keep=loop.keep, origin=origin) as saves,
+        run.progress(),
+        StopRequest(run.say) as stop,
+    ):
         state = run.resumed(saves, state)
+        saves.check_room(state)
         step_fn = make_train_step(
             task.loss_fn,
             tx,
@@ -197,7 +205,7 @@ class _Run:
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        if (found := saves.restore(like, say=self.say)) is not None:
+        if (found := saves.restore(like, say=self.say, whole=True)) is not None:
             step, state = found
             self.say(f"Resumed from step {step} of {self.workdir}.")
         for note in self.task.notes:
@@ -217,25 +225,32 @@ class _Run:
                 last = done == loop.steps
                 asked = stop.after(done)
                 if done % loop.log_every == 0 or last or asked:
-                    values = window.close(feed)
-                    log.write(done, values)
-                    note = f"loss {values['loss']:.4f}"
-                    self._bar.update(self._line, completed=done, note=note)
-                    self._stop_if_diverged(state, done, saves)
-                if last or (loop.eval_every and done % loop.eval_every == 0 and not asked):
-                    log.write(done, self.task.evaluate(state.ema, done, self.workdir))
-                    self._plot(log)
-                    window.pause()
+                    self._record(done, window.close(feed), log)
+                    saves.check()
+                if window.bad_steps() >= loop.patience:
+                    self._diverge(state, done, window.bad_steps(), saves)
                 if done % loop.save_every == 0 or last or asked:
-                    saves.save(done, state)
-                    window.pause()
+                    with window.paused():
+                        saves.save(done, state)
+                if last or (loop.eval_every and done % loop.eval_every == 0 and not asked):
+                    with window.paused():
+                        log.write(done, self.task.evaluate(state.ema, done, self.workdir))
+                        self._plot(log)
                 if asked and not last:
                     self._leave(asked, done, saves)
             saves.wait()
-        finally:
-            self._plot(log)
-            log.close()
+        except BaseException:
+            with contextlib.suppress(OSError):  # what ended the run is said, such as a full disk
+                self._plot(log)
+                log.close()
+            raise
+        self._plot(log)
+        log.close()
         return state
+
+    def _record(self, done: int, values: dict[str, float], log: MetricsLog) -> None:
+        log.write(done, values)
+        self._bar.update(self._line, completed=done, note=f"loss {values['loss']:.4f}")
 
     def _batches(self, start: int) -> Iterator[tuple[int, Any, Feed]]:
         """Every step that is left, its batch, and where that came from."""
@@ -264,14 +279,11 @@ class _Run:
             128 + number,
         )
 
-    def _stop_if_diverged(self, state: TrainState, step: int, saves: Saves) -> None:
-        bad_steps = int(state.bad_steps)
-        if bad_steps < self.loop.patience:
-            return
+    def _diverge(self, state: TrainState, step: int, bad_steps: int, saves: Saves) -> None:
         saves.save(step, state)
         saves.wait()
         raise Diverged(
-            f"loss or gradient was not finite in the last {bad_steps} updates before step {step}; "
+            f"loss or gradient was not finite in {bad_steps} updates in a row before step {step}; "
             "none of them was applied, and the state before them is saved: lower optim.lr, or look "
             "at the data of these steps"
         )
@@ -283,20 +295,37 @@ class _Window:
     def __init__(self, run: _Run):
         self._task, self._loop, self._devices = run.task, run.loop, run.mesh.size
         self._metrics: list[dict] = []
-        self._waited, self._began = 0.0, time.perf_counter()
+        self._unseen: list[jax.Array] = []
+        self._bad_steps = 0
+        self._waited, self._spent, self._began = 0.0, 0.0, time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self._metrics.append(metrics)
+        self._unseen.append(metrics["bad_steps"])
 
-    def pause(self) -> None:
-        """Time from the last record to here is not the updates'."""
-        self._began = time.perf_counter()
+    def bad_steps(self) -> int:
+        """The most updates in a row that were not applied, as far as known: looking at them waits
+        for the device, so this does every `patience` updates, and at a record."""
+        if len(self._unseen) >= self._loop.patience or not self._metrics:
+            self._bad_steps = max((int(n) for n in jax.device_get(self._unseen)), default=0)
+            self._unseen = []
+        return self._bad_steps
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not the updates', but what the device has yet to do of these is."""
+        jax.block_until_ready(self._metrics[-1:])
+        self._spent += time.perf_counter() - self._began
+        try:
+            yield
+        finally:
+            self._began = time.perf_counter()
 
     def close(self, feed: Feed) -> dict[str, float]:
         """Means, speed and memory of the window; `data_wait` is the share of time spent in waiting
         for batches. Waits for the device."""
         values = mean_of(self._metrics)
-        rate = len(self._metrics) / (time.perf_counter() - self._began)
+        rate = len(self._metrics) / (self._spent + time.perf_counter() - self._began)
         values["steps_per_s"] = rate
         values["data_wait"] = (feed.waited - self._waited) * rate / len(self._metrics)
         if self._task.work is not None:
@@ -311,5 +340,5 @@ class _Window:
         values["skipped"] = feed.skipped
         values |= peak_gib()
         self._metrics, self._waited = [], feed.waited
-        self._began = time.perf_counter()
+        self._spent, self._began = 0.0, time.perf_counter()
         return values

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 
@@ -27,7 +28,8 @@ class MetricsLog:
             self._board = SummaryWriter(folder, purge_step=resume_at + 1, flush_secs=30)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        record = {"step": step} | {k: round(float(v), 6) for k, v in values.items()}
+        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
+        record = {"step": step} | finite  # JSON has no other numbers
         self.records.append(record)
         if self._board is None:
             return
@@ -56,9 +58,11 @@ def read_records(path: pathlib.Path) -> list[dict]:
 
 
 def mean_of(window: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Means over a window of device-side metrics: the only place that waits for the device."""
+    """Means over a window of device-side metrics, of the values that are finite if any is."""
     fetched = jax.device_get(window)
-    return {k: sum(float(m[k]) for m in fetched) / len(fetched) for k in fetched[0]}
+    columns = {k: np.array([float(m[k]) for m in fetched]) for k in fetched[0]}
+    finite = {k: x[np.isfinite(x)] for k, x in columns.items()}
+    return {k: float(x.mean()) if len(x) else math.nan for k, x in finite.items()}
 
 
 def peak_gib() -> dict[str, float]:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from longlive_jax.parallel.mesh import MeshSpec
 from longlive_jax.training.ar import ARSetup, Draws, Episode, Judged, Text, draw
 from longlive_jax.training.recycling import RecyclingSpec, init_buffers, partition, recycling_loss
 from longlive_jax.training.state import Params
@@ -52,8 +53,11 @@ def judged(
     return value, metrics
 
 
-def remembered(spec: RecyclingSpec | None, chunk: tuple[int, ...]) -> dict[str, Any]:
+def remembered(
+    spec: RecyclingSpec | None, chunk: tuple[int, ...], mesh: MeshSpec
+) -> dict[str, Any]:
     """The error buffers of a `Task`, for chunks of shape (m, h, w, c); nothing without a spec."""
     if spec is None:
         return {}
-    return {"memory": lambda: init_buffers(spec, chunk), "memory_specs": partition(spec)}
+    specs = partition(spec, mesh.samples)
+    return {"memory": lambda: init_buffers(spec, chunk), "memory_specs": specs}

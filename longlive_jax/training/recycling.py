@@ -90,7 +90,7 @@ class Buffers:
 def init_buffers(spec: RecyclingSpec, chunk: tuple[int, ...], mesh: Mesh | None = None) -> Buffers:
     """Buffers without entries for chunks of shape (m, h, w, c), made where they stay.
 
-    Raises ValueError if groups or rows do not split over the mesh.
+    Raises ValueError if rows do not split over the mesh.
     """
 
     def make() -> Buffers:
@@ -99,18 +99,21 @@ def init_buffers(spec: RecyclingSpec, chunk: tuple[int, ...], mesh: Mesh | None 
 
     if mesh is None:
         return make()
-    check_divides(mesh, partition(spec), jax.eval_shape(make))
-    return jax.jit(make, out_shardings=shardings(mesh, partition(spec)))()
+    specs = partition(spec, parts_of(mesh.shape, BATCH))
+    check_divides(mesh, specs, jax.eval_shape(make))
+    return jax.jit(make, out_shardings=shardings(mesh, specs))()
 
 
-def partition(spec: RecyclingSpec) -> Buffers:
-    """PartitionSpecs of `Buffers`: groups over data and fsdp, positions over sp.
+def partition(spec: RecyclingSpec, samples: int = 1) -> Buffers:
+    """PartitionSpecs of `Buffers`: groups over data and fsdp, `samples` devices, positions over sp.
 
-    Where positions are chunk numbers any device may need any, and all have all of them.
+    Groups that do not split over these, as on another mesh than they began on, lie whole on all; so
+    do positions that are chunk numbers, as any device may need any.
     """
     layout = spec.buffer
+    split = layout.groups > 1 and layout.groups % samples == 0
     apart = layout.rows > 1 and layout.aligned
-    place = P(BATCH if layout.groups > 1 else None, SP if apart else None)
+    place = P(BATCH if split else None, SP if apart else None)
     both: Any = eb.Buffer(place, place)  # type: ignore[arg-type]
     return Buffers(both, both, P())  # type: ignore[arg-type]
 
@@ -128,11 +131,6 @@ def check_recycling(spec: RecyclingSpec, mesh: MeshSpec, *, chunks: Sequence[int
             f"recycling.buffer.rows = {layout.rows} does not split over mesh.sp = {mesh.sp}; "
             f"choose a multiple of {mesh.sp}, or 1"
         )
-    if layout.groups > 1 and layout.groups % mesh.samples:
-        raise ValueError(
-            f"recycling.buffer.groups = {layout.groups} does not split over mesh.data * mesh.fsdp "
-            f"= {mesh.samples}; choose a multiple of {mesh.samples}, or 1"
-        )
 
 
 def bytes_held(
@@ -144,7 +142,7 @@ def bytes_held(
     if mesh is None:
         return whole
     parts = 1
-    for names in partition(spec).latent.entries:
+    for names in partition(spec, parts_of(mesh, BATCH)).latent.entries:
         parts *= parts_of(mesh, names)
     return whole // parts
 
@@ -294,7 +292,7 @@ def observe(
     """The buffers with the errors of a step's predictions, sample by sample.
 
     Left out are most of the clean samples (`spec.update`), chunks with padded frames, those with an
-    error that is not finite, and all of them unless `good`, which says that the update was applied.
+    error that is not finite, and all of them unless `good`, which says that the loss was finite.
     """
     layout = spec.buffer
     row = eb.rows_of(layout, _columns(batch, chunk)[1])

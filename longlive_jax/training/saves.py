@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -28,19 +29,26 @@ type Say = Callable[[str], None]
 
 
 class Saves:
-    """The saves of one work directory; a context manager that ends with every save on disk."""
+    """The saves of one work directory; a context manager that ends with every save on disk.
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int = 2):
-        self.workdir = workdir
+    `origin`, ready for JSON, is what a run comes from besides its settings' shapes; a run that goes
+    on from a save with another one is told so.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, *, keep: int = 2, origin: Mapping[str, Any] | None = None
+    ):
+        self.workdir, self._origin = workdir, dict(origin or {})
+        self._writing: int | None = None
         self._root = (workdir / STATE).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self._root, options=options)
 
     @staticmethod
     def none_in(workdir: pathlib.Path) -> bool:
-        """Whether nothing was ever saved in a work directory."""
+        """Whether no save of a work directory was ever finished."""
         root = workdir / STATE
-        return not root.is_dir() or not any(root.iterdir())
+        return not root.is_dir() or not any(p.is_dir() and p.name.isdigit() for p in root.iterdir())
 
     def __enter__(self) -> "Saves":
         return self
@@ -59,9 +67,16 @@ class Saves:
         """
         if step in self._manager.all_steps():
             return
-        self._check_room(state)
-        about = {"arrays": _shapes(state), "fingerprints": fingerprints(state)}
+        self.check()
+        self.check_room(state)
+        about = {
+            "arrays": _shapes(state),
+            "fingerprints": fingerprints(state),
+            "origin": self._origin,
+        }
         try:
+            self._manager.wait_until_finished()
+            self._writing = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -69,34 +84,41 @@ class Saves:
                 ),
             )
         except Exception as error:
-            raise self._unsaved(step, error) from error
+            raise self._unsaved(error) from error
+
+    def check(self) -> None:
+        """Failure if the save that was under way could not be written; does not wait for it."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._unsaved(error) from error
 
     def wait(self) -> None:
         """Waits for the save that is under way; raises Failure if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._unsaved(None, error) from error
+            raise self._unsaved(error) from error
 
-    def restore(self, like: Any, *, say: Say) -> tuple[int, Any] | None:
+    def restore(self, like: Any, *, say: Say, whole: bool = False) -> tuple[int, Any] | None:
         """Step and state of the newest good save, with the shapes and shardings of `like`.
 
-        None if nothing was saved. A save that cannot be read, or does not match its fingerprints,
-        is moved to `damaged/`, `say` is told why, and the one before is tried. `like` may be a part
-        of what was saved, such as `{"ema": ...}`.
+        None if nothing was saved. A save that cannot be read, by any of the processes, or does not
+        match its fingerprints is moved to `damaged/`, `say` is told why, and the one before is
+        tried. `like` may be a part of what was saved, such as `{"ema": ...}`, unless it is to be
+        the `whole` of it; then `say` also hears how the run that saved differs from this one.
 
         Raises UserError if the saves are of another model, or none of them is good.
         """
         found, reasons = None, []
         for step in self.steps():
-            try:
-                found = self._read(step, like)
+            state, about, why = self._read(step, like, whole)
+            if why is None and (wrong := _differing(state, about["fingerprints"])):
+                why = f"{len(wrong)} arrays differ from what was saved: {wrong[0]}"
+            if why is None:
+                found = step, state
                 break
-            except UserError:
-                raise
-            except Exception as error:  # Orbax raises whatever it meets; all of it means damage
-                line = str(error).strip().splitlines() or [type(error).__name__]
-                reasons.append((step, line[0][:200]))
+            reasons.append((step, why))
         if found is None and reasons:
             tried = "; ".join(f"step {step}: {why}" for step, why in reasons)
             raise UserError(
@@ -108,25 +130,45 @@ class Saves:
             say(f"The save of step {step} is damaged ({why}); it was moved to {place}.")
         if reasons:
             self._manager.reload()
+        if found is not None and whole:
+            self._compare(about.get("origin", {}), found[0], say)
         return found
 
-    def _read(self, step: int, like: Any) -> tuple[int, Any]:
-        read = self._manager.restore(
-            step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()})
-        )
-        about = read[ABOUT]
-        _check_same(about["arrays"], like, self._root / str(step))
-        args = ocp.checkpoint_utils.construct_restore_args(like)
-        part = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
-        state = self._manager.restore(step, args=ocp.args.Composite(**{STATE: part}))[STATE]
-        got, want = fingerprints(state), about["fingerprints"]
-        wrong = [path for path in got if got[path] != want[path]]
-        if wrong:
-            raise ValueError(f"{len(wrong)} arrays differ from what was saved: {wrong[0]}")
-        return step, state
+    def _read(self, step: int, like: Any, whole: bool) -> tuple[Any, dict[str, Any], str | None]:
+        """State, what is said of it, and why one of the processes could not read it."""
+        state, about, why = None, {}, None
+        try:
+            read = self._manager.restore(
+                step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()})
+            )
+            about = read[ABOUT]
+            _check_same(about["arrays"], like, self._root / str(step), whole)
+            args = ocp.checkpoint_utils.construct_restore_args(like)
+            part = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
+            state = self._manager.restore(step, args=ocp.args.Composite(**{STATE: part}))[STATE]
+        except UserError:
+            raise
+        except Exception as error:  # Orbax raises whatever it meets; all of it means damage
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if jax.process_count() > 1:  # all go back together, or some would wait for the others
+            failed = multihost_utils.process_allgather(np.array(why is not None))
+            if failed.any() and why is None:
+                why = f"process {int(np.argmax(failed))} cannot read it"
+        return state, about, why
 
-    def _check_room(self, state: Any) -> None:
-        need = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+    def _compare(self, origin: Mapping[str, Any], step: int, say: Say) -> None:
+        for name in sorted({*origin, *self._origin}):
+            before, now = origin.get(name), self._origin.get(name)
+            if before != now:
+                say(
+                    f"{name} was {before} when step {step} was saved and is {now} now: the run "
+                    "does not go on as it would have."
+                )
+
+    def check_room(self, state: Any) -> None:
+        """Failure if the disk has no room for what this process writes of a save."""
+        shards = (s for x in jax.tree.leaves(state) for s in x.addressable_shards)
+        need = sum(s.data.nbytes for s in shards if s.replica_id == 0)
         free = shutil.disk_usage(self.workdir).free
         if free < need:
             raise Failure(
@@ -134,8 +176,8 @@ class Saves:
                 f"{free / 2**30:.2f} GiB are free; {self._left()}"
             )
 
-    def _unsaved(self, step: int | None, error: Exception) -> Failure:
-        which = "a save" if step is None else f"the save of step {step}"
+    def _unsaved(self, error: Exception) -> Failure:
+        which = "a save" if self._writing is None else f"the save of step {self._writing}"
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         return Failure(f"{self._root}: {which} could not be written ({why}); {self._left()}")
 
@@ -205,16 +247,28 @@ def _shapes(tree: Any) -> dict[str, list]:
     return {path_of(keys): [list(x.shape), str(x.dtype)] for keys, x in leaves}
 
 
-def _check_same(saved: Mapping[str, list], like: Any, where: pathlib.Path) -> None:
-    """UserError naming the first arrays that were saved otherwise, or not at all."""
+def _check_same(saved: Mapping[str, list], like: Any, where: pathlib.Path, whole: bool) -> None:
+    """UserError naming the first arrays that were saved otherwise, not at all, or besides."""
+    here = _shapes(like)
+    paths = [*here, *(path for path in saved if whole and path not in here)]
     wrong = [
-        f"{path} is {saved.get(path, ['missing'])[0]} there and {shape[0]} here"
-        for path, shape in _shapes(like).items()
-        if saved.get(path) != shape
+        f"{path} is {_named(saved.get(path))} there and {_named(here.get(path))} here"
+        for path in paths
+        if saved.get(path) != here.get(path)
     ]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
-            f"{where}: saved by a run of another model or optimizer ({wrong[0]}{more}); give the "
-            "settings of that run, or choose a new --workdir"
+            f"{where}: saved by a run of another model, optimizer or recycling ({wrong[0]}{more}); "
+            "give the settings of that run, or choose a new --workdir"
         )
+
+
+def _named(array: list | None) -> str:
+    return "missing" if array is None else f"{array[1]} {array[0]}"
+
+
+def _differing(state: Any, want: Mapping[str, str]) -> list[str]:
+    """Paths of arrays that are not what was saved."""
+    got = fingerprints(state)
+    return [path for path in got if got[path] != want[path]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import chex
 import jax
@@ -12,6 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
+from longlive_jax.spec import Failure
+from longlive_jax.training import loop as loop_module
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import LoopSpec, Task, train
 from longlive_jax.training.optim import OptimSpec, make_optimizer, matrix_axes, schedule
@@ -90,8 +93,63 @@ def test_non_finite_updates_change_nothing_and_then_stop_the_run(tmp_path):
     assert int(state.step) == 2 and int(metrics["bad_steps"]) == 1
     state, metrics = step(state, Batches(1)[0])
     assert int(metrics["bad_steps"]) == 0
-    with pytest.raises(FloatingPointError, match="last 4 updates before step 8"):
-        train(task(10, poison=range(4, 10)), tmp_path, loop=spec(patience=3), optim=OPTIM, ema=EMA)
+    rare = spec(patience=3, log_every=10)  # a record is not what it waits for
+    with pytest.raises(FloatingPointError, match="in 4 updates in a row before step 9"):
+        train(task(10, poison=range(5, 10)), tmp_path, loop=rare, optim=OPTIM, ema=EMA)
+
+
+def test_a_dropped_update_leaves_the_others_in_the_record(tmp_path):
+    train(task(4, poison=[2]), tmp_path, loop=spec(steps=4, log_every=4), optim=OPTIM, ema=EMA)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    logged = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert logged[0]["loss"] > 0 and logged[0]["bad_steps"] == 0.25
+
+
+def test_a_first_save_that_was_cut_off_is_none(tmp_path):
+    """The run begins where it would have, not from random parameters."""
+    (tmp_path / "state/5.orbax-checkpoint-tmp").mkdir(parents=True)
+    begun = dataclasses.replace(task(1), start=lambda: {"kernel": jnp.array([5.0, 5.0])})
+    state = train(begun, tmp_path, loop=spec(steps=1), optim=OPTIM, ema=EMA)
+    assert (np.abs(np.asarray(state.params["kernel"]) - 5) < 0.1).all()
+
+
+def test_the_message_of_a_failed_save_is_not_lost_to_a_full_disk(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop_module, "plot_curves", full)
+    monkeypatch.setattr(loop_module.Saves, "save", lambda self, *_: self.check_room(None) or stop())
+
+    def stop():
+        raise Failure("make room")
+
+    with pytest.raises(Failure, match="make room"):
+        train(task(10), tmp_path, loop=spec(eval_every=0), optim=OPTIM, ema=EMA)
+
+
+def test_rates_count_updates_and_not_what_lies_between(tmp_path):
+    """Saves and evaluations inside of a window: an update is not faster than what it waits for."""
+    delay = 0.02
+
+    def place(batch):
+        time.sleep(delay)
+        return jnp.asarray(batch)
+
+    def evaluate(params, step, workdir):
+        time.sleep(0.5)
+        return {}
+
+    slow = dataclasses.replace(task(20), place=place, evaluate=evaluate)
+    rhythm = spec(steps=20, log_every=10, save_every=7, eval_every=6)
+    train(slow, tmp_path, loop=rhythm, optim=OPTIM, ema=EMA)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    second = next(r for r in lines if r["step"] == 20 and "steps_per_s" in r)
+    assert 10 / (10 * delay + 1.0) < second["steps_per_s"] <= 1.05 / delay
+    assert second["data_wait"] <= 1.0
 
 
 def test_average_copies_until_its_start():

@@ -52,10 +52,10 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def restored(folder, target=None):
-    said = []
-    with Saves(folder) as saves:
-        found = saves.restore(like(state_of(0)) if target is None else target, say=said.append)
+def restored(folder, target=None, *, whole=False, origin=None):
+    said, target = [], like(state_of(0)) if target is None else target
+    with Saves(folder, origin=origin) as saves:
+        found = saves.restore(target, say=said.append, whole=whole)
     return found, said
 
 
@@ -192,9 +192,41 @@ def test_a_save_of_another_model_is_refused(workdir):
     target = like(state_of(0))
     target.params["w"] = jax.ShapeDtypeStruct((64, 8), jnp.float32)
     with pytest.raises(
-        UserError, match=r"another model.*params/w is \[64, 16\] there and \[64, 8\]"
+        UserError,
+        match=r"another model.*params/w is float32 \[64, 16\] there and float32 \[64, 8\]",
     ):
         restored(workdir, target)
+
+
+def test_a_whole_restore_wants_all_that_was_saved(workdir):
+    """A part may be asked for, but a run must not forget what it had, such as a LoRA."""
+    target = like(state_of(0))
+    del target.params["b"]
+    assert restored(workdir, target)[0][0] == 30
+    with pytest.raises(UserError, match=r"params/b is bfloat16 \[3\] there and missing here"):
+        restored(workdir, target, whole=True)
+
+
+def test_a_run_that_goes_on_otherwise_is_told(tmp_path):
+    origin = {"seed": 1, "clips": "abc"}
+    with Saves(tmp_path, origin=origin) as saves:
+        saves.save(5, state_of(5))
+    assert restored(tmp_path, whole=True, origin=origin)[1] == []
+    found, said = restored(tmp_path, whole=True, origin=origin | {"seed": 2})
+    assert found[0] == 5 and len(said) == 1
+    assert said[0].startswith("seed was 1 when step 5 was saved and is 2 now")
+
+
+def test_room_is_needed_for_one_copy(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    mesh = make_mesh(MeshSpec(4, 1, 1), jax.devices()[:4])
+    state = jax.device_put({"w": jnp.zeros(1000)}, NamedSharding(mesh, P()))
+    with Saves(tmp_path) as saves:
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(1, 1, 4000))
+        saves.check_room(state)
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(1, 1, 3999))
+        with pytest.raises(Failure, match="nothing is saved yet"):
+            saves.check_room(state)
 
 
 def test_a_full_disk_loses_nothing(workdir, monkeypatch):
