@@ -6,8 +6,10 @@ by itself; anywhere else the command says where the first process is.
 
 import dataclasses
 import os
+import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -51,16 +53,55 @@ class Hosts:
 def join(hosts: Hosts) -> None:
     """Joins the job; before the first use of a device.
 
-    Raises ValueError if no cluster manager is found and no coordinator given, RuntimeError if the
-    others do not come within five minutes.
+    Raises UserError if no coordinator is given and no cluster manager knows one, Failure if this is
+    the first process and its port is taken, or if the manager cannot be asked. If the others do not
+    come within five minutes, JAX itself ends the process with what it knows.
     """
-    jax.distributed.initialize(
-        hosts.coordinator,
-        hosts.processes,
-        hosts.index,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    if hosts.coordinator is not None and hosts.index == 0:
+        _check_free(hosts.coordinator)
+    try:
+        with warnings.catch_warnings():
+            # Without the client JAX passes Kubernetes over; what that means is said below.
+            warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
+            jax.distributed.initialize(
+                hosts.coordinator,
+                hosts.processes,
+                hosts.index,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+    except ValueError as error:
+        if hosts.coordinator is not None:
+            raise UserError(f"--hosts: {error}") from error
+        inside = "KUBERNETES_SERVICE_HOST" in os.environ
+        client = ", or install longlive-jax[k8s] for Kubernetes" * inside
+        raise UserError(
+            "--hosts=auto: no Slurm, Open MPI or Kubernetes job found; give "
+            f"--hosts=HOST:PORT,PROCESSES,INDEX{client}"
+        ) from error
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        place = (
+            "" if hosts.coordinator is None else f" as process {hosts.index} of {hosts.processes}"
+        )
+        raise Failure(
+            f"--hosts: could not join the job{place} ({why}); give --hosts=HOST:PORT,PROCESSES,"
+            "INDEX, or see that the first process can be reached, and start all again"
+        ) from error
+
+
+def _check_free(address: str) -> None:
+    """Failure if something listens on the port already, on which JAX would crash."""
+    port = int(address.rsplit(":", 1)[1])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise Failure(
+                f"--hosts: port {port} cannot be used here ({error.strerror}); end what holds it, "
+                "or give all processes another one"
+            ) from error
 
 
 def leave_at_once(call: Callable[[], int]) -> int:
