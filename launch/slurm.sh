@@ -14,8 +14,11 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 here=${SLURM_SUBMIT_DIR:-$PWD}
-# One dead process ends the step for all; the heartbeat finds those that only hang.
-srun --kill-on-bad-exit=1 --gpus-per-task=1 \
+# One dead process ends the step for all; the heartbeat finds those that only hang. Every process
+# sees all GPUs of its host and JAX takes the one of its rank there (SLURM_LOCALID): bound to one
+# GPU each, which is number 0 to all of them, the others would find none. srun does not take over
+# the CPUs a task by itself.
+srun --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     "$here/.venv/bin/longlive" train --hosts=auto "$@"
 code=$?
 if [ "$code" -eq 143 ]; then
