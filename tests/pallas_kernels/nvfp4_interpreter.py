@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Fixes = dict[Any, Callable[[np.ndarray], np.ndarray]]  # by the key of a buffer
 
@@ -116,13 +115,3 @@ def _scales(memory: Any, task: Any, pipeline_clock: Any, number: int) -> list[np
                 task.thread, clock.generic_clock, key, access, source_info=task.source_info
             )
     return found
-
-
-def simulated() -> plgpu.InterpretGPUParams:
-    """Interpretation with race detection."""
-    return plgpu.InterpretGPUParams(detect_races=True)
-
-
-def races() -> bool:
-    """Whether the last interpreted kernel had any."""
-    return callbacks.get_races().races_found

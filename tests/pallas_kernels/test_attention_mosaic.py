@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.layout import grid, teacher_forcing, windowed
 from pallas_kernels.attention import attention, reference
@@ -21,6 +20,7 @@ from pallas_kernels.attention.tilemap import pad_tokens
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tokens import EMPTY, concat, make, visible
 from tests.pallas_kernels import deviceless
+from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
 CUTS = np.array([False, False, True, False])
 RANKS = [grid(2, 4, 9, chunk=1, start=2 * r, noisy=noisy) for r in range(2) for noisy in (0, 1)]
@@ -60,21 +60,14 @@ def distance(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def races() -> bool:
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    return gpu_callbacks.get_races().races_found
-
-
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 @pytest.mark.parametrize(
     "name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
 )
 def test_values_and_gradients_are_those_of_the_oracle(name, target):
-    simulated = plgpu.InterpretGPUParams(detect_races=True)
     tokens = LAYOUTS[name]()
-    check_against_the_oracle(tokens, heads=1, width=64, target=target, interpret=simulated)
-    assert not races()
+    with no_races(kernels=3):  # the output, dq, dk and dv
+        check_against_the_oracle(tokens, heads=1, width=64, target=target, interpret=SIMULATED)
 
 
 @pytest.mark.gpu
@@ -119,7 +112,8 @@ def test_odd_and_unequal_lengths_and_queries_that_see_nothing(target):
         for i, t in enumerate((queries, k_tokens))
     )
     mask = op.mask_of(queries, k_tokens, target=target)
-    out, lse = op.attend_mask(q, k, k, mask, interpret=plgpu.InterpretGPUParams())
+    with no_races(kernels=1):
+        out, lse = op.attend_mask(q, k, k, mask, interpret=SIMULATED)
     exact = (x.astype(jnp.float32) for x in (q, k, k))
     want, want_lse = reference.attend_with_lse(*exact, queries, k_tokens)
     assert distance(out, want) < 5e-3

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import attention, packed, reference
 from pallas_kernels.attention.mosaic import packed_op
@@ -20,6 +19,7 @@ from pallas_kernels.nvfp4 import BLOCK, NVFP4, dequantize
 from pallas_kernels.nvfp4.format import CODE, SCALE
 from pallas_kernels.tokens import EMPTY, concat, make
 from tests.pallas_kernels import deviceless
+from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
 
 def problem(*, batch=1, slots=2, tokens=64, heads=2, width=64, own=40, dtype=jnp.bfloat16):
@@ -77,20 +77,13 @@ def test_an_offset_a_token_is_restored():
     np.testing.assert_array_equal(got, want.reshape(1, -1, 2, 64))
 
 
-def races() -> bool:
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    return gpu_callbacks.get_races().races_found
-
-
 def test_the_kernel_equals_the_oracle():
     """Two tiles a slot, queries that fill no tile, an empty slot, an offset, and no race."""
     arguments, offset, tokens = problem(heads=1, tokens=128)
     want = attention_packed(*arguments, *tokens, offset=offset, implementation="reference")
-    simulated = plgpu.InterpretGPUParams(detect_races=True)
-    got = packed_op.attend(*arguments, *tokens, offset, interpret=simulated)
+    with no_races(kernels=2):  # own keys, packed keys
+        got = packed_op.attend(*arguments, *tokens, offset, interpret=SIMULATED)
     assert distance(got, want) < 5e-3
-    assert not races()
 
 
 def test_the_kernel_without_an_offset_and_where_nothing_is_seen():
@@ -98,14 +91,13 @@ def test_the_kernel_without_an_offset_and_where_nothing_is_seen():
     blind = make(np.zeros((8, 3), np.int32), EMPTY, False)
     queries = concat(make(np.zeros((32, 3), np.int32), 2, True), blind)
     past = make(np.zeros((128, 3), np.int32), every.chunk[40:], False)
-    simulated = plgpu.InterpretGPUParams(detect_races=True)
-    out, lse = packed_op.attend_past(k, past_k, past_v, queries, past, interpret=simulated)
+    with no_races(kernels=1):
+        out, lse = packed_op.attend_past(k, past_k, past_v, queries, past, interpret=SIMULATED)
     keys, values = (unpacked(x, None, jnp.float32) for x in (past_k, past_v))
     want, want_lse = reference.attend_with_lse(k.astype(jnp.float32), keys, values, queries, past)
     assert distance(out, want) < 5e-3
     np.testing.assert_allclose(lse, want_lse, atol=2e-3)
     assert not np.asarray(out[0, -8:], np.float32).any() and np.isneginf(lse[0, -8:]).all()
-    assert not races()
 
 
 def test_parts_merge_by_their_log_sum_exp():

@@ -22,7 +22,8 @@ from pallas_kernels.nvfp4.mosaic import matmul_tiling as tilings
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import tile_of
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import Problem, Tiling
 from tests.pallas_kernels import deviceless
-from tests.pallas_kernels.nvfp4_interpreter import nvfp4_interpreter, races, simulated
+from tests.pallas_kernels.interpreter import SIMULATED, no_races
+from tests.pallas_kernels.nvfp4_interpreter import nvfp4_interpreter
 
 ONE_BLOCK = ("nvfp4_matmul", "most tokens", "rank 16, single blocks")
 WIDE = Tiling(256, False, stages=3, clusters=1)
@@ -78,9 +79,8 @@ def test_it_equals_the_oracle(case):
     bias = jax.random.normal(jax.random.key(2), (case.n,)) if case.bias else None
     pair = (whole(3, case.m, case.rank), whole(4, case.rank, case.n)) if case.rank else None
     options = {"bias": bias, "low_rank": pair, "out_dtype": case.dtype}
-    with nvfp4_interpreter():
-        got = op.matmul(a, b, tiling=case.tiling, interpret=simulated(), **options)
-        assert not races()
+    with nvfp4_interpreter(), no_races(kernels=1):
+        got = op.matmul(a, b, tiling=case.tiling, interpret=SIMULATED, **options)
     np.testing.assert_array_equal(got, products.reference(a, b, **options))
 
 
@@ -93,10 +93,10 @@ def test_real_numbers_swizzled_scales_and_a_branch_in_float32():
     )
     left = jax.random.normal(jax.random.key(2), (64, 8))
     right = jax.random.normal(jax.random.key(3), (8, 128)).astype(jnp.bfloat16)
-    with nvfp4_interpreter():
+    with nvfp4_interpreter(), no_races(kernels=1):
         got = op.matmul(
             a, b, low_rank=(left, right), out_dtype=jnp.float32, b_swizzled=swizzle(b.scales),
-            interpret=simulated(),
+            interpret=SIMULATED,
         )  # fmt: skip
     want = products.reference(a, b, out_dtype=jnp.float32) + left @ right.astype(jnp.float32)
     bound = 2.0**-8 * np.abs(left) @ np.abs(right.astype(jnp.float32)) + 1e-5
@@ -157,7 +157,7 @@ A, B = exact(0, 32, 64), exact(1, 128, 64)
 )
 def test_it_says_what_it_does_not_take(a, b, options, message):
     with pytest.raises(Unsupported, match=message):
-        op.matmul(a, b, interpret=simulated(), **options)
+        op.matmul(a, b, interpret=SIMULATED, **options)
 
 
 def test_it_refuses_what_it_cannot_run():

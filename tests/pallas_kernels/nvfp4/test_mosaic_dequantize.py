@@ -9,7 +9,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import NVFP4, reference
 from pallas_kernels.nvfp4.format import dequantize_reference
 from pallas_kernels.nvfp4.mosaic.dequantize import dequantize, dequantize_slots
-from tests.pallas_kernels.nvfp4.test_mosaic_quantize import races, simulated
+from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
 
 def packed(*shape: int, lead: int = 0, rule="mse") -> NVFP4:
@@ -19,14 +19,16 @@ def packed(*shape: int, lead: int = 0, rule="mse") -> NVFP4:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_equals_the_oracle(dtype):
     a = packed(2, 37, 128, lead=1, rule="static_6")
-    got = dequantize(a, jnp.dtype(dtype), interpret=simulated())
-    assert not races() and got.dtype == dtype
+    with no_races(kernels=1):
+        got = dequantize(a, jnp.dtype(dtype), interpret=SIMULATED)
+    assert got.dtype == dtype
     np.testing.assert_array_equal(got, dequantize_reference(a, jnp.dtype(dtype)))
 
 
 def test_less_than_a_group():
     a = packed(3, 16)
-    got = dequantize(a, interpret=simulated())
+    with no_races(kernels=1):
+        got = dequantize(a, interpret=SIMULATED)
     np.testing.assert_array_equal(got, dequantize_reference(a, jnp.bfloat16))
 
 
@@ -35,17 +37,17 @@ def test_only_listed_slots_are_read():
     a = packed(4, 9, 2, 128, lead=1)
     broken = NVFP4(a.codes, a.scales, a.amax.at[jnp.array([1, 3])].set(jnp.nan), a.rule)
     slots = jnp.array([2, 0, 2])
-    got = jax.jit(lambda slots: dequantize_slots(broken, slots, interpret=simulated()))(slots)
-    assert not races()
+    with no_races(kernels=1):
+        got = jax.jit(lambda slots: dequantize_slots(broken, slots, interpret=SIMULATED))(slots)
     np.testing.assert_array_equal(got, dequantize_reference(a, jnp.bfloat16)[slots])
 
 
 def test_it_says_what_it_does_not_take():
     a = packed(2, 16, 32)
     with pytest.raises(ValueError, match=r"amax has shape \(\); 2 slots have one each"):
-        dequantize_slots(a, jnp.array([0]), interpret=simulated())
+        dequantize_slots(a, jnp.array([0]), interpret=SIMULATED)
     with pytest.raises(ValueError, match="the kernel writes bfloat16 or float32"):
-        dequantize(a, jnp.float16, interpret=simulated())
+        dequantize(a, jnp.float16, interpret=SIMULATED)
     if jax.default_backend() != "gpu":
         with pytest.raises(Unsupported, match="dequantize kernel needs an NVIDIA GPU"):
             dequantize(a)
