@@ -73,11 +73,9 @@ def join(hosts: Hosts) -> None:
     except ValueError as error:
         if hosts.coordinator is not None:
             raise UserError(f"--hosts: {error}") from error
-        inside = "KUBERNETES_SERVICE_HOST" in os.environ
-        client = ", or install longlive-jax[k8s] for Kubernetes" * inside
         raise UserError(
             "--hosts=auto: no Slurm, Open MPI or Kubernetes job found; give "
-            f"--hosts=HOST:PORT,PROCESSES,INDEX{client}"
+            "--hosts=HOST:PORT,PROCESSES,INDEX (Kubernetes is only found with longlive-jax[k8s])"
         ) from error
     except RuntimeError as error:
         why = " ".join(str(error).split())[:300]

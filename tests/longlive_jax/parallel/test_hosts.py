@@ -46,7 +46,7 @@ def test_no_cluster_manager(kubernetes, monkeypatch, capfd):
     assert run([*command, "--hosts=auto"]) == 2
     said = capfd.readouterr().err
     assert said.startswith(f"longlive: {AUTO}") and said.count("\n") == 1
-    assert ("longlive-jax[k8s]" in said) == kubernetes
+    assert "longlive-jax[k8s]" in said
 
 
 def test_joining_that_fails(monkeypatch):
