@@ -20,7 +20,8 @@ from pallas_kernels.tokens import COLUMNS, EMPTY, Tokens, visible
 MOST_RANGES = 64
 """Ranges a row gets if columns are traced; a row that needs more ends in one long partial range.
 In Balanced order a row needs up to three for every device of the sequence."""
-
+ROWS_AT_ONCE = 64
+"""Rows of a map that are made together: enough to be quick, few enough to need little memory."""
 
 Rows = Literal["query", "key"]
 """What the rows of a map are tiles of; its columns are tiles of the other."""
@@ -140,13 +141,21 @@ def _kinds(own: _Tiles, others: _Tiles, rows: Rows, tile: Array) -> Int[Array, "
 def _needed(own: _Tiles, others: _Tiles, rows: Rows) -> Int[Array, ""]:
     """The most ranges of any row."""
     tiles = jnp.arange(own.simple.shape[1])
-    return lax.map(lambda tile: _begins(_kinds(own, others, rows, tile)).sum(-1).max(), tiles).max()
+
+    def needed(tile: Array) -> Array:
+        return _begins(_kinds(own, others, rows, tile)).sum(-1).max()
+
+    return lax.map(needed, tiles, batch_size=ROWS_AT_ONCE).max()
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "ranges"))
 def _collect(own: _Tiles, others: _Tiles, rows: Rows, ranges: int) -> TileMap:
     tiles = jnp.arange(own.simple.shape[1])
-    parts = lax.map(lambda tile: _ranges(_kinds(own, others, rows, tile), ranges), tiles)
+
+    def made(tile: Array) -> tuple[Array, ...]:
+        return _ranges(_kinds(own, others, rows, tile), ranges)
+
+    parts = lax.map(made, tiles, batch_size=ROWS_AT_ONCE)
     return TileMap(*(jnp.swapaxes(x, 0, 1) for x in parts))
 
 

@@ -11,6 +11,7 @@ from longlive_jax.models.wan import DiT, DiTConfig
 from pallas_kernels.attention import attention, attention_with_lse, lay_out
 from pallas_kernels.attention.mosaic import op
 from pallas_kernels.dispatch import Unsupported
+from tests.pallas_kernels.programs import equations, names
 
 MAP_MAKING = {"_tiles", "_collect", "_needed"}
 """Jitted parts of `tilemap`."""
@@ -91,24 +92,3 @@ def layers(eqn) -> bool:
     if eqn.primitive.name != "scan" or eqn.params["length"] != 3:
         return False
     return "wgmma_ref" in names(eqn.params["jaxpr"].jaxpr)
-
-
-def equations(jaxpr):
-    """All equations, those of inner programs too."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
-            if is_program(inner):
-                yield from equations(getattr(inner, "jaxpr", inner))
-
-
-def is_program(x) -> bool:
-    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
-
-
-def names(jaxpr) -> set[str]:
-    """Primitives, and the names of jitted functions."""
-    found = set()
-    for eqn in equations(jaxpr):
-        found |= {eqn.primitive.name, str(eqn.params.get("name", ""))}
-    return found

@@ -8,6 +8,7 @@ import pytest
 from longlive_jax.layout import grid, teacher_forcing, windowed
 from pallas_kernels.attention.tilemap import TileMap, density, pad_tokens, tile_map
 from pallas_kernels.tokens import Tokens, concat, visible
+from tests.pallas_kernels.programs import equations
 
 CUTS = np.array([False, False, True, False, False, True, False, False])
 
@@ -51,6 +52,7 @@ def dense(tokens: Tokens, q_tile: int, k_tile: int) -> np.ndarray:
 
 def spread(tiles: TileMap, columns: int) -> np.ndarray:
     """The map as [b, rows, columns]."""
+    tiles = jax.tree.map(np.asarray, tiles)
     kinds = np.zeros((*tiles.count.shape, columns), int)
     for index in np.ndindex(*tiles.start.shape):
         start, stop, full = (int(x[index]) for x in (tiles.start, tiles.stop, tiles.full))
@@ -82,6 +84,23 @@ def test_traced_columns_give_the_same_map():
     columns = q.chunk.shape[1] // 8
     for a, b in zip(known, traced, strict=True):
         np.testing.assert_array_equal(spread(a, columns), spread(b, columns))
+
+
+def test_rows_are_made_many_at_a_time():
+    """Of 64 and of those that are left, where columns are traced."""
+    tokens = grid(150, 2, 4, chunk=1)
+    q, columns = pad_tokens(tokens, 8), 150
+
+    def run(t):
+        return tile_maps(t, t, q_tile=8, k_tile=8)
+
+    jitted = jax.jit(run)
+    for known, traced in zip(run(q), jitted(q), strict=True):
+        np.testing.assert_array_equal(spread(traced, columns), spread(known, columns))
+    want = dense(tokens, 8, 8)
+    np.testing.assert_array_equal(spread(run(q)[0], columns), want)
+    loops = [x for x in equations(jax.make_jaxpr(run)(q).jaxpr) if x.primitive.name == "scan"]
+    assert [loop.params["length"] for loop in loops] == [2, 2]
 
 
 def test_traced_columns_of_many_ranks_lose_nothing():
