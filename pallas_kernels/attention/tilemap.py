@@ -6,7 +6,7 @@ partial, so memory grows with the number of tiles and not with its square.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import flax.struct
@@ -140,23 +140,29 @@ def _kinds(own: _Tiles, others: _Tiles, rows: Rows, tile: Array) -> Int[Array, "
 @functools.partial(jax.jit, static_argnames="rows")
 def _needed(own: _Tiles, others: _Tiles, rows: Rows) -> Int[Array, ""]:
     """The most ranges of any row."""
-    tiles = jnp.arange(own.simple.shape[1])
 
     def needed(tile: Array) -> Array:
         return _begins(_kinds(own, others, rows, tile)).sum(-1).max()
 
-    return lax.map(needed, tiles, batch_size=ROWS_AT_ONCE).max()
+    return _by_rows(needed, own.simple.shape[1]).max()
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "ranges"))
 def _collect(own: _Tiles, others: _Tiles, rows: Rows, ranges: int) -> TileMap:
-    tiles = jnp.arange(own.simple.shape[1])
-
     def made(tile: Array) -> tuple[Array, ...]:
         return _ranges(_kinds(own, others, rows, tile), ranges)
 
-    parts = lax.map(made, tiles, batch_size=ROWS_AT_ONCE)
+    parts = _by_rows(made, own.simple.shape[1])
     return TileMap(*(jnp.swapaxes(x, 0, 1) for x in parts))
+
+
+def _by_rows(function: Callable[[Array], Any], rows: int) -> Any:
+    """`function` of every row's number, stacked; the last row fills up the last time around."""
+    size = min(rows, ROWS_AT_ONCE)
+    times = -(-rows // size)
+    numbers = jnp.minimum(jnp.arange(times * size), rows - 1).reshape(times, size)
+    found = lax.map(jax.vmap(function), numbers)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], found)
 
 
 def _begins(kinds: Int[Array, "b n"]) -> Bool[Array, "b n"]:
