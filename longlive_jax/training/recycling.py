@@ -16,6 +16,7 @@ mesh nor on a restart. With positions by column nothing moves between sp ranks.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -142,7 +143,8 @@ def bytes_held(
     if mesh is None:
         return whole
     parts = 1
-    for names in partition(spec, parts_of(mesh, BATCH)).latent.entries:
+    samples = math.prod(mesh.get(axis, 1) for axis in BATCH)
+    for names in partition(spec, samples).latent.entries:
         parts *= parts_of(mesh, names)
     return whole // parts
 

@@ -138,14 +138,15 @@ class Saves:
         """State, what is said of it, and why one of the processes could not read it."""
         state, about, why = None, {}, None
         try:
-            read = self._manager.restore(
-                step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()})
+            about = _alone(ocp.JsonCheckpointHandler).restore(
+                self._root / str(step) / ABOUT, args=ocp.args.JsonRestore()
             )
-            about = read[ABOUT]
             _check_same(about["arrays"], like, self._root / str(step), whole)
             args = ocp.checkpoint_utils.construct_restore_args(like)
             part = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
-            state = self._manager.restore(step, args=ocp.args.Composite(**{STATE: part}))[STATE]
+            state = _alone(ocp.PyTreeCheckpointHandler).restore(
+                self._root / str(step) / STATE, args=part
+            )
         except UserError:
             raise
         except Exception as error:  # Orbax raises whatever it meets; all of it means damage
@@ -196,6 +197,17 @@ class Saves:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"put aside {step}")
         return place
+
+
+def _alone(handler: Any) -> ocp.Checkpointer:
+    """A reader that waits for no other process, since one that meets damage does not come."""
+    this = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    return ocp.Checkpointer(
+        handler(multiprocessing_options=options), multiprocessing_options=options
+    )
 
 
 def restore_weights(

@@ -40,11 +40,11 @@ def words(places, workdir, *more):
     return [*command(places, workdir, *SETTINGS), *more]
 
 
-def job(places, workdir):
+def job(places, workdir, *more, devices=2):
     """Both processes of a run."""
     at = f"127.0.0.1:{free_port()},2"
     hosts = [f"--hosts={at},{i}" for i in range(2)]
-    return [longlive(*words(places, workdir, host), devices=2) for host in hosts]
+    return [longlive(*words(places, workdir, *more, host), devices=devices) for host in hosts]
 
 
 def losses(workdir):
@@ -87,3 +87,14 @@ def test_multiprocess_training_on_videos_survives_the_death_of_a_process(places,
     assert "Resumed from step" in found[0][1] and "Resumed" not in found[1][1]
     assert losses(workdir) == [(i, pytest.approx(x, rel=1e-5)) for i, x in losses(whole)]
     chex.assert_trees_all_close(trained(workdir), trained(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_multiprocess_training_straight_from_videos_decodes_them_in_halves(places, whole, tmp_path):
+    """Each process one of two devices of every sequence, and the frames that this one encodes."""
+    changes = ("mesh.data=1", "loop.steps=3", f"videos={places / 'videos'}", "anywhere=false")
+    more = [f"--config.{change}" for change in changes]
+    found = [ended(process, LONG) for process in job(places, tmp_path / "run", *more, devices=1)]
+    assert all(code == 0 for code, _ in found), found
+    assert losses(tmp_path / "run") == [
+        (i, pytest.approx(x, rel=2e-4)) for i, x in losses(whole)[:3]
+    ]

@@ -50,6 +50,19 @@ def test_multiprocess_run_killed_and_resumed_equals_one_process(alone, tmp_path,
     assert [step for step, _ in losses(tmp_path)] == list(range(1, STEPS + 1))
 
 
+def test_multiprocess_damage_that_one_process_meets_sends_all_back(alone, tmp_path):
+    assert all(code == 0 for code, _ in outcome(job(tmp_path, 2, devices=1)))
+    written = list((tmp_path / f"state/{STEPS}").glob("**/ocdbt.process_1/d/*"))
+    assert written
+    for file in written:
+        file.write_bytes(file.read_bytes()[:16])
+    found = outcome(job(tmp_path, 2, devices=1))
+    assert all(code == 0 for code, _ in found), found
+    assert f"The save of step {STEPS} is damaged" in found[0][1]
+    assert "Resumed from step 5" in found[0][1]
+    chex.assert_trees_all_close(final(tmp_path, STEPS), final(alone, STEPS), rtol=1e-5, atol=1e-6)
+
+
 def test_multiprocess_sigterm_to_one_stops_all_after_the_same_step(tmp_path):
     first = job(tmp_path, 2, devices=1, delay="0.3", steps=40)
     wait_for(tmp_path / "state/5", first[0])

@@ -22,6 +22,7 @@ from longlive_jax.training.optim import OptimSpec
 from longlive_jax.training.step import EMASpec, forgetful
 
 ROWS = 8
+WIDTH = 256  # too wide for a save to keep its arrays in its index
 
 
 class Batches:
@@ -54,8 +55,8 @@ def loss_fn(params, batch, key):
 def init(key):
     keys = jax.random.split(key)
     return {
-        "w": {"kernel": jax.random.normal(keys[0], (4, 16))},
-        "v": {"kernel": jax.random.normal(keys[1], (16, 1))},
+        "w": {"kernel": jax.random.normal(keys[0], (4, WIDTH))},
+        "v": {"kernel": jax.random.normal(keys[1], (WIDTH, 1)) * WIDTH**-0.5},
     }
 
 
