@@ -41,7 +41,7 @@ from longlive_jax.training.ar import (
     counted,
     forward,
 )
-from longlive_jax.training.corpus import CorpusSpec, encoded_corpus, origin_of
+from longlive_jax.training.corpus import CorpusSpec, encoded_corpus
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
 from longlive_jax.training.objective import objective, remembered
@@ -96,25 +96,17 @@ class ARStage(RunSpec):
         for component, stage in (("vae", "vae"), ("umt5", "text")):
             if not (out / component).is_dir():
                 raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
-        model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
-        graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
-        specs = rules.specs_for(rules.DIT, shapes)
-        try:
-            rules.check_divides(mesh, specs, shapes)
-        except ValueError as error:
-            raise UserError(f"config: {error}") from error
+        graphdef, shapes, specs = self._shapes(mesh)
         init = self._init if self.start == "random" else self._restored(out)
         past = self._past(out, workdir)
-        umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
-        prompts = prompt_table()
-        text = jnp.asarray(encode_prompts(umt5, tokenizer, prompts, length=self.model.text_len))
+        text = self._texts(out)
         videos = encoded_corpus(self.corpus, seed=self.loop.seed, checkpoint=out, workdir=workdir)
         size = self._chunk_tokens(videos)
         chunkwise = functools.partial(attend_chunks, size=size, most=self.episodes.window)
         setup = ARSetup(
             graphdef,
             world.CHUNK_LATENTS,
-            empty_prompt=len(prompts) - 1,
+            empty_prompt=len(text) - 1,
             spec=self.loss,
             attention_for=lambda _: chunkwise,
             unroll=self.unroll,
@@ -126,10 +118,7 @@ class ARStage(RunSpec):
             loss_fn=self._loss_fn(setup, mesh, quant.specs(specs, shapes), text),
             prepare=quant.prepare,
             weigh=lambda batch: counted(Episode(**batch), world.CHUNK_LATENTS, self.loss),
-            origin={
-                "batch": self.episodes.batch,
-                "corpus": origin_of(self.corpus, self.loop.seed, out),
-            },
+            origin={"batch": self.episodes.batch},
             notes=(quant.describe(shapes),),
             feed=in_order(EpisodeBatches(train, self.episodes, self.loop.steps, self.loop.seed)),
             evaluate=self._evaluation(
@@ -146,6 +135,26 @@ class ARStage(RunSpec):
                 self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:]), self.mesh
             ),
         )
+
+    def _shapes(self, mesh: Mesh) -> tuple[nnx.GraphDef[DiT], Params, Any]:
+        """Of the model as it is trained: its graph, parameters' shapes, and how these are split.
+
+        UserError for a mesh that does not divide them.
+        """
+        model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
+        graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
+        specs = rules.specs_for(rules.DIT, shapes)
+        try:
+            rules.check_divides(mesh, specs, shapes)
+        except ValueError as error:
+            raise UserError(f"config: {error}") from error
+        return graphdef, shapes, specs
+
+    def _texts(self, out: pathlib.Path) -> Array:
+        """Features [p, t, e] of every prompt, the empty one last."""
+        umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
+        length = self.model.text_len
+        return jnp.asarray(encode_prompts(umt5, tokenizer, prompt_table(), length=length))
 
     def _loss_fn(self, setup: ARSetup, mesh: Mesh, specs: Any, text: Array) -> LossFn:
         """The loss on one device or over the mesh, with error recycling if there is any."""

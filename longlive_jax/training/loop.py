@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -167,16 +168,7 @@ def train(
     ):
         state = run.resumed(saves, state)
         saves.check_room(state)
-        step_fn = make_train_step(
-            task.loss_fn,
-            tx,
-            ema,
-            loop.seed,
-            accumulate=loop.accumulate,
-            shardings=where,
-            prepare=task.prepare,
-            weigh=task.weigh,
-        )
+        step_fn = run.step_fn(tx, ema, where)
         return run.until_done(state, step_fn, saves, stop)
 
 
@@ -211,6 +203,20 @@ class _Run:
         for note in self.task.notes:
             self.say(note)
         return state
+
+    def step_fn(self, tx: optax.GradientTransformation, ema: EMASpec, where: TrainState):
+        """The update, to states that lie at `where`."""
+        task, loop = self.task, self.loop
+        return make_train_step(
+            task.loss_fn,
+            tx,
+            ema,
+            loop.seed,
+            accumulate=loop.accumulate,
+            shardings=where,
+            prepare=task.prepare,
+            weigh=task.weigh,
+        )
 
     def until_done(self, state: TrainState, step_fn, saves: Saves, stop: StopRequest) -> TrainState:
         """Steps, logs, evaluates and saves."""

@@ -16,6 +16,7 @@ mesh nor on a restart. With positions by column nothing moves between sp ranks.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -223,14 +224,7 @@ def recycle(
     open_ = ~clean & (buffers.seen >= spec.start)
     before, after = (eb.rows_of(layout, x) for x in _columns(batch, chunk))
     column, _ = eb.column_of(layout, after, _bucket(draws, chunk, spec, loss))
-
-    def mixed(pick: Pick, share: float, errors: Array, like: Array) -> Array:
-        if not share:
-            return like
-        scale = 1 + spec.modulation * (2 * pick.scale - 1)
-        scale = jnp.where((open_ & (pick.gate < share))[:, None], scale, 0.0)
-        scale = scale[..., None, None, None, None]
-        return like + (scale * errors).reshape(like.shape).astype(like.dtype)
+    mixed = functools.partial(_mixed, open_, spec.modulation)
 
     def near(buffer: eb.Buffer, pick: Pick) -> Array:
         def one(lane: eb.Buffer, row: Array, column: Array, share: Array) -> Array:
@@ -251,6 +245,18 @@ def recycle(
         draws=dataclasses.replace(draws, noise=noise, context=_where(kept, draws.context, context)),
         clean=clean,
     )
+
+
+def _mixed(
+    open_: Array, modulation: float, pick: Pick, share: float, errors: Array, like: Array
+) -> Array:
+    """`like` [b, n m, h, w, c] and `errors` of the samples that are open and picked."""
+    if not share:
+        return like
+    scale = 1 + modulation * (2 * pick.scale - 1)
+    scale = jnp.where((open_ & (pick.gate < share))[:, None], scale, 0.0)
+    scale = scale[..., None, None, None, None]
+    return like + (scale * errors).reshape(like.shape).astype(like.dtype)
 
 
 type Run = Callable[[Params, Episode, Recycled], tuple[Array, dict[str, Array], Array]]
