@@ -6,6 +6,9 @@
         --size=704x1280 --chunks=48 --text_dtype=bfloat16
     longlive train --config=configs/ar_5b.py:64s --workdir=runs/ar_5b --out=checkpoints/ar_5b
 
+or without latents on disk: encode with `--texts_only`, and train with `--config.videos=DATASET`,
+which decodes, cuts anew at every visit, and encodes on the mesh before every update.
+
 The argument is the clips' length; with `nvfp4` beside it (`:64s,nvfp4`) the linears of the blocks
 are trained in NVFP4, forward and backward, with float32 masters (paper, section 2.2): by the chip's
 own products on Blackwell, elsewhere the same numbers through bfloat16 ones, which costs time. The
@@ -18,6 +21,10 @@ float32; `--config.stream_dtype=bfloat16` halves what every layer keeps of it. S
 the paper's section 4.1: AdamW with betas (0, 0.999), a constant rate of 1e-5, gradients clipped to
 10, an average of 0.99 from update 100, float32 masters. On several hosts every process runs the
 same command with `--hosts` (launch/slurm.sh, launch/gke.yaml).
+
+Attention is "auto", which is XLA in blocks that pass over no tile: about four times the useful
+work. `--config.attention=mosaic` takes the block-sparse kernels; they are interpreted and compiled
+for Hopper and Blackwell, not run yet. What `longlive plan` compiles is a stand-in for them.
 
 Error recycling (appendix C) holds 2.4 GiB a device at 64 s and sp = 4 (`BufferSpec`); without it:
 `--config.recycling=none`.

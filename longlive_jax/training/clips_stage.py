@@ -138,7 +138,7 @@ class ClipsStage(RunSpec):
                 "clips": clips.manifest.identity["dataset"],
                 "from videos": self.videos is not None,
             },
-            notes=(quant.describe(shapes), *data.notes),
+            notes=(quant.describe(shapes), self._attends(), *data.notes),
             feed=functools.partial(self._feed, data.source, clips.empty, mesh, self.loop.seed),
             place=data.place,
             evaluate=self._evaluation(setup, mesh, dressed, quant),
@@ -161,6 +161,15 @@ class ClipsStage(RunSpec):
         left_out = f"{live.left_out} samples of {self.videos} cannot be used: `longlive data check`"
         notes = (left_out,) if live.left_out else ()
         return _Data(live.source, live.shape, live.chunks, live.source.texts, notes, place)
+
+    def _attends(self) -> str:
+        """What attention runs. Clips differ in their tokens, and cuDNN takes no mask of each."""
+        if self.attention != "auto":
+            return f"attention: {self.attention}"
+        return (
+            "attention: xla, block by block; config.attention=mosaic takes the sparse kernels for "
+            "Hopper and Blackwell, compiled but not run on a chip yet"
+        )
 
     def model(self) -> DiTConfig:
         """Of the checkpoint's DiT, computing as this run does."""
@@ -276,6 +285,8 @@ class ClipsStage(RunSpec):
         clips = None if self.held_out is None else EncodedClips(self.held_out)
         if clips is not None:
             check_made_by(clips, self.checkpoint)
+            # Its tables of texts may be longer or shorter.
+            setup = dataclasses.replace(setup, empty_prompt=clips.manifest.texts_per_clip)
         run = functools.partial(shared_forward, setup, self._shared(mesh, specs))
 
         @jax.jit

@@ -31,9 +31,6 @@ __all__ = ["ClipFeed", "FeedSpec", "Source", "clip_batches"]
 TRIES = 64
 """Samples in a row that may be unusable before a run gives up."""
 
-STEPS = 2**40
-"""Without end, for a run; grain counts batches in floats, where sys.maxsize overflows."""
-
 ENDLESS = 2**40
 """Rows of a group: more than any run reads; grain divides them as floats, which are exact here."""
 

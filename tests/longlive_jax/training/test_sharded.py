@@ -86,7 +86,7 @@ def off(got, want) -> float:
 
 
 CASES = [(shape, *kinds) for shape in MESHES for kinds in ((True, False), (False, True))]
-OTHERS = [(shape, n, n) for shape in ((1, 1, 4), (2, 2, 2)) for n in (True, False)]
+OTHERS = [((1, 1, 4), True, True), ((2, 2, 2), False, False)]
 
 
 @pytest.mark.parametrize(("shape", "per_chunk", "image"), [*CASES, *OTHERS], ids=str)
