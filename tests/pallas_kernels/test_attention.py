@@ -11,6 +11,7 @@ from pallas_kernels.attention import attention, attention_with_lse, which, xla
 from pallas_kernels.attention.segments import Segment, segments
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tokens import EMPTY, concat, make, visible
+from tests.pallas_kernels.programs import equations
 
 
 def arrays(queries, keys, *, batch=2, heads=3, width=8, dtype=jnp.float32):
@@ -33,6 +34,12 @@ def cached():
     return own, concat(own, make(np.zeros((2, 12, 3), np.int32), held, False))
 
 
+def balanced():
+    """Clean and noisy frames of the first rank, then of the second."""
+    parts = ((rank, noisy) for rank in range(2) for noisy in (False, True))
+    return concat(*(grid(2, 1, 3, chunk=1, start=2 * r, noisy=noisy) for r, noisy in parts))
+
+
 def layouts():
     forced = teacher_forcing(6, 1, 3, chunk=2)
     cuts = np.array([False, True, False])
@@ -40,6 +47,7 @@ def layouts():
         "bidirectional": 2 * (grid(4, 1, 3, chunk=4),),
         "causal": 2 * (grid(6, 1, 3, chunk=2),),
         "teacher forcing": 2 * (forced,),
+        "Balanced order": 2 * (balanced(),),
         "windowed": 2 * (windowed(forced, cuts, window=2, global_sinks=0),),
         "cached": cached(),
         "blind queries": (
@@ -163,6 +171,30 @@ def test_gradients_are_summed_in_float32_over_blocks(monkeypatch):
         )
     one, many = np.array(errors)
     assert (one < 1e-2).all() and (many < 1.1 * one).all(), errors
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_no_array_is_of_tokens_by_tokens(where, monkeypatch):
+    """In the program of value and gradient, where nothing is known of the tokens."""
+    monkeypatch.setattr(xla, "platform", lambda: where)
+    monkeypatch.setattr(xla, "BLOCK", 64)
+    tokens = traced(teacher_forcing(4, 8, 8, chunk=1))
+    length = len(tokens)
+    operands = arrays(length, length, batch=1, heads=2, dtype=jnp.bfloat16)
+
+    def largest(dense_bytes):
+        monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
+
+        def total(q, k, v, tokens):
+            out, lse = attention_with_lse(q, k, v, tokens, tokens, implementation="xla")
+            return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+        program = jax.make_jaxpr(jax.value_and_grad(total, (0, 1, 2)))(*operands, tokens)
+        made = (var.aval for eqn in equations(program.jaxpr) for var in eqn.outvars)
+        return max(aval.size for aval in made if hasattr(aval, "shape"))
+
+    assert largest(dense_bytes=0) < length**2 // 8
+    assert largest(dense_bytes=1 << 30) >= length**2  # that is what would be found
 
 
 def test_segments_name_the_visible_slices():

@@ -1,5 +1,6 @@
 """The kernels: numbers and races in the interpreter, compilation without the chip."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -23,11 +24,17 @@ from tests.pallas_kernels import deviceless
 from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
 CUTS = np.array([False, False, True, False])
-RANKS = [grid(2, 4, 9, chunk=1, start=2 * r, noisy=noisy) for r in range(2) for noisy in (0, 1)]
-QUICK = ("teacher forcing", "window and sinks")  # the others take a minute each
+
+
+def balanced(frames: int):
+    """Clean and noisy frames of one of two ranks, then of the other."""
+    parts = itertools.product(range(2), (False, True))
+    return concat(*(grid(frames, 4, 9, chunk=1, start=frames * r, noisy=n) for r, n in parts))
+
+
 LAYOUTS = {
     "teacher forcing": lambda: teacher_forcing(2, 9, 10, chunk=1),
-    "ranks": lambda: concat(*RANKS),
+    "ranks": lambda: balanced(2),
     "block-causal": lambda: grid(5, 8, 8, chunk=2),
     "one chunk": lambda: grid(3, 8, 8, chunk=3),
     "window and sinks": lambda: windowed(
@@ -38,6 +45,13 @@ LAYOUTS = {
         jnp.stack([jnp.asarray(CUTS), jnp.zeros(4, bool)]), window=3, global_sinks=1,
     ),
 }  # fmt: skip
+SMALL = {
+    "few ranks": lambda: balanced(1),
+    "two chunks": lambda: grid(4, 5, 7, chunk=2),
+    "one small chunk": lambda: grid(2, 5, 12, chunk=2),
+}
+"""Of a tile or two, for the interpreter, where larger ones take up to a minute."""
+QUICK = ("teacher forcing", "window and sinks", *SMALL)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -62,10 +76,11 @@ def distance(got, want) -> float:
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 @pytest.mark.parametrize(
-    "name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
+    "name",
+    [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS | SMALL],
 )
 def test_values_and_gradients_are_those_of_the_oracle(name, target):
-    tokens = LAYOUTS[name]()
+    tokens = (LAYOUTS | SMALL)[name]()
     with no_races(kernels=3):  # the output, dq, dk and dv
         check_against_the_oracle(tokens, heads=1, width=64, target=target, interpret=SIMULATED)
 
