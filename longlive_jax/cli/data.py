@@ -7,6 +7,7 @@ Of `encode`: 0 done (samples left out are named), 1 the disk is full or failed, 
 import io
 import json
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ def encode(argv: Sequence[str]) -> int:
             ) from error
     clips, texts = (sum(s.records for s in shards) for shards in (made.clips, made.texts))
     for name, reason in made.skipped:
-        print(f"skipped {name}: {reason}", file=sys.stderr)
+        print(_plain(f"skipped {name}: {reason}"), file=sys.stderr)
     skipped = f", {len(made.skipped)} skipped" if made.skipped else ""
     print(f"{args.out}: {clips} clips, {texts} prompts{skipped}")
     return 0
@@ -187,13 +188,13 @@ def _show(found: "Sequence[Finding]") -> None:
     for one in found if len(found) <= MOST_ROWS else troubled:
         state = [f"unusable: {one.reason}"] * (not one.usable)
         table.add_row(
-            Text(one.name),
+            Text(_plain(one.name)),
             str(one.shots),
             f"{one.seconds:.1f}",
             " ".join(one.sizes),
             " ".join(f"{rate:g}" for rate in one.rates),
             str(one.chunks),
-            Text("\n".join([*state, *one.remarks]) or "ok"),
+            Text("\n".join(map(_plain, [*state, *one.remarks])) or "ok"),
         )
     console = Console()
     if not console.is_terminal:
@@ -203,6 +204,15 @@ def _show(found: "Sequence[Finding]") -> None:
     good = [one for one in found if one.usable]
     seconds = sum(one.seconds for one in good)
     print(f"{len(good)} of {len(found)} samples can be used: {seconds / 60:.1f} minutes")
+
+
+def _plain(text: str) -> str:
+    """Control characters as escapes: a name from elsewhere must not steer the terminal."""
+    hidden = ("Cc", "Cs")
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden else c
+        for c in text
+    )
 
 
 def _check_parser() -> Parser:

@@ -81,9 +81,9 @@ def find_samples(where: str | Path) -> list[Sample]:
             f"{where}: no dataset; expected video/<sample>/<shot>.mp4 with "
             f"caption/<sample>/<shot>.json, or {MANIFEST}"
         )
-    entries = [path for kind in ("video", "caption") for path in _entries(where / kind)]
-    astray = {path.name: _astray(path) for path in _entries(where / "video")}
-    names = {path.name for path in entries if path.is_dir()}
+    videos, captions = _listed(where, "video"), _listed(where, "caption")
+    astray = {path.name: _astray(path) for path in videos}
+    names = {path.name for path in (*videos, *captions) if os.path.isdir(path)}
     names |= {name for name, problem in astray.items() if problem}
     if not names:
         raise UserError(f"{where}: no sample; expected folders video/<sample>/")
@@ -116,23 +116,38 @@ def _natural(name: str) -> tuple:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, hidden files aside; nothing if it is not there."""
-    return [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+    """What a folder holds, hidden files aside; nothing if it is absent. Unusable if unreadable."""
+    try:
+        found = list(folder.iterdir()) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise Unusable(f"cannot be read ({error.strerror})") from error
+    return [path for path in found if not path.name.startswith(".")]
+
+
+def _listed(where: Path, kind: str) -> list[Path]:
+    """What `where`/`kind` holds; UserError if it cannot be read."""
+    try:
+        return _entries(where / kind)
+    except Unusable as reason:
+        raise UserError(f"{where / kind}: {reason}") from reason
 
 
 def _astray(path: Path) -> str:
     """What is wrong with an entry of video/ that was surely meant as a sample, and is no folder."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return ""
     if path.suffix.lower() in SUFFIXES:
         return f"video/{path.name} is in no sample's folder; move it to video/<sample>/{path.name}"
-    if path.is_symlink() and not path.exists():
+    if path.is_symlink() and not os.path.exists(path):
         return f"video/{path.name} is a link that leads nowhere"
     return ""
 
 
 def _read_folders(root: Path, name: str) -> Sample:
-    files = [p for p in _entries(root / "video" / name) if p.suffix.lower() in SUFFIXES]
+    try:
+        files = [p for p in _entries(root / "video" / name) if p.suffix.lower() in SUFFIXES]
+    except Unusable as reason:
+        return Sample(name, problem=f"video/{name} {reason}")
     files.sort(key=lambda p: (not p.stem.isdecimal(), _natural(p.stem), p.suffix))
     twice = [b.name for a, b in itertools.pairwise(files) if a.stem == b.stem]
     if not files:
@@ -153,7 +168,7 @@ def _read_folders(root: Path, name: str) -> Sample:
 def _caption(path: Path) -> str:
     """The caption in a JSON file; Unusable if there is none."""
     shown = "/".join(path.parts[-3:])
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise Unusable(f"{shown} is no regular file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -120,6 +120,7 @@ def test_check_of_sizes(good, tmp_path, capsys):
 HOSTILE = r"""
 {"name": "good", "shots": [{"video": "a.mp4", "caption": "x"}]}
 {"name": "s\ud83d", "shots": [{"video": "a.mp4", "caption": "x"}]}
+{"name": "red\u001b[31m\n", "shots": [{"video": "a.mp4", "caption": "x"}]}
 {"name": "zero", "shots": [{"video": "a\u0000b.mp4", "caption": "x"}]}
 {"name": "half", "shots": [{"video": "a\ud83d.mp4", "caption": "x"}]}
 {"name": "late", "shots": [{"video": "a.mp4", "caption": "x", "start": 1LATE}]}
@@ -138,7 +139,7 @@ def test_check_of_hostile_names_and_numbers(tmp_path, repository):
     done = subprocess.run(command, cwd=repository, env=env, capture_output=True, timeout=120)
     said = done.stdout.decode()
     assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
-    assert r"s\ud83d" in said and "2 of 6 samples can be used" in said
+    assert r"s\ud83d" in said and r"red\x1b[31m\n" in said and "3 of 7 samples can be used" in said
     for reason in ("video is no file name", "start must be seconds", "is no regular file"):
         assert reason in said
 

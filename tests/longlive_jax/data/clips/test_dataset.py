@@ -1,7 +1,9 @@
 """What is found on disk, and what is said about what cannot be used. No video is opened."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,37 @@ def test_a_shot_without_a_caption_is_left_out_with_a_remark(root):
     assert "has no caption" in remarks["video/a/2.mp4"]
     assert remarks["video/a/3.mp4"] == "caption/a/3.json is missing"
     assert "not valid JSON" in remarks["video/a/4.mp4"]
+
+
+def test_a_name_too_long_for_its_caption(root):
+    root("a", f"{'b' * 251}.mp4", "1.mp4", captions=("1",))
+    (sample,) = find_samples(root.root)
+    assert not sample.problem and "cannot be read (File name too long)" in sample.remarks[0]
+
+
+def test_folders_that_may_not_be_read(root, monkeypatch):
+    for name in ("a", "b"):
+        root(name, "1.mp4", captions=("1",))
+    closed = set[Path]()
+
+    def refuse(call, of):
+        def refused(path, *args, **more):
+            if of(Path(path)) in closed:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return call(path, *args, **more)
+
+        return refused
+
+    monkeypatch.setattr(Path, "iterdir", refuse(Path.iterdir, lambda path: path))
+    for owner, name in ((Path, "read_text"), (os, "stat")):
+        monkeypatch.setattr(owner, name, refuse(getattr(owner, name), lambda path: path.parent))
+    closed |= {root.root / "video" / "a", root.root / "caption" / "b"}
+    found = {s.name: s.problem for s in find_samples(root.root)}
+    assert found["a"] == "video/a cannot be read (Permission denied)"
+    assert "caption/b/1.json cannot be read (Permission denied)" in found["b"]
+    closed.add(root.root / "video")
+    with pytest.raises(UserError, match=r"video: cannot be read \(Permission denied\)"):
+        find_samples(root.root)
 
 
 def test_reasons_of_unusable_folders(root):
