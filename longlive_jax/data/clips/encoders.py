@@ -134,5 +134,6 @@ def check_made_by(clips: EncodedClips, checkpoint: str | os.PathLike) -> None:
         if theirs != ours:
             raise UserError(
                 f"{clips.folder}: was encoded by another {name} ({theirs}) than that of "
-                f"{checkpoint} ({ours}); encode the dataset again with this checkpoint"
+                f"{checkpoint} ({ours}); encode the dataset with this checkpoint, into "
+                "another folder"
             )

@@ -63,17 +63,6 @@ def test_groups_read_disjoint_rows_of_the_batch_of_one(count):
     assert sorted(indices(batches(Toy(18), 3, batch=6))) == list(range(18))
 
 
-@pytest.mark.parametrize(("batch", "count"), [(1, 1), (8, 8)])
-def test_one_row_a_group(batch, count):
-    """Read in order, and resumed, as any other."""
-    shares = [batches(Toy(5), 5, batch=batch, rank=rank, count=count) for rank in range(count)]
-    steps = [[int(share[step]["index"][0]) for share in shares] for step in range(5)]
-    assert steps == [batch["index"].tolist() for batch in batches(Toy(5), 5, batch=batch)]
-    same(shares[-1][3:], batches(Toy(5), 2, 3, batch=batch, rank=count - 1, count=count))
-    if batch == 1:
-        assert sorted(indices(shares[0])) == list(range(5))
-
-
 @pytest.mark.parametrize("start", [1, 5, 13])
 def test_resuming_at_a_step(start):
     source = Toy(7, bad=(2,))
