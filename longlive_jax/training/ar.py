@@ -119,6 +119,13 @@ class ARSetup:
     ffn_parts: int = 1
 
 
+_LEVELS = {
+    "error_low_noise": (0.0, 0.5),
+    "error_mid_noise": (0.5, 0.85),
+    "error_high_noise": (0.85, 1.01),
+}
+"""Metrics of the velocity's error, and the noise levels that they are of."""
+
 type Text = Float[Array, "*b p t e"]
 """Rows of the text encoder: a table of prompts for all samples, or one for each."""
 
@@ -311,8 +318,8 @@ def flow_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Weighted squared error of a velocity over the frames that count, and metrics.
 
-    `total` adds up sums and counts over all devices before they are divided, so that every frame
-    weighs the same wherever it is.
+    The error of a noise level that no frame has is NaN. `total` adds up sums and counts over all
+    devices before they are divided, so that every frame weighs the same wherever it is.
     """
     wanted = velocity_target(batch.target, draws.noise)
     error = jnp.mean((velocity - wanted) ** 2, axis=(2, 3, 4))
@@ -320,11 +327,16 @@ def flow_loss(
     shares = {
         "loss": (error * draws.weight, mask),
         "velocity_error": (error, mask),
-        **{f"error_{k}": (error, mask * here) for k, here in _levels(draws.sigma).items()},
+        **{
+            name: (error, mask * (draws.sigma >= low) * (draws.sigma < high))
+            for name, (low, high) in _LEVELS.items()
+        },
     }
     sums = {k: (jnp.sum(x * here), jnp.sum(here)) for k, (x, here) in shares.items()}
-    means = {k: x / jnp.maximum(count, 1) for k, (x, count) in total(sums).items()}
-    return means.pop("loss"), means
+    found = total(sums)
+    means = {k: x / jnp.maximum(count, 1) for k, (x, count) in found.items()}
+    levels = {k: jnp.where(found[k][1] > 0, means[k], jnp.nan) for k in means if k in _LEVELS}
+    return means.pop("loss"), means | levels
 
 
 def episode_tokens(batch: Episode, chunk: int, global_sinks: int) -> Tokens:
@@ -354,9 +366,3 @@ def episode_tokens(batch: Episode, chunk: int, global_sinks: int) -> Tokens:
         sink=each(batch.sink),
         global_sinks=global_sinks,
     )
-
-
-def _levels(sigma: Array) -> dict[str, Array]:
-    """Which frames are of low, middle and high noise."""
-    bounds = {"low": (0.0, 0.5), "mid": (0.5, 0.85), "high": (0.85, 1.01)}
-    return {f"{k}_noise": (sigma >= low) & (sigma < high) for k, (low, high) in bounds.items()}

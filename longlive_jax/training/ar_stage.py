@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -44,6 +43,7 @@ from longlive_jax.training.ar import (
 from longlive_jax.training.corpus import CorpusSpec, encoded_corpus
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import Task
+from longlive_jax.training.metrics import mean_of
 from longlive_jax.training.objective import objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
 from longlive_jax.training.quantized import quantized
@@ -194,7 +194,7 @@ class ARStage(RunSpec):
             preview.write(params, step, workdir)
             params = readable(params)
             found = [measure(params, checks[i], jax.random.key(i))[1] for i in range(len(checks))]
-            return {f"held_out_{k}": np.mean([float(m[k]) for m in found]) for k in found[0]}
+            return {f"held_out_{k}": x for k, x in mean_of(found).items()}
 
         return evaluate
 

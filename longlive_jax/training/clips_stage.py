@@ -32,6 +32,7 @@ from longlive_jax.training.ar_stage import EPISODE
 from longlive_jax.training.feed import Feed, own_rows, placed
 from longlive_jax.training.live import count_dropped, live_clips, placer
 from longlive_jax.training.loop import Task
+from longlive_jax.training.metrics import mean_of
 from longlive_jax.training.objective import judged, objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
 from longlive_jax.training.quantized import quantized
@@ -302,7 +303,7 @@ class ClipsStage(RunSpec):
                 for i, batch in zip(range(self.held_out_batches), feed, strict=False):
                     there = placed(batch, BATCH_SPECS, mesh, rows=self.batch, first=first)
                     found.append(measure(params, there, jax.random.key(i))[1])
-            return {f"held_out_{k}": float(np.mean([m[k] for m in found])) for k in found[0]}
+            return {f"held_out_{k}": x for k, x in mean_of(found).items()}
 
         return evaluate
 
