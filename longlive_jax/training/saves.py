@@ -131,7 +131,7 @@ class Saves:
         if reasons:
             self._manager.reload()
         if found is not None and whole:
-            self._compare(about.get("origin", {}), found[0], say)
+            self._compare(about.get("origin", self._origin), found[0], say)
         return found
 
     def _read(self, step: int, like: Any, whole: bool) -> tuple[Any, dict[str, Any], str | None]:
