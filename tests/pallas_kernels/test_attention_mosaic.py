@@ -50,7 +50,7 @@ SMALL = {
     "two chunks": lambda: grid(4, 5, 7, chunk=2),
     "one small chunk": lambda: grid(2, 5, 12, chunk=2),
 }
-"""Of a tile or two, for the interpreter, where larger ones take up to a minute."""
+"""Of a tile or two, which the interpreter can do in every run of the tests."""
 QUICK = ("teacher forcing", "window and sinks", *SMALL)
 
 

@@ -24,6 +24,7 @@ from pallas_kernels.attention.mosaic.blackwell_forward import (
     PIECE,
     drain,
     load,
+    overlapped,
     row_of,
     slots,
 )
@@ -279,19 +280,7 @@ def _products(
             plgpu.tcgen05_mma(target, left, right, used[i].at[slot], accumulate=t > 0)
         plgpu.tcgen05_commit_arrive(operands_free.at[half])
 
-    def step(t, _):
-        products(t)
-
-        @pl.when(t >= 1)
-        def _previous():
-            sums(t - 1)
-
-    lax.fori_loop(0, steps, step, None)
-
-    @pl.when(steps >= 1)
-    def _last():
-        sums(steps - 1)
-
+    overlapped(steps, products, sums)
     plgpu.tcgen05_commit_arrive(sums_full)
     drain(steps, products_free)
 

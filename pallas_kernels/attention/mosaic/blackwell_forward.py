@@ -186,19 +186,7 @@ def products(
         plgpu.tcgen05_commit_arrive(weights_free)
         plgpu.tcgen05_commit_arrive(values_full.at[half])
 
-    def step(t, _):
-        logits(t)
-
-        @pl.when(t >= 1)
-        def _previous():
-            values(t - 1)
-
-    lax.fori_loop(0, steps, step, None)
-
-    @pl.when(steps >= 1)
-    def _last():
-        values(steps - 1)
-
+    overlapped(steps, logits, values)
     drain(steps, logits_free, values_free)
 
 
@@ -295,6 +283,23 @@ def _masked(logits, *, columns, code_s):
     code = plgpu.layout_cast(tall(code, logits.shape), LAYOUT)
     mask = seen(lambda i: wide(columns[i], logits.shape), code)
     return jnp.where(mask, logits, MASKED)
+
+
+def overlapped(steps, first, second):
+    """Calls `first(t)` of every step, and `second(t)` after the `first` of the next one."""
+
+    def step(t, _):
+        first(t)
+
+        @pl.when(t >= 1)
+        def _previous():
+            second(t - 1)
+
+    lax.fori_loop(0, steps, step, None)
+
+    @pl.when(steps >= 1)
+    def _last():
+        second(steps - 1)
 
 
 def drain(steps, *barriers):

@@ -124,12 +124,11 @@ def _query_body(size: BackwardTiles, width: int, simulated: bool):
                 plgpu.barrier_wait(here[0].at[slot])
                 logits = product(q_s, k_s, shape) * (width**-0.5 * LOG2_E)
 
-                def masked(logits):
+                def mask():
                     code = tall(column(code_s), shape)
-                    mask = seen(lambda i: wide(per_row[i], shape), code)
-                    return jnp.where(mask, logits, MASKED)
+                    return seen(lambda i: wide(per_row[i], shape), code)
 
-                logits = lax.cond(is_full, lambda x: x, masked, logits)
+                logits = _masked(logits, is_full, mask)
                 weights = jnp.exp2(logits - wide(top, shape))
                 plgpu.barrier_wait(here[1].at[slot])
                 to_weights = product(grad_s, v_s, shape)
@@ -174,11 +173,10 @@ def _key_value_body(size: BackwardTiles, width: int, simulated: bool):
                 plgpu.barrier_wait(here[0].at[slot])
                 logits = product(k_s, q_s, shape) * (width**-0.5 * LOG2_E)
 
-                def masked(logits):
-                    mask = seen(lambda i: tall(column(columns_s.at[i]), shape), wide(code, shape))
-                    return jnp.where(mask, logits, MASKED)
+                def mask():
+                    return seen(lambda i: tall(column(columns_s.at[i]), shape), wide(code, shape))
 
-                logits = lax.cond(is_full, lambda x: x, masked, logits)
+                logits = _masked(logits, is_full, mask)
                 weights = jnp.exp2(logits - tall(column(lse_s), shape))
                 plgpu.barrier_wait(here[1].at[slot])
                 to_v = add_product(to_v, weights.astype(q.dtype), grad_s, simulated)
@@ -203,6 +201,11 @@ def _key_value_body(size: BackwardTiles, width: int, simulated: bool):
         _roles(size, (k, v), sources, ranges, compute, **shared)
 
     return body
+
+
+def _masked(logits, is_full, mask):
+    """Logits of visible pairs; `mask()` says which those are where a tile is not full."""
+    return lax.cond(is_full, lambda x: x, lambda x: jnp.where(mask(), x, MASKED), logits)
 
 
 def _query_parts(q, grad, query, lse, delta, batch, head):

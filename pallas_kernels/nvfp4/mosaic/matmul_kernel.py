@@ -163,10 +163,7 @@ def tile_of(place: Array, down: int, across: int, band: int) -> tuple[Array, Arr
     return plgpu.planar_snake(place, (down, across), 0, min(band, down))
 
 
-def _loads(
-    problem, tiling, operands, low_rank, *, operands_s, full, empty, low_rank_s=(),
-    low_rank_here=None, low_rank_done=None, **_,
-):  # fmt: skip
+def _loads(problem, tiling, operands, low_rank, *, operands_s, full, empty, **shared):
     """Loads every step's operands as soon as their slot is free. Past the edges there are zeros."""
     steps, stages = problem.k // DEPTH, tiling.stages
 
@@ -177,14 +174,7 @@ def _loads(
         rows = pl.ds(row * tiling.rows, tiling.rows)
         columns = pl.ds(column * tiling.columns, tiling.columns)
         if low_rank:
-
-            @pl.when(t >= 1)
-            def _wait_low_rank_done():
-                plgpu.barrier_wait(low_rank_done)
-
-            sources = low_rank[0].at[rows, :], low_rank[1].at[:, columns]
-            for axis, (source, target) in enumerate(zip(sources, low_rank_s, strict=True)):
-                _copy(tiling, source, target, low_rank_here, axis)
+            _load_low_rank(tiling, low_rank, t, rows, columns, **shared)
 
         def step(i, _):
             at = t * steps + i
@@ -210,7 +200,21 @@ def _loads(
     total = _each_tile(problem, tiling, tile) * steps
     _wait_last(empty, total, stages, stages)
     if low_rank:
+        plgpu.barrier_wait(shared["low_rank_done"])
+
+
+def _load_low_rank(
+    tiling, low_rank, t, rows, columns, *, low_rank_s, low_rank_here, low_rank_done, **_
+):
+    """Loads the low-rank operands of a tile once those of the last one are used."""
+
+    @pl.when(t >= 1)
+    def _wait_low_rank_done():
         plgpu.barrier_wait(low_rank_done)
+
+    sources = low_rank[0].at[rows, :], low_rank[1].at[:, columns]
+    for axis, (source, target) in enumerate(zip(sources, low_rank_s, strict=True)):
+        _copy(tiling, source, target, low_rank_here, axis)
 
 
 def _copy(tiling: Tiling, source, target, arrived, axis: int | None) -> None:

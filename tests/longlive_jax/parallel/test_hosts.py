@@ -39,6 +39,8 @@ def test_no_cluster_manager(kubernetes, monkeypatch, capfd):
     for name in os.environ:
         if name.startswith(MANAGERS):
             monkeypatch.delenv(name)
+    # Other tests of this process may have used a device already.
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     if kubernetes:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
         monkeypatch.setitem(sys.modules, "kubernetes", None)  # not installed
