@@ -76,21 +76,10 @@ def export(
     opened = {name: open_component(source, name) for name in names}
     jobs = {name: _outgoing(name, naming, *opened[name]) for name in names}
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    written: list[Path] = []
-    count = _counter(sum(t.nbytes for tensors in jobs.values() for t in tensors.values()), progress)
     try:
-        for name, tensors in jobs.items():
-            folder, stem = PLACES[naming][name]
-            (temporary / folder).mkdir(parents=True, exist_ok=True)
-            report = functools.partial(count, name)
-            if name == "dit" and packing is not None:
-                written.append(temporary / PACKED)
-                write_torch(written[-1], released.whole(tensors, packing), progress=report)
-            else:
-                written += write_safetensors(
-                    temporary / folder, stem, tensors, shard_bytes=shard_bytes, progress=report
-                )
-            _write_config(temporary / folder, naming, name, opened[name][1])
+        for name, (_, config) in opened.items():
+            _write_config(temporary / PLACES[naming][name][0], naming, name, config)
+        written = _write_weights(temporary, naming, jobs, packing, shard_bytes, progress)
         _copy_tokenizer(source, temporary / TOKENIZER_PLACE[naming])
         if out.is_dir():
             out.rmdir()
@@ -100,6 +89,30 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [out / path.relative_to(temporary) for path in written]
+
+
+def _write_weights(
+    out: Path,
+    naming: str,
+    jobs: Mapping[str, Mapping[str, Outgoing]],
+    packing: Record | None,
+    shard_bytes: int,
+    progress: Progress,
+) -> list[Path]:
+    """The tensors of every component, in its folder of `out`; the files they are in."""
+    total = sum(tensor.nbytes for tensors in jobs.values() for tensor in tensors.values())
+    count, written = _counter(total, progress), []
+    for name, tensors in jobs.items():
+        folder, stem = PLACES[naming][name]
+        report = functools.partial(count, name)
+        if name == "dit" and packing is not None:
+            written.append(out / PACKED)
+            write_torch(written[-1], released.whole(tensors, packing), progress=report)
+        else:
+            written += write_safetensors(
+                out / folder, stem, tensors, shard_bytes=shard_bytes, progress=report
+            )
+    return written
 
 
 def _check_releasable(source: Path, packing: Record, naming: str) -> None:
@@ -192,7 +205,9 @@ def _table(name: str, naming: str, config: Mapping[str, Any]) -> KeyTable:
 
 
 def _write_config(folder: Path, naming: str, name: str, config: Mapping[str, Any]) -> None:
-    """The config.json that goes with the weights; the original VAE, UMT5 and LoRA have none."""
+    """The folder, and the config.json that goes with the weights; the original VAE, UMT5 and LoRA
+    have none."""
+    folder.mkdir(parents=True, exist_ok=True)
     if naming == "original":
         fields = _original_dit(config) if name == "dit" else {}
     else:

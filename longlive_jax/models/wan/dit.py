@@ -204,16 +204,19 @@ class DiT(nnx.Module):
         x = self._embed(latents, timestep, tokens, text)
         time, mod = self._levels(timestep)
         seen = _seen(tokens, cache, self.cfg, relative_rope)
-        keep = return_kv or not output
         options = {"attend": attend, "attend_text": attend_text, "ffn_parts": ffn_parts}
-        layer = _layer(text, mod, seen, store if keep else None, unpack, options)
-        words = (text.k, text.v) if isinstance(text, TextKV) else None
-        layers = (self.blocks, words, None if cache is None else cache.past)
+        kept = store if return_kv or not output else None
+        layer, layers = _layer(text, mod, seen, kept, unpack, options), self._layers(text, cache)
         if not output:
             return None, self._fill(layer, x, layers, mod, seen, unpack, store)
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, kv = lax.scan(body, x, layers, unroll=unroll)
         return self._velocity(x.astype(jnp.float32), time, latents.shape, noisy_from), kv
+
+    def _layers(self, text: TextKV | TextRows, cache: Cache | None):
+        """What is scanned over: modules, their texts' keys and values, and their past."""
+        words = (text.k, text.v) if isinstance(text, TextKV) else None
+        return self.blocks, words, None if cache is None else cache.past
 
     def _velocity(self, x: Array, time: Array, shape: tuple[int, ...], noisy_from: int) -> Array:
         first = noisy_from * x.shape[1] // shape[1]

@@ -1,4 +1,4 @@
-"""Error recycling: what it mixes in, what it keeps, and that no result depends on the mesh."""
+"""Error recycling: what it mixes in, what it keeps, and what is refused."""
 
 import dataclasses
 import functools
@@ -7,24 +7,19 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.parallel.mesh import BATCH, SP, MeshSpec, make_mesh
+from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.parallel.rules import DIT as DIT_RULES
 from longlive_jax.parallel.rules import init_sharded, shardings
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode, ar_loss, draw, forward
-from longlive_jax.training.error_buffer import BufferSpec
+from longlive_jax.training.ar import ARLossSpec, ARSetup, ar_loss, forward
 from longlive_jax.training.recycling import (
     Errors,
     RecyclingSpec,
-    bytes_held,
     check_recycling,
     init_buffers,
     observe,
@@ -32,149 +27,23 @@ from longlive_jax.training.recycling import (
     prediction_errors,
     recycle,
     recycling_loss,
-    roll,
 )
 from longlive_jax.training.sharded import Shared, shared_forward
 from pallas_kernels.tokens import EMPTY
-from tests.tiny import lively
-
-CHUNK, CHUNKS, BATCH_SIZE, SIZE = 2, 8, 4, (2, 2, 3)
-LOSS = ARLossSpec()
-
-
-def spec_of(**buffer) -> RecyclingSpec:
-    """Everything happens often."""
-    layout = {"rows": CHUNKS, "buckets": 2, "slots": 2, "dtype": "float32"} | buffer
-    return RecyclingSpec(
-        BufferSpec(**layout), clean=0.3, noise=0.6, latent=0.8, context=0.9, update=0.5, warmup=2
-    )
-
-
-def episode(key) -> Episode:
-    clean = jax.random.normal(key, (BATCH_SIZE, CHUNKS * CHUNK, *SIZE))
-    chunk = jnp.tile(jnp.arange(CHUNKS), (BATCH_SIZE, 2))
-    zeros = jnp.zeros_like(chunk)
-    return Episode(
-        context=clean, target=clean, mask=jnp.ones(clean.shape[:2]), chunk=chunk,
-        start=chunk * CHUNK, since=zeros, sink=zeros + EMPTY, prompt=zeros,
-    )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def given(step, loss=LOSS):
-    """Batch, draws and rolls of a step."""
-    key = jax.random.fold_in(jax.random.key(5), step)
-    batch = episode(key)
-    rolls = roll(jax.random.fold_in(key, 1), BATCH_SIZE, CHUNKS, CHUNKS)
-    return batch, draw(key, batch, chunk=CHUNK, spec=loss), rolls
-
-
-def of(function, spec, loss=LOSS):
-    """`recycle` or `observe`, compiled."""
-    return jax.jit(functools.partial(function, chunk=CHUNK, spec=spec, loss=loss))
-
-
-def one_step(spec, loss, buffers, batch, draws, rolls):
-    """A step around a model that answers with a mix of what it sees."""
-    options = {"chunk": CHUNK, "spec": spec, "loss": loss}
-    used = recycle(rolls, batch, draws, buffers, **options)
-    velocity = 0.3 * used.batch.target + 0.2 * used.draws.noise - 0.1 * used.draws.context
-    errors = prediction_errors(velocity, batch, used)
-    return used, observe(rolls, errors, batch, used, buffers, **options)
-
-
-def rollout(spec, mesh=None, steps=6, loss=LOSS):
-    """The last step's mixed-in batch and the buffers after it."""
-    buffers = init_buffers(spec, (CHUNK, *SIZE), mesh)
-    held = None if mesh is None else (None, shardings(mesh, partition(spec)))
-    run = jax.jit(functools.partial(one_step, spec, loss), donate_argnums=0, out_shardings=held)
-    for step in range(steps):
-        inputs = given(step, loss)
-        if mesh is not None:
-            inputs = jax.device_put(inputs, jax.tree.map(functools.partial(place, mesh), inputs))
-        used, buffers = run(buffers, *inputs)
-    return used, buffers
-
-
-def place(mesh, x):
-    """Where an input is in training: samples by data, frames by sp."""
-    frames = x.ndim > 1 and x.shape[1] == CHUNKS * CHUNK
-    return NamedSharding(mesh, P(BATCH, SP) if frames else P(BATCH))
-
-
-def alike(got, want, tolerance=1e-6):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance)
-
-
-LAYOUTS = {
-    "by column": {},
-    "own groups": {"groups": 2},
-    "by chunk": {"by": "chunk", "rows": 5},
-    "dealt": {"rows": 4, "buckets": 6, "dealt": True, "replace": "oldest"},
-    "alike": {"rows": 1, "replace": "nearest"},
-}
-
-
-@functools.cache
-def alone(name):
-    return rollout(spec_of(**LAYOUTS[name]))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("by column", (2, 1, 4)),
-        ("by column", (1, 4, 2)),
-        ("own groups", (2, 1, 4)),
-        ("by chunk", (2, 1, 2)),
-        ("dealt", (2, 1, 4)),
-        ("alike", (2, 2, 1)),
-    ],
-    ids=str,
+from tests.longlive_jax.training.recycled import (
+    BATCH_SIZE,
+    CHUNK,
+    CHUNKS,
+    LOSS,
+    SIZE,
+    alike,
+    episode,
+    given,
+    of,
+    rollout,
+    spec_of,
 )
-def test_no_result_depends_on_the_mesh(name, shape):
-    spec, sizes = spec_of(**LAYOUTS[name]), MeshSpec(*shape)
-    mesh = make_mesh(sizes, jax.devices()[: sizes.size])
-    used, buffers = rollout(spec, mesh)
-    alike((used, buffers), alone(name))
-    place = NamedSharding(mesh, partition(spec).latent.entries)
-    for leaf in jax.tree.leaves((buffers.latent, buffers.noise)):
-        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-
-
-def compiled(spec, sizes: MeshSpec):
-    """The program of a step."""
-    mesh = make_mesh(sizes, jax.devices()[: sizes.size])
-    held = shardings(mesh, partition(spec))
-
-    def shape(x, where):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    buffers = jax.eval_shape(lambda: init_buffers(spec, (CHUNK, *SIZE)))
-    inputs = jax.tree.map(lambda x: shape(x, place(mesh, x)), given(0))
-    run = jax.jit(
-        functools.partial(one_step, spec, LOSS), donate_argnums=0, out_shardings=(None, held)
-    )
-    return run.lower(jax.tree.map(shape, buffers, held), *inputs).compile()
-
-
-def test_positions_by_column_move_nothing_between_sp_ranks():
-    program = compiled(spec_of(), MeshSpec(sp=4)).as_text()
-    moved = re.findall(
-        r"(\S+) = \S+ (all-gather|all-reduce|all-to-all|collective-permute)\(", program
-    )
-    assert not moved
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_buffers_are_updated_in_place(groups):
-    """All of a large buffer is there once, as argument and result."""
-    spec = spec_of(slots=400, groups=groups)
-    memory = compiled(spec, MeshSpec(data=2, sp=2)).memory_analysis()
-    held = bytes_held(spec, (CHUNK, *SIZE), {"data": 2, "fsdp": 1, "sp": 2})
-    assert memory.alias_size_in_bytes >= held
-    assert memory.temp_size_in_bytes < held / 4
+from tests.tiny import lively
 
 
 def test_nothing_is_random_but_the_rolls():
@@ -291,25 +160,6 @@ def test_positions_of_windows_are_chunk_numbers():
     np.testing.assert_array_equal(found.latent.added.sum((0, 2)), [4, 0, 0, 4, 24])
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 1), (2, 2, 2)], ids=str)
-def test_a_checkpoint_fits_any_mesh(tmp_path, shape):
-    spec = spec_of()
-    start = make_mesh(MeshSpec(data=2, sp=4), jax.devices())
-    _, buffers = rollout(spec, start)
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(tmp_path / "buffers", buffers)
-        saver.wait_until_finished()
-        sizes = MeshSpec(*shape)
-        mesh = make_mesh(sizes, jax.devices()[: sizes.size])
-        like = init_buffers(spec, (CHUNK, *SIZE), mesh)
-        restored = saver.restore(
-            tmp_path / "buffers", jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        )
-    for got, want, held in zip(*map(jax.tree.leaves, (restored, buffers, like)), strict=True):
-        np.testing.assert_array_equal(got, want)
-        assert got.sharding.is_equivalent_to(held.sharding, got.ndim)
-
-
 DIT = DiTConfig(
     dim=24, ffn_dim=32, freq_dim=8, text_dim=4, text_len=2, heads=2, layers=1,
     in_channels=SIZE[2], out_channels=SIZE[2],
@@ -354,34 +204,6 @@ def test_a_loss_that_recycles():
     shared, (_, after) = over(held, batch, key, buffers)
     np.testing.assert_allclose(shared, mixed, rtol=1e-5)
     alike(after, twice, 1e-4)
-
-
-def test_groups_outlive_a_larger_mesh():
-    """Two groups over four data-parallel ranks lie whole on each, and a save of theirs fits."""
-    spec, mesh = spec_of(groups=2), make_mesh(MeshSpec(data=4, sp=2), jax.devices())
-    buffers = init_buffers(spec, (CHUNK, *SIZE), mesh)
-    assert jax.tree.map(jnp.shape, buffers) == jax.tree.map(
-        jnp.shape,
-        init_buffers(spec, (CHUNK, *SIZE), make_mesh(MeshSpec(data=2, sp=4), jax.devices())),
-    )
-    held = buffers.latent.entries
-    assert held.sharding.shard_shape(held.shape)[0] == 2
-    whole = bytes_held(spec, (CHUNK, *SIZE))
-    assert bytes_held(spec, (CHUNK, *SIZE), mesh.shape) == whole // 2  # rows over sp alone
-
-
-def test_memory_is_what_is_said():
-    spec = spec_of(groups=2)
-    mesh = make_mesh(MeshSpec(data=2, sp=4), jax.devices())
-    buffers = init_buffers(spec, (CHUNK, *SIZE), mesh)
-    leaves = jax.tree.leaves((buffers.latent, buffers.noise))
-    assert bytes_held(spec, (CHUNK, *SIZE)) == sum(x.nbytes for x in leaves)
-    on_one = sum(x.addressable_shards[0].data.nbytes for x in leaves)
-    assert bytes_held(spec, (CHUNK, *SIZE), mesh.shape) == on_one
-    # what the docstring of BufferSpec says of the 5B model
-    videos = RecyclingSpec(BufferSpec(rows=48))
-    gib = [bytes_held(videos, (8, 44, 80, 48), m) / 2**30 for m in (None, {"sp": 4})]
-    np.testing.assert_allclose(gib, [9.7, 2.4], atol=0.05)
 
 
 @pytest.mark.parametrize(

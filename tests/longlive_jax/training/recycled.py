@@ -1,0 +1,92 @@
+"""Steps with error recycling around a model that costs nothing, on one device or over a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.parallel.mesh import BATCH, SP
+from longlive_jax.parallel.rules import shardings
+from longlive_jax.training.ar import ARLossSpec, Episode, draw
+from longlive_jax.training.error_buffer import BufferSpec
+from longlive_jax.training.recycling import (
+    RecyclingSpec,
+    init_buffers,
+    observe,
+    partition,
+    prediction_errors,
+    recycle,
+    roll,
+)
+from pallas_kernels.tokens import EMPTY
+
+CHUNK, CHUNKS, BATCH_SIZE, SIZE = 2, 8, 4, (2, 2, 3)
+LOSS = ARLossSpec()
+
+
+def spec_of(**buffer) -> RecyclingSpec:
+    """Everything happens often."""
+    layout = {"rows": CHUNKS, "buckets": 2, "slots": 2, "dtype": "float32"} | buffer
+    return RecyclingSpec(
+        BufferSpec(**layout), clean=0.3, noise=0.6, latent=0.8, context=0.9, update=0.5, warmup=2
+    )
+
+
+def episode(key) -> Episode:
+    clean = jax.random.normal(key, (BATCH_SIZE, CHUNKS * CHUNK, *SIZE))
+    chunk = jnp.tile(jnp.arange(CHUNKS), (BATCH_SIZE, 2))
+    zeros = jnp.zeros_like(chunk)
+    return Episode(
+        context=clean, target=clean, mask=jnp.ones(clean.shape[:2]), chunk=chunk,
+        start=chunk * CHUNK, since=zeros, sink=zeros + EMPTY, prompt=zeros,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def given(step, loss=LOSS):
+    """Batch, draws and rolls of a step."""
+    key = jax.random.fold_in(jax.random.key(5), step)
+    batch = episode(key)
+    rolls = roll(jax.random.fold_in(key, 1), BATCH_SIZE, CHUNKS, CHUNKS)
+    return batch, draw(key, batch, chunk=CHUNK, spec=loss), rolls
+
+
+def of(function, spec, loss=LOSS):
+    """`recycle` or `observe`, compiled."""
+    return jax.jit(functools.partial(function, chunk=CHUNK, spec=spec, loss=loss))
+
+
+def one_step(spec, loss, buffers, batch, draws, rolls):
+    """A step around a model that answers with a mix of what it sees."""
+    options = {"chunk": CHUNK, "spec": spec, "loss": loss}
+    used = recycle(rolls, batch, draws, buffers, **options)
+    velocity = 0.3 * used.batch.target + 0.2 * used.draws.noise - 0.1 * used.draws.context
+    errors = prediction_errors(velocity, batch, used)
+    return used, observe(rolls, errors, batch, used, buffers, **options)
+
+
+def rollout(spec, mesh=None, steps=6, loss=LOSS):
+    """The last step's mixed-in batch and the buffers after it."""
+    buffers = init_buffers(spec, (CHUNK, *SIZE), mesh)
+    held = None if mesh is None else (None, shardings(mesh, partition(spec)))
+    run = jax.jit(functools.partial(one_step, spec, loss), donate_argnums=0, out_shardings=held)
+    for step in range(steps):
+        inputs = given(step, loss)
+        if mesh is not None:
+            inputs = jax.device_put(inputs, jax.tree.map(functools.partial(place, mesh), inputs))
+        used, buffers = run(buffers, *inputs)
+    return used, buffers
+
+
+def place(mesh, x):
+    """Where an input is in training: samples by data, frames by sp."""
+    frames = x.ndim > 1 and x.shape[1] == CHUNKS * CHUNK
+    return NamedSharding(mesh, P(BATCH, SP) if frames else P(BATCH))
+
+
+def alike(got, want, tolerance=1e-6):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
