@@ -29,6 +29,13 @@ ALONE = ("typing", "spec")
 
 KERNEL_IMPORTS = {"jax", "numpy", "ml_dtypes", "jaxtyping", "flax", "pallas_kernels"}
 TOP = 6
+MOST_LINES = 45
+LONGER = {
+    "longlive_jax.demo.film.film": 48,
+    "longlive_jax.io.convert.convert": 46,
+    "longlive_jax.io.quantize.quantize_checkpoint": 47,
+}
+"""Functions that are still to be split, and their lines; nothing is to be added."""
 
 
 def name_of(path: Path) -> str:
@@ -148,21 +155,23 @@ def test_no_bare_except_and_no_environment_switches():
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=name_of)
 def test_files_are_short(path):
-    """The aim is 400 lines; the last tenth is there so that nobody splits a file mid-thought."""
     lines = len(path.read_text().splitlines())
-    assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines; split it by job"
+    assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines; split it by job"
 
 
 def test_functions_are_short():
-    """The aim is 45 lines, docstring included."""
+    """Docstrings included."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     long = [
-        f"{name_of(p)}:{node.lineno} {node.name} has {length} lines"
+        (f"{name_of(p)}.{node.name}", length)
         for p in SOURCES
         for node in ast.walk(tree(p))
-        if isinstance(node, functions) and (length := node.end_lineno - node.lineno + 1) > 50
+        if isinstance(node, functions)
+        and (length := node.end_lineno - node.lineno + 1) > MOST_LINES
     ]
-    assert not long, long
+    wrong = [(name, length) for name, length in long if length > LONGER.get(name, MOST_LINES)]
+    assert not wrong, f"over {MOST_LINES} lines: {wrong}"
+    assert not (done := LONGER.keys() - dict(long)), f"short now, take them out: {done}"
 
 
 def test_no_catch_all_modules():
