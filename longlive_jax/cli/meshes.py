@@ -17,6 +17,8 @@ def mesh_of(text: str) -> "MeshSpec":
         name, _, number = word.partition("=")
         if name not in AXES:
             raise UserError(f"--mesh: unknown axis {name!r}{nearest(name, AXES)}")
+        if name in axes:
+            raise UserError(f"--mesh: {name} is given twice")
         if not number.isdecimal():
             raise UserError(f"--mesh: expected {name}=NUMBER, got {word!r}")
         axes[name] = int(number)

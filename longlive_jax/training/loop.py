@@ -6,6 +6,7 @@ seen without the stop. With several processes all of them run this; the first on
 
 import contextlib
 import dataclasses
+import errno
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -225,6 +226,9 @@ class _Run:
         window = _Window(self)
         self._bar.update(self._line, completed=start)
         try:
+            if self._due(start) and not log.evaluated(start):  # a stop came before it
+                self._evaluate(state, start, log)
+                window = _Window(self)
             for done, batch, feed in self._batches(start):
                 state, metrics = step_fn(state, self._place(batch))
                 window.add(metrics)
@@ -238,21 +242,31 @@ class _Run:
                 if done % loop.save_every == 0 or last or asked:
                     with window.paused():
                         saves.save(done, state)
-                if last or (loop.eval_every and done % loop.eval_every == 0 and not asked):
+                if self._due(done) and (last or not asked):
                     with window.paused():
-                        log.write(done, self.task.evaluate(state.ema, done, self.workdir))
-                        self._plot(log)
+                        self._evaluate(state, done, log)
                 if asked and not last:
                     self._leave(asked, done, saves)
             saves.wait()
-        except BaseException:
-            with contextlib.suppress(OSError):  # what ended the run is said, such as a full disk
+            self._plot(log)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # what ended the run is said, not this
                 self._plot(log)
-                log.close()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise saves.unwritten(error) from error
             raise
-        self._plot(log)
-        log.close()
+        finally:
+            log.close()
         return state
+
+    def _due(self, step: int) -> bool:
+        """Whether an evaluation belongs to a step."""
+        every = self.loop.eval_every
+        return step > 0 and (step == self.loop.steps or (every > 0 and step % every == 0))
+
+    def _evaluate(self, state: TrainState, done: int, log: MetricsLog) -> None:
+        log.write(done, self.task.evaluate(state.ema, done, self.workdir))
+        self._plot(log)
 
     def _record(self, done: int, values: dict[str, float], log: MetricsLog) -> None:
         log.write(done, values)

@@ -1,5 +1,6 @@
 """Where a run's numbers go: a JSON line a record, TensorBoard, and a picture of the curves."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -38,10 +39,15 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether there is a record of an evaluation at a step; those of updates have a rate."""
+        return any(r["step"] == step and "steps_per_s" not in r for r in self.records)
+
     def close(self) -> None:
-        """Writes what TensorBoard has not got yet."""
+        """Writes what TensorBoard has not got yet, unless the disk is full."""
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # the run is over, and its lines are in the file
+                self._board.close()
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

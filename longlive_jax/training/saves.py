@@ -7,6 +7,8 @@ A save is restored onto whatever mesh the new state lies on, whole (`Saves.resto
 sampler or another run begins from (`restore_weights`).
 """
 
+import hashlib
+import json
 import pathlib
 import re
 import shutil
@@ -53,8 +55,12 @@ class Saves:
     def __enter__(self) -> "Saves":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:  # a save that failed; it fails once more here
+            if kind is None:
+                raise self._unsaved(error) from error
 
     def steps(self) -> list[int]:
         """Steps that look saved, newest first."""
@@ -74,6 +80,7 @@ class Saves:
             "fingerprints": fingerprints(state),
             "origin": self._origin,
         }
+        about["digest"] = _digest(about)
         try:
             self._manager.wait_until_finished()
             self._writing = step
@@ -141,6 +148,7 @@ class Saves:
             about = _alone(ocp.JsonCheckpointHandler).restore(
                 self._root / str(step) / ABOUT, args=ocp.args.JsonRestore()
             )
+            _check_whole(about)
             _check_same(about["arrays"], like, self._root / str(step), whole)
             args = ocp.checkpoint_utils.construct_restore_args(like)
             part = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
@@ -181,6 +189,10 @@ class Saves:
         which = "a save" if self._writing is None else f"the save of step {self._writing}"
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         return Failure(f"{self._root}: {which} could not be written ({why}); {self._left()}")
+
+    def unwritten(self, error: OSError) -> Failure:
+        """What to raise where the work directory cannot be written."""
+        return Failure(f"{self.workdir}: cannot be written ({error}); {self._left()}")
 
     def _left(self) -> str:
         steps = self.steps()
@@ -274,6 +286,19 @@ def _check_same(saved: Mapping[str, list], like: Any, where: pathlib.Path, whole
             f"{where}: saved by a run of another model, optimizer or recycling ({wrong[0]}{more}); "
             "give the settings of that run, or choose a new --workdir"
         )
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_whole(about: Mapping[str, Any]) -> None:
+    """ValueError if what is said of a save is not what was written."""
+    rest = {name: value for name, value in about.items() if name != "digest"}
+    if rest.keys() == {"arrays", "fingerprints"}:
+        return  # of a version that wrote no more
+    if about.get("digest") != _digest(rest):
+        raise ValueError("its description is not what was written")
 
 
 def _named(array: list | None) -> str:

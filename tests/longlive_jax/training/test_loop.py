@@ -131,6 +131,28 @@ def test_the_message_of_a_failed_save_is_not_lost_to_a_full_disk(tmp_path, monke
         train(task(10), tmp_path, loop=spec(eval_every=0), optim=OPTIM, ema=EMA)
 
 
+def test_a_full_disk_while_logging_is_one_message(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop_module.MetricsLog, "write", full)
+    with pytest.raises(Failure, match=r"cannot be written .*No space.*nothing is saved yet"):
+        train(task(10), tmp_path, loop=spec(), optim=OPTIM, ema=EMA)
+
+
+def test_an_evaluation_that_a_kill_came_before_is_made_up_for(tmp_path):
+    def killed(params, step, workdir):
+        raise KeyboardInterrupt
+
+    cut = dataclasses.replace(task(5), evaluate=killed)
+    with pytest.raises(KeyboardInterrupt):  # the save of this step is there, its evaluation is not
+        train(cut, tmp_path, loop=spec(steps=5), optim=OPTIM, ema=EMA)
+    for _ in range(2):  # made up for once
+        train(task(5), tmp_path, loop=spec(steps=5), optim=OPTIM, ema=EMA)
+        lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        assert [r["step"] for r in lines if "held_out" in r] == [5]
+
+
 def test_rates_count_updates_and_not_what_lies_between(tmp_path):
     """Saves and evaluations inside of a window: an update is not faster than what it waits for."""
     delay = 0.02

@@ -129,6 +129,18 @@ def flip(folder):
     path.write_bytes(data)
 
 
+def flip_description(folder):
+    """In the name of what a save must have, so that it is still JSON."""
+    path = folder / "about/metadata"
+    path.write_bytes(path.read_bytes().replace(b"fingerprints", b"fingerprintr"))
+
+
+def flip_shape(folder):
+    """As if the save were of another model."""
+    path = folder / "about/metadata"
+    path.write_bytes(path.read_bytes().replace(b"64", b"65", 1))
+
+
 def truncate(folder):
     path = largest(folder)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -144,6 +156,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 DAMAGE = {
     "flipped bit": flip,
+    "flipped bit in a name of the description": flip_description,
+    "flipped bit in a shape of the description": flip_shape,
     "missing file": lambda folder: largest(folder).unlink(),
     "truncated file": truncate,
     "no state": lambda folder: shutil.rmtree(folder / "state"),
@@ -238,6 +252,21 @@ def test_a_full_disk_loses_nothing(workdir, monkeypatch):
     ):
         s.save(40, state_of(40))
     assert restored(workdir)[0][0] == 30
+
+
+def test_a_save_that_failed_is_said_once(workdir, monkeypatch):
+    """Closing meets the same error again, which must not take the place of the message."""
+
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Failure, match=r"could not be written .*No space.*step 30 is saved"):  # noqa: SIM117
+        with Saves(workdir) as saves:
+            monkeypatch.setattr(saves._manager, "wait_until_finished", fails)
+            monkeypatch.setattr(saves._manager, "close", fails)
+            saves.wait()
+    with pytest.raises(Failure, match="could not be written"), Saves(workdir) as saves:
+        monkeypatch.setattr(saves._manager, "close", fails)
 
 
 def test_a_save_that_fails_while_written_says_what_is_left(workdir, monkeypatch):
