@@ -13,7 +13,7 @@ from tests.longlive_jax.data.clips.videos import write_sample
 from tests.tiny import lively
 
 DIT = DiTConfig(
-    dim=64, ffn_dim=64, freq_dim=8, text_dim=TEXT_DIM, text_len=48, heads=2, layers=2,
+    dim=64, ffn_dim=64, freq_dim=8, text_dim=TEXT_DIM, text_len=48, heads=4, layers=2,
     in_channels=Z_DIM, out_channels=Z_DIM,
 )  # fmt: skip
 
