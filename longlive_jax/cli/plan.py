@@ -71,6 +71,7 @@ def table(report: dict[str, Any]) -> str:
         ("devices", f"{report['devices']} x {report['device']}, {_axes(report['mesh'])}"),
         ("model", f"{report['model']}, {report['parameters'] / 1e9:.2f} B parameters"),
         ("precision", report["precision"]),
+        ("attention", _attention(report)),
         ("clips", _clips(report)),
         ("recomputed", _policy(report)),
         ("operations", _operations(report)),
@@ -93,6 +94,12 @@ def verdict(report: dict[str, Any]) -> str:
     spare = (there - held - report["peak_bytes_per_device"]) / GIB
     said = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit by {-spare:.1f} GiB"
     return f"{report['peak_bytes_per_device'] / GIB:.1f} GiB a device: {said} ({room})"
+
+
+def _attention(report: dict[str, Any]) -> str:
+    if report["attention"] == "mosaic":
+        return "mosaic"
+    return f"{report['attention']}; training takes xla unless told mosaic, and xla needs more"
 
 
 def _clips(report: dict[str, Any]) -> str:

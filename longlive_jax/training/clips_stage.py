@@ -38,6 +38,7 @@ from longlive_jax.training.preview import Preview, PreviewSpec
 from longlive_jax.training.quantized import quantized
 from longlive_jax.training.recycling import (
     RecyclingSpec,
+    bytes_held,
     check_recycling,
 )
 from longlive_jax.training.run import HELD_OUT_SEED, RunSpec, part_of
@@ -139,7 +140,12 @@ class ClipsStage(RunSpec):
                 "clips": clips.manifest.identity["dataset"],
                 "from videos": self.videos is not None,
             },
-            notes=(quant.describe(shapes), self._attends(), *data.notes),
+            notes=(
+                quant.describe(shapes),
+                self._attends(),
+                *self._buffers((chunk, *shape[1:]), mesh),
+                *data.notes,
+            ),
             feed=functools.partial(self._feed, data.source, clips.empty, mesh, self.loop.seed),
             place=data.place,
             evaluate=self._evaluation(setup, mesh, dressed, quant),
@@ -171,6 +177,16 @@ class ClipsStage(RunSpec):
             "attention: xla, block by block; config.attention=mosaic takes the sparse kernels for "
             "Hopper and Blackwell, compiled but not run on a chip yet"
         )
+
+    def _buffers(self, chunk: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
+        """What the error buffers take; groups that do not split over the mesh lie whole on all."""
+        if self.recycling is None:
+            return ()
+        held = bytes_held(self.recycling, chunk, mesh.shape) / 2**30
+        groups, ranks = self.recycling.buffer.groups, self.mesh.samples
+        whole = groups > 1 and groups % ranks != 0
+        why = f", all {groups} groups: they do not split over data * fsdp = {ranks}" * whole
+        return (f"error buffers: {held:.3g} GiB a device{why}",)
 
     def model(self) -> DiTConfig:
         """Of the checkpoint's DiT, computing as this run does."""
