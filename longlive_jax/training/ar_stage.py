@@ -42,7 +42,7 @@ from longlive_jax.training.ar import (
 )
 from longlive_jax.training.corpus import CorpusSpec, encoded_corpus
 from longlive_jax.training.feed import in_order
-from longlive_jax.training.loop import Task
+from longlive_jax.training.loop import Task, Work
 from longlive_jax.training.metrics import mean_of
 from longlive_jax.training.objective import objective, remembered
 from longlive_jax.training.preview import Preview, PreviewSpec
@@ -52,6 +52,7 @@ from longlive_jax.training.run import HELD_OUT_SEED, RunSpec, part_of
 from longlive_jax.training.sharded import COLUMNS, FRAMES, Shared, shared_forward
 from longlive_jax.training.state import Params
 from longlive_jax.training.step import LossFn
+from longlive_jax.training.work import episode_work
 from longlive_jax.typing import Array
 from pallas_kernels.attention.chunks import attend_chunks
 
@@ -131,9 +132,21 @@ class ARStage(RunSpec):
             export=functools.partial(self._export, past),
             rules=rules.DIT,
             batch_specs=EPISODE,
+            work=self._work(size),
             **remembered(
                 self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:]), self.mesh
             ),
+        )
+
+    def _work(self, chunk_tokens: int) -> Work:
+        episodes = self.episodes
+        return episode_work(
+            self.model,
+            batch=episodes.batch,
+            context=episodes.context_chunks,
+            target=episodes.target_chunks,
+            chunk_tokens=chunk_tokens,
+            window=episodes.window,
         )
 
     def _shapes(self, mesh: Mesh) -> tuple[nnx.GraphDef[DiT], Params, Any]:

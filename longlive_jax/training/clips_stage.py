@@ -62,8 +62,8 @@ class ClipsStage(RunSpec):
       clips: folder that `longlive data encode` made.
       videos: dataset to decode and encode while training, in the place of the latents in `clips`,
         which say what a clip is and have the texts. None: the latents are used.
-      anywhere: clips of `videos` begin at random places, drawn anew for every visit; else where
-        those in `clips` do.
+      anywhere: clips of `videos` begin at random places, drawn anew for every visit; else at the
+        beginning of each sample, as the first that `data encode` makes of it.
       held_out: another such folder, for evaluations; None: there are none.
       held_out_batches: how many batches of it are measured.
       preview: what to sample at every evaluation, with the checkpoint's settings.

@@ -33,11 +33,20 @@ def forward_flops(
     cfg: DiTConfig, *, chunks: int, chunk_tokens: int, window: int | None = None
 ) -> Flops:
     """Of one clip of `chunks`, clean and noisy; each chunk has a prompt of `cfg.text_len` rows."""
-    tokens = 2 * chunks * chunk_tokens
+    return _forward(
+        cfg,
+        clean=chunks * chunk_tokens,
+        noisy=chunks * chunk_tokens,
+        seen=pairs_seen(chunks, window) * chunk_tokens**2,
+        words=2 * chunks * cfg.text_len,
+    )
+
+
+def _forward(cfg: DiTConfig, *, clean: int, noisy: int, seen: int, words: int) -> Flops:
+    """Of so many tokens, pairs of which one sees the other, and rows of text."""
+    tokens = clean + noisy
     per_layer = 6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim
-    ends = 4 * (cfg.in_channels * tokens + cfg.out_channels * tokens // 2) * cfg.dim
-    seen = pairs_seen(chunks, window) * chunk_tokens**2
-    words = 2 * chunks * cfg.text_len
+    ends = 4 * (cfg.in_channels * tokens + cfg.out_channels * noisy) * cfg.dim
     return Flops(
         linears=2.0 * (cfg.layers * tokens * per_layer + ends),
         attention=4.0 * cfg.layers * cfg.dim * (seen + tokens * cfg.text_len),
@@ -48,7 +57,28 @@ def forward_flops(
 def step_work(
     cfg: DiTConfig, *, batch: int, chunks: int, chunk_tokens: int, window: int | None = None
 ) -> Work:
-    """Of one update: a backward pass is twice a forward pass; recomputation is not counted."""
+    """Of one update on clips."""
     flops = forward_flops(cfg, chunks=chunks, chunk_tokens=chunk_tokens, window=window)
+    return _update(flops, batch, 2 * chunks * chunk_tokens)
+
+
+def episode_work(
+    cfg: DiTConfig, *, batch: int, context: int, target: int, chunk_tokens: int, window: int
+) -> Work:
+    """Of one update on episodes of so many context and target chunks, each of which attends as
+    many as a window holds."""
+    chunks = context + target
+    flops = _forward(
+        cfg,
+        clean=context * chunk_tokens,
+        noisy=target * chunk_tokens,
+        seen=chunks * window * chunk_tokens**2,
+        words=chunks * cfg.text_len,
+    )
+    return _update(flops, batch, chunks * chunk_tokens)
+
+
+def _update(flops: Flops, batch: int, tokens: int) -> Work:
+    """A backward pass is twice a forward pass; recomputation is not counted."""
     kinds = {kind: 3.0 * batch * part for kind, part in dataclasses.asdict(flops).items()}
-    return Work(2 * batch * chunks * chunk_tokens, 3.0 * batch * flops.total, kinds)
+    return Work(batch * tokens, 3.0 * batch * flops.total, kinds)

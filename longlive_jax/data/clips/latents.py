@@ -8,7 +8,7 @@ import numpy as np
 from longlive_jax.data.clips.plan import ClipPlan
 from longlive_jax.typing import Bool, Float, Int
 
-__all__ = ["ClipLatents", "clip_latents"]
+__all__ = ["ClipLatents", "clip_latents", "filled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,15 @@ class ClipLatents:
 
     def row(self, texts: int) -> dict[str, np.ndarray]:
         """The arrays by name, with `text` filled up to `texts` rows so that rows can be stacked."""
-        lacking = texts - len(self.text)
-        if lacking < 0:
-            raise ValueError(f"a clip has {len(self.text)} prompts, room is made for {texts}")
-        fill = np.zeros((lacking, *self.text.shape[1:]), self.text.dtype)
-        return vars(self) | {"text": np.concatenate([self.text, fill])}
+        return vars(self) | {"text": filled(self.text, texts)}
+
+
+def filled(text: Float[np.ndarray, "p t e"], texts: int) -> Float[np.ndarray, "n t e"]:
+    """Features with rows of zeros behind them, `texts` in all; ValueError if there are more."""
+    lacking = texts - len(text)
+    if lacking < 0:
+        raise ValueError(f"a clip has {len(text)} prompts, room is made for {texts}")
+    return np.concatenate([text, np.zeros((lacking, *text.shape[1:]), text.dtype)])
 
 
 def clip_latents(

@@ -2,10 +2,12 @@
 
 import bisect
 import dataclasses
+import functools
 
 import numpy as np
 
 from longlive_jax.data.clips.dataset import Unusable
+from longlive_jax.data.clips.latents import filled
 from longlive_jax.data.clips.source import VideoClips
 from longlive_jax.data.clips.store import EncodedClips
 
@@ -32,7 +34,7 @@ class LiveClips:
         """The sample's name, for messages."""
         return self.videos.name(index)
 
-    @property
+    @functools.cached_property
     def texts(self) -> int:
         """Most distinct prompts that a clip can have: every shot's, after a cut and without one."""
         most = max((len(sample.shots) for sample in self.videos.samples), default=1)
@@ -46,11 +48,9 @@ class LiveClips:
         row = self.videos.read(index, rng)
         prompts = row.pop("prompts").tolist()
         distinct = list(dict.fromkeys(prompts))
-        found = np.stack([self.store.text(self._row(prompt)) for prompt in distinct])
-        text = np.zeros((self.texts, *found.shape[1:]), found.dtype)
-        text[: len(found)] = found
+        text = np.stack([self.store.text(self._row(prompt)) for prompt in distinct])
         prompt = np.array([distinct.index(one) for one in prompts], np.int32)
-        return row | {"prompt": prompt, "text": text}
+        return row | {"prompt": prompt, "text": filled(text, self.texts)}
 
     def _row(self, prompt: str) -> int:
         if prompt not in self._rows:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
             process.kill()
             raise AssertionError(f"no {path}:\n{process.communicate()[0]}")
         time.sleep(0.02)
+
+
+def wait_for_words(words: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Reads what it prints up to a line with them; AssertionError if there is none."""
+    late = threading.Timer(seconds, process.kill)
+    late.start()
+    lines = [process.stdout.readline()]
+    while words not in lines[-1] and lines[-1]:
+        lines.append(process.stdout.readline())
+    late.cancel()
+    assert lines[-1], f"never printed {words!r}:\n{''.join(lines)}"
 
 
 def free_port() -> int:

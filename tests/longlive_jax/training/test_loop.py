@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import struct
 import time
 
 import chex
@@ -11,12 +12,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from tensorboardX.proto import event_pb2
 
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.spec import Failure
 from longlive_jax.training import loop as loop_module
 from longlive_jax.training.feed import in_order
-from longlive_jax.training.loop import LoopSpec, Task, train
+from longlive_jax.training.loop import LoopSpec, Task, Work, train
 from longlive_jax.training.optim import OptimSpec, make_optimizer, matrix_axes, schedule
 from longlive_jax.training.state import init_state
 from longlive_jax.training.step import EMASpec, forgetful, make_train_step
@@ -129,6 +131,39 @@ def test_the_message_of_a_failed_save_is_not_lost_to_a_full_disk(tmp_path, monke
 
     with pytest.raises(Failure, match="make room"):
         train(task(10), tmp_path, loop=spec(eval_every=0), optim=OPTIM, ema=EMA)
+
+
+def scalars(workdir):
+    """(step, name) -> value of all that TensorBoard got: records of length, its crc, event, crc."""
+    found = {}
+    for path in (workdir / "tensorboard").iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+            at += 16 + length
+    return found
+
+
+def test_records_have_speeds_memory_and_skipped_samples_and_tensorboard_has_the_same(tmp_path):
+    work = Work(tokens=100, flops=6e9, kinds={"linears": 4e9, "attention": 2e9})
+    told = dataclasses.replace(task(4), work=work)
+    train(told, tmp_path, loop=spec(steps=4, peak_tflops=0.5), optim=OPTIM, ema=EMA)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    records = [r for r in lines if "loss" in r]
+    board = scalars(tmp_path)
+    for record in records:
+        rate = record["steps_per_s"]
+        assert record["tokens_per_s"] == pytest.approx(100 * rate, rel=1e-4)
+        assert record["tflops_per_s"] == pytest.approx(0.006 * rate, rel=1e-3)
+        assert record["tflops_per_s_linears"] == pytest.approx(0.004 * rate, rel=1e-3)
+        assert record["percent_of_peak"] == pytest.approx(1.2 * rate, rel=1e-4)
+        assert record["skipped"] == 0 and record["grad_norm"] > 0 and "data_wait" in record
+        for name, value in record.items():
+            if name != "step":
+                assert board[record["step"], name] == pytest.approx(value, rel=1e-4, abs=2e-6)
+    assert len(records) == 2 and (4, "held_out") in board
 
 
 def test_a_full_disk_while_logging_is_one_message(tmp_path, monkeypatch):

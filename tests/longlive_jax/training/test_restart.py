@@ -14,7 +14,7 @@ from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.saves import Saves
 from longlive_jax.training.state import make_state
 from tests.longlive_jax.training import toy_run
-from tests.longlive_jax.training.processes import ended, start, wait_for
+from tests.longlive_jax.training.processes import ended, start, wait_for, wait_for_words
 
 DEVICES = 4
 
@@ -69,6 +69,26 @@ def test_restart_after_sigterm_goes_on_from_the_step_it_was_at(whole, tmp_path):
     stopped = max(int(p.name) for p in (tmp_path / "state").iterdir())
     code, output = ended(start(tmp_path, 20, 0, devices=DEVICES))
     assert code == 0 and f"Resumed from step {stopped}" in output, output
+    chex.assert_trees_all_equal(final(tmp_path), final(whole))
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_restart_after_ctrl_c(whole, tmp_path):
+    """One saves and ends; so does the first of two, but the second does not wait for that."""
+    first = start(tmp_path, 20, 0.2, devices=DEVICES)
+    wait_for(tmp_path / "state/5", first)
+    first.send_signal(signal.SIGINT)
+    code, output = ended(first)
+    assert code == 128 + signal.SIGINT and "the same command goes on from there" in output, output
+    again = start(tmp_path, 20, 5, devices=DEVICES)  # seconds a batch: the update does not end soon
+    wait_for_words("Resumed", again)
+    again.send_signal(signal.SIGINT)
+    wait_for_words("Ctrl-C again stops at once", again)
+    again.send_signal(signal.SIGINT)
+    wait_for_words("KeyboardInterrupt", again)
+    assert ended(again)[0] not in (0, 128 + signal.SIGINT)
+    code, output = ended(start(tmp_path, 20, 0, devices=DEVICES))
+    assert code == 0, output
     chex.assert_trees_all_equal(final(tmp_path), final(whole))
     assert losses(tmp_path) == losses(whole)
 

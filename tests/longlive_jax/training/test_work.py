@@ -8,7 +8,7 @@ from flax import nnx
 from longlive_jax.layout import teacher_forcing
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.training.work import forward_flops, pairs_seen, step_work
+from longlive_jax.training.work import episode_work, forward_flops, pairs_seen, step_work
 from pallas_kernels.tokens import visible
 
 CFG = DiTConfig(
@@ -59,3 +59,17 @@ def test_a_step_is_three_forward_passes_of_every_clip():
     assert sorted(work.kinds) == ["attention", "linears", "text"]
     assert work.kinds["text"] == 12 * forward.text
     assert sum(work.kinds.values()) == pytest.approx(work.flops)
+
+
+def test_episodes_that_see_all_they_have_are_clips():
+    """Two chunks of a clip, clean and noisy, in a window of two; but the first chunks see one."""
+    clip = step_work(CFG, batch=4, chunks=2, chunk_tokens=10)
+    work = episode_work(CFG, batch=4, context=2, target=2, chunk_tokens=10, window=2)
+    assert work.tokens == clip.tokens
+    for kind in ("linears", "text"):
+        assert work.kinds[kind] == clip.kinds[kind]
+    unseen = 3 * 4 * 4.0 * CFG.layers * CFG.dim * 2 * 10**2  # of the first chunks' padded windows
+    assert work.kinds["attention"] == clip.kinds["attention"] + unseen
+    fewer = episode_work(CFG, batch=4, context=3, target=1, chunk_tokens=10, window=2)
+    head = 3 * 4 * 2.0 * 4 * CFG.out_channels * 10 * CFG.dim
+    assert fewer.tokens == work.tokens and work.flops - fewer.flops == head

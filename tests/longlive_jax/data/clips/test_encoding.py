@@ -21,20 +21,8 @@ from longlive_jax.data.clips.plan import JoinSpec
 from longlive_jax.data.clips.store import EncodedClips, Manifest
 from longlive_jax.sampling.script import CUT_PREFIX
 from longlive_jax.spec import UserError
-from tests.longlive_jax.data.clips.counting import SPEC, Counting, run, write_dataset
+from tests.longlive_jax.data.clips.counting import SPEC, Counting, run
 from tests.longlive_jax.data.clips.videos import write_caption
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-@pytest.fixture(scope="module")
-def whole(root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    counting = Counting()
-    return out, run(root, out, counting), counting
 
 
 def test_what_is_stored(whole):
@@ -98,25 +86,25 @@ def equal_stores(a, b):
 
 
 @pytest.mark.parametrize("stop_after", [0, 2, 3, 5])
-def test_stopped_and_resumed(root, whole, tmp_path, stop_after):
+def test_stopped_and_resumed(dataset, whole, tmp_path, stop_after):
     """Nothing that was finished is encoded again, and the result is the same."""
     out, first, second = tmp_path / "out", Counting(stop_after), Counting()
     with pytest.raises(KeyboardInterrupt):
-        run(root, out, first)
+        run(dataset, out, first)
     with pytest.raises(UserError, match="has not finished"):
         EncodedClips(out)
     (out / "parts" / ".00000001.writing-77").write_bytes(b"torn")
-    manifest = run(root, out, second)
+    manifest = run(dataset, out, second)
     assert first.videos + second.videos == whole[2].videos and not second.prompts
     assert manifest.clips == whole[1].clips and manifest.skipped == whole[1].skipped
     equal_stores(out, whole[0])
     assert not (out / "parts").exists() and not list(out.glob(".*"))
     third = Counting()
-    run(root, out, third)
+    run(dataset, out, third)
     assert not third.loaded
 
 
-def test_stopped_between_a_shard_and_the_manifest(root, whole, tmp_path, monkeypatch):
+def test_stopped_between_a_shard_and_the_manifest(dataset, whole, tmp_path, monkeypatch):
     out, write = tmp_path / "out", Manifest.write
 
     def stopped(self, folder):
@@ -126,27 +114,27 @@ def test_stopped_between_a_shard_and_the_manifest(root, whole, tmp_path, monkeyp
 
     monkeypatch.setattr(Manifest, "write", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(root, out, Counting())
+        run(dataset, out, Counting())
     monkeypatch.undo()
     second = Counting()
-    run(root, out, second)
+    run(dataset, out, second)
     assert len(second.videos) == len(whole[2].videos) - 3
     equal_stores(out, whole[0])
 
 
-def test_a_damaged_part_is_made_again(root, whole, tmp_path):
+def test_a_damaged_part_is_made_again(dataset, whole, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(root, out, Counting(2))
+        run(dataset, out, Counting(2))
     part = out / "parts" / "00000001"
     part.write_bytes(part.read_bytes()[:-5])
     second = Counting()
-    run(root, out, second)
+    run(dataset, out, second)
     assert second.videos == whole[2].videos[1:]
     equal_stores(out, whole[0])
 
 
-def test_a_full_disk_loses_nothing(root, whole, tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(dataset, whole, tmp_path, monkeypatch):
     out, write = tmp_path / "out", encoding.write_file
 
     def full(path, content):
@@ -156,20 +144,20 @@ def test_a_full_disk_loses_nothing(root, whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(encoding, "write_file", full)
     with pytest.raises(OSError, match="No space"):
-        run(root, out, Counting())
+        run(dataset, out, Counting())
     monkeypatch.undo()
     second = Counting()
-    run(root, out, second)
+    run(dataset, out, second)
     assert second.videos == whole[2].videos[4:]
     with pytest.raises(OSError, match="shard"):
         store.write_shard(pathlib.Path("/proc/nowhere/shard"), [b"x"])
 
 
-def test_a_disk_too_small_is_found_before_anything_is_encoded(root, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_found_before_anything_is_encoded(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     counting = Counting()
     with pytest.raises(UserError, match=r"7 clips of 0\.0 MiB need .* GiB, the disk has"):
-        run(root, tmp_path / "out", counting)
+        run(dataset, tmp_path / "out", counting)
     assert not counting.loaded
 
 
@@ -181,26 +169,26 @@ def test_a_disk_too_small_is_found_before_anything_is_encoded(root, tmp_path, mo
         ({"vae": "another"}, "vae"),
     ],
 )
-def test_another_encoding_does_not_go_into_the_same_folder(root, whole, change, differs):
+def test_another_encoding_does_not_go_into_the_same_folder(dataset, whole, change, differs):
     before = (whole[0] / "manifest.json").read_bytes()
     with pytest.raises(UserError, match=f"encoded otherwise .*{differs}"):
-        run(root, whole[0], Counting(), **change)
+        run(dataset, whole[0], Counting(), **change)
     assert (whole[0] / "manifest.json").read_bytes() == before
 
 
-def test_a_dataset_that_has_changed(root, whole, tmp_path):
-    write_caption(root, "a", 0, "something else")
+def test_a_dataset_that_has_changed(dataset, whole, tmp_path):
+    write_caption(dataset, "a", 0, "something else")
     try:
         with pytest.raises(UserError, match=r"encoded otherwise \(dataset\)"):
-            run(root, whole[0], Counting())
+            run(dataset, whole[0], Counting())
     finally:
-        write_caption(root, "a", 0, "a shot 0")
+        write_caption(dataset, "a", 0, "a shot 0")
 
 
-def test_folders_that_do_not_do(root, tmp_path):
+def test_folders_that_do_not_do(dataset, tmp_path):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(UserError, match="holds other files"):
-        run(root, tmp_path, Counting())
+        run(dataset, tmp_path, Counting())
     with pytest.raises(UserError, match="no encoded clips"):
         EncodedClips(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 9}')
@@ -211,7 +199,7 @@ def test_folders_that_do_not_do(root, tmp_path):
         EncodedClips(tmp_path)
     short = dataclasses.replace(SPEC, join=JoinSpec(chunks=50))
     with pytest.raises(UserError, match="none of the 5 samples can be used"):
-        run(root, tmp_path / "new", Counting(), spec=short)
+        run(dataset, tmp_path / "new", Counting(), spec=short)
 
 
 KILLED = """
@@ -229,10 +217,10 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), counting)
 """
 
 
-def test_killed_and_resumed(root, whole, tmp_path, repository):
+def test_killed_and_resumed(dataset, whole, tmp_path, repository):
     """kill -9 while clips are being written."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(root), str(out)]
+    command = [sys.executable, "-c", KILLED, str(dataset), str(out)]
     process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE)
     try:
         limit = time.monotonic() + 120
@@ -245,6 +233,6 @@ def test_killed_and_resumed(root, whole, tmp_path, repository):
     done = len(list((out / "parts").glob("0*"))) + 3 * len(list(out.glob("clips-*")))
     assert done >= 2
     second = Counting()
-    run(root, out, second)
+    run(dataset, out, second)
     assert len(second.videos) <= len(whole[2].videos) - 2
     equal_stores(out, whole[0])

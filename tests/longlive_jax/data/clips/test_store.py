@@ -14,24 +14,12 @@ from longlive_jax.data.clips.plan import JoinSpec
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.sampling.script import CUT_PREFIX
 from longlive_jax.spec import UserError
-from tests.longlive_jax.data.clips.counting import SPEC, Counting, run, texts_of, write_dataset
+from tests.longlive_jax.data.clips.counting import SPEC, Counting, run, texts_of
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-@pytest.fixture(scope="module")
-def whole(root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    counting = Counting()
-    return out, run(root, out, counting), counting
-
-
-def test_damage_to_a_store(root, tmp_path):
+def test_damage_to_a_store(dataset, tmp_path):
     out = tmp_path / "out"
-    run(root, out, Counting())
+    run(dataset, out, Counting())
     shard = out / "clips-00000.array_record"
     content = shard.read_bytes()
     middle = len(content) // 3
@@ -53,7 +41,7 @@ def test_damage_to_a_store(root, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "empty", "another's"])
-def test_encoding_again_makes_only_the_shards_that_are_lost(root, whole, tmp_path, damage):
+def test_encoding_again_makes_only_the_shards_that_are_lost(dataset, whole, tmp_path, damage):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     lost = [out / "clips-00001.array_record", out / "texts-00000.array_record"]
@@ -69,46 +57,46 @@ def test_encoding_again_makes_only_the_shards_that_are_lost(root, whole, tmp_pat
     with pytest.raises(UserError, match="run the same `longlive data encode` again, it makes them"):
         EncodedClips(out)
     counting = Counting()
-    assert run(root, out, counting) == whole[1]
+    assert run(dataset, out, counting) == whole[1]
     assert counting.videos == whole[2].videos[3:5] and counting.prompts == whole[2].prompts
     for file in lost:
         assert file.read_bytes() == (whole[0] / file.name).read_bytes()
     assert len(EncodedClips(out)) == 6 and not (out / "parts").exists()
 
 
-def test_the_repair_may_be_stopped_too(root, whole, tmp_path):
+def test_the_repair_may_be_stopped_too(dataset, whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     for i in (0, 2):
         (out / f"clips-{i:05d}.array_record").unlink()
     first, second = Counting(3), Counting()
     with pytest.raises(KeyboardInterrupt):
-        run(root, out, first)
+        run(dataset, out, first)
     with pytest.raises(UserError, match="has not finished"):
         EncodedClips(out)
-    assert run(root, out, second) == whole[1]
+    assert run(dataset, out, second) == whole[1]
     assert first.videos + second.videos == whole[2].videos[:3] + whole[2].videos[5:]
 
 
 @pytest.mark.parametrize("content", ["", '{"format": 1, "te', '{"format": 9}'])
-def test_a_manifest_that_cannot_be_read(root, whole, tmp_path, content):
+def test_a_manifest_that_cannot_be_read(dataset, whole, tmp_path, content):
     """What the message says does help."""
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     (out / "manifest.json").write_text(content)
-    for use in (EncodedClips, lambda out: run(root, out, Counting())):
+    for use in (EncodedClips, lambda out: run(dataset, out, Counting())):
         with pytest.raises(UserError, match=f"remove {out} and encode the dataset again"):
             use(out)
 
 
-def test_a_refusal_for_space_leaves_no_trace(root, tmp_path):
+def test_a_refusal_for_space_leaves_no_trace(dataset, tmp_path):
     out, huge = tmp_path / "out", dataclasses.replace(SPEC, size=(10**6, 10**6))
     counting = Counting()
     wanting = dataclasses.replace(counting.encoders(), latent_bytes=2**50)
     with pytest.raises(UserError, match="clips of"):
-        encode_dataset(find_samples(root), out, spec=huge, encoders=wanting)
+        encode_dataset(find_samples(dataset), out, spec=huge, encoders=wanting)
     assert not list(out.iterdir())
-    assert run(root, out, counting).complete
+    assert run(dataset, out, counting).complete
 
 
 def spoil(file, *words):
@@ -120,9 +108,9 @@ def spoil(file, *words):
     file.write_bytes(content)
 
 
-def test_what_a_store_is_does_not_hang_on_its_first_record(root, tmp_path):
+def test_what_a_store_is_does_not_hang_on_its_first_record(dataset, tmp_path):
     out = tmp_path / "out"
-    run(root, out, Counting())
+    run(dataset, out, Counting())
     clips = EncodedClips(out)
     assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2 and clips.texts == 6
     assert [clips.prompt(row) for row in range(6)] == sorted(clips.prompt(row) for row in range(6))
@@ -134,9 +122,9 @@ def test_what_a_store_is_does_not_hang_on_its_first_record(root, tmp_path):
     assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2
 
 
-def test_a_store_of_which_nothing_can_be_read(root, tmp_path, monkeypatch):
+def test_a_store_of_which_nothing_can_be_read(dataset, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run(root, out, Counting())
+    run(dataset, out, Counting())
 
     def damaged(record):
         raise Unusable("damaged record")
@@ -151,10 +139,10 @@ def test_a_store_of_which_nothing_can_be_read(root, tmp_path, monkeypatch):
         _ = clips.empty
 
 
-def test_texts_alone(root, whole, tmp_path):
+def test_texts_alone(dataset, whole, tmp_path):
     """Every prompt that a clip could have wherever it begins, and no video is touched."""
     out, counting = tmp_path / "out", Counting()
-    manifest = texts_of(root, out, counting)
+    manifest = texts_of(dataset, out, counting)
     assert manifest.complete and counting.loaded == {"text": 1}
     captions = ["a shot 0", "b shot 0", "b shot 1", "c shot 0", "e shot 0"]
     prompts = sorted(["", *captions, *(CUT_PREFIX + one for one in captions)])
@@ -169,18 +157,18 @@ def test_texts_alone(root, whole, tmp_path):
     with pytest.raises(UserError, match="has texts alone"):
         _ = clips.shape
     again = Counting()
-    assert texts_of(root, out, again) == manifest and not again.loaded
+    assert texts_of(dataset, out, again) == manifest and not again.loaded
     with pytest.raises(UserError, match=r"encoded otherwise \(clips, dataset\)"):
-        run(root, out, Counting())
+        run(dataset, out, Counting())
 
 
 @pytest.mark.parametrize(("chunks", "texts"), [(1, 1), (3, 3), (9, 4)])
-def test_room_for_the_texts_of_any_clip(root, tmp_path, chunks, texts):
+def test_room_for_the_texts_of_any_clip(dataset, tmp_path, chunks, texts):
     spec = dataclasses.replace(SPEC, join=JoinSpec(chunks=chunks, chunk=2))
-    assert texts_of(root, tmp_path / "out", Counting(), spec).texts_per_clip == texts
+    assert texts_of(dataset, tmp_path / "out", Counting(), spec).texts_per_clip == texts
 
 
-def test_texts_alone_are_resumed(root, tmp_path):
+def test_texts_alone_are_resumed(dataset, tmp_path):
     out, counting = tmp_path / "out", Counting()
     encode = counting.text
 
@@ -191,7 +179,7 @@ def test_texts_alone_are_resumed(root, tmp_path):
 
     counting.text = stopped
     with pytest.raises(KeyboardInterrupt):
-        texts_of(root, out, counting)
+        texts_of(dataset, out, counting)
     with pytest.raises(UserError, match="has not finished"):
         EncodedClips(out)
-    assert texts_of(root, out, Counting()).complete and EncodedClips(out).texts == 11
+    assert texts_of(dataset, out, Counting()).complete and EncodedClips(out).texts == 11
