@@ -22,9 +22,10 @@ the paper's section 4.1: AdamW with betas (0, 0.999), a constant rate of 1e-5, g
 10, an average of 0.99 from update 100, float32 masters. On several hosts every process runs the
 same command with `--hosts` (launch/slurm.sh, launch/gke.yaml).
 
-Attention is "auto", which is XLA in blocks that pass over no tile: about four times the useful
-work. `--config.attention=mosaic` takes the block-sparse kernels; they are interpreted and compiled
-for Hopper and Blackwell, not run yet. What `longlive plan` compiles is a stand-in for them.
+Attention is "auto", which is XLA's in blocks; pairs of blocks that see nothing of each other are
+passed over. `--config.attention=mosaic` takes the block-sparse kernels; they are interpreted and
+compiled for Hopper and Blackwell, not run yet. `longlive plan` compiles a stand-in for them, or
+the one that is named.
 
 Error recycling (appendix C) holds 2.4 GiB a device at 64 s and sp = 4 (`BufferSpec`); without it:
 `--config.recycling=none`.

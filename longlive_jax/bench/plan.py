@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.bench import plan_compile
 from longlive_jax.bench.chips import Chip, chip_of
-from longlive_jax.bench.plan_step import Clip, PlannedStep, parameters
+from longlive_jax.bench.plan_step import NAMED, STAND_IN, Clip, PlannedStep, parameters
 from longlive_jax.io.checkpoint import MANIFEST
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy
@@ -208,7 +208,7 @@ def _about(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[s
         "accumulate": stage.loop.accumulate,
         "dtype": stage.dtype,
         "stream_dtype": stage.stream_dtype,
-        "attention": "mosaic" if stage.attention == "mosaic" else "any fused kernel (a stand-in)",
+        "attention": stage.attention if stage.attention in NAMED else STAND_IN,
         **_policy(stage),
     }
 

@@ -1,10 +1,10 @@
 """The train step of stage `clips` as a planner needs it: real, over any devices, never allocated.
 
-Attention is the one part that is not the run's own unless the config names `mosaic`: a stand-in
-keeps and makes what a fused kernel does (queries, keys, values, output and log-sum-exp; never
-[queries, keys]) and computes nothing of use. Memory and traffic are those of the step with such a
-kernel: compiled with the Mosaic kernels themselves (`--config.attention=mosaic`), the 5B's peak is
-the same to 0.1 GiB, 58.2 at 128 latent frames over 4 H200 without error buffers.
+Attention is the one part that is not the run's own unless the config names it (`NAMED`): a
+stand-in keeps and makes what a fused kernel does (queries, keys, values, output and log-sum-exp;
+never [queries, keys]) and computes nothing of use. Memory and traffic are those of the step with
+such a kernel: compiled with the Mosaic kernels themselves (`--config.attention=mosaic`), the 5B's
+peak is the same to 0.1 GiB, 58.2 at 128 latent frames over 4 H200 without error buffers.
 """
 
 import dataclasses
@@ -28,7 +28,12 @@ from longlive_jax.training.state import TrainState, init_state, state_specs
 from longlive_jax.training.step import make_train_step
 from longlive_jax.typing import Array, Float
 
-__all__ = ["Clip", "PlannedStep", "fused", "lower"]
+__all__ = ["NAMED", "STAND_IN", "Clip", "PlannedStep", "fused", "lower", "parameters"]
+
+NAMED = ("mosaic", "xla")
+"""Implementations of attention that are compiled if the config names them."""
+STAND_IN = "any fused kernel (a stand-in)"
+"""What a report calls it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ class PlannedStep:
         setup = stage.setup(self.model, self.clip.chunk, self.clip.chunks)
         # On a GPU attention to the text is cuDNN's, whose library a plan does not need.
         setup = dataclasses.replace(setup, attend_text=fused)
-        if stage.attention != "mosaic":
+        if stage.attention not in NAMED:
             setup = dataclasses.replace(setup, attention_for=lambda _tokens: fused)
         clip, text = self.clip, self.model.text_len
         rows = clip.chunks * clip.chunk_tokens, clip.chunks * text

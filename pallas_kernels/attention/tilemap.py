@@ -61,6 +61,17 @@ def tile_map(
         return _tile_map(q, k, q_tile, k_tile, rows, ranges)
 
 
+@functools.partial(jax.jit, static_argnames=("q_tile", "k_tile"))
+def tile_kinds(
+    q: Tokens, k: Tokens, *, q_tile: int, k_tile: int
+) -> Int[Array, "b q_tiles k_tiles"]:
+    """Of every pair of tiles: 0 if no pair of tokens is visible, 2 if all are, else 1 (which a tile
+    of more than two kinds of tokens gets in any case). Tokens must fill whole tiles."""
+    queries, keys = _tiles(q, q_tile), _tiles(k, k_tile)
+    rows = _by_rows(lambda tile: _kinds(queries, keys, "query", tile), queries.simple.shape[1])
+    return jnp.swapaxes(rows, 0, 1)
+
+
 def known(*tokens: Tokens) -> bool:
     """Whether all columns have values while tracing."""
     columns = (getattr(part, name) for part in tokens for name in COLUMNS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.layout import grid, teacher_forcing, windowed
-from pallas_kernels.attention import attention, attention_with_lse, which, xla
+from pallas_kernels.attention import attention, attention_with_lse, blocked, which, xla
 from pallas_kernels.attention.segments import Segment, segments
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tokens import EMPTY, concat, make, visible
@@ -62,7 +62,7 @@ def layouts():
 @pytest.mark.parametrize("name", layouts())
 def test_xla_equals_reference_in_values_and_gradients(name, dense_bytes, known, monkeypatch):
     monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
-    monkeypatch.setattr(xla, "BLOCK", 7)
+    monkeypatch.setattr(blocked, "BLOCK", 7)
     q_tokens, k_tokens = layouts()[name]
     if not known:
         q_tokens, k_tokens = traced(q_tokens), traced(k_tokens)
@@ -85,7 +85,7 @@ def test_xla_equals_reference_in_values_and_gradients(name, dense_bytes, known, 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (37, 53), (131, 7)])
 def test_any_length_serves(queries, keys, dense_bytes, monkeypatch):
     monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
-    monkeypatch.setattr(xla, "BLOCK", 16)
+    monkeypatch.setattr(blocked, "BLOCK", 16)
     rng = np.random.default_rng(0)
     q_tokens, k_tokens = (
         make(np.zeros((n, 3), np.int32), np.sort(rng.integers(-1, 3, n)), np.arange(n) > n // 2)
@@ -164,7 +164,7 @@ def test_gradients_are_summed_in_float32_over_blocks(monkeypatch):
     want = gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
     errors = []
     for block in (512, 4):
-        monkeypatch.setattr(xla, "BLOCK", block)
+        monkeypatch.setattr(blocked, "BLOCK", block)
         got = gradients("xla", q, k, v)
         errors.append(
             [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, want, strict=True)]
@@ -173,21 +173,66 @@ def test_gradients_are_summed_in_float32_over_blocks(monkeypatch):
     assert (one < 1e-2).all() and (many < 1.1 * one).all(), errors
 
 
+def test_products_on_a_gpu_take_sixteen_bits_also_in_the_gradient(monkeypatch):
+    """A product of bfloat16 and float32 is one of float32, many times as slow."""
+    monkeypatch.setattr(xla, "platform", lambda: "gpu")
+    monkeypatch.setattr(xla, "DENSE_BYTES", 0)
+    total = partial(total_of, tokens=traced(grid(4, 2, 2, chunk=2)))
+    program = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*arrays(16, 16, dtype=jnp.bfloat16))
+    products = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert len(products) == 2 + 5
+    for eqn in products:
+        assert [x.aval.dtype for x in eqn.invars] == [jnp.bfloat16] * 2
+        assert eqn.outvars[0].aval.dtype == jnp.float32
+
+
+def total_of(q, k, v, tokens):
+    out, lse = attention_with_lse(q, k, v, tokens, tokens, implementation="xla")
+    return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(jnp.where(lse > -1e9, lse, 0.0))
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_blocks_that_see_nothing_of_each_other_are_not_read(where, monkeypatch):
+    """Noisy keys are seen by their own chunk alone; a mask would not keep what is no number from
+    the sums of the others."""
+    monkeypatch.setattr(xla, "platform", lambda: where)
+    monkeypatch.setattr(xla, "DENSE_BYTES", 0)
+    monkeypatch.setattr(blocked, "BLOCK", 8)
+    tokens = traced(teacher_forcing(4, 2, 4, chunk=1))  # a block a chunk
+    q, k, v = arrays(64, 64)
+    last = slice(56, 64)  # noisy
+    spoiled = [x.at[:, last].set(jnp.nan) for x in (q, k, v)]
+    attend = partial(attention, implementation="xla")
+    want = attend(q, k, v, tokens, tokens)
+    got = attend(*spoiled, tokens, tokens)
+    assert np.isnan(got[:, last]).all()
+    np.testing.assert_array_equal(got[:, :56], want[:, :56])
+    gradient = jax.grad(lambda *x: jnp.sum(attend(*x, tokens, tokens)[:, :56] ** 2), (0, 1, 2))
+    # Clean keys get gradients from the last chunk's queries too: zeros times what is no number.
+    for own, a, b in zip((0, 32, 32), gradient(*spoiled), gradient(q, k, v), strict=True):
+        assert np.isnan(a[:, last]).all()
+        np.testing.assert_array_equal(a[:, own:56], b[:, own:56])
+
+
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_no_array_is_of_tokens_by_tokens(where, monkeypatch):
     """In the program of value and gradient, where nothing is known of the tokens."""
     monkeypatch.setattr(xla, "platform", lambda: where)
-    monkeypatch.setattr(xla, "BLOCK", 64)
+    monkeypatch.setattr(blocked, "BLOCK", 64)
     tokens = traced(teacher_forcing(4, 8, 8, chunk=1))
     length = len(tokens)
     operands = arrays(length, length, batch=1, heads=2, dtype=jnp.bfloat16)
 
+    def total(q, k, v, tokens):
+        def layer(x, qkv):
+            out, lse = attention_with_lse(*qkv, tokens, tokens, implementation="xla")
+            return x + jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse), None
+
+        layers = (jnp.stack([x, x]) for x in (q, k, v))  # a loop that the tokens are known before
+        return jax.lax.scan(layer, jnp.zeros(()), tuple(layers))[0]
+
     def largest(dense_bytes):
         monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
-
-        def total(q, k, v, tokens):
-            out, lse = attention_with_lse(q, k, v, tokens, tokens, implementation="xla")
-            return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
 
         program = jax.make_jaxpr(jax.value_and_grad(total, (0, 1, 2)))(*operands, tokens)
         made = (var.aval for eqn in equations(program.jaxpr) for var in eqn.outvars)
