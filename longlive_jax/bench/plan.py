@@ -20,19 +20,23 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax.bench import plan_compile
 from longlive_jax.bench.chips import Chip, chip_of
 from longlive_jax.bench.plan_step import NAMED, STAND_IN, Clip, PlannedStep, parameters
-from longlive_jax.io.checkpoint import MANIFEST
+from longlive_jax.data.clips import store
+from longlive_jax.io.checkpoint import MANIFEST, read_manifest
+from longlive_jax.models.vae import VAEConfig
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import AXES, MeshSpec
-from longlive_jax.spec import UserError
+from longlive_jax.spec import UserError, build
 from longlive_jax.training.clips_stage import BATCH_SPECS, ClipsStage
 from longlive_jax.training.work import forward_flops, step_work
 
-__all__ = ["PlanSpec", "check", "model_of", "moved", "plan"]
+__all__ = ["PlanSpec", "check", "clip_of", "model_of", "moved", "plan"]
 
 RESERVED = 4 * 2**30
 """Bytes of a device that a program cannot have."""
+WHOLE = Clip(frames=384, chunk=8, size=(44, 80, 48))
+"""64 s of Wan2.2's latents at 1280x704."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +53,9 @@ class PlanSpec:
     """
 
     chip: str
-    frames: int = 384
-    chunk: int = 8
-    size: tuple[int, int, int] = (44, 80, 48)
+    frames: int = WHOLE.frames
+    chunk: int = WHOLE.chunk
+    size: tuple[int, int, int] = WHOLE.size
     fastest: bool = False
     compile: bool = True
 
@@ -78,6 +82,34 @@ def model_of(stage: ClipsStage) -> tuple[DiTConfig, str]:
         return stage.model(), stage.checkpoint
     model = DiTConfig(**{k: jnp.dtype(v) for k, v in stage.computing().items()})
     return model, f"Wan2.2-TI2V-5B (there is no {stage.checkpoint})"
+
+
+def clip_of(stage: ClipsStage) -> tuple[Clip, str]:
+    """What the run is trained on, and where that is from.
+
+    Without the folder of clips: `WHOLE`, but with a chunk for every row of the error buffers if
+    they have rows.
+    """
+    folder = Path(stage.clips)
+    if (folder / store.MANIFEST).is_file():
+        made = store.Manifest.read(folder).identity
+        vae, join = _vae_of(stage), made["join"]
+        height, width = (side // vae.spatial_ratio for side in made["size"])
+        size = height, width, vae.z_dim
+        return Clip(join["chunks"] * join["chunk"], join["chunk"], size), stage.clips
+    buffer = None if stage.recycling is None else stage.recycling.buffer
+    if buffer is None or not buffer.aligned or buffer.dealt or buffer.rows == 1:
+        return WHOLE, f"there is no {stage.clips}"
+    clip = dataclasses.replace(WHOLE, frames=buffer.rows * WHOLE.chunk)
+    return clip, f"a chunk a row of the error buffers: there is no {stage.clips}"
+
+
+def _vae_of(stage: ClipsStage) -> VAEConfig:
+    """Of the stage's checkpoint; without one Wan2.2's."""
+    if not (Path(stage.checkpoint) / MANIFEST).is_file():
+        return VAEConfig()
+    held = read_manifest(stage.checkpoint)["components"].get("vae", {})
+    return build(VAEConfig, held, path=f"{stage.checkpoint}: vae")
 
 
 def moved(stage: ClipsStage, mesh: MeshSpec, clip: Clip) -> ClipsStage:

@@ -3,10 +3,13 @@
 Says what training would need on GPUs that are not here: parameters, operations, traffic, and from a
 compile of the real step the peak memory of a device and whether it fits. For stage `clips`. The
 checkpoint and the clips of the config need not be there: without the checkpoint the model is
-Wan2.2-TI2V-5B. With `--mesh` the config's batch changes as the ways it is split do: devices that
-share a sequence have as many clips as before. Error buffers follow the mesh and the clips' length.
+Wan2.2-TI2V-5B; without the clips a clip has a chunk for every row of the config's error buffers, if
+--frames does not tell. With `--mesh` the config's batch changes as the ways it is split do: devices
+that share a sequence have as many clips as before. Error buffers follow the mesh and the clips'
+length.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -23,21 +26,24 @@ def main(argv: Sequence[str]) -> int:
     """Plans the stage that the config names."""
     config, rest = take_config(argv)
     args = _parser().parse_args(rest)
-    from longlive_jax.bench.plan import PlanSpec, moved, plan
+    from longlive_jax.bench.plan import PlanSpec, clip_of, moved, plan
     from longlive_jax.training.clips_stage import ClipsStage
 
     settings = config.to_dict()
     name = settings.pop("stage", None)
     if name != "clips":
         raise UserError(f"config.stage is {name!r}; plans are made for 'clips'")
-    asked = {"chip": args.chip, "frames": args.frames, "chunk": args.chunk}
-    size = _numbers("--size", args.size)
-    more = {"size": size, "fastest": args.fastest, "compile": not args.no_compile}
-    spec = build(PlanSpec, asked | more, path="plan")
     stage = build(ClipsStage, settings)
+    clip, origin = clip_of(stage)
+    asked = {"chip": args.chip, "fastest": args.fastest, "compile": not args.no_compile}
+    size = None if args.size is None else _numbers("--size", args.size)
+    told = {"frames": args.frames, "chunk": args.chunk, "size": size}
+    told = {name: value for name, value in told.items() if value is not None}
+    spec = build(PlanSpec, dataclasses.asdict(clip) | asked | told, path="plan")
     stage = moved(stage, stage.mesh if args.mesh is None else mesh_of(args.mesh), spec.clip)
     report = plan(stage, spec, say=lambda text: print(text, file=sys.stderr))
     report["precision"] = _precision(stage)
+    report["clips_from"] = ", ".join(f"--{name}" for name in told) or origin
     print(json.dumps(report, indent=1) if args.json else table(report))
     return 0
 
@@ -109,7 +115,7 @@ def _clips(report: dict[str, Any]) -> str:
     return (
         f"{report['batch']} of {report['latent_frames']} x {height}x{width}x{channels} "
         f"({report['seconds_of_video']:.0f} s) in chunks of {report['chunk']}, "
-        f"{report['tokens_per_step']:,} tokens"
+        f"{report['tokens_per_step']:,} tokens ({report['clips_from']})"
     )
 
 
@@ -155,9 +161,9 @@ def _parser() -> Parser:
     parser = Parser("plan", __doc__ or "")
     parser.add_argument("--chip", required=True, help="gb200, b200, h200 or h100")
     parser.add_argument("--mesh", help="devices by axis, as data=8,sp=4; default: the config's")
-    parser.add_argument("--frames", type=int, default=384, help="latent frames of a clip")
-    parser.add_argument("--chunk", type=int, default=8, help="latent frames of a chunk")
-    parser.add_argument("--size", default="44x80x48", help="HEIGHTxWIDTHxCHANNELS of a latent")
+    parser.add_argument("--frames", type=int, help="latent frames of a clip; default: the run's")
+    parser.add_argument("--chunk", type=int, help="latent frames of a chunk; default: the run's")
+    parser.add_argument("--size", help="HEIGHTxWIDTHxCHANNELS of a latent; default: the run's")
     parser.add_argument(
         "--fastest", action="store_true", help="find the fastest way to recompute that fits"
     )

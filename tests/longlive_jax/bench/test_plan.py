@@ -10,8 +10,20 @@ import pytest
 from longlive_jax.bench import plan_compile
 from longlive_jax.bench.chips import CHIPS
 from longlive_jax.bench.collectives import traffic
-from longlive_jax.bench.plan import RESERVED, PlanSpec, least_bytes, moved, plan, policies
+from longlive_jax.bench.plan import (
+    RESERVED,
+    WHOLE,
+    PlanSpec,
+    clip_of,
+    least_bytes,
+    moved,
+    plan,
+    policies,
+)
 from longlive_jax.bench.plan_step import Clip, PlannedStep, fused, lower
+from longlive_jax.data.clips.encoding import EncodeSpec
+from longlive_jax.data.clips.plan import JoinSpec
+from longlive_jax.data.clips.store import Manifest
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan import attention as text_attention
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
@@ -106,6 +118,23 @@ def test_sizes_and_operations_of_the_5b_model():
     assert halved == kept | {"layer_inputs": kept["layer_inputs"] // 2}
     assert report["kv_cache_bytes"] == 30 * 2 * 3 * 7040 * 3072 * 2
     assert report["peak_bytes_per_device"] is report["fits"] is None
+
+
+def test_clips_are_the_run_s_own_also_before_all_are_encoded(tmp_path):
+    spec = EncodeSpec(join=JoinSpec(chunks=6, chunk=4), size=(480, 832))
+    Manifest(identity=dataclasses.asdict(spec), versions={}).write(tmp_path)
+    assert clip_of(stage_of(clips=str(tmp_path))) == (Clip(24, 4, (30, 52, 48)), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("buffer", "frames"),
+    [(BufferSpec(rows=12), 96), (BufferSpec(rows=12, by="chunk"), 384), (BufferSpec(), 384)],
+)
+def test_clips_that_are_not_there_are_as_long_as_the_error_buffers(buffer, frames):
+    stage = stage_of(recycling=RecyclingSpec(buffer=buffer))
+    clip, why = clip_of(stage)
+    assert clip == dataclasses.replace(WHOLE, frames=frames) and "there is no nowhere" in why
+    assert clip_of(stage_of())[0] == WHOLE
 
 
 def test_a_step_fits_with_room_for_what_is_not_in_it(compiler):

@@ -49,12 +49,13 @@ def test_a_plan_of_a_checkpoint_compiled_for_two_gpus(tmp_path, capsys):
 def test_a_table_without_a_compiler(capsys, monkeypatch):
     """Without a checkpoint the model is the 5B, and the plan says so."""
     monkeypatch.setattr(plan_compile, "compiled", None)
-    assert run(["plan", f"{CONFIG}:16s", "--chip=h200", "--frames=96", "--no-compile"]) == 0
+    assert run(["plan", f"{CONFIG}:16s", "--chip=h200", "--no-compile"]) == 0
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     found = dict(row for row in rows if len(row) == 2)
     assert found["devices"] == "8 x NVIDIA H200, data 2, fsdp 1, sp 4"
     assert found["model"].startswith("Wan2.2-TI2V-5B (there is no checkpoints/wan22_5b), 5.00 B")
     assert found["clips"].startswith("2 of 96 x 44x80x48 (16 s) in chunks of 8, 337,920 tokens")
+    assert found["clips"].endswith("(a chunk a row of the error buffers: there is no clips/16s)")
     assert found["peak"].startswith("not compiled; a program may have 137.0 GiB of 141.0")
 
 
