@@ -7,6 +7,7 @@ from typing import Any, Self
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +23,20 @@ def own_rows(mesh: Mesh, rows: int) -> range:
     places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((rows,)).values()
     spans = [place[0].indices(rows) for place in places if place is not None]
     return range(min(s[0] for s in spans), max(s[1] for s in spans))
+
+
+def skipped_by_all(skipped: int, first: int) -> int:
+    """Samples skipped in the whole job, by what each process has counted of its rows, from `first`
+    on. Processes that share rows share samples: of them the one that has met most counts.
+
+    All processes call it.
+    """
+    if jax.process_count() == 1:
+        return skipped
+    most: dict[int, int] = {}
+    for row, count in multihost_utils.process_allgather(np.array([first, skipped])):
+        most[int(row)] = max(most.get(int(row), 0), int(count))
+    return sum(most.values())
 
 
 def placed(batch: Any, specs: Any, mesh: Mesh, *, rows: int, first: int = 0) -> Any:
@@ -78,7 +93,7 @@ class Feed:
 
     Attributes:
       waited: seconds spent in waiting for batches.
-      skipped: samples that could not be used and were passed over.
+      skipped: samples that could not be used and were passed over, by this process.
     """
 
     def __init__(self, made: Iterator[Any], close: Callable[[], None] = lambda: None):

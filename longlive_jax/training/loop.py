@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longlive_jax.parallel.mesh import BATCH, MeshSpec, make_mesh
 from longlive_jax.parallel.rules import Rules
 from longlive_jax.spec import Failure
-from longlive_jax.training.feed import Feed, own_rows, placed
+from longlive_jax.training.feed import Feed, own_rows, placed, skipped_by_all
 from longlive_jax.training.metrics import MetricsLog, mean_of, peak_gib, plot_curves
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.saves import Saves
@@ -284,8 +284,12 @@ class _Run:
         if task.place is not None:
             return task.place(batch)
         rows = len(jax.tree.leaves(batch)[0]) if task.rows is None else task.rows
-        first = 0 if task.rows is None else own_rows(self.mesh, rows).start
-        return placed(batch, task.batch_specs, self.mesh, rows=rows, first=first)
+        return placed(batch, task.batch_specs, self.mesh, rows=rows, first=self.first_row)
+
+    @property
+    def first_row(self) -> int:
+        """Of a batch, the first that `feed` gives this process."""
+        return 0 if self.task.rows is None else own_rows(self.mesh, self.task.rows).start
 
     def _plot(self, log: MetricsLog) -> None:
         if self.first:
@@ -314,6 +318,7 @@ class _Window:
 
     def __init__(self, run: _Run):
         self._task, self._loop, self._devices = run.task, run.loop, run.mesh.size
+        self._first_row = run.first_row
         self._metrics: list[dict] = []
         self._unseen: list[jax.Array] = []
         self._bad_steps = 0
@@ -342,8 +347,8 @@ class _Window:
             self._began = time.perf_counter()
 
     def close(self, feed: Feed) -> dict[str, float]:
-        """Means, speed and memory of the window; `data_wait` is the share of time spent in waiting
-        for batches. Waits for the device."""
+        """Means, speed and memory of the window; `data_wait` is the share of time that this process
+        spent in waiting for batches. Waits for the device; all processes call it."""
         values = mean_of(self._metrics)
         rate = len(self._metrics) / (self._spent + time.perf_counter() - self._began)
         values["steps_per_s"] = rate
@@ -357,7 +362,7 @@ class _Window:
             if self._loop.peak_tflops:
                 peak = 1e12 * self._loop.peak_tflops * self._devices
                 values["percent_of_peak"] = 100 * flops / peak
-        values["skipped"] = feed.skipped
+        values["skipped"] = skipped_by_all(feed.skipped, self._first_row)
         values |= peak_gib()
         self._metrics, self._waited = [], feed.waited
         self._spent, self._began = 0.0, time.perf_counter()

@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import BATCH, SP, MeshSpec, make_mesh
-from longlive_jax.training.feed import in_order, own_rows, placed
+from longlive_jax.training.feed import in_order, own_rows, placed, skipped_by_all
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (4, 1, 2), (1, 8, 1)])
@@ -35,3 +36,10 @@ def test_batches_come_in_order_from_any_step():
     with in_order(range(10, 20))(4) as feed:
         assert list(feed) == [14, 15, 16, 17, 18, 19]
         assert feed.waited > 0 and feed.skipped == 0
+
+
+def test_samples_skipped_by_processes_that_share_rows_are_counted_once(monkeypatch):
+    counted = np.array([[0, 3], [0, 2], [4, 0], [4, 5]])
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: counted)
+    assert skipped_by_all(3, 0) == 3 + 5

@@ -7,7 +7,8 @@ import chex
 import pytest
 
 from tests.longlive_jax.training.processes import ended, free_port, start, wait_for
-from tests.longlive_jax.training.test_restart import final, losses
+from tests.longlive_jax.training.test_restart import final, losses, records
+from tests.longlive_jax.training.toy_run import ROWS
 
 STEPS = 10
 
@@ -48,6 +49,7 @@ def test_multiprocess_run_killed_and_resumed_equals_one_process(alone, tmp_path,
     assert not any("Resumed" in output for _, output in found[1:])
     chex.assert_trees_all_close(final(tmp_path, STEPS), final(alone, STEPS), rtol=1e-6, atol=1e-7)
     assert [step for step, _ in losses(tmp_path)] == list(range(1, STEPS + 1))
+    assert all(record["skipped"] == ROWS for record in records(tmp_path))
 
 
 def test_multiprocess_damage_that_one_process_meets_sends_all_back(alone, tmp_path):

@@ -42,9 +42,13 @@ def whole(tmp_path_factory):
     return workdir
 
 
-def losses(workdir):
+def records(workdir):
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"]) for r in lines if "loss" in r]
+    return [r for r in lines if "loss" in r]
+
+
+def losses(workdir):
+    return [(r["step"], r["loss"]) for r in records(workdir)]
 
 
 def test_restart_after_a_kill_is_bit_for_bit_the_whole_run(whole, tmp_path):
