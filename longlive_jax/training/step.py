@@ -103,13 +103,16 @@ def _dressed(loss_fn: LossFn, dress: Callable[[Params, jax.Array], Params]) -> L
 
 
 def _accumulated(grad_fn, parts: int, weigh: Weigh):
-    """`grad_fn` part by part: weighted means of losses, metrics and gradients, in float32."""
+    """`grad_fn` part by part: weighted means of losses, metrics and gradients, in float32; a metric
+    is that of the parts where it is finite."""
 
     def whole(params: Params, batch, key: jax.Array, memory: Any):
         def add(memory: Any, xs):
             part, key, share = xs
             (loss, (metrics, memory)), grads = grad_fn(params, part, key, memory)
-            return memory, jax.tree.map(lambda x: share * x, (loss, metrics, grads))
+            there = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), share, 0.0), metrics)
+            metrics = jax.tree.map(lambda x, w: w * jnp.where(w > 0, x, 0.0), metrics, there)
+            return memory, (*jax.tree.map(lambda x: share * x, (loss, grads)), metrics, there)
 
         def step(carry, xs):
             memory, sums = carry
@@ -123,8 +126,8 @@ def _accumulated(grad_fn, parts: int, weigh: Weigh):
         first = jax.tree.map(lambda x: x[0], inputs)
         _, shapes = jax.eval_shape(add, memory, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (memory, (loss, metrics, grads)), _ = lax.scan(step, (memory, zeros), inputs)
-        return (loss, (metrics, memory)), grads
+        (memory, (loss, grads, metrics, there)), _ = lax.scan(step, (memory, zeros), inputs)
+        return (loss, (jax.tree.map(jnp.divide, metrics, there), memory)), grads
 
     return whole
 

@@ -257,6 +257,23 @@ def test_parts_count_for_what_they_hold():
     chex.assert_trees_all_close(*states, rtol=1e-6)
 
 
+def test_a_metric_that_some_parts_lack_is_that_of_the_others():
+    """As the error of a noise level that a part has no frame of; also of a part without weight."""
+    tx = make_optimizer(OPTIM, 10)
+
+    @forgetful
+    def loss(params, x, key):
+        some = {"level": jnp.where(x[0, 0] > 1, x[0, 0], jnp.nan), "none": jnp.float32(jnp.nan)}
+        return jnp.sum(params["kernel"] ** 2), {"all": x[0, 0]} | some
+
+    step = make_train_step(loss, tx, EMA, accumulate=4, weigh=lambda x: x[0, 1])
+    batch = jnp.array([[0.0, 2], [2, 1], [7, 0], [4, 3]])
+    _, metrics = step(init_state({"kernel": jnp.ones(2)}, tx), batch)
+    assert float(metrics["all"]) == pytest.approx((2 * 0 + 1 * 2 + 3 * 4) / 6)
+    assert float(metrics["level"]) == pytest.approx((1 * 2 + 3 * 4) / 4)
+    assert np.isnan(metrics["none"])
+
+
 def test_accumulation_carries_the_memory_from_part_to_part():
     tx = make_optimizer(OPTIM, 10)
 
