@@ -1,5 +1,8 @@
 """Attention in plain XLA operations: dense where that is small, else block by block."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -12,6 +15,8 @@ from pallas_kernels.tokens import Tokens, visible, visible_keys
 DENSE_BYTES = 1 << 26
 """Logits larger than this are done in blocks."""
 
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 def attend(
     q: Float[Array, "b q n d"],
@@ -22,7 +27,8 @@ def attend(
     *,
     dense_bytes: int | None = None,
 ) -> Float[Array, "b q n d"]:
-    """The same as `reference.attend`, with matrix products in the dtype of the arguments.
+    """The same as `reference.attend`, with matrix products in the dtype of the arguments, those of
+    the gradient too; differentiable in reverse.
 
     CPUs have no fast batched products of 16-bit arguments into float32, so there it is all float32.
     """
@@ -63,7 +69,7 @@ def _mask(q_tokens: Tokens | None, k_tokens: Tokens | None) -> Bool[Array, "#b #
 
 def _dense(q, k, v, seen):
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
+    logits = _logits(q, k)
     if seen is not None:
         logits = jnp.where(seen, logits, NEVER)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
@@ -76,3 +82,19 @@ def _dense(q, k, v, seen):
     total, top = (jnp.swapaxes(x, 1, 2) for x in (total, top[..., 0]))
     out = (out.astype(jnp.float32) / jnp.maximum(total[..., None], 1e-30)).astype(v.dtype)
     return out, log_sum(top, total)
+
+
+@jax.custom_vjp
+def _logits(q: Float[Array, "b q n d"], k: Float[Array, "b k n d"]) -> Float[Array, "b n q k"]:
+    """In float32; its gradient's products take what its own do."""
+    return _product("bqnd,bknd->bnqk", q, k)
+
+
+def _logits_backward(saved, gradient):
+    q, k = saved
+    gradient = gradient.astype(q.dtype)
+    d_q, d_k = _product("bnqk,bknd->bqnd", gradient, k), _product("bnqk,bqnd->bknd", gradient, q)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype)
+
+
+_logits.defvjp(lambda q, k: (_logits(q, k), (q, k)), _logits_backward)
