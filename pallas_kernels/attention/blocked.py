@@ -20,8 +20,8 @@ from pallas_kernels.attention.tilemap import pad_tokens, tile_kinds
 from pallas_kernels.tokens import Tokens, visible
 
 BLOCK = 1280
-"""Most queries and keys in a block. On two CPU cores 1920 queries x 7680 keys x 4 heads took 0.19 s
-with such blocks and 0.21 s with blocks of 512."""
+"""Most queries and keys in a block. On two CPU cores 1920 queries x 7680 keys x 4 heads of 64 take
+0.07 s with such blocks and 0.09 s with blocks of 512 (the least of six, in turn)."""
 NEVER = -1e30  # finite, so that a block without visible keys gives no NaN
 _LOWEST = -1e20  # far above it, so that the weights of such a block vanish too
 
