@@ -29,6 +29,7 @@ class MetricsLog:
             self._board = SummaryWriter(folder, purge_step=resume_at + 1, flush_secs=30)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """A record of what is finite: a noise level without a frame has no error."""
         finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
         record = {"step": step} | finite  # JSON has no other numbers
         self.records.append(record)
@@ -36,8 +37,8 @@ class MetricsLog:
             return
         with self.path.open("a") as out:
             out.write(json.dumps(record) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, float(value), step)
+        for name, value in finite.items():
+            self._board.add_scalar(name, value, step)
 
     def evaluated(self, step: int) -> bool:
         """Whether there is a record of an evaluation at a step; those of updates have a rate."""

@@ -19,6 +19,7 @@ from longlive_jax.spec import Failure
 from longlive_jax.training import loop as loop_module
 from longlive_jax.training.feed import in_order
 from longlive_jax.training.loop import LoopSpec, Task, Work, train
+from longlive_jax.training.metrics import MetricsLog
 from longlive_jax.training.optim import OptimSpec, make_optimizer, matrix_axes, schedule
 from longlive_jax.training.state import init_state
 from longlive_jax.training.step import EMASpec, forgetful, make_train_step
@@ -255,6 +256,14 @@ def test_parts_count_for_what_they_hold():
         step = make_train_step(masked, tx, EMA, accumulate=parts, weigh=lambda b: b["mask"].sum())
         states.append(step(init_state({"kernel": jnp.zeros(2)}, tx), batch))
     chex.assert_trees_all_close(*states, rtol=1e-6)
+
+
+def test_a_number_that_is_none_is_in_neither_log(tmp_path, caplog):
+    log = MetricsLog(tmp_path)
+    log.write(1, {"loss": 0.5, "level": float("nan")})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    assert scalars(tmp_path) == {(1, "loss"): 0.5} and not caplog.records
 
 
 def test_a_metric_that_some_parts_lack_is_that_of_the_others():
