@@ -12,13 +12,14 @@ or all of it by launch/small_world.sh. `ar` is `recycled` without error recyclin
 `--config.quant.policy=nvfp4_train` the linears of the blocks are trained in NVFP4, forward and
 backward (paper, section 2.2).
 
-Cost on two EPYC cores without AMX, jax 0.11.2: vae 25 minutes and text 1 (2026-11-25), recycled
-109, of which 8.5 are encoding, and evaluate 15 (2026-11-26): two and a half hours, added up.
+Cost on two EPYC cores without AMX, jax 0.11.2: all by the one command, beside other work, vae 31
+minutes, text 1, recycled 125, evaluate about 15 (2026-11-26); with less beside it vae 25
+(2026-11-25) and recycled 109, of which 8.5 are encoding: two and a half hours, added up.
 
-Result of recycled on the shipped VAE and text encoder: every bar. 91 % of 212 held-out shots are
-all right at 32 steps (shape 91.5, colour 97, background 99.5, motion 97, cuts 100), 78 % at 4;
-minute-long videos last/first quarter 0.97. A run of 12000 updates, everything from nothing, had
-shape 88, for which 90 is asked, and 87 % all right.
+Result of that run: every bar. VAE 32.4 dB; 93 % of 212 held-out shots are all right at 32 steps
+(shape 94, colour 99, background 100, motion 99, cuts 100), 78 % at 4; minute-long videos last/first
+quarter 1.03. The same recycled on the shipped VAE and text encoder: 91 % (shape 91.5), 78 %, 0.97.
+A run of 12000 updates had shape 88, for which 90 is asked, and 87 % all right.
 
 The shipped DiT was trained longer and without recycling, in two runs of `ar`: 12000 updates, then
 8000 more with
