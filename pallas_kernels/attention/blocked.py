@@ -29,7 +29,8 @@ _not_hoisted = jax.checkpoint
 """Else a loop over heads or layers, once differentiated, takes out of itself what is the same every
 time: the masks of all pairs of blocks."""
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+"""Sums in float32, whatever it multiplies."""
 
 
 def attend_with_lse(
@@ -110,7 +111,7 @@ def _head_forward(q, k, v, tokens, real):
                 new_top = jnp.maximum(top, logits.max(0))
                 weights = jnp.exp(logits - new_top)
                 fade = jnp.exp(top - new_top)
-                part = _product("dk,kq->dq", v, weights.astype(v.dtype))
+                part = product("dk,kq->dq", v, weights.astype(v.dtype))
                 return new_top, total * fade + weights.sum(0), acc * fade + part
 
             return _unless_empty(kind, visit, carry), None
@@ -143,11 +144,11 @@ def _head_backward(saved, gradients):
             def visit(sums):
                 d_k, d_v, _ = sums
                 weights = jnp.exp(_logits(q, k, _seen(q_part, k_part, real)) - lse)
-                d_weights = _product("dk,dq->kq", v, d_out)
+                d_weights = product("dk,dq->kq", v, d_out)
                 d_logits = (weights * (d_weights - mean)).astype(q.dtype)
-                d_k = d_k + _product("kq,dq->kd", d_logits, q)
-                d_v = d_v + _product("dq,kq->dk", d_out, weights.astype(v.dtype))
-                return d_k, d_v, _product("kd,kq->dq", k, d_logits)
+                d_k = d_k + product("kq,dq->kd", d_logits, q)
+                d_v = d_v + product("dq,kq->dk", d_out, weights.astype(v.dtype))
+                return d_k, d_v, product("kd,kq->dq", k, d_logits)
 
             d_k, d_v, part = _unless_empty(kind, visit, (d_k, d_v, jnp.zeros(q.shape)))
             part = part + lax.dynamic_index_in_dim(d_q, at, keepdims=False)
@@ -174,7 +175,7 @@ def _scaled(q: Float[Array, "*m d r"]) -> Float[Array, "*m d r"]:
 
 
 def _logits(q, k, seen) -> Float[Array, "k q"]:
-    logits = _product("kd,dq->kq", k, q)
+    logits = product("kd,dq->kq", k, q)
     return logits if seen is None else jnp.where(seen, logits, NEVER)
 
 

@@ -1,21 +1,17 @@
 """Attention in plain XLA operations: dense where that is small, else block by block."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.attention import blocked
-from pallas_kernels.attention.blocked import NEVER, log_sum
+from pallas_kernels.attention.blocked import NEVER, log_sum, product
 from pallas_kernels.dispatch import platform
 from pallas_kernels.tokens import Tokens, visible, visible_keys
 
 DENSE_BYTES = 1 << 26
 """Logits larger than this are done in blocks."""
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attend(
@@ -87,13 +83,13 @@ def _dense(q, k, v, seen):
 @jax.custom_vjp
 def _logits(q: Float[Array, "b q n d"], k: Float[Array, "b k n d"]) -> Float[Array, "b n q k"]:
     """In float32; its gradient's products take what its own do."""
-    return _product("bqnd,bknd->bnqk", q, k)
+    return product("bqnd,bknd->bnqk", q, k)
 
 
 def _logits_backward(saved, gradient):
     q, k = saved
     gradient = gradient.astype(q.dtype)
-    d_q, d_k = _product("bnqk,bknd->bqnd", gradient, k), _product("bnqk,bqnd->bknd", gradient, q)
+    d_q, d_k = product("bnqk,bknd->bqnd", gradient, k), product("bnqk,bqnd->bknd", gradient, q)
     return d_q.astype(q.dtype), d_k.astype(k.dtype)
 
 
