@@ -12,9 +12,10 @@ or all of it by launch/small_world.sh. `ar` is `recycled` without error recyclin
 `--config.quant.policy=nvfp4_train` the linears of the blocks are trained in NVFP4, forward and
 backward (paper, section 2.2).
 
-Cost on two EPYC cores without AMX, jax 0.11.2: all by the one command, beside other work, vae 31
-minutes, text 1, recycled 125, evaluate about 15 (2026-11-26); with less beside it vae 25
-(2026-11-25) and recycled 109, of which 8.5 are encoding: two and a half hours, added up.
+Cost on two EPYC cores without AMX, jax 0.11.2: all by the one command, beside other work, 172
+minutes with installation and evaluation, of which vae 31, text 1, recycled 125 (2026-11-26); with
+less beside it vae 25 (2026-11-25) and recycled 109, of which 8.5 are encoding: two and a half
+hours, added up.
 
 Result of that run: every bar. VAE 32.4 dB; 93 % of 212 held-out shots are all right at 32 steps
 (shape 94, colour 99, background 100, motion 99, cuts 100), 78 % at 4; minute-long videos last/first
