@@ -149,7 +149,7 @@ def _ar() -> dict:
             out_channels=16,
         ),
         corpus=dict(videos=2400, chunks=24, shot_chunks=(2, 8)),
-        episodes=dict(batch=8, targets=7, window=4, global_sinks=1, phase=8, far=320),
+        windows=dict(batch=8, targets=7, window=4, global_sinks=1, shot_rope_offset=8, far=320),
         loss=dict(shift=5.0, weighting="uniform", context_noise=0.1, text_dropout=0.1),
         loop=dict(steps=15000, log_every=50, eval_every=2500, save_every=500),
         optim=dict(

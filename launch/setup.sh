@@ -53,7 +53,7 @@ setup() { # setup [dev]
     echo "$want" >.venv/stamp-"${extra:-base}"
 }
 
-setup_compiler() { # what longlive_jax/bench/deviceless.py compiles with, where there is a ptxas
+setup_compiler() { # what longlive_jax/planning/deviceless.py compiles with, where there is a ptxas
     local version
     command -v ptxas >/dev/null || return 0
     version=$(.venv/bin/python -c "import jaxlib; print(jaxlib.__version__)") || return 1

@@ -1,7 +1,7 @@
 """Token layouts: by these alone the model is bidirectional, causal, teacher-forced or windowed.
 
-Row and column counts are of tokens (2x2 latent patches). `start`, `offset` and `cuts` may be
-traced; columns that depend on none of them are NumPy, so that attention can skip what is never
+Row and column counts are of tokens (2x2 latent patches). `start`, `shot_rope_offset` and `cuts` may
+be traced; columns that depend on none of them are NumPy, so that attention can skip what is never
 visible.
 """
 
@@ -11,7 +11,15 @@ import numpy as np
 from longlive_jax.typing import Array, Bool, Int
 from pallas_kernels.tokens import EMPTY, Tokens, concat, make
 
-__all__ = ["Tokens", "concat", "grid", "shot_sinks", "teacher_forcing", "windowed", "windows"]
+__all__ = [
+    "Tokens",
+    "concat",
+    "grid",
+    "shot_sinks",
+    "teacher_forcing",
+    "windowed",
+    "windows",
+]
 
 
 def grid(
@@ -19,38 +27,54 @@ def grid(
     rows: int,
     columns: int,
     *,
-    chunk: int,
+    chunk_frames: int,
     start: int | Int[Array, ""] = 0,
-    offset: Array | None = None,
+    shot_rope_offset: Array | None = None,
     noisy: bool = False,
 ) -> Tokens:
-    """Frames `start` to `start + frames` in chunks of `chunk` frames, column fastest.
+    """Frames `start` to `start + frames` in chunks of `chunk_frames` frames, column fastest.
 
-    One chunk is bidirectional attention; several clean ones are block-causal. `noisy` tokens see
-    no noisy chunk but their own, which is what a chunk under denoising needs beside its cache.
-    `offset` (`[frames]` or `[b, frames]`, in frames) is added to the temporal position, not to the
-    chunk: the shot phase of multi-shot RoPE. `start` is a multiple of `chunk`.
+    One chunk is bidirectional attention; several clean ones are block-causal. `noisy` tokens see no
+    noisy chunk but their own, which is what a chunk under denoising needs beside its cache.
+    `shot_rope_offset` (`[frames]` or `[b, frames]`, in frames) is added to the temporal position
+    and not to the chunk index (multi-shot RoPE). `start` is a multiple of `chunk_frames`.
     """
-    if chunk < 1 or frames < 1:
-        raise ValueError(f"{frames} frames in chunks of {chunk}; both must be at least 1")
-    if isinstance(start, int | np.integer) and start % chunk:
-        raise ValueError(f"start {start} cuts a chunk of {chunk} frames; begin at a multiple of it")
+    if chunk_frames < 1 or frames < 1:
+        raise ValueError(f"{frames} frames in chunks of {chunk_frames}; both must be at least 1")
+    if isinstance(start, int | np.integer) and start % chunk_frames:
+        raise ValueError(
+            f"start {start} cuts a chunk of {chunk_frames} frames; begin at a multiple of it"
+        )
     frame, *space = (x.reshape(-1).astype(np.int32) for x in np.mgrid[:frames, :rows, :columns])
     frame = frame + (np.int32(start) if isinstance(start, int | np.integer) else start)
-    place = frame if offset is None else frame + jnp.repeat(offset, rows * columns, axis=-1)
+    place = frame
+    if shot_rope_offset is not None:
+        place = frame + jnp.repeat(shot_rope_offset, rows * columns, axis=-1)
     xp = np if isinstance(place, np.ndarray) else jnp
     pos = xp.stack([place, *(xp.broadcast_to(x, place.shape) for x in space)], axis=-1)
-    return make(pos, frame // chunk, noisy, alike=frames <= chunk)
+    return make(pos, frame // chunk_frames, noisy, uniform_mask=frames <= chunk_frames)
 
 
 def teacher_forcing(
-    frames: int, rows: int, columns: int, *, chunk: int, offset: Array | None = None
+    frames: int,
+    rows: int,
+    columns: int,
+    *,
+    chunk_frames: int,
+    shot_rope_offset: Array | None = None,
 ) -> Tokens:
     """All clean frames, then the same frames noisy, at the same positions (paper, section 3.1)."""
-    if frames % chunk:
-        raise ValueError(f"{frames} frames are no whole number of chunks of {chunk}")
+    if frames % chunk_frames:
+        raise ValueError(f"{frames} frames are no whole number of chunks of {chunk_frames}")
     parts = (
-        grid(frames, rows, columns, chunk=chunk, offset=offset, noisy=noisy)
+        grid(
+            frames,
+            rows,
+            columns,
+            chunk_frames=chunk_frames,
+            shot_rope_offset=shot_rope_offset,
+            noisy=noisy,
+        )
         for noisy in (False, True)
     )
     return concat(*parts)
@@ -72,7 +96,7 @@ def shot_sinks(cuts: Bool[Array, "*b s"]) -> Int[Array, "*b s"]:
 def windows(
     cuts: Bool[Array, "*b s"], *, window: int, global_sinks: int, shot_sink: bool = True
 ) -> tuple[Int[Array, "*b s"], Int[Array, "*b s"]]:
-    """(`since`, `sink`) of every chunk for a budget of `window` chunks, its own included.
+    """(`window_start`, `sink`) of every chunk for a budget of `window` chunks, its own included.
 
     Sinks lie inside the budget: what they do not take goes to the most recent chunks. The sets are
     those a cache of `window` chunks holds that overwrites its oldest unprotected slot.
@@ -103,16 +127,18 @@ def windowed(
 
     `cuts` covers all chunks of the tokens; with a batch axis, so do the tokens returned.
     """
-    since, sink = windows(cuts, window=window, global_sinks=global_sinks, shot_sink=shot_sink)
-    if tokens.chunk.ndim > 1:
+    window_start, sink = windows(
+        cuts, window=window, global_sinks=global_sinks, shot_sink=shot_sink
+    )
+    if tokens.chunk_index.ndim > 1:
         raise ValueError("tokens already have a batch axis; give windowed() one sequence")
-    since, sink = (x[..., tokens.chunk] for x in (since, sink))
+    window_start, sink = (x[..., tokens.chunk_index] for x in (window_start, sink))
     return make(
         tokens.pos,
-        tokens.chunk,
+        tokens.chunk_index,
         tokens.noisy,
-        since=since,
+        window_start=window_start,
         sink=sink,
         global_sinks=global_sinks,
-        alike=tokens.alike,
+        uniform_mask=tokens.uniform_mask,
     )

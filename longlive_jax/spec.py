@@ -39,6 +39,11 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
 
 
+def with_renamed(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with the keys that older versions wrote under their names of today."""
+    return {renamed.get(key, key): value for key, value in values.items()}
+
+
 def build[T](cls: type[T], values: Any, *, path: str = "config", default: T | None = None) -> T:
     """Builds the (frozen) dataclass `cls` from a mapping, recursively.
 

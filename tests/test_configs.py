@@ -27,11 +27,11 @@ def cases() -> list[str]:
 def test_config_builds(where):
     settings = app.load_config(where).to_dict()
     if "stage" in settings:
-        from longlive_jax.training.stages import STAGES
+        from longlive_jax.cli.stages import STAGES
 
         cls = STAGES[settings.pop("stage")]
     elif "evaluate" in settings:
-        from longlive_jax.evals.evaluate import EvaluateSpec as cls
+        from longlive_jax.small_world.cases import EvaluateSpec as cls
 
         settings = settings["evaluate"]
     else:

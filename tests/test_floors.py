@@ -14,26 +14,24 @@ SOURCES = sorted(
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FLOORS = {
     "pallas_kernels": 0,
-    **{f"longlive_jax.{n}": 1 for n in ("typing", "spec", "layout", "diffusion", "parallel")},
-    "longlive_jax.quant": 1,
-    "longlive_jax.models": 2,
-    "longlive_jax.io": 3,
-    "longlive_jax.sampling": 4,
-    "longlive_jax.data": 4,
-    "longlive_jax.training": 5,
-    "longlive_jax.evals": 5,
-    **{f"longlive_jax.{n}": 6 for n in ("cli", "bench", "demo", "__main__")},
+    **{f"longlive_jax.{n}": 1 for n in ("captions", "typing", "spec")},
+    **{f"longlive_jax.{n}": 2 for n in ("layout", "diffusion", "parallel", "quant")},
+    "longlive_jax.models": 3,
+    "longlive_jax.io": 4,
+    **{f"longlive_jax.{n}": 5 for n in ("interop", "sampling", "data")},
+    "longlive_jax.training": 6,
+    **{f"longlive_jax.{n}": 7 for n in ("planning", "small_world")},
+    "longlive_jax.bench": 8,
+    **{f"longlive_jax.{n}": 9 for n in ("cli", "__main__")},
 }
-ALONE = ("typing", "spec")
-"""Single modules of floor 1 that every package of that floor may use."""
-
 KERNEL_IMPORTS = {"jax", "numpy", "ml_dtypes", "jaxtyping", "flax", "pallas_kernels"}
-TOP = 6
+TOP = 9
+READS_ENVIRONMENT = ("longlive_jax.cli", "longlive_jax.bench", "longlive_jax.planning")
 MOST_LINES = 45
 LONGER = {
-    "longlive_jax.demo.film.film": 48,
-    "longlive_jax.io.convert.convert": 46,
-    "longlive_jax.io.quantize.quantize_checkpoint": 47,
+    "longlive_jax.small_world.demo.film": 48,
+    "longlive_jax.interop.convert.convert": 46,
+    "longlive_jax.interop.quantize_checkpoint.quantize_checkpoint": 47,
 }
 """Functions that are still to be split, and their lines; nothing is to be added."""
 
@@ -86,8 +84,7 @@ def complaints(path: Path) -> list[str]:
             continue
         if FLOORS[other] > FLOORS[home]:
             out.append(f"{place}: floor {FLOORS[home]} reaches up to floor {FLOORS[other]}")
-        same = FLOORS[other] == FLOORS[home] and FLOORS[home] != TOP
-        if same and other.split(".")[1] not in ALONE:
+        if FLOORS[other] == FLOORS[home] != TOP:
             out.append(f"{place}: packages of one floor do not import each other")
     return out
 
@@ -101,6 +98,68 @@ def test_every_package_has_a_floor():
 def test_imports_go_down():
     found = [c for p in SOURCES for c in complaints(p)]
     assert not found, "\n".join(found)
+
+
+def test_only_commands_know_the_small_world():
+    """It is a room of its own: the library works without it."""
+    wrong = [
+        f"{name_of(path)}:{line} imports {name}"
+        for path in SOURCES
+        for name, line in imports(path)
+        if name.startswith("longlive_jax.small_world")
+        and not name_of(path).startswith(("longlive_jax.small_world", "longlive_jax.cli"))
+    ]
+    assert not wrong, wrong
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Modules of this project that a file imports, wherever in it."""
+    known = {name_of(p).removesuffix(".__init__") for p in SOURCES}
+    names = (name for name, _ in imports(path))
+    return {name if name in known else name.rpartition(".")[0] for name in names} & known
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others (Tarjan's components)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        order[name] = low[name] = len(order)
+        stack.append(name)
+        for other in graph[name] & graph.keys():
+            if other not in order:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], order[other])
+        if low[name] == order[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for name in graph:
+        if name not in order:
+            visit(name)
+    return found
+
+
+KNOWN_CIRCLES = [["longlive_jax.sampling.pipeline", "longlive_jax.sampling.stream"]]
+"""Still to be broken; nothing is to be added."""
+
+
+def test_no_circles():
+    """Between modules, imports for annotations and inside functions included."""
+    graph = {name_of(p).removesuffix(".__init__"): modules_imported(p) for p in SOURCES}
+    assert circles(graph) == KNOWN_CIRCLES
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles(graph) == [["b", "c"]]
 
 
 def test_configs_import_ml_collections_only():
@@ -143,7 +202,7 @@ def test_nothing_needs_pytorch_or_unpickles():
 def test_no_bare_except_and_no_environment_switches():
     wrong = []
     for path in SOURCES:
-        outside = not name_of(path).startswith(("longlive_jax.cli", "longlive_jax.bench"))
+        outside = not name_of(path).startswith(READS_ENVIRONMENT)
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.ExceptHandler) and node.type is None:
                 wrong.append(f"{name_of(path)}:{node.lineno} bare except")

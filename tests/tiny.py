@@ -51,7 +51,7 @@ def tiny_parts():
     return model, VAE(vae, rngs=rngs), UMT5(umt5, rngs=rngs), tokenizer
 
 
-TINY = {"size": (64, 32), "chunk": 2, "steps": 2}
+TINY = {"size": (64, 32), "chunk_frames": 2, "steps": 2}
 
 
 def write_tiny(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.bench import flex_attention
-from longlive_jax.bench.timing import machine, peak_memory, repeated
+from longlive_jax.bench.timing import machine, peak_memory, repeated, report_settings
 from longlive_jax.layout import teacher_forcing
 from pallas_kernels.attention import lay_out, which
 from pallas_kernels.attention.tilemap import density, pad_tokens, tile_map
@@ -35,7 +35,7 @@ class AttentionSpec:
 
     Attributes:
       seconds: of video, at 24 frames a second and four frames a latent.
-      chunk: latent frames of a chunk.
+      chunk_frames: latent frames of a chunk.
       rows, columns: tokens of a frame.
       heads, width: of the attention.
       dtype: of queries, keys and values.
@@ -44,7 +44,7 @@ class AttentionSpec:
     """
 
     seconds: float = 16.0
-    chunk: int = 8
+    chunk_frames: int = 8
     rows: int = 22
     columns: int = 40
     heads: int = 24
@@ -54,16 +54,16 @@ class AttentionSpec:
     product: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "rows", "columns", "heads", "width", "repeats", "product"):
+        for name in ("chunk_frames", "rows", "columns", "heads", "width", "repeats", "product"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype {self.dtype!r}; choose bfloat16 or float32")
-        if self.frames < 1 or self.frames % self.chunk:
-            near = max(1, round(self.frames / self.chunk)) * self.chunk / LATENTS
+        if self.frames < 1 or self.frames % self.chunk_frames:
+            near = max(1, round(self.frames / self.chunk_frames)) * self.chunk_frames / LATENTS
             raise ValueError(
                 f"{self.seconds} seconds are {self.frames} latent frames, no whole number of "
-                f"chunks of {self.chunk}; choose {near:.4g}"
+                f"chunks of {self.chunk_frames}; choose {near:.4g}"
             )
 
     @property
@@ -73,11 +73,11 @@ class AttentionSpec:
 
     def tokens(self) -> Tokens:
         """Clean, then noisy."""
-        return teacher_forcing(self.frames, self.rows, self.columns, chunk=self.chunk)
+        return teacher_forcing(self.frames, self.rows, self.columns, chunk_frames=self.chunk_frames)
 
     def pairs(self) -> int:
         """Visible pairs of a query and a key."""
-        frames = teacher_forcing(self.frames, 1, 1, chunk=self.chunk)
+        frames = teacher_forcing(self.frames, 1, 1, chunk_frames=self.chunk_frames)
         return int(np.sum(visible(frames, frames))) * (self.rows * self.columns) ** 2
 
 
@@ -117,7 +117,7 @@ def bench_attention(spec: AttentionSpec) -> dict[str, Any]:
         left_out[FLEX] = str(error)
     return {
         "machine": about,
-        "spec": dataclasses.asdict(spec),
+        "spec": report_settings(spec),
         "tokens": len(tokens),
         "useful_flop": useful,
         "pairs": _pairs(spec, tokens),
@@ -207,7 +207,7 @@ def _pairs(spec: AttentionSpec, tokens: Tokens) -> dict[str, Any]:
 
 
 def _flex_settings(spec: AttentionSpec) -> dict[str, Any]:
-    settings = dataclasses.asdict(spec)
+    settings = report_settings(spec)
     return {**settings, "frames": spec.frames, "frame": spec.rows * spec.columns}
 
 

@@ -15,17 +15,22 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.bench.timing import machine, repeated
+from longlive_jax.bench.contiguous_sp import CONTIGUOUS
+from longlive_jax.bench.timing import machine, repeated, report_settings
 from longlive_jax.io.builtin import builtin_checkpoint
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, encode
+from longlive_jax.models.vae.sharded import encode_sharded, sharing
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
-from longlive_jax.training.ar import ARLossSpec, ARSetup, Episode
-from longlive_jax.training.encoding import encode_shared, sharing
-from longlive_jax.training.sharded import Shared, shared_ar_loss
+from longlive_jax.training.objectives.sharded import BALANCED, ShardedLoss, sharded_ar_loss
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARLossSpec,
+    ARSetup,
+    TeacherForcingBatch,
+)
 from longlive_jax.typing import Array, Params
 
 
@@ -35,7 +40,7 @@ class BalancedSpec:
 
     sp: int = 4
     chunks: int = 8
-    chunk: int = 4
+    chunk_frames: int = 4
     size: int = 64
     dim: int = 128
     layers: int = 2
@@ -50,7 +55,7 @@ class BalancedSpec:
     @property
     def latents(self) -> int:
         """Of the clip."""
-        return self.chunks * self.chunk
+        return self.chunks * self.chunk_frames
 
 
 def bench_balanced(spec: BalancedSpec) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def bench_balanced(spec: BalancedSpec) -> dict[str, Any]:
     balanced, naive = (sum(x["seconds"].values()) for x in found.values())
     return {
         "machine": machine(),
-        "spec": dataclasses.asdict(spec),
+        "spec": report_settings(spec),
         **found,
         "naive_over_balanced": round(naive / balanced, 3),
     }
@@ -96,7 +101,7 @@ def _naive(spec: BalancedSpec, slice_: int) -> list[int]:
 
 def _encoded(graphdef, params: Params, frames: Array, *, mesh: Mesh, balanced: bool) -> Array:
     if balanced:
-        return encode_shared(graphdef, params, frames, mesh)
+        return encode_sharded(graphdef, params, frames, mesh)
 
     def whole(params: Params, frames: Array) -> Array:
         return encode(with_params(graphdef, params), frames)
@@ -126,30 +131,30 @@ def _update(spec: BalancedSpec, mesh: Mesh, latent: tuple[int, ...], *, balanced
 
     params, specs = rules.init_sharded(init, jax.random.key(0), mesh, rules.DIT)
     graphdef = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[0]
-    setup = ARSetup(graphdef, spec.chunk, empty_prompt=0, spec=ARLossSpec())
-    shared = Shared(mesh, specs, balanced=balanced)
+    setup = ARSetup(graphdef, spec.chunk_frames, empty_prompt=0, spec=ARLossSpec())
+    shared = ShardedLoss(mesh, specs, layout=BALANCED if balanced else CONTIGUOUS)
     text = jax.random.normal(jax.random.key(1), (1, model.text_len, model.text_dim))
 
     @jax.jit
     def update(params: Params, latents: Array):
         def loss(params: Params):
             episode = _episode(spec, latents)
-            return shared_ar_loss(setup, shared, params, episode, jax.random.key(2), text)[0]
+            return sharded_ar_loss(setup, shared, params, episode, jax.random.key(2), text)[0]
 
         return jax.value_and_grad(loss)(params)
 
     return update, params
 
 
-def _episode(spec: BalancedSpec, latents: Array) -> Episode:
+def _episode(spec: BalancedSpec, latents: Array) -> TeacherForcingBatch:
     chunk = jnp.tile(jnp.arange(spec.chunks, dtype=jnp.int32), 2)[None]
-    return Episode(
+    return TeacherForcingBatch(
         context=latents,
         target=latents,
         mask=jnp.ones(latents.shape[:2]),
-        chunk=chunk,
-        start=spec.chunk * chunk,
-        since=jnp.zeros_like(chunk),
+        chunk_index=chunk,
+        start=spec.chunk_frames * chunk,
+        window_start=jnp.zeros_like(chunk),
         sink=jnp.full_like(chunk, -1),
         prompt=jnp.zeros_like(chunk),
     )

@@ -35,10 +35,10 @@ raise SystemExit(code)
 
 def layout(layers: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a DiT with the widths of Wan2.2-TI2V-5B."""
-    from longlive_jax.io import keys_dit
+    from longlive_jax.interop import keys_dit
+    from longlive_jax.interop.components import COMPONENTS, expected_shapes
+    from longlive_jax.interop.export import piece_shape
     from longlive_jax.io.arrays import flatten
-    from longlive_jax.io.components import COMPONENTS, expected_shapes
-    from longlive_jax.io.export import piece_shape
     from longlive_jax.models.wan import DiTConfig
 
     shapes = expected_shapes(COMPONENTS["dit"], DiTConfig(layers=layers)) or flatten({})
@@ -99,7 +99,7 @@ def make_files(folder: Path, layers: int, dtype: str) -> None:
     import ml_dtypes
     import numpy as np
 
-    from longlive_jax.io.safetensors_file import Outgoing, write_safetensors
+    from longlive_jax.interop.safetensors_file import Outgoing, write_safetensors
 
     element = np.dtype(getattr(ml_dtypes, dtype, dtype))
     noise = np.random.default_rng(0).standard_normal(2**25, np.float32).astype(element)

@@ -13,24 +13,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax.bench.timing import Compilations, machine, peak_memory, repeated
+from longlive_jax.bench.timing import Compilations, machine, peak_memory, repeated, report_settings
 from longlive_jax.diffusion import solvers
 from longlive_jax.models.params import params_of, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy, KVCache, empty_cache
 from longlive_jax.models.wan.dit import TextKV
-from longlive_jax.sampling.chunk import Request, sample_chunk
+from longlive_jax.sampling.chunk import ChunkRequest, sample_chunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallSpec:
-    """One video, `chunk` latents of `latent` (height, width), a window of chunks.
+    """One video, `chunk_frames` latents of `latent` (height, width), a window of chunks.
 
     `steps` calls make a chunk, and a pass remembers it.
     """
 
     model: DiTConfig
-    chunk: int = 8
+    chunk_frames: int = 8
     latent: tuple[int, int] = (24, 40)
     window: int = 4
     steps: int = 4
@@ -63,9 +63,9 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
     graphdef, params = nnx.graphdef(model), params_of(model)
     cache, text = full_cache(spec), prompt(spec)
     latents = jax.random.normal(
-        jax.random.key(1), (1, spec.chunk, *spec.latent, spec.model.in_channels)
+        jax.random.key(1), (1, spec.chunk_frames, *spec.latent, spec.model.in_channels)
     )
-    level = jnp.full((1, spec.chunk), 500.0)
+    level = jnp.full((1, spec.chunk_frames), 500.0)
 
     @jax.jit
     def denoising_call(params, cache: KVCache, latents, text: TextKV):
@@ -81,7 +81,7 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
         "spec": _plain(spec),
         "seconds_per_call": times,
         "seconds_per_chunk": chunk_times,
-        "frames_per_second": round(4 * spec.chunk / chunk_times["median"], 2),
+        "frames_per_second": round(4 * spec.chunk_frames / chunk_times["median"], 2),
         "gflop": round(flops / 1e9, 1),
         "gflop_per_second": round(flops / 1e9 / times["median"], 1),
         "compilations": {k: compiled.counts[k] for k in ("denoising_call", "chunk_step")},
@@ -91,18 +91,18 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
 
 def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Callable[[], Any]:
     """Samples one chunk after the other, the cache in mid-video and donated as the sampler's is."""
-    shape = (1, spec.chunk, *spec.latent, spec.model.in_channels)
+    shape = (1, spec.chunk_frames, *spec.latent, spec.model.in_channels)
     solver = solvers.unipc(spec.steps)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def chunk_step(params, cache: KVCache, request: Request):
+    def chunk_step(params, cache: KVCache, request: ChunkRequest):
         return sample_chunk(with_params(graphdef, params), cache, request, solver)
 
-    request = Request(
+    request = ChunkRequest(
         noise=jax.random.normal(jax.random.key(1), shape),
         text=text,
         cut=jnp.zeros(1, bool),
-        offset=jnp.zeros(1, jnp.int32),
+        shot_rope_offset=jnp.zeros(1, jnp.int32),
         clamp=jnp.zeros(shape),
         clamped=jnp.zeros(shape[:2], bool),
         keys=jax.random.split(jax.random.key(2), 1),
@@ -118,12 +118,19 @@ def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Ca
 
 def full_cache(spec: CallSpec) -> KVCache:
     """A cache in mid-video: every slot holds random keys and values."""
-    size = (spec.chunk, spec.latent[0] // 2, spec.latent[1] // 2)
+    size = (spec.chunk_frames, spec.latent[0] // 2, spec.latent[1] // 2)
     cache = empty_cache(spec.model, 1, size, CachePolicy(window=spec.window))
     k, v = (jax.random.normal(jax.random.key(i), cache.k.shape, cache.k.dtype) for i in (2, 3))
-    held = jnp.arange(spec.window - 1, dtype=jnp.int32)[None]
-    count = jnp.full(1, spec.window - 1, jnp.int32)
-    return dataclasses.replace(cache, k=k, v=v, held=held, start=held * spec.chunk, count=count)
+    slot_chunk = jnp.arange(spec.window - 1, dtype=jnp.int32)[None]
+    num_chunks = jnp.full(1, spec.window - 1, jnp.int32)
+    return dataclasses.replace(
+        cache,
+        k=k,
+        v=v,
+        slot_chunk=slot_chunk,
+        start=slot_chunk * spec.chunk_frames,
+        num_chunks=num_chunks,
+    )
 
 
 def prompt(spec: CallSpec) -> TextKV:
@@ -137,14 +144,14 @@ def prompt(spec: CallSpec) -> TextKV:
 def call_flops(spec: CallSpec) -> float:
     """Multiplications and additions of the matrix products of one call."""
     cfg = spec.model
-    queries = spec.chunk * (spec.latent[0] // 2) * (spec.latent[1] // 2)
+    queries = spec.chunk_frames * (spec.latent[0] // 2) * (spec.latent[1] // 2)
     linears = queries * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
     seen = spec.window * queries + cfg.text_len
     return 2.0 * cfg.layers * (linears + 2 * queries * seen * cfg.dim)
 
 
 def _plain(spec: CallSpec) -> dict[str, Any]:
-    settings = dataclasses.asdict(spec)
+    settings = report_settings(spec)
     model = settings["model"]
     settings["model"] = {
         k: v if isinstance(v, int | float) else jnp.dtype(v).name for k, v in model.items()

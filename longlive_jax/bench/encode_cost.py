@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from longlive_jax.models.vae import VAEConfig
+from longlive_jax.models.vae.sharded import flops_per_device, groups_encoded, sharing, work_of
 from longlive_jax.parallel.halo import windows
-from longlive_jax.training.encoding import flops_per_device, groups_encoded, sharing, work_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,9 @@ class EncodeCostSpec:
     def __post_init__(self) -> None:
         if self.sp < 1 or any(count < 1 for count in self.latents):
             raise ValueError(f"sp is {self.sp}, frames {self.latents}; give at least 1")
-        if any(side < 1 or side % self.model.spatial_ratio for side in self.size):
+        if any(side < 1 or side % self.model.spatial_stride for side in self.size):
             raise ValueError(
-                f"size is {self.size}; both sides must divide by {self.model.spatial_ratio}"
+                f"size is {self.size}; both sides must divide by {self.model.spatial_stride}"
             )
 
 
@@ -43,23 +43,25 @@ def encode_cost(spec: EncodeCostSpec) -> dict[str, Any]:
 
 
 def _clip(spec: EncodeCostSpec, latents: int) -> dict[str, Any]:
-    cfg, ratio, size = spec.model, spec.model.temporal_ratio, spec.size
+    cfg, temporal_stride, size = spec.model, spec.model.temporal_stride, spec.size
     work = work_of(cfg, size)
     default = sharing(cfg, latents, spec.sp).method
     ways = {"halo": sharing(cfg, latents, spec.sp, "halo")}
     if latents >= 2 * spec.sp:
         ways["tails"] = sharing(cfg, latents, spec.sp, "tails")
-    cut = windows(latents, spec.sp, halo=ways["halo"].halo, ratio=ratio)
+    cut = windows(latents, spec.sp, halo=ways["halo"].halo, temporal_stride=temporal_stride)
     return {
         "halo_latents": ways["halo"].halo,
-        "raw_frames": {name: 1 + ratio * groups_encoded(way) for name, way in ways.items()},
-        "raw_frames_own": ratio * latents // spec.sp,
-        "raw_frames_whole": cfg.raw_frames(latents),
+        "raw_frames": {
+            name: 1 + temporal_stride * groups_encoded(way) for name, way in ways.items()
+        },
+        "raw_frames_own": temporal_stride * latents // spec.sp,
+        "raw_frames_whole": cfg.num_raw_frames(latents),
         "tflop": {name: _tera(flops_per_device(way, cfg, size)) for name, way in ways.items()},
         "tflop_whole": _tera(work.leading + (latents - 1) * work.group),
         "halo_by_device": {
             "raw_frames": [w.frames for w in cut],
-            "tflop": [_tera(work.leading + w.frames // ratio * work.group) for w in cut],
+            "tflop": [_tera(work.leading + w.frames // temporal_stride * work.group) for w in cut],
         },
         "default": default,
     }

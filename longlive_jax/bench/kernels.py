@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from longlive_jax.bench import deviceless
 from longlive_jax.bench.kernels_compile import PREFIX
+from longlive_jax.planning import deviceless
 from longlive_jax.spec import Failure, UserError, nearest
 
 ARCHITECTURES = {"sm_100a": "gb200", "sm_90a": "h200"}

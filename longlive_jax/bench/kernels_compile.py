@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from longlive_jax.bench import deviceless
+from longlive_jax.planning import deviceless
 
 PREFIX = "KERNEL "
 

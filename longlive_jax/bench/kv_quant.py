@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.bench.timing import machine
-from longlive_jax.models.wan.attention import ArrayPast, Seen
+from longlive_jax.models.wan.attention import AttentionContext, DenseLayerKV
 from longlive_jax.models.wan.packed_cache import (
     KVFormat,
-    PackedPast,
+    PackedLayerKV,
     Smoothing,
     pack_keys,
     pack_values,
     without_mean,
 )
-from longlive_jax.sampling.drivers import Order
+from longlive_jax.sampling.drivers import ChunkInputs
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.script import Shot, ShotScript
 from longlive_jax.spec import UserError
@@ -84,8 +84,8 @@ class Sample:
 
     q: Array
     own: tuple[Array, Array]
-    past: ArrayPast
-    seen: Seen
+    past: DenseLayerKV
+    seen: AttentionContext
 
 
 def bench_kv(spec: KVSpec) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def synthetic(spec: KVSpec, size: float) -> Sample:
     everything = (
         make(np.zeros((n, 3), np.int32), 0, False) for n in (spec.tokens, 4 * spec.tokens)
     )
-    return Sample(q, (k, v), ArrayPast(past_k, past_v), _seen(*everything))
+    return Sample(q, (k, v), DenseLayerKV(past_k, past_v), _seen(*everything))
 
 
 def of_model(spec: KVSpec) -> Iterator[Sample]:
@@ -125,11 +125,11 @@ def of_model(spec: KVSpec) -> Iterator[Sample]:
     shots = Shot(SHOTS[0], chunks=first), Shot(SHOTS[1], chunks=spec.chunks + 1 - first)
     script = [ShotScript(shots)]
     setting, laid = pipe.setting(script, pipe.size_of(script)), pipe.plan(script)
-    offsets, cache = laid.offsets(pipe.spec.rope_offset), pipe.cache(1, pipe.size_of(script))
+    offsets, cache = laid.offsets(pipe.spec.shot_rope_offset), pipe.cache(1, pipe.size_of(script))
     for i in range(spec.chunks):
         words = pipe.words((laid.prompts[0][i],))
         offset = jnp.asarray(offsets[:, i])
-        order = Order(words, jnp.asarray(laid.cuts[:, i]), offset)
+        order = ChunkInputs(words, jnp.asarray(laid.cuts[:, i]), offset)
         latents, cache = pipe.sampler.step(pipe.params, cache, setting, order)
     noise = jax.random.normal(jax.random.key(1), latents.shape)
     found: list[tuple[np.ndarray, ...]] = []
@@ -154,13 +154,13 @@ def of_model(spec: KVSpec) -> Iterator[Sample]:
     for arrays in found:
         q, k, v = map(jnp.asarray, arrays)
         past = (x[:, tokens:].reshape(1, slots, tokens, *x.shape[2:]) for x in (k, v))
-        yield Sample(q, (k[:, :tokens], v[:, :tokens]), ArrayPast(*past), seen)
+        yield Sample(q, (k[:, :tokens], v[:, :tokens]), DenseLayerKV(*past), seen)
 
 
-def _seen(q_tokens: Tokens, k_tokens: Tokens) -> Seen:
+def _seen(q_tokens: Tokens, k_tokens: Tokens) -> AttentionContext:
     """For keys that are rotated already."""
     nothing = jnp.zeros(0), jnp.zeros(0)
-    return Seen(q_tokens, k_tokens, nothing, nothing)
+    return AttentionContext(q_tokens, k_tokens, nothing, nothing)
 
 
 def _row(form: KVFormat, kinds: dict[str, list[Sample]]) -> dict[str, Any]:
@@ -182,16 +182,16 @@ def _errors(sample: Sample, form: KVFormat) -> tuple[Array, Array, Array]:
     """Squared errors of the output with keys packed, and values too, and the output's square."""
     q, past, seen = sample.q, sample.past, sample.seen
     want = past.attend(q, sample.own, seen, attention)
-    packed = PackedPast(pack_keys(past.k, form), pack_values(past.v, form), form)
+    packed = PackedLayerKV(pack_keys(past.k, form), pack_values(past.v, form), form)
     both = packed.attend(q, sample.own, seen, attention)
     k = unpacked(packed.k.array, packed.k.offset, jnp.float32).reshape(past.k.shape)
     own_k, own_v = sample.own
     own_k = without_mean(own_k) if form.smoothing == "reference" else own_k
-    keys = ArrayPast(k, past.v).attend(q, (own_k, own_v), seen, attention)
+    keys = DenseLayerKV(k, past.v).attend(q, (own_k, own_v), seen, attention)
     return jnp.sum((keys - want) ** 2), jnp.sum((both - want) ** 2), jnp.sum(want**2)
 
 
-def _bytes(past: ArrayPast, form: KVFormat) -> float:
+def _bytes(past: DenseLayerKV, form: KVFormat) -> float:
     """Of a token and head: key and value."""
     pair = jax.eval_shape(lambda k, v: (pack_keys(k, form), pack_values(v, form)), past.k, past.v)
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pair))

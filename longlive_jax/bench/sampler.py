@@ -19,7 +19,7 @@ import numpy as np
 
 from longlive_jax.bench.timing import Compilations, Stages, machine, peak_memory
 from longlive_jax.io.video import Mp4Writer
-from longlive_jax.sampling.drivers import Order
+from longlive_jax.sampling.drivers import ChunkInputs
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.script import Shot, ShotScript
 
@@ -110,7 +110,7 @@ def _apart(pipe: Pipeline, scripts: list[ShotScript], stages: Stages) -> int:
     for prompt in dict.fromkeys((*laid.distinct()[0], *negative)):
         stages.run("text", pipe.words, (prompt,))
     setting, cache = pipe.setting(scripts, size), pipe.cache(len(scripts), size)
-    offsets, decode = laid.offsets(pipe.spec.rope_offset), pipe.codec.decoder()
+    offsets, decode = laid.offsets(pipe.spec.shot_rope_offset), pipe.codec.decoder()
     frames = np.zeros((1, 0))
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -118,8 +118,8 @@ def _apart(pipe: Pipeline, scripts: list[ShotScript], stages: Stages) -> int:
     ):
         for k in range(laid.chunks):
             words = pipe.words((*(row[k] for row in laid.prompts), *negative))
-            cut, offset = jnp.asarray(laid.cuts[:, k]), jnp.asarray(offsets[:, k])
-            order = Order(text=words, cut=cut, offset=offset)
+            cut, shot_rope_offset = jnp.asarray(laid.cuts[:, k]), jnp.asarray(offsets[:, k])
+            order = ChunkInputs(text=words, cut=cut, shot_rope_offset=shot_rope_offset)
             step = stages.run("chunk", pipe.sampler.step, pipe.params, cache, setting, order)
             latents, cache = step
             pixels, _ = stages.run("vae", decode, latents)

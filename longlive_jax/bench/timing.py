@@ -1,6 +1,7 @@
 """Clocks, compilation counters, peak memory, and what machine it was."""
 
 import collections
+import dataclasses
 import datetime
 import os
 import platform
@@ -125,3 +126,9 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def report_settings(spec: Any) -> dict[str, Any]:
+    """The settings of a benchmark as a report has them: by the names of its options."""
+    settings = dataclasses.asdict(spec)
+    return {"chunk" if name == "chunk_frames" else name: x for name, x in settings.items()}

@@ -12,7 +12,7 @@ from longlive_jax.cli.bench_spec import Benchmark, rate
 
 HELP = {
     "seconds": "length of the video; 6 latent frames a second",
-    "chunk": "latent frames of a chunk",
+    "chunk_frames": "latent frames of a chunk",
     "rows": "tokens in a column of a frame",
     "columns": "tokens in a row of a frame",
     "heads": "attention heads",

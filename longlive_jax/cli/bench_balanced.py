@@ -14,7 +14,7 @@ from longlive_jax.spec import UserError
 HELP = {
     "sp": "devices that share a clip",
     "chunks": "of the clip",
-    "chunk": "latent frames of a chunk",
+    "chunk_frames": "latent frames of a chunk",
     "size": "height and width in pixels",
     "dim": "width of the model",
     "layers": "of the model",

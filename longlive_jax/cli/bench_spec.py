@@ -9,6 +9,9 @@ from typing import Any
 from longlive_jax.cli.app import Parser
 from longlive_jax.spec import build
 
+FLAGS = {"chunk_frames": "--chunk"}
+"""Options of the command line whose names are not their settings'."""
+
 type Report = dict[str, Any]
 
 
@@ -38,7 +41,9 @@ class Benchmark:
         """Runs it on a command line's settings; 0."""
         parser = Parser(f"bench {self.name}", self.about)
         for field in dataclasses.fields(self.spec):
-            parser.add_argument(f"--{field.name}", type=field.type, help=self.options[field.name])
+            flag = FLAGS.get(field.name, f"--{field.name}")
+            help_ = self.options[field.name]
+            parser.add_argument(flag, dest=field.name, type=field.type, help=help_)
         add_report_options(parser)
         args = parser.parse_args(argv)
         given = {k: v for k, v in vars(args).items() if k in self.options and v is not None}

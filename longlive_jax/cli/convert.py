@@ -19,8 +19,8 @@ def byte_progress() -> Progress:
 def main(argv: Sequence[str]) -> int:
     """Converts and says what was found."""
     args = _parser().parse_args(argv)
-    from longlive_jax.io import keys_vae  # these import JAX; --help should not wait for it
-    from longlive_jax.io.convert import convert
+    from longlive_jax.interop import keys_vae  # these import JAX; --help should not wait for it
+    from longlive_jax.interop.convert import convert
 
     with byte_progress() as bar:
         task = bar.add_task("reading", total=None)

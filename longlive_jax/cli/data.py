@@ -46,8 +46,8 @@ def check(argv: Sequence[str]) -> int:
     """Prints what of a dataset can be used, and why the rest cannot."""
     args = _check_parser().parse_args(argv)
     from longlive_jax.data.clips.check import check_samples
+    from longlive_jax.data.clips.clip_plan import JoinSpec
     from longlive_jax.data.clips.dataset import find_samples
-    from longlive_jax.data.clips.plan import JoinSpec
 
     join = build(JoinSpec, _join(args), path="data")
     size = None if args.size is None else _size(args.size)
@@ -125,8 +125,8 @@ def _over_mesh(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: Any) 
     """The encoders over the first devices of this machine."""
     import jax
 
+    from longlive_jax.data.clips.sharded_encoders import over_mesh
     from longlive_jax.parallel.mesh import make_mesh
-    from longlive_jax.training.encoders import over_mesh
 
     mesh, devices = mesh_of(args.mesh), jax.devices()
     if mesh.samples != 1:
@@ -147,7 +147,7 @@ def _encode_spec(args: Any) -> "EncodeSpec":
     own = spec_for(args.checkpoint)
     dit = read_manifest(args.checkpoint)["components"].get("dit", {})
     join = _join(args) | {
-        "chunk": own.chunk if args.chunk is None else args.chunk,
+        "chunk_frames": own.chunk_frames if args.chunk is None else args.chunk,
         "cut_prefix": own.cut_prefix,
         "min_latents": args.min_latents,
     }
@@ -176,8 +176,8 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _join(args: Any) -> dict[str, Any]:
-    names = ("chunks", "chunk", "max_chunks_per_shot", "pad", "single_shot")
-    return {name: getattr(args, name) for name in names}
+    names = ("chunks", "max_chunks_per_shot", "pad", "single_shot")
+    return {"chunk_frames": args.chunk} | {name: getattr(args, name) for name in names}
 
 
 def _show(found: "Sequence[Finding]") -> None:

@@ -22,11 +22,11 @@ def main(argv: Sequence[str]) -> int:
     clock_start = time.perf_counter()
 
     from longlive_jax.cli.progress import ChunkBar
-    from longlive_jax.demo.film import SCALE, Clock, check_world, film
-    from longlive_jax.demo.story import held_out_story, story_of
     from longlive_jax.io.builtin import builtin_checkpoint
     from longlive_jax.io.video import check_writable
     from longlive_jax.sampling.pipeline import Pipeline
+    from longlive_jax.small_world.demo import SCALE, Clock, check_world, film
+    from longlive_jax.small_world.demo_script import held_out_story, story_of
     from longlive_jax.spec import UserError
 
     scale = SCALE if args.scale is None else args.scale

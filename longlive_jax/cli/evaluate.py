@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> int:
 
     from longlive_jax.bench.timing import machine
     from longlive_jax.cli.progress import ShareBars
-    from longlive_jax.evals.evaluate import PARTS, EvaluateSpec, check_parts, evaluate
-    from longlive_jax.evals.report import judgements
     from longlive_jax.io.builtin import builtin_checkpoint
     from longlive_jax.io.video import check_writable
+    from longlive_jax.small_world.cases import PARTS, EvaluateSpec, check_parts, evaluate
+    from longlive_jax.small_world.report import judgements
 
     spec = build(EvaluateSpec, settings.get("evaluate") or {}, path="config.evaluate")
     parts = [part for part in args.parts.split(",") if part] or list(PARTS)

@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.shard_gb <= 0:
         raise UserError(f"--shard_gb={args.shard_gb}: must be larger than 0")
-    from longlive_jax.io.export import export  # imports JAX; --help should not wait for it
+    from longlive_jax.interop.export import export  # imports JAX; --help should not wait for it
 
     with byte_progress() as bar:
         task = bar.add_task("reading", total=None)

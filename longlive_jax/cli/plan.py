@@ -26,35 +26,39 @@ def main(argv: Sequence[str]) -> int:
     """Plans the stage that the config names."""
     config, rest = take_config(argv)
     args = _parser().parse_args(rest)
-    from longlive_jax.bench.plan import PlanSpec, clip_of, moved, plan
-    from longlive_jax.training.clips_stage import ClipsStage
+    from longlive_jax.planning.plan import PlanSpec, clip_of, moved, plan
+    from longlive_jax.training.stages.wan_ar import WanARStage
 
     settings = config.to_dict()
     name = settings.pop("stage", None)
     if name != "clips":
         raise UserError(f"config.stage is {name!r}; plans are made for 'clips'")
-    stage = build(ClipsStage, settings)
+    stage = build(WanARStage, settings)
     clip, origin = clip_of(stage)
     asked = {"chip": args.chip, "fastest": args.fastest, "compile": not args.no_compile}
     size = None if args.size is None else _numbers("--size", args.size)
-    told = {"frames": args.frames, "chunk": args.chunk, "size": size}
-    told = {name: value for name, value in told.items() if value is not None}
-    spec = build(PlanSpec, dataclasses.asdict(clip) | asked | told, path="plan")
+    options = {"frames": args.frames, "chunk_frames": args.chunk, "size": size}
+    options = {name: value for name, value in options.items() if value is not None}
+    spec = build(PlanSpec, dataclasses.asdict(clip) | asked | options, path="plan")
     stage = moved(stage, stage.mesh if args.mesh is None else mesh_of(args.mesh), spec.clip)
     report = plan(stage, spec, say=lambda text: print(text, file=sys.stderr))
     report["precision"] = _precision(stage)
-    report["clips_from"] = ", ".join(f"--{name}" for name in told) or origin
+    report["clips_from"] = ", ".join(FLAGS.get(name, f"--{name}") for name in options) or origin
     print(json.dumps(report, indent=1) if args.json else table(report))
     return 0
+
+
+FLAGS = {"chunk_frames": "--chunk"}
+"""Options of the command line whose names are not their settings'."""
 
 
 def _precision(stage: Any) -> str:
     """What of the planned model is quantized, in one line."""
     from flax import nnx
 
-    from longlive_jax.bench.plan import model_of
     from longlive_jax.models.params import abstract
     from longlive_jax.models.wan import DiT
+    from longlive_jax.planning.plan import model_of
     from longlive_jax.quant.policy import named
 
     model, _ = model_of(stage)
@@ -103,7 +107,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _attention(report: dict[str, Any]) -> str:
-    from longlive_jax.bench.plan_step import STAND_IN
+    from longlive_jax.planning.step import STAND_IN
 
     if report["attention"] != STAND_IN:
         return report["attention"]

@@ -18,8 +18,8 @@ SOURCES = ("params", "ema")
 def main(argv: Sequence[str]) -> int:
     """Packs, and says by which rules and what it saves."""
     args = _parser().parse_args(argv)
+    from longlive_jax.interop.quantize_checkpoint import quantize_checkpoint
     from longlive_jax.io.builtin import builtin_checkpoint  # these import JAX; --help does not wait
-    from longlive_jax.io.quantize import quantize_checkpoint
     from longlive_jax.quant.policy import named
 
     try:
@@ -57,13 +57,13 @@ def _weights(args: Any, checkpoint: Path) -> Any:
         )
     if args.workdir is None:
         return None
-    from longlive_jax.training.saved_weights import SavedWeights
+    from longlive_jax.training.trained_weights import SavedWeights
 
     return SavedWeights.of(args.workdir, args.source, checkpoint, say=print)
 
 
 def _lora(args: Any) -> Any:
-    from longlive_jax.io.quantize import Lora
+    from longlive_jax.interop.quantize_checkpoint import Lora
 
     if args.lora is not None:
         return Lora(args.lora, args.lora_mode, args.lora_alpha)

@@ -102,7 +102,7 @@ def _given_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"]
 
 def _film(pipe, batch, out: Path, args: Any, *, first: int, many: bool, video) -> None:
     """Samples and writes one batch, with a progress bar."""
-    from longlive_jax.sampling.record import Recording, file_name
+    from longlive_jax.sampling.recorder import Recording, file_name
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same remarks come as notes

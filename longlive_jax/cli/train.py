@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
 def _train(settings: dict[str, Any], args: Any) -> int:
     import jax
 
+    from longlive_jax.cli.stages import STAGES
     from longlive_jax.parallel.hosts import first_process, readable
     from longlive_jax.training.loop import train
-    from longlive_jax.training.stages import STAGES
 
     name = settings.pop("stage", None)
     if name not in STAGES:

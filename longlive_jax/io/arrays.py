@@ -30,6 +30,7 @@ CHUNK_BYTES = 64 * 2**20
 COMMIT_BYTES = 256 * 2**20
 
 Path = tuple[str, ...]
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

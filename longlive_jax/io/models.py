@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from longlive_jax.io.arrays import flatten
 from longlive_jax.io.checkpoint import load_component, open_component
-from longlive_jax.io.packed import check, record_of, restore
+from longlive_jax.io.packed_kernels import check, record_of, restore
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.umt5 import UMT5, UMT5Config
 from longlive_jax.models.vae import VAE, VAEConfig

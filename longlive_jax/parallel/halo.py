@@ -24,30 +24,35 @@ class Window:
         return self.last - self.first
 
 
-def window(keep: tuple[int, int], *, halo: int = HALO, ratio: int = 4) -> Window:
-    """For latents [keep[0], keep[1]) of a clip whose VAE makes `ratio` frames one latent.
+def window(keep: tuple[int, int], *, halo: int = HALO, temporal_stride: int = 4) -> Window:
+    """For latents [keep[0], keep[1]) of a clip whose VAE makes `temporal_stride` frames one latent.
 
     The window begins with the last frame of the latent before the halo: the encoder takes it for
     the single frame of a first latent, and after it the groups of frames fall as they should.
     """
     start, end = keep
     first = max(0, start - halo)
-    last = 1 + ratio * (end - 1)
+    last = 1 + temporal_stride * (end - 1)
     if first == 0:
         return Window(0, last, start)
-    return Window(ratio * (first - 1), last, 1 + start - first)
+    return Window(temporal_stride * (first - 1), last, 1 + start - first)
 
 
-def windows(latents: int, parts: int, *, halo: int = HALO, ratio: int = 4) -> tuple[Window, ...]:
+def windows(
+    latents: int, parts: int, *, halo: int = HALO, temporal_stride: int = 4
+) -> tuple[Window, ...]:
     """The window of every device. Raises ValueError if latents do not split into equal parts."""
     if latents % parts:
         raise ValueError(f"{latents} latents do not split over mesh.sp = {parts}; choose a divisor")
     own = latents // parts
-    return tuple(window((p * own, (p + 1) * own), halo=halo, ratio=ratio) for p in range(parts))
+    return tuple(
+        window((p * own, (p + 1) * own), halo=halo, temporal_stride=temporal_stride)
+        for p in range(parts)
+    )
 
 
 def equal_windows(
-    latents: int, parts: int, *, halo: int = HALO, ratio: int = 4
+    latents: int, parts: int, *, halo: int = HALO, temporal_stride: int = 4
 ) -> tuple[Window, ...]:
     """As `windows`, but all as long as the longest, for devices that run in step.
 
@@ -58,8 +63,8 @@ def equal_windows(
     own = latents // parts
     longest = min(latents, 1 + halo + own)
     found = []
-    for part in range(len(windows(latents, parts, halo=halo, ratio=ratio))):
+    for part in range(len(windows(latents, parts, halo=halo, temporal_stride=temporal_stride))):
         first = min(max(0, part * own - halo - 1), latents - longest)
-        last = 1 + ratio * (first + longest - 1)
-        found.append(Window(ratio * first, last, part * own - first))
+        last = 1 + temporal_stride * (first + longest - 1)
+        found.append(Window(temporal_stride * first, last, part * own - first))
     return tuple(found)

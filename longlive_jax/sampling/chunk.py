@@ -1,7 +1,7 @@
 """The heart of sampling: denoise one chunk against the cache, then remember it clean.
 
 Everything that may change from chunk to chunk (noise, prompt, cut, shot phase, a clamped first
-frame) is an array in `Request`, so all chunks of a run share one compilation. (LongLive 2.0,
+frame) is an array in `ChunkRequest`, so all chunks of a run share one compilation. (LongLive 2.0,
 sections 3.2 and 3.3.)
 """
 
@@ -22,20 +22,20 @@ from pallas_kernels.attention import AttentionFn, attention
 
 
 @struct.dataclass
-class Request:
+class ChunkRequest:
     """What the next chunk shall be.
 
     Fields: `noise` is its pure noise; `text` the prompts' keys and values, one prompt a sample
     (with guidance the b prompts, then the b negative ones); `cut` marks the first chunk of a shot
-    other than the first; `offset` is added to its temporal positions, in latent frames; where
-    `clamped`, frames are held at `clamp` and count as clean (image to video: the first frame of
-    chunk 0); `keys` are what a solver with a spread draws from, one a sample.
+    other than the first; `shot_rope_offset` is added to its temporal positions, in latent frames;
+    where `clamped`, frames are held at `clamp` and count as clean (image to video: the first frame
+    of chunk 0); `keys` are what a solver with a spread draws from, one a sample.
     """
 
     noise: Float[Array, "b f h w c"]
     text: TextKV
     cut: Bool[Array, "b"]
-    offset: Int[Array, "b"]
+    shot_rope_offset: Int[Array, "b"]
     clamp: Float[Array, "b f h w c"]
     clamped: Bool[Array, "b f"]
     keys: Key[Array, "b"]
@@ -44,7 +44,7 @@ class Request:
 def sample_chunk(
     dit: DiT,
     cache: KVCache,
-    request: Request,
+    request: ChunkRequest,
     solver: Solver,
     *,
     guidance: Float[Array, ""] | float | None = None,
@@ -56,7 +56,7 @@ def sample_chunk(
     call sees both halves. Without it nothing negative exists.
     """
     twice = _same if guidance is None else doubled
-    tokens = cache.upcoming(twice(request.offset), noisy=True)
+    tokens = cache.upcoming(twice(request.shot_rope_offset), noisy=True)
 
     def predict(x: Array, timestep: Array) -> Array:
         relative = cache.policy.relative_rope
@@ -80,14 +80,14 @@ def sample_chunk(
     steps = (solver, jnp.arange(solver.steps))
     state, _ = lax.scan(denoise, solvers.start(request.noise), steps)
     latents = _clamp(state.x, request)
-    return latents, remember_chunk(dit, cache, latents, request, guidance=guidance, attend=attend)
+    return latents, write_context(dit, cache, latents, request, guidance=guidance, attend=attend)
 
 
-def remember_chunk(
+def write_context(
     dit: DiT,
     cache: KVCache,
     latents: Float[Array, "b f h w c"],
-    request: Request,
+    request: ChunkRequest,
     *,
     guidance: Float[Array, ""] | float | None = None,
     attend: AttentionFn = attention,
@@ -98,20 +98,20 @@ def remember_chunk(
     are computed.
     """
     twice = _same if guidance is None else doubled
-    cut, offset = twice(request.cut), twice(request.offset)
-    cache = cache.opened(cut)
+    cut, shot_rope_offset = twice(request.cut), twice(request.shot_rope_offset)
+    cache = cache.before_write(cut)
     _, packed = dit(
         twice(latents),
-        jnp.zeros((cache.count.shape[0], latents.shape[1])),
+        jnp.zeros((cache.num_chunks.shape[0], latents.shape[1])),
         request.text,
-        cache.upcoming(offset, noisy=False),
+        cache.upcoming(shot_rope_offset, noisy=False),
         cache,
         attend=attend,
         output=False,
         store=cache.pack,
         relative_rope=cache.policy.relative_rope,
     )
-    return cache.put(packed, cut=cut, offset=offset)
+    return cache.insert(packed, cut=cut, shot_rope_offset=shot_rope_offset)
 
 
 def chunk_noise(
@@ -130,7 +130,7 @@ def folded(keys: Key[Array, "b"], number: Int[Array, "b"] | int) -> Key[Array, "
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(number), keys.shape))
 
 
-def _clamp(x: Array, request: Request) -> Array:
+def _clamp(x: Array, request: ChunkRequest) -> Array:
     return jnp.where(request.clamped[:, :, None, None, None], request.clamp, x)
 
 

@@ -20,11 +20,11 @@ from longlive_jax.models.params import with_params
 from longlive_jax.models.wan.cache import KVCache
 from longlive_jax.models.wan.dit import DiT, TextKV
 from longlive_jax.sampling.chunk import (
-    Request,
+    ChunkRequest,
     chunk_noise,
     folded,
-    remember_chunk,
     sample_chunk,
+    write_context,
 )
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention
@@ -34,22 +34,22 @@ SOLVER_DRAWS = 2**31 - 1
 
 
 @struct.dataclass
-class Order:
+class ChunkInputs:
     """What one chunk shall be, small enough to make on the host between two chunks.
 
     Fields: `text`, the prompts' keys and values (`stream`) or their places in a bank of prompts
-    (`sample`), with guidance the b prompts and then the b negative ones; `cut`, `offset` as in
-    `Request`; `noise` overrides the noise drawn from the keys, where given.
+    (`sample`), with guidance the b prompts and then the b negative ones; `cut`, `shot_rope_offset`
+    as in `ChunkRequest`; `noise` overrides the noise drawn from the keys, where given.
     """
 
     text: TextKV | Int[Array | np.ndarray, "b"]
     cut: Bool[Array | np.ndarray, "b"]
-    offset: Int[Array | np.ndarray, "b"]
+    shot_rope_offset: Int[Array | np.ndarray, "b"]
     noise: Float[Array, "b f h w c"] | None = None
 
 
 @struct.dataclass
-class Setting:
+class VideoConditioning:
     """What stays the same for a whole video.
 
     Fields: `solver` (its length is the number of steps); `keys`, one a sample; `first` latents and
@@ -76,12 +76,17 @@ class Sampler:
         self.dit = functools.partial(with_params, graphdef)
         self._attend = attend
         self.step = jax.jit(self._step, donate_argnums=1)
-        self.remember = jax.jit(self._remember, donate_argnums=1)
+        self.write_context = jax.jit(self._write_context, donate_argnums=1)
         self.text = jax.jit(self._text)
         self._sample = jax.jit(self._scan, donate_argnums=1)
 
     def sample(
-        self, params: Params, cache: KVCache, setting: Setting, orders: Order, bank: TextKV
+        self,
+        params: Params,
+        cache: KVCache,
+        setting: VideoConditioning,
+        orders: ChunkInputs,
+        bank: TextKV,
     ) -> tuple[Float[Array, "b f h w c"], KVCache]:
         """Latents of all chunks by one scan, and the cache after them.
 
@@ -91,7 +96,11 @@ class Sampler:
         return self._sample(params, cache, setting, orders, bank)
 
     def stream(
-        self, params: Params, cache: KVCache, setting: Setting, orders: Iterable[Order]
+        self,
+        params: Params,
+        cache: KVCache,
+        setting: VideoConditioning,
+        orders: Iterable[ChunkInputs],
     ) -> Iterator[Float[Array, "b f h w c"]]:
         """Yields the latents of one chunk for each order, in constant memory, however long.
 
@@ -102,15 +111,17 @@ class Sampler:
             latents, cache = self.step(params, cache, setting, order)
             yield latents
 
-    def _step(self, params: Params, cache: KVCache, setting: Setting, order: Order):
+    def _step(self, params: Params, cache: KVCache, setting: VideoConditioning, order: ChunkInputs):
         request = self._request(cache, setting, order)
         return sample_chunk(
             self.dit(params), cache, request, setting.solver,
             guidance=setting.guidance, attend=self._attend,
         )  # fmt: skip
 
-    def _scan(self, params, cache: KVCache, setting: Setting, orders: Order, bank: TextKV):
-        def body(cache: KVCache, order: Order):
+    def _scan(
+        self, params, cache: KVCache, setting: VideoConditioning, orders: ChunkInputs, bank: TextKV
+    ):
+        def body(cache: KVCache, order: ChunkInputs):
             index = cast(Array, order.text)
             text = jax.tree.map(lambda x: jnp.take(x, index, axis=1), bank)
             order = dataclasses.replace(order, text=text)
@@ -123,38 +134,45 @@ class Sampler:
         latents = jnp.moveaxis(latents, 0, 1)
         return latents.reshape(latents.shape[0], -1, *latents.shape[3:]), cache
 
-    def _remember(
-        self, params: Params, cache: KVCache, setting: Setting, order: Order, latents: Array
+    def _write_context(
+        self,
+        params: Params,
+        cache: KVCache,
+        setting: VideoConditioning,
+        order: ChunkInputs,
+        latents: Array,
     ) -> KVCache:
         """The cache after a given chunk of latents, of the video to be continued."""
         request = self._request(cache, setting, order)
-        return remember_chunk(
+        return write_context(
             self.dit(params), cache, latents, request,
             guidance=setting.guidance, attend=self._attend,
         )  # fmt: skip
 
     def _text(self, params: Params, embedding: Float[Array, "b t e"]) -> TextKV:
-        """Keys and values of prompts, one a sample, for `Order.text` or as a bank."""
+        """Keys and values of prompts, one a sample, for `ChunkInputs.text` or as a bank."""
         return self.dit(params).text_kv(embedding[:, None])
 
-    def _request(self, cache: KVCache, setting: Setting, order: Order) -> Request:
+    def _request(
+        self, cache: KVCache, setting: VideoConditioning, order: ChunkInputs
+    ) -> ChunkRequest:
         batch, *space = setting.first.shape
-        frames, chunk = cache.size[0], cache.count[:batch]
+        frames, chunk = cache.size[0], cache.num_chunks[:batch]
         noise = order.noise
         if noise is None:
             noise = chunk_noise(setting.keys, chunk, (frames, *space))
         held = jnp.asarray(setting.given) & (chunk == 0)
-        return Request(
+        return ChunkRequest(
             noise=noise,
             text=cast(TextKV, order.text),
             cut=jnp.asarray(order.cut),
-            offset=jnp.asarray(order.offset),
+            shot_rope_offset=jnp.asarray(order.shot_rope_offset),
             clamp=jnp.broadcast_to(setting.first[:, None], noise.shape),
             clamped=held[:, None] & (jnp.arange(frames) == 0),
             keys=folded(folded(setting.keys, SOLVER_DRAWS), chunk),
         )
 
 
-def stack_orders(orders: Iterable[Order]) -> Order:
+def stack_chunk_inputs(orders: Iterable[ChunkInputs]) -> ChunkInputs:
     """Orders with indices for text as the one stacked order that `Sampler.sample` scans."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *orders)

@@ -6,7 +6,7 @@ The shortest use:
     script = ShotScript.of("a red circle drifts left", "a blue square rises", seconds=4)
     frames = pipe.sample(script)
 
-or `for chunk in pipe.stream(script): ...`, to have them as they are made.
+or `for chunk_frames in pipe.stream(script): ...`, to have them as they are made.
 """
 
 import copy
@@ -35,13 +35,13 @@ from longlive_jax.models.wan import DiT, TextKV
 from longlive_jax.models.wan.cache import KVCache, empty_cache
 from longlive_jax.models.wan.packed_cache import Packed
 from longlive_jax.quant.packed import served
-from longlive_jax.sampling.decode import Codec
-from longlive_jax.sampling.drivers import Order, Sampler, Setting
-from longlive_jax.sampling.plan import Plan, plan
-from longlive_jax.sampling.precision import load_dit
+from longlive_jax.sampling.drivers import ChunkInputs, Sampler, VideoConditioning
+from longlive_jax.sampling.load import load_dit
 from longlive_jax.sampling.script import ShotScript, check_size
 from longlive_jax.sampling.settings import SampleSpec, precision, spec_for
 from longlive_jax.sampling.stream import Stream
+from longlive_jax.sampling.streaming_vae import Codec
+from longlive_jax.sampling.timeline import Plan, plan
 from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.attention import AttentionFn, attention
@@ -148,10 +148,10 @@ class Pipeline:
         negative = self.negative_prompts(scripts)
         texts = [*dict.fromkeys((*distinct, *negative))]
         rest = np.array([texts.index(prompt) for prompt in negative], np.int32)
-        orders = Order(
+        orders = ChunkInputs(
             text=np.stack([np.concatenate([column, rest]) for column in index.T]),
             cut=laid.cuts.T,
-            offset=laid.offsets(self.spec.rope_offset).T,
+            shot_rope_offset=laid.offsets(self.spec.shot_rope_offset).T,
         )
         latents, _ = self.sampler.sample(
             self.params,
@@ -164,8 +164,14 @@ class Pipeline:
 
     def plan(self, scripts: Sequence[ShotScript]) -> Plan:
         """The scripts laid out over chunks."""
-        spec, stride = self.spec, self.codec.cfg.temporal_ratio
-        return plan(scripts, chunk=spec.chunk, stride=stride, fps=spec.fps, prefix=spec.cut_prefix)
+        spec, stride = self.spec, self.codec.cfg.temporal_stride
+        return plan(
+            scripts,
+            chunk_frames=spec.chunk_frames,
+            temporal_stride=stride,
+            fps=spec.fps,
+            prefix=spec.cut_prefix,
+        )
 
     def size_of(self, scripts: Sequence[ShotScript]) -> tuple[int, int]:
         """Height and width that all scripts agree on; UserError if they do not."""
@@ -173,7 +179,7 @@ class Pipeline:
         if len(sizes) > 1:
             raise UserError(f"the videos of a batch differ in size: {sorted(sizes)}; sample apart")
         (size,) = sizes
-        check_size(*size, multiple=2 * self.codec.cfg.spatial_ratio)
+        check_size(*size, multiple=2 * self.codec.cfg.spatial_stride)
         return size
 
     def truncations(self, laid: Plan) -> tuple[str, ...]:
@@ -214,9 +220,9 @@ class Pipeline:
 
     def cache(self, batch: int, size: tuple[int, int]) -> KVCache:
         """An empty cache for a batch of videos, doubled if there is guidance."""
-        rows, columns = (edge // self.codec.cfg.spatial_ratio // 2 for edge in size)
+        rows, columns = (edge // self.codec.cfg.spatial_stride // 2 for edge in size)
         copies = 1 if self.spec.guidance == 1 else 2
-        shape = (self.spec.chunk, rows, columns)
+        shape = (self.spec.chunk_frames, rows, columns)
         return empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
 
     def cache_notes(self, batch: int, size: tuple[int, int]) -> tuple[str, ...]:
@@ -248,14 +254,14 @@ class Pipeline:
         except Unsupported as why:
             raise UserError(f"kv_reader=mosaic: {why}") from why
 
-    def setting(self, scripts: Sequence[ShotScript], size: tuple[int, int]) -> Setting:
+    def setting(self, scripts: Sequence[ShotScript], size: tuple[int, int]) -> VideoConditioning:
         """Solver, seeds, guidance and given first frames of a batch."""
-        spec, ratio = self.spec, self.codec.cfg.spatial_ratio
+        spec, ratio = self.spec, self.codec.cfg.spatial_stride
         empty = jnp.zeros((1, size[0] // ratio, size[1] // ratio, self.cfg.in_channels))
         first = [
             empty if script.image is None else self._image(script.image, size) for script in scripts
         ]
-        return Setting(
+        return VideoConditioning(
             solver=SOLVERS[spec.solver](spec.steps, shift=spec.shift),
             keys=jnp.stack([jax.random.key(script.seed) for script in scripts]),
             first=jnp.concatenate(first),
@@ -279,7 +285,7 @@ class Pipeline:
             raise UserError("a script with an image cannot continue a video; choose one of the two")
         frames, kept = video.shape[1], self._kept_frames(video.shape[1])
         if kept < 1:
-            least = self.codec.cfg.raw_frames(self.spec.chunk)
+            least = self.codec.cfg.num_raw_frames(self.spec.chunk_frames)
             raise UserError(f"the video to continue has {frames} frames; at least {least} needed")
         if kept < frames:
             return (f"the first {frames - kept} frames are left out: no whole chunk",)
@@ -291,15 +297,15 @@ class Pipeline:
         """Latents of a given video in chunks, its end aligned with the end of a chunk."""
         clip = video[:, video.shape[1] - self._kept_frames(video.shape[1]) :]
         pixels = to_pixels(clip) if clip.dtype == np.uint8 else clip.astype(np.float32)
-        latents = self.codec.encode(pixels, chunk=self.spec.chunk)
-        for at in range(0, latents.shape[1], self.spec.chunk):
-            yield latents[:, at : at + self.spec.chunk]
+        latents = self.codec.encode(pixels, chunk_frames=self.spec.chunk_frames)
+        for at in range(0, latents.shape[1], self.spec.chunk_frames):
+            yield latents[:, at : at + self.spec.chunk_frames]
 
     def _kept_frames(self, frames: int) -> int:
         """Frames in the longest end of a video that is a whole number of chunks."""
-        ratio, chunk = self.codec.cfg.temporal_ratio, self.spec.chunk
-        chunks = (frames - 1 + ratio) // (ratio * chunk)
-        return self.codec.cfg.raw_frames(chunks * chunk) if chunks else 0
+        ratio, chunk_frames = self.codec.cfg.temporal_stride, self.spec.chunk_frames
+        chunks = (frames - 1 + ratio) // (ratio * chunk_frames)
+        return self.codec.cfg.num_raw_frames(chunks * chunk_frames) if chunks else 0
 
 
 def _keys(cache: KVCache) -> tuple[NVFP4, Array | None]:

@@ -26,9 +26,6 @@ import yaml
 from longlive_jax.io.pictures import check_image
 from longlive_jax.spec import UserError, build, reject_unknown
 
-CUT_PREFIX = "The scene transitions. "
-"""Opens the prompt of the first chunk after a cut, as in the training captions."""
-
 SIZE_MULTIPLE = 32
 """Pixels per token edge: 16 by the VAE times 2 by the patch embedding."""
 

@@ -7,14 +7,17 @@ from typing import Any, Literal
 
 import jax
 
+from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.io.checkpoint import CheckpointWriter, read_manifest
 from longlive_jax.models.wan.cache import CachePolicy
 from longlive_jax.models.wan.packed_cache import KVFormat, Reader, Smoothing, Storage
 from longlive_jax.quant.policy import QuantSpec
-from longlive_jax.sampling.script import CUT_PREFIX, check_size
-from longlive_jax.spec import UserError, build
+from longlive_jax.sampling.script import check_size
+from longlive_jax.spec import UserError, build, with_renamed
 
 MANIFEST_KEY = "sampling"
+RENAMED = {"chunk": "chunk_frames", "rope_offset": "shot_rope_offset"}
+"""Settings in checkpoints of earlier versions, and their names today."""
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Solver = Literal["unipc", "euler", "sde"]
@@ -27,7 +30,7 @@ class SampleSpec:
     Attributes:
       size: height and width in pixels, where the script does not say.
       fps: frames a second.
-      chunk: latent frames generated together.
+      chunk_frames: latent frames generated together.
       solver: of the flow; "sde" adds noise between its steps and wants many of them.
       steps: model calls per chunk; 2 to 4 for a distilled model, 32 to 50 otherwise.
       shift: of the noise levels towards the noisy end.
@@ -36,7 +39,7 @@ class SampleSpec:
       window: chunks that attention sees, the current one and all sinks included.
       global_sinks: so many first chunks of the video stay in the window.
       shot_sinks: the first chunk of the current shot stays in the window.
-      rope_offset: latent frames added to temporal positions at every cut.
+      shot_rope_offset: latent frames added to temporal positions at every cut.
       clean_recache: at a cut, only the global sinks are kept.
       relative_rope: temporal positions are counted from the start of the window.
       kv: how the window's keys and values are stored: in the model's dtype, or in NVFP4 at 4.5 bits
@@ -55,7 +58,7 @@ class SampleSpec:
 
     size: tuple[int, int] = (704, 1280)
     fps: float = 24.0
-    chunk: int = 8
+    chunk_frames: int = 8
     solver: Solver = "unipc"
     steps: int = 4
     shift: float = 5.0
@@ -64,7 +67,7 @@ class SampleSpec:
     window: int = 4
     global_sinks: int = 1
     shot_sinks: bool = True
-    rope_offset: int = 8
+    shot_rope_offset: int = 8
     clean_recache: bool = False
     relative_rope: bool = False
     kv: Storage = "model"
@@ -79,7 +82,14 @@ class SampleSpec:
 
     def __post_init__(self) -> None:
         check_size(*self.size)
-        least = {"fps": 0.1, "chunk": 1, "steps": 1, "shift": 1e-3, "ahead": 0, "rope_offset": 0}
+        least = {
+            "fps": 0.1,
+            "chunk_frames": 1,
+            "steps": 1,
+            "shift": 1e-3,
+            "ahead": 0,
+            "shot_rope_offset": 0,
+        }
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
@@ -112,7 +122,7 @@ def precision(choice: Precision) -> str:
 
 def spec_for(folder: str | os.PathLike, chosen: Mapping[str, Any] | None = None) -> SampleSpec:
     """The checkpoint's own settings, with `chosen` ones in place; UserError as from `build`."""
-    own = read_manifest(folder).get(MANIFEST_KEY, {})
+    own = with_renamed(read_manifest(folder).get(MANIFEST_KEY, {}), RENAMED)
     return build(SampleSpec, {**own, **(chosen or {})}, path="sample")
 
 

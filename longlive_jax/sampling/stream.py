@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from longlive_jax.sampling.decode import overlapped
-from longlive_jax.sampling.drivers import Order
+from longlive_jax.sampling.drivers import ChunkInputs
 from longlive_jax.sampling.script import ShotScript
+from longlive_jax.sampling.streaming_vae import overlapped
 from longlive_jax.typing import Array, Float, UInt8
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class Lane:
+class VideoTimeline:
     """One video of the batch: the shot it is in, and where it has left its script."""
 
     script: tuple[str, ...]
@@ -85,7 +85,7 @@ class Stream(Iterator[UInt8[np.ndarray, "b f h w 3"]]):
         self.latents: Float[Array, "b f h w c"] | None = None
         self._endless = endless
         self._lanes = [
-            Lane(prompts, cuts, pipe.spec.cut_prefix)
+            VideoTimeline(prompts, cuts, pipe.spec.cut_prefix)
             for prompts, cuts in zip(self.plan.prompts, self.plan.cuts, strict=True)
         ]
         self._video = video
@@ -125,16 +125,16 @@ class Stream(Iterator[UInt8[np.ndarray, "b f h w 3"]]):
         for lane in lanes:
             lane.steer(prompt, cut=cut)
 
-    def _orders(self) -> Iterator[Order]:
+    def _orders(self) -> Iterator[ChunkInputs]:
         pipe, count = self._pipe, itertools.count() if self._endless else range(self.plan.chunks)
         for chunk in count:
             first = chunk == 0 and self._video is None
             rows = [lane.next(first=first) for lane in self._lanes]
             prompts, cuts, shots = zip(*rows, strict=True)
-            yield Order(
+            yield ChunkInputs(
                 text=pipe.words((*prompts, *self._negative)),
                 cut=np.array(cuts),
-                offset=np.array(shots, np.int32) * np.int32(pipe.spec.rope_offset),
+                shot_rope_offset=np.array(shots, np.int32) * np.int32(pipe.spec.shot_rope_offset),
             )
 
     def _run(self) -> Generator[tuple[np.ndarray, Array], None, None]:
@@ -144,14 +144,16 @@ class Stream(Iterator[UInt8[np.ndarray, "b f h w 3"]]):
         decode = pipe.codec.decoder()
         if self._video is not None:
             for past in pipe.encode_video(self._video, self._size):
-                cache = pipe.sampler.remember(pipe.params, cache, setting, self._past(), past)
+                cache = pipe.sampler.write_context(pipe.params, cache, setting, self._past(), past)
                 decode(past)  # only for what the decoder remembers
         latents = pipe.sampler.stream(pipe.params, cache, setting, self._orders())
         yield from overlapped(latents, decode, ahead=pipe.spec.ahead)
 
-    def _past(self) -> Order:
+    def _past(self) -> ChunkInputs:
         """What is said about the chunks of a given video: the script's first prompt."""
         batch = len(self._scripts)
         prompts = [row[0] for row in self.plan.prompts]
         text = self._pipe.words((*prompts, *self._negative))
-        return Order(text=text, cut=np.zeros(batch, bool), offset=np.zeros(batch, np.int32))
+        return ChunkInputs(
+            text=text, cut=np.zeros(batch, bool), shot_rope_offset=np.zeros(batch, np.int32)
+        )

@@ -117,7 +117,7 @@ class Feed:
             self.waited += time.perf_counter() - begin
 
 
-def in_order(batches: Sequence[Any]) -> Callable[[int], Feed]:
+def feed_in_order(batches: Sequence[Any]) -> Callable[[int], Feed]:
     """A function from a step to the `Feed` of the batches from there on, a few made ahead."""
 
     def begin(start: int) -> Feed:

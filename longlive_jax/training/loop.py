@@ -21,21 +21,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longlive_jax.parallel.mesh import BATCH, MeshSpec, make_mesh
 from longlive_jax.parallel.rules import Rules
 from longlive_jax.spec import Failure
+from longlive_jax.training.checkpointing import Saves
 from longlive_jax.training.feed import Feed, own_rows, placed, skipped_by_all
 from longlive_jax.training.metrics import MetricsLog, mean_of, peak_gib, plot_curves
 from longlive_jax.training.optim import OptimSpec, make_optimizer
-from longlive_jax.training.saves import Saves
+from longlive_jax.training.preemption import Stopped, StopRequest
 from longlive_jax.training.state import WHOLE, Params, TrainState, make_state
 from longlive_jax.training.step import (
     EMASpec,
     LossFn,
     Prepare,
     Weigh,
-    all_alike,
-    as_they_are,
     make_train_step,
+    no_preparation,
+    uniform_weight,
 )
-from longlive_jax.training.stopping import Stopped, StopRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Task:
     work: Work | None = None
     start: Callable[[], Params] | None = None
     place: Callable[[Any], Any] | None = None
-    prepare: Prepare = as_they_are
-    weigh: Weigh = all_alike
+    prepare: Prepare = no_preparation
+    weigh: Weigh = uniform_weight
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -24,17 +24,17 @@ Weigh = Callable[[Any], jax.Array]
 """What a part of a batch counts for, such as the frames that its loss is the mean of."""
 
 
-def as_they_are(_params: Params) -> Callable[[Params, jax.Array], Params]:
+def no_preparation(_params: Params) -> Callable[[Params, jax.Array], Params]:
     """Nothing to prepare: the loss sees the float32 parameters themselves."""
     return lambda params, _key: params
 
 
-def all_alike(_batch: Any) -> jax.Array:
+def uniform_weight(_batch: Any) -> jax.Array:
     """Every part counts for the same."""
     return jnp.ones(())
 
 
-def forgetful(loss: Callable[..., tuple[jax.Array, Metrics]]) -> LossFn:
+def stateless(loss: Callable[..., tuple[jax.Array, Metrics]]) -> LossFn:
     """A loss of (params, batch, key) alone, as one that remembers nothing."""
 
     def loss_fn(params: Params, batch: Any, key: jax.Array, memory: Any):
@@ -60,8 +60,8 @@ def make_train_step(
     *,
     accumulate: int = 1,
     shardings: TrainState | None = None,
-    prepare: Prepare = as_they_are,
-    weigh: Weigh = all_alike,
+    prepare: Prepare = no_preparation,
+    weigh: Weigh = uniform_weight,
 ):
     """`loss_fn` becomes one donated, jitted update `(state, batch) -> (state, metrics)`.
 

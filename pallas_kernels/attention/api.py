@@ -129,5 +129,7 @@ def check(
             continue
         if len(tokens) != x.shape[1]:
             raise ValueError(f"{len(tokens)} {name} tokens for {x.shape[1]} {name} rows")
-        if jnp.ndim(tokens.chunk) == 2 and tokens.chunk.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{name} tokens of {tokens.chunk.shape[0]} samples, not {x.shape[0]}")
+        if jnp.ndim(tokens.chunk_index) == 2 and tokens.chunk_index.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"{name} tokens of {tokens.chunk_index.shape[0]} samples, not {x.shape[0]}"
+            )

@@ -217,7 +217,7 @@ def _split(x: Array, size: int) -> Array:
 
 def _wide(tokens: Tokens, batch: int) -> Tokens:
     """Tokens with a batch axis."""
-    own = tokens.chunk.ndim
+    own = tokens.chunk_index.ndim
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[own - 1 :])), tokens)
 
 
@@ -228,7 +228,9 @@ def _split_tokens(tokens: Tokens, size: int) -> Tokens:
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
         x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-        return jnp.broadcast_to(x[:, :1, :1], (*x.shape[:2], 1, *x.shape[3:])) if alike else x
+        return (
+            jnp.broadcast_to(x[:, :1, :1], (*x.shape[:2], 1, *x.shape[3:])) if uniform_mask else x
+        )
 
-    alike = tokens.alike
+    uniform_mask = tokens.uniform_mask
     return jax.tree.map(split, tokens)

@@ -71,5 +71,5 @@ _picked.defvjp(_picked_forward, _picked_backward)
 def _firsts(tokens: Tokens, size: int) -> Tokens:
     """The first token of every run of `size`."""
     pos = tokens.pos[..., ::size, :]
-    names = ("chunk", "noisy", "since", "sink", "global_sinks")
+    names = ("chunk_index", "noisy", "window_start", "sink", "global_sinks")
     return Tokens(pos, *(getattr(tokens, name)[..., ::size] for name in names))

@@ -26,7 +26,7 @@ def refusal(
         return f"needs 16-bit arguments, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"needs heads of a multiple of 8 up to 128, not {q.shape[-1]}"
-    if q_tokens is not None and parts is None and not q_tokens.alike:
+    if q_tokens is not None and parts is None and not q_tokens.uniform_mask:
         return "queries differ in what they see"
     return None
 

@@ -56,7 +56,7 @@ def _mask(q_tokens: Tokens | None, k_tokens: Tokens | None) -> Bool[Array, "#b #
     """Broadcastable to logits [b, n, q, k]; None if everything is visible."""
     if q_tokens is None or k_tokens is None:
         return None
-    if q_tokens.alike:
+    if q_tokens.uniform_mask:
         seen = visible_keys(q_tokens, k_tokens)
         return seen.reshape(-1, 1, 1, seen.shape[-1])
     seen = visible(q_tokens, k_tokens)

@@ -43,7 +43,7 @@ def _peak(x: Float32[Array, "*n"], axes: tuple[int, ...], keepdims: bool = False
     return lax.bitcast_convert_type(most, jnp.float32)
 
 
-def in_order(errors: Float32[Array, "*n rows blocks 16"]) -> Float32[Array, "*n 1 blocks 1"]:
+def feed_in_order(errors: Float32[Array, "*n rows blocks 16"]) -> Float32[Array, "*n 1 blocks 1"]:
     """The sum over each tile in the order of PyTorch on x86: of two candidates that err alike, the
     last bit of their sums picks one. Eight lanes, up to four sums in each of them, then across.
     """
@@ -124,7 +124,7 @@ def _encode(
         off = third(values * scale * amax) / 512 - t  # 6 * 256 is 3 * 512
         if rule == "abs_max":
             return jnp.max(jnp.abs(off), axis=(-3, -1), keepdims=True)
-        return in_order(square(off) if rule == "mse" else jnp.abs(off))
+        return feed_in_order(square(off) if rule == "mse" else jnp.abs(off))
 
     four = error(values_4, scale_4) < error(values, scale)
     return jnp.where(four, values_4, values), jnp.where(four, scale_4, scale)

@@ -95,7 +95,7 @@ def _error(off: Array, rule: Rule, axis: int) -> Array:
     if rule == "abs_max":
         return jnp.max(jnp.abs(off), axis=axis, keepdims=True)
     errors = off * off if rule == "mse" else jnp.abs(off)
-    # As `reference.in_order` adds up: the halves of a block, and then one by one.
+    # As `reference.feed_in_order` adds up: the halves of a block, and then one by one.
     lower, upper = (lax.slice_in_dim(errors, i, i + 8, axis=axis) for i in (0, 8))
     pairs = lower + upper
     parts = [lax.slice_in_dim(pairs, i, i + 1, axis=axis) for i in range(8)]

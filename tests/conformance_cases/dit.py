@@ -17,7 +17,7 @@ def bidirectional(golden: Golden) -> Sequence[Case]:
     """One timestep a token, and one a video."""
     model, x = golden.dit, golden.frames("x", 1)
     b, frames, height, width, _ = x.shape
-    tokens = layout.grid(frames, height // 2, width // 2, chunk=frames)
+    tokens = layout.grid(frames, height // 2, width // 2, chunk_frames=frames)
     context = _cleared(golden)
 
     @jax.jit
@@ -68,7 +68,7 @@ class _Forcing:
         self.golden, self.model = golden, golden.dit
         self.x, self.clean = golden.frames("x", 1), golden.frames("clean", 1)
         self.frames, height, width = self.x.shape[1:4]
-        self.chunk = golden.meta["num_frame_per_block"]
+        self.chunk_frames = golden.meta["num_frame_per_block"]
         self.size = (height // 2, width // 2)
         self.text = prompts_of_blocks(golden)
         self.timestep = jnp.asarray(golden["t"])
@@ -77,13 +77,15 @@ class _Forcing:
 
     def result(self, suffix: str):
         """(loss, velocity, gradients); without shot phases they are 0."""
-        offset = np.zeros(self.timestep.shape, np.int32)
+        shot_rope_offset = np.zeros(self.timestep.shape, np.int32)
         if suffix:
             given = self.golden[suffix.removeprefix("_")]
             whole = given.astype(np.int32)
-            offset = whole if np.array_equal(whole, given) else given
+            shot_rope_offset = whole if np.array_equal(whole, given) else given
         target = self.golden.frames("target", 1)
-        (loss, velocity), grads = self._measured(self.model.params, target, jnp.asarray(offset))
+        (loss, velocity), grads = self._measured(
+            self.model.params, target, jnp.asarray(shot_rope_offset)
+        )
         return loss, velocity, grads
 
     def cases(self, suffix: str) -> list[Case]:
@@ -108,7 +110,7 @@ class _Forcing:
 
     def causal(self):
         """Only one stream: each block sees itself and the blocks before it."""
-        tokens = layout.grid(self.frames, *self.size, chunk=self.chunk)
+        tokens = layout.grid(self.frames, *self.size, chunk_frames=self.chunk_frames)
 
         @jax.jit
         def velocity(params):
@@ -117,9 +119,14 @@ class _Forcing:
 
         return velocity(self.model.params)
 
-    def _velocity(self, params, aug, offset):
+    def _velocity(self, params, aug, shot_rope_offset):
         dit = self.model.around(params)
-        tokens = layout.teacher_forcing(self.frames, *self.size, chunk=self.chunk, offset=offset)
+        tokens = layout.teacher_forcing(
+            self.frames,
+            *self.size,
+            chunk_frames=self.chunk_frames,
+            shot_rope_offset=shot_rope_offset,
+        )
         return dit(
             jnp.concatenate([self.clean, self.x], axis=1),
             jnp.concatenate([aug, self.timestep], axis=1),
@@ -128,8 +135,8 @@ class _Forcing:
             noisy_from=self.frames,
         )[0]
 
-    def _loss(self, params, target, offset):
-        velocity = self._velocity(params, self.aug, offset)
+    def _loss(self, params, target, shot_rope_offset):
+        velocity = self._velocity(params, self.aug, shot_rope_offset)
         return jnp.mean((velocity - target) ** 2), velocity
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from conformance_cases.rows import EXACT, TIGHT, Case, compared, differing, later
+from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.diffusion import solvers
 from longlive_jax.diffusion.flow import FlowSchedule
 from longlive_jax.models.vae import VAEConfig
 from longlive_jax.models.variants import variant
-from longlive_jax.sampling.script import CUT_PREFIX
 
 PROSE = ("_note", "_quirks")
 
@@ -101,6 +101,6 @@ def _model_error(want: Mapping[str, Any]) -> float:
         n: n for n in ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "head_dim", "eps")
     }
     wrong = [ours for theirs, ours in names.items() if getattr(dit, ours) != want[theirs]]
-    if [vae.temporal_ratio, vae.spatial_ratio, vae.spatial_ratio] != want["vae_stride"]:
+    if [vae.temporal_stride, vae.spatial_stride, vae.spatial_stride] != want["vae_stride"]:
         wrong.append("vae_stride")
     return len(wrong) / (len(names) + 1)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longlive_jax.interop.components import COMPONENTS, Component, expected_shapes, identify
+from longlive_jax.interop.keytable import KeyTable, Leaf
 from longlive_jax.io.arrays import flatten, nest
-from longlive_jax.io.components import COMPONENTS, Component, expected_shapes, identify
-from longlive_jax.io.keytable import KeyTable, Leaf
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.typing import Params
 

@@ -17,7 +17,7 @@ from conformance_cases.rows import CLOSE, EXACT, Case, compared, differing, dist
 from conformance_cases.sampling import Studio
 from longlive_jax.models.wan.cache import KVCache, empty_cache
 from longlive_jax.models.wan.packed_cache import KVFormat
-from longlive_jax.sampling.drivers import Order
+from longlive_jax.sampling.drivers import ChunkInputs
 from pallas_kernels.attention import attention
 from pallas_kernels.nvfp4 import pack, quantize
 
@@ -111,7 +111,7 @@ class Replay:
             flow, after = self.forward(params, caches[-1], order, x[None], timestep[None])
             flows.append(np.asarray(flow[0]))
             if step == self.calls - 1:
-                held = sorted([*np.asarray(caches[-1].held[0]).tolist(), chunk])
+                held = sorted([*np.asarray(caches[-1].slot_chunk[0]).tolist(), chunk])
                 caches.append(after)
         return np.stack(flows), caches, held
 
@@ -136,23 +136,25 @@ class Replay:
 
     def _empty(self) -> KVCache:
         policy = self.studio.policy(self.options, len(self.golden.meta["prompts"]))
-        size = (self.studio.chunk, self.inputs.shape[2] // 2, self.inputs.shape[3] // 2)
+        size = (self.studio.chunk_frames, self.inputs.shape[2] // 2, self.inputs.shape[3] // 2)
         return empty_cache(self.studio.model.config, 1, size, policy)
 
-    def _forward(self, params, cache: KVCache, order: Order, x, timestep, *, attend=attention):
+    def _forward(
+        self, params, cache: KVCache, order: ChunkInputs, x, timestep, *, attend=attention
+    ):
         """Velocity, and the cache that remembers `x`, which counts as clean at timestep 0."""
         dit = self.studio.model.around(params)
         text = jax.tree.map(lambda leaf: leaf[:, order.text], self.studio.bank)
-        tokens = cache.upcoming(order.offset, noisy=False)
+        tokens = cache.upcoming(order.shot_rope_offset, noisy=False)
         flow, packed = dit(
             x, timestep, text, tokens, cache, attend=attend, return_kv=True, store=cache.pack
         )
-        return flow, cache.put(packed, cut=order.cut, offset=order.offset)
+        return flow, cache.insert(packed, cut=order.cut, shot_rope_offset=order.shot_rope_offset)
 
     def _apart(self, layer: int, kind: str, part: str) -> float:
         _, caches, theirs = self.run
         cache = caches[-1]
-        slots = [theirs.index(chunk) for chunk in np.asarray(cache.held[0]).tolist()]
+        slots = [theirs.index(chunk) for chunk in np.asarray(cache.slot_chunk[0]).tolist()]
         want = self.golden[f"cache/layer{layer}/{kind}/{part}"][slots]
         field = {"codes": "codes", "scales_e4m3": "scales", "amax": "amax"}[part]
         got = np.asarray(getattr(getattr(cache, kind), field))[layer, 0].reshape(want.shape)

@@ -12,7 +12,7 @@ from conformance_cases.dit import prompts_of_blocks
 from conformance_cases.golden import Golden
 from conformance_cases.rows import CLOSE, TIGHT, Case, compared
 from longlive_jax import layout
-from longlive_jax.io.keys_lora import PEFT
+from longlive_jax.interop.keys_lora import PEFT
 from longlive_jax.quant.low_rank import LoRAKernel, LowRank, with_branches
 
 
@@ -63,7 +63,7 @@ class _Adapted:
         x = golden.frames("x", 1)
         _, frames, height, width, _ = x.shape
         chunk = golden.meta["num_frame_per_block"]
-        tokens = layout.grid(frames, height // 2, width // 2, chunk=chunk)
+        tokens = layout.grid(frames, height // 2, width // 2, chunk_frames=chunk)
         return dit(x, jnp.asarray(golden["t"]), dit.text_kv(prompts_of_blocks(golden)), tokens)[0]
 
     def _result(self):

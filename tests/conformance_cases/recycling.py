@@ -10,9 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from conformance_cases.golden import Golden
-from conformance_cases.recycling_steps import REPLACE, Steps, alike, contents, matched, share_of
+from conformance_cases.recycling_steps import (
+    REPLACE,
+    Steps,
+    contents,
+    matched,
+    share_of,
+    uniform_mask,
+)
 from conformance_cases.rows import EXACT, TIGHT, Case, compared, differing, later
-from longlive_jax.training import error_buffer as eb
+from longlive_jax.training.objectives import error_buffer as eb
 
 SETTINGS = {
     "num_buckets", "max_size_per_bucket", "modulate_factor", "replacement_strategy", "num_blocks",
@@ -75,13 +82,15 @@ class _Script:
             "counts": [len(key) for key in self._keys()],
         }
         return [
-            compared(f"{name}/results", TIGHT, lambda: self.played()[0], self.results, alike),
+            compared(
+                f"{name}/results", TIGHT, lambda: self.played()[0], self.results, uniform_mask
+            ),
             compared(
                 f"{name}/final_buckets",
                 EXACT,
                 lambda: contents(self.played()[1], self.spec.replace),
                 np.array(final).reshape(-1, *self.entries.shape[1:]),
-                alike,
+                uniform_mask,
             ),
             *(
                 compared(f"{name}/{key}", EXACT, partial(self._fact, key), want, differing)

@@ -13,9 +13,8 @@ import numpy as np
 from conformance_cases.golden import Golden
 from conformance_cases.rows import EXACT, TIGHT, Case, compared, differing, later, relative
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, x0_from_velocity
-from longlive_jax.training import error_buffer as eb
-from longlive_jax.training.ar import ARLossSpec, Draws, Episode, flow_loss
-from longlive_jax.training.recycling import (
+from longlive_jax.training.objectives import error_buffer as eb
+from longlive_jax.training.objectives.error_recycling import (
     Errors,
     Pick,
     Recycled,
@@ -25,6 +24,12 @@ from longlive_jax.training.recycling import (
     observe,
     prediction_errors,
     recycle,
+)
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARLossSpec,
+    Draws,
+    TeacherForcingBatch,
+    flow_loss,
 )
 
 REPLACE: dict[str, eb.Replacement] = {"random": "random", "fifo": "oldest", "l2": "nearest"}
@@ -57,7 +62,7 @@ def contents(buffer: eb.Buffer, replace: eb.Replacement) -> np.ndarray:
     return np.array(found).reshape(-1, *buffer.entries.shape[3:])
 
 
-def alike(got: Any, want: Any) -> float:
+def uniform_mask(got: Any, want: Any) -> float:
     """`relative`, and nothing is like nothing."""
     if np.size(want) or np.size(got):
         return relative(got, want)
@@ -70,9 +75,9 @@ class Steps:
     def __init__(self, golden: Golden, run: Mapping[str, Any]):
         self.golden, self.name, self.calls = golden, run["name"], run["calls"]
         self.unknown = sorted(set(run["extra_args"]) - OPTIONS)
-        self.chunk, settings = run["num_frame_per_block"], run["error_recycling"]
+        self.chunk_frames, settings = run["num_frame_per_block"], run["error_recycling"]
         self.shape = tuple(run["shape"][i] for i in (0, 1, 3, 4, 2))
-        self.blocks = self.shape[1] // self.chunk
+        self.blocks = self.shape[1] // self.chunk_frames
         self.loss = ARLossSpec()
         self.schedule = FlowSchedule(self.loss.shift)
         self.spec = RecyclingSpec(
@@ -94,7 +99,7 @@ class Steps:
             skip_first=settings.get("skip_block_0", False),
         )
         self.played = functools.cache(self._play)
-        options = {"chunk": self.chunk, "spec": self.spec, "loss": self.loss}
+        options = {"chunk_frames": self.chunk_frames, "spec": self.spec, "loss": self.loss}
         self._recycle = jax.jit(partial(recycle, **options))
         self._observe = jax.jit(partial(observe, **options))
 
@@ -108,7 +113,7 @@ class Steps:
                     continue
                 want = theirs if theirs.ndim < 5 else np.moveaxis(theirs, 2, -1)
                 got = partial(lambda i, key: self.played()[i][key], i, key)
-                cases.append(compared(f"{self.name}/{i}/{key}", TIGHT, got, want, alike))
+                cases.append(compared(f"{self.name}/{i}/{key}", TIGHT, got, want, uniform_mask))
             for key, want in {
                 "total_added": call["total_added"],
                 "counts": self._counts(call["bucket_layout_after"]["latent_buffer"]),
@@ -128,7 +133,7 @@ class Steps:
         return contents(jax.tree.map(lambda x: x[0], buffer), self.spec.buffer.replace)
 
     def _play(self) -> list[dict[str, Any]]:
-        m, (h, w, c) = self.chunk, self.shape[2:]
+        m, (h, w, c) = self.chunk_frames, self.shape[2:]
         buffers, found = init_buffers(self.spec, (m, h, w, c)), []
         for i, call in enumerate(self.calls):
             buffers, result = self._call(f"{self.name}/{i}/", call, buffers)
@@ -139,9 +144,11 @@ class Steps:
         golden, table, step = self.golden, self.schedule, call["global_step"]
         buffers = dataclasses.replace(buffers, seen=jnp.asarray(step))
         clean = golden.frames(f"{where}clean_latent", 2)
-        index = np.repeat(golden[f"{where}index_draw"][:, :: self.chunk], self.chunk, axis=1)
+        index = np.repeat(
+            golden[f"{where}index_draw"][:, :: self.chunk_frames], self.chunk_frames, axis=1
+        )
         batch, draws = self._given(clean, golden.frames(f"{where}noise", 2), index)
-        bucket = np.asarray(eb.bucket_of(index[:, :: self.chunk], self.spec.buffer.buckets))
+        bucket = np.asarray(eb.bucket_of(index[:, :: self.chunk_frames], self.spec.buffer.buckets))
         rolls = _Replay(self.spec, call["python_draws"], bucket, buffers, step).rolls()
         mixed = self._recycle(rolls, batch, draws, buffers)
         first = f"{where}initial_latent"
@@ -173,11 +180,11 @@ class Steps:
         }
         return buffers, result
 
-    def _given(self, clean, noise, index: np.ndarray) -> tuple[Episode, Draws]:
+    def _given(self, clean, noise, index: np.ndarray) -> tuple[TeacherForcingBatch, Draws]:
         table, size = self.schedule, clean.shape[:2]
         chunk = jnp.tile(jnp.arange(self.blocks), (size[0], 2))
         zeros = jnp.zeros_like(chunk)
-        batch = Episode(clean, clean, jnp.ones(size), chunk, zeros, zeros, zeros, zeros)
+        batch = TeacherForcingBatch(clean, clean, jnp.ones(size), chunk, zeros, zeros, zeros, zeros)
         return batch, Draws(
             noise=noise,
             sigma=jnp.asarray(table.sigmas)[index],

@@ -25,7 +25,12 @@ from longlive_jax import layout
 from longlive_jax.diffusion import solvers
 from longlive_jax.models.wan.cache import CachePolicy, KVCache, empty_cache
 from longlive_jax.models.wan.packed_cache import KVFormat
-from longlive_jax.sampling.drivers import Order, Sampler, Setting, stack_orders
+from longlive_jax.sampling.drivers import (
+    ChunkInputs,
+    Sampler,
+    VideoConditioning,
+    stack_chunk_inputs,
+)
 
 CACHE_KEY = re.compile(r"([kv])_cache_layer(\d+)")
 OPTIONS = {
@@ -53,7 +58,7 @@ class Studio:
     def __init__(self, golden: Golden, form: KVFormat | None = None):
         self.golden, self.model = golden, golden.dit
         self.form = KVFormat() if form is None else form
-        self.chunk = golden.meta["num_frame_per_block"]
+        self.chunk_frames = golden.meta["num_frame_per_block"]
         self.noise = golden.frames("noise", 2)
         self.order: list[str] = golden.meta["prompt_order"]
         self.sampler = Sampler(self.model.graphdef)
@@ -100,7 +105,7 @@ class Studio:
             if held.shape[1] != 1:
                 raise NotThere("more than one initial latent frame")
             first = held[:, 0]
-        setting = Setting(
+        setting = VideoConditioning(
             solver=solvers.unipc(
                 options["sampling_steps"], shift=self.golden.meta["timestep_shift"]
             ),
@@ -109,7 +114,7 @@ class Studio:
             given=jnp.full(batch, given),
             guidance=None if scale == 1 else jnp.float32(scale),
         )
-        size = (self.chunk, height // 2, width // 2)
+        size = (self.chunk_frames, height // 2, width // 2)
         samples = batch if scale == 1 else 2 * batch
         cache = empty_cache(self.model.config, samples, size, self.policy(options, len(prompts)))
         orders = self.orders(prompts, options, guided=scale != 1)
@@ -121,15 +126,15 @@ class Studio:
         if unknown:
             raise NotThere(f"options {unknown}")
         window = options.get("local_attn_size", self.golden.meta.get("local_attn_size", -1))
-        window = chunks * self.chunk if window < 0 else window
+        window = chunks * self.chunk_frames if window < 0 else window
         sinks = options.get("sink_size", 0)
-        if window % self.chunk or sinks % self.chunk:
+        if window % self.chunk_frames or sinks % self.chunk_frames:
             raise NotThere(
-                f"window of {window} and sinks of {sinks} frames for chunks of {self.chunk}"
+                f"window of {window} and sinks of {sinks} frames for chunks of {self.chunk_frames}"
             )
         return CachePolicy(
-            window=window // self.chunk,
-            global_sinks=sinks // self.chunk,
+            window=window // self.chunk_frames,
+            global_sinks=sinks // self.chunk_frames,
             shot_sinks=bool(options.get("multi_shot_sink")) and sinks > 0,
             clean_recache=bool(options.get("shot_clean_recache")),
             relative_rope=bool(options.get("use_relative_rope")),
@@ -138,7 +143,7 @@ class Studio:
 
     def _prompts(self, entry: Mapping[str, Any]) -> list[str]:
         prompts = entry.get("prompts", self.golden.meta.get("prompts"))
-        if len(prompts) * self.chunk != self.noise.shape[1]:
+        if len(prompts) * self.chunk_frames != self.noise.shape[1]:
             raise ValueError(f"{len(prompts)} prompts for {self.noise.shape[1]} frames of noise")
         return prompts
 
@@ -153,9 +158,9 @@ class Studio:
 
     def orders(
         self, prompts: Sequence[str], options: Mapping[str, Any], *, guided: bool = False
-    ) -> Order:
+    ) -> ChunkInputs:
         """The orders of all chunks, stacked."""
-        phase, prefix = (
+        shot_rope_offset, prefix = (
             options.get("multi_shot_rope_offset", 0),
             self.golden.meta["scene_cut_prefix"],
         )
@@ -166,14 +171,14 @@ class Studio:
             rows = [self.order.index(prompt)] * batch
             if guided:
                 rows += [self.order.index(self._negative())] * batch
-            order = Order(
+            order = ChunkInputs(
                 text=jnp.array(rows),
                 cut=jnp.full(batch, cut),
-                offset=jnp.full(batch, shot * phase, jnp.int32),
-                noise=self.noise[:, i * self.chunk : (i + 1) * self.chunk],
+                shot_rope_offset=jnp.full(batch, shot * shot_rope_offset, jnp.int32),
+                noise=self.noise[:, i * self.chunk_frames : (i + 1) * self.chunk_frames],
             )
             orders.append(order)
-        return stack_orders(orders)
+        return stack_chunk_inputs(orders)
 
     def _first_chunk(self, entry: Mapping[str, Any]) -> jax.Array:
         """The model calls of chunk 0, fed with the reference's own inputs."""
@@ -184,7 +189,9 @@ class Studio:
             spoken.append(self.order.index(self._negative()))
         rows = np.resize(spoken, len(x))
         text = jax.tree.map(lambda leaf: leaf[:, rows], self.bank)
-        tokens = layout.grid(self.chunk, x.shape[2] // 2, x.shape[3] // 2, chunk=self.chunk)
+        tokens = layout.grid(
+            self.chunk_frames, x.shape[2] // 2, x.shape[3] // 2, chunk_frames=self.chunk_frames
+        )
         timestep = jnp.asarray(self.golden[f"{name}/block0_timestep"])
 
         @jax.jit
@@ -205,7 +212,7 @@ def _matched(cache: KVCache, key: str, theirs: np.ndarray) -> tuple[float, dict[
     found = CACHE_KEY.fullmatch(key)
     if found is None:
         raise ValueError(f"{key} is no cache")
-    held = np.asarray(cache.held[0])
+    held = np.asarray(cache.slot_chunk[0])
     stored = np.asarray(getattr(cache, found[1]))[int(found[2]), 0]
     want = theirs[0].reshape(-1, *stored.shape[1:])
     worst, places = 0.0, {}
@@ -224,7 +231,7 @@ def _state_error(state: Mapping[str, int], key: str, theirs: np.ndarray, cache: 
     """Share of the reference's bookkeeping that ours contradicts."""
     frames, rows, columns = cache.size
     tokens = frames * rows * columns
-    ours, want = [int(cache.count[0]) * tokens], [state["global_end_index"]]
+    ours, want = [int(cache.num_chunks[0]) * tokens], [state["global_end_index"]]
     if state["pinned_start"] >= 0:
         _, places = _matched(cache, key, theirs)
         place = places.get(int(cache.sink_start[0]), -1)

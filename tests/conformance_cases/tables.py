@@ -84,7 +84,7 @@ def masks(golden: Golden) -> Sequence[Case]:
 
 def _mask(sizes: dict[str, int], *, natural: bool) -> np.ndarray:
     frames, tokens = sizes["num_frames"], sizes["frame_seqlen"]
-    sequence = layout.teacher_forcing(frames, 1, tokens, chunk=sizes["num_frame_per_block"])
+    sequence = layout.teacher_forcing(frames, 1, tokens, chunk_frames=sizes["num_frame_per_block"])
     if natural:
         sequence = jax.tree.map(np.asarray, sequence)
         sequence = _taken(sequence, natural_order(frames * tokens, sizes["sp_size"]))

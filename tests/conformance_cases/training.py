@@ -14,11 +14,11 @@ from conformance_cases.dit import prompts_of_blocks
 from conformance_cases.golden import Golden
 from conformance_cases.rows import CLOSE, TIGHT, Case, compared, later
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target, x0_from_velocity
-from longlive_jax.training.ar import (
+from longlive_jax.training.objectives.teacher_forcing import (
     ARLossSpec,
     ARSetup,
     Draws,
-    Episode,
+    TeacherForcingBatch,
     draws_of,
     flow_loss,
     predict,
@@ -44,7 +44,7 @@ class _Files:
 
     def __init__(self, golden: Golden):
         self.golden, self.model = golden, golden.dit
-        self.chunk = golden.meta["num_frame_per_block"]
+        self.chunk_frames = golden.meta["num_frame_per_block"]
         self.schedule = FlowSchedule(golden.meta["timestep_shift"])
         self.clean = golden.frames("clean_latent", 2)
         text = prompts_of_blocks(golden)
@@ -122,16 +122,16 @@ class _Files:
         )
         level = jnp.zeros((len(clean), self.blocks))
         if augmented:
-            level = jnp.asarray(table.sigmas)[golden[context_name][:, :: self.chunk]]
+            level = jnp.asarray(table.sigmas)[golden[context_name][:, :: self.chunk_frames]]
         batch = self._episode(clean, jnp.asarray(golden[f"{name}/loss_mask"]))
         draws = draws_of(
             batch,
             noise=noise,
-            index=jnp.asarray(golden[f"{name}/index_draw"][:, :: self.chunk]),
+            index=jnp.asarray(golden[f"{name}/index_draw"][:, :: self.chunk_frames]),
             level=level,
             rough=noise if augmented else None,
             dropped=jnp.zeros(len(clean), bool),
-            chunk=self.chunk,
+            chunk_frames=self.chunk_frames,
             spec=spec,
         )
         return batch, *self._rounded(draws, bool(options.get("mixed_precision")))
@@ -151,21 +151,21 @@ class _Files:
         weight = jnp.where(draws.given, weight, weight if half else draws.weight)
         return dataclasses.replace(draws, weight=weight), {"sigma": sigma}
 
-    def _episode(self, clean, mask) -> Episode:
+    def _episode(self, clean, mask) -> TeacherForcingBatch:
         chunk = jnp.tile(jnp.arange(self.blocks), (len(clean), 2))
         prompt = chunk + jnp.arange(len(clean))[:, None] * self.blocks
-        return Episode(
+        return TeacherForcingBatch(
             context=clean,
             target=clean,
             mask=mask,
-            chunk=chunk,
-            start=chunk * self.chunk,
-            since=jnp.zeros_like(chunk),
+            chunk_index=chunk,
+            start=chunk * self.chunk_frames,
+            window_start=jnp.zeros_like(chunk),
             sink=jnp.full_like(chunk, -1),
             prompt=prompt,
         )
 
-    def _loss(self, params, batch: Episode, draws: Draws):
-        setup = ARSetup(self.model.graphdef, self.chunk, 0, ARLossSpec(global_sinks=0))
+    def _loss(self, params, batch: TeacherForcingBatch, draws: Draws):
+        setup = ARSetup(self.model.graphdef, self.chunk_frames, 0, ARLossSpec(global_sinks=0))
         velocity = predict(setup, self.model.around(params), batch, draws, self.text)
         return flow_loss(velocity, batch, draws)[0], velocity

@@ -11,8 +11,8 @@ import numpy as np
 
 from conformance_cases.golden import VAE, Golden, Model, assemble, load, zeros_for
 from conformance_cases.rows import CLOSE, EXACT, Case, compared, differing
-from longlive_jax.io import keys_vae
-from longlive_jax.io.components import expected_shapes
+from longlive_jax.interop import keys_vae
+from longlive_jax.interop.components import expected_shapes
 from longlive_jax.models.vae import VAEConfig, decode, decode_chunk, encode, encode_chunk
 from longlive_jax.parallel import halo as halo_window
 
@@ -34,9 +34,9 @@ def whole_and_streamed(golden: Golden) -> Sequence[Case]:
     stream = [golden.frames(key, 1) for key in ("y_stream_0", "y_stream_1") if key in golden]
     return [
         compared("encode", CLOSE, lambda: run(encode, pixels), z),
-        compared("encode_chunked", CLOSE, lambda: run(encode, pixels, chunk=1), z),
+        compared("encode_chunked", CLOSE, lambda: run(encode, pixels, chunk_frames=1), z),
         compared("decode", CLOSE, lambda: run(decode, latents), out),
-        compared("decode_chunked", CLOSE, lambda: run(decode, latents, chunk=1), out),
+        compared("decode_chunked", CLOSE, lambda: run(decode, latents, chunk_frames=1), out),
         compared("decode_streamed", CLOSE, streamed, np.concatenate(stream or [out], axis=1)),
     ]
 

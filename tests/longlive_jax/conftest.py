@@ -3,13 +3,13 @@
 import pytest
 from flax import nnx
 
-from longlive_jax.data.small_world.text import world_tokenizer
 from longlive_jax.io.checkpoint import TOKENIZER, save_component
 from longlive_jax.models.params import params_of
 from longlive_jax.models.umt5 import UMT5, UMT5Config
 from longlive_jax.models.vae import VAE, VAEConfig
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.sampling.settings import save_settings
+from longlive_jax.small_world.tokenizer import world_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +37,5 @@ def tiny_world(tmp_path_factory):
     for name, make, cfg in (("vae", VAE, vae), ("umt5", UMT5, umt5), ("dit", DiT, dit)):
         save_component(folder, name, params_of(make(cfg, rngs=nnx.Rngs(0))), cfg)
     (folder / TOKENIZER).write_bytes(tokenizer.model)
-    save_settings(folder, {"size": (64, 64), "chunk": 4, "steps": 2})
+    save_settings(folder, {"size": (64, 64), "chunk_frames": 4, "steps": 2})
     return folder

@@ -12,7 +12,7 @@ from pallas_kernels.tokens import visible
 def attended(cuts, chunks, **settings):
     """Chunks that each chunk sees, itself included."""
     marks = np.isin(np.arange(chunks), cuts)
-    tokens = windowed(grid(chunks, 1, 1, chunk=1), marks, **settings)
+    tokens = windowed(grid(chunks, 1, 1, chunk_frames=1), marks, **settings)
     return [np.flatnonzero(row).tolist() for row in np.asarray(visible(tokens, tokens))]
 
 
@@ -51,25 +51,27 @@ def test_teacher_forcing_equals_the_reference_masks(goldens):
         cases = json.loads(bytes(z["__meta__"]))["cases"]
         for i, case in enumerate(cases):
             chunk = case["num_frame_per_block"]
-            tokens = teacher_forcing(case["num_frames"], 1, case["frame_seqlen"], chunk=chunk)
+            tokens = teacher_forcing(
+                case["num_frames"], 1, case["frame_seqlen"], chunk_frames=chunk
+            )
             np.testing.assert_array_equal(visible(tokens, tokens), z[f"logical_{i}"])
 
 
 def test_grid_counts_columns_fastest_and_adds_offsets_to_time_only():
-    tokens = grid(2, 2, 3, chunk=2, start=4)
+    tokens = grid(2, 2, 3, chunk_frames=2, start=4)
     assert tokens.pos[:4].tolist() == [[4, 0, 0], [4, 0, 1], [4, 0, 2], [4, 1, 0]]
-    assert tokens.chunk.tolist() == [2] * 12 and tokens.alike
-    shifted = grid(2, 1, 1, chunk=1, offset=jnp.array([[0.0, 0.5], [8.0, 8.0]]))
+    assert tokens.chunk_index.tolist() == [2] * 12 and tokens.uniform_mask
+    shifted = grid(2, 1, 1, chunk_frames=1, shot_rope_offset=jnp.array([[0.0, 0.5], [8.0, 8.0]]))
     assert shifted.pos[..., 0].tolist() == [[0, 1.5], [8, 9]]
-    assert shifted.chunk.tolist() == [[0, 1], [0, 1]]
-    moving = jax.jit(lambda start: grid(2, 1, 1, chunk=2, start=start))(jnp.int32(6))
-    assert moving.pos[:, 0].tolist() == [6, 7] and moving.chunk.tolist() == [3, 3]
+    assert shifted.chunk_index.tolist() == [[0, 1], [0, 1]]
+    moving = jax.jit(lambda start: grid(2, 1, 1, chunk_frames=2, start=start))(jnp.int32(6))
+    assert moving.pos[:, 0].tolist() == [6, 7] and moving.chunk_index.tolist() == [3, 3]
 
 
 def test_bad_layouts_are_named():
     with pytest.raises(ValueError, match="begin at a multiple"):
-        grid(2, 1, 1, chunk=2, start=3)
+        grid(2, 1, 1, chunk_frames=2, start=3)
     with pytest.raises(ValueError, match="no whole number"):
-        teacher_forcing(5, 1, 1, chunk=2)
+        teacher_forcing(5, 1, 1, chunk_frames=2)
     with pytest.raises(ValueError, match="use at least 3"):
         windows(np.zeros(4, bool), window=2, global_sinks=1)

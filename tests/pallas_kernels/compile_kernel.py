@@ -23,7 +23,7 @@ HEADS = 2
 
 def gradients(q, k, v, grad):
     """Output, log-sum-exp and the gradients of all arguments: all three kernels."""
-    tokens = teacher_forcing(4, 8, 15, chunk=1)
+    tokens = teacher_forcing(4, 8, 15, chunk_frames=1)
 
     def attend(q, k, v):
         return attention_with_lse(q, k, v, tokens, tokens, implementation="mosaic")

@@ -1,6 +1,6 @@
 """The compiler without a chip, for the tests of kernels."""
 
-from longlive_jax.bench.deviceless import (
+from longlive_jax.planning.deviceless import (
     SHARED_MEMORY,
     TENSOR_COLUMNS,
     compile_for,

@@ -29,7 +29,7 @@ def traced(tokens):
 
 def cached():
     """A chunk being denoised against slots, one sample with an empty slot."""
-    own = grid(2, 1, 3, chunk=2, start=4, noisy=True)
+    own = grid(2, 1, 3, chunk_frames=2, start=4, noisy=True)
     held = np.repeat([[0, 1], [0, EMPTY]], 6, axis=1)
     return own, concat(own, make(np.zeros((2, 12, 3), np.int32), held, False))
 
@@ -37,22 +37,22 @@ def cached():
 def balanced():
     """Clean and noisy frames of the first rank, then of the second."""
     parts = ((rank, noisy) for rank in range(2) for noisy in (False, True))
-    return concat(*(grid(2, 1, 3, chunk=1, start=2 * r, noisy=noisy) for r, noisy in parts))
+    return concat(*(grid(2, 1, 3, chunk_frames=1, start=2 * r, noisy=noisy) for r, noisy in parts))
 
 
 def layouts():
-    forced = teacher_forcing(6, 1, 3, chunk=2)
+    forced = teacher_forcing(6, 1, 3, chunk_frames=2)
     cuts = np.array([False, True, False])
     return {
-        "bidirectional": 2 * (grid(4, 1, 3, chunk=4),),
-        "causal": 2 * (grid(6, 1, 3, chunk=2),),
+        "bidirectional": 2 * (grid(4, 1, 3, chunk_frames=4),),
+        "causal": 2 * (grid(6, 1, 3, chunk_frames=2),),
         "teacher forcing": 2 * (forced,),
         "Balanced order": 2 * (balanced(),),
         "windowed": 2 * (windowed(forced, cuts, window=2, global_sinks=0),),
         "cached": cached(),
         "blind queries": (
             make(np.zeros((4, 3), np.int32), [0, 0, EMPTY, EMPTY], False),
-            grid(2, 1, 3, chunk=1),
+            grid(2, 1, 3, chunk_frames=1),
         ),
     }
 
@@ -138,7 +138,7 @@ def test_without_tokens_everything_is_visible():
 
 def test_sixteen_bit_arguments_keep_a_float32_softmax():
     q, k, v = arrays(12, 12, dtype=jnp.bfloat16)
-    tokens = grid(4, 1, 3, chunk=2)
+    tokens = grid(4, 1, 3, chunk_frames=2)
     got = attention(q, k, v, tokens, tokens, implementation="xla")
     want = attention(
         *(x.astype(jnp.float32) for x in (q, k, v)), tokens, tokens, implementation="reference"
@@ -178,7 +178,7 @@ def test_products_on_a_gpu_take_sixteen_bits_also_in_the_gradient(dense_bytes, c
     """A product of bfloat16 and float32 is one of float32, many times as slow."""
     monkeypatch.setattr(xla, "platform", lambda: "gpu")
     monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
-    total = partial(total_of, tokens=traced(grid(4, 2, 2, chunk=2)))
+    total = partial(total_of, tokens=traced(grid(4, 2, 2, chunk_frames=2)))
     program = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*arrays(16, 16, dtype=jnp.bfloat16))
     products = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
     assert len(products) == count
@@ -198,7 +198,7 @@ def test_blocks_that_see_nothing_of_each_other_are_not_read(where, monkeypatch):
     monkeypatch.setattr(xla, "platform", lambda: where)
     monkeypatch.setattr(xla, "DENSE_BYTES", 0)
     monkeypatch.setattr(blocked, "BLOCK", 8)
-    tokens = traced(teacher_forcing(4, 2, 4, chunk=1))  # a block a chunk
+    tokens = traced(teacher_forcing(4, 2, 4, chunk_frames=1))  # a block a chunk
     q, k, v = arrays(64, 64)
     last = slice(56, 64)  # noisy
     spoiled = [x.at[:, last].set(jnp.nan) for x in (q, k, v)]
@@ -219,7 +219,7 @@ def test_no_array_is_of_tokens_by_tokens(where, monkeypatch):
     """In the program of value and gradient, where nothing is known of the tokens."""
     monkeypatch.setattr(xla, "platform", lambda: where)
     monkeypatch.setattr(blocked, "BLOCK", 64)
-    tokens = traced(teacher_forcing(4, 8, 8, chunk=1))
+    tokens = traced(teacher_forcing(4, 8, 8, chunk_frames=1))
     length = len(tokens)
     operands = arrays(length, length, batch=1, heads=2, dtype=jnp.bfloat16)
 
@@ -243,7 +243,7 @@ def test_no_array_is_of_tokens_by_tokens(where, monkeypatch):
 
 
 def test_segments_name_the_visible_slices():
-    tokens = teacher_forcing(3, 1, 2, chunk=1)
+    tokens = teacher_forcing(3, 1, 2, chunk_frames=1)
     clean = [Segment(0, 2, ((0, 2),)), Segment(2, 4, ((0, 4),)), Segment(4, 6, ((0, 6),))]
     noisy = [
         Segment(6, 8, ((6, 8),)),
@@ -253,7 +253,7 @@ def test_segments_name_the_visible_slices():
     assert segments(tokens, tokens) == clean + noisy
     assert segments(traced(tokens), tokens) is None
     assert segments(*cached()) is None  # samples differ
-    many = grid(100, 1, 1, chunk=1)
+    many = grid(100, 1, 1, chunk_frames=1)
     assert segments(many, many) is None
 
 
@@ -271,11 +271,11 @@ def test_a_named_implementation_runs_or_raises():
 
 def test_tokens_must_fit_the_arrays():
     q, k, v = arrays(6, 6)
-    tokens = grid(6, 1, 1, chunk=6)
+    tokens = grid(6, 1, 1, chunk_frames=6)
     with pytest.raises(ValueError, match="or for neither"):
         attention(q, k, v, tokens)
     with pytest.raises(ValueError, match="3 key tokens for 6 key rows"):
-        attention(q, k, v, tokens, grid(3, 1, 1, chunk=3))
+        attention(q, k, v, tokens, grid(3, 1, 1, chunk_frames=3))
     with pytest.raises(ValueError, match="tokens of 3 samples, not 2"):
         batch = make(np.zeros((3, 6, 3), np.int32), 0, False)
         attention(q, k, v, batch, batch)

@@ -15,22 +15,22 @@ from pallas_kernels.tokens import EMPTY, make
 SIZE, WINDOW = 6, 4
 
 
-def episode_tokens():
+def sequence_tokens():
     """Two samples of nine clean and nine noisy chunks, cut at different places, one chunk empty."""
     cuts = np.zeros((2, 9), bool)
     cuts[0, [3]] = cuts[1, [2, 6]] = True
-    since, sink = windows(jnp.asarray(cuts), window=WINDOW, global_sinks=1)
+    window_start, sink = windows(jnp.asarray(cuts), window=WINDOW, global_sinks=1)
     chunk = np.tile(np.arange(9), (2, 1))
     chunk[1, 4] = EMPTY
-    both = [np.concatenate([np.asarray(x)] * 2, axis=1) for x in (chunk, since, sink)]
+    both = [np.concatenate([np.asarray(x)] * 2, axis=1) for x in (chunk, window_start, sink)]
     columns = [np.repeat(x, SIZE, axis=1) for x in both]
     pos = np.zeros((*columns[0].shape, 3), np.int32)
     noisy = np.arange(columns[0].shape[1]) >= 9 * SIZE
-    return make(pos, columns[0], noisy, since=columns[1], sink=columns[2], global_sinks=1)
+    return make(pos, columns[0], noisy, window_start=columns[1], sink=columns[2], global_sinks=1)
 
 
 def test_values_and_gradients_equal_the_oracle():
-    tokens = episode_tokens()
+    tokens = sequence_tokens()
     shape = (2, len(tokens), 2, 8)
     q, k, v, g = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4))
     fast = functools.partial(attend_chunks, size=SIZE, most=WINDOW)

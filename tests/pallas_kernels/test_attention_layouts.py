@@ -26,7 +26,7 @@ def arrays(length, *, width=8, dtype=jnp.float32):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_layout_attends_like_its_tokens(implementation):
-    tokens = teacher_forcing(3, 1, 5, chunk=1)
+    tokens = teacher_forcing(3, 1, 5, chunk_frames=1)
     qkv = arrays(len(tokens))
     want = attention_with_lse(*qkv, tokens, tokens, implementation=implementation)
 
@@ -43,7 +43,7 @@ def test_a_layout_attends_like_its_tokens(implementation):
 
 
 def test_a_layout_is_for_its_own_lengths():
-    tokens = grid(2, 1, 5, chunk=1)
+    tokens = grid(2, 1, 5, chunk_frames=1)
     with pytest.raises(ValueError, match="10 query tokens for 12 query rows"):
         lay_out(tokens, tokens)(*arrays(12))
 
@@ -51,7 +51,7 @@ def test_a_layout_is_for_its_own_lengths():
 def test_no_kernels_no_layout():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
-    tokens = grid(2, 1, 5, chunk=1)
+    tokens = grid(2, 1, 5, chunk_frames=1)
     with pytest.raises(Unsupported, match="no attention kernels"):
         lay_out(tokens, tokens, implementation="mosaic")
 
@@ -61,7 +61,7 @@ def test_no_kernels_no_layout():
 def test_maps_are_made_outside_of_the_scan_over_layers(once, known, monkeypatch):
     monkeypatch.setattr(op, "platform", lambda: "gpu")
     monkeypatch.setattr(op, "capability", lambda: "9.0")
-    tokens = teacher_forcing(2, 2, 3, chunk=1)
+    tokens = teacher_forcing(2, 2, 3, chunk_frames=1)
     cfg = DiTConfig(
         dim=64, ffn_dim=8, freq_dim=8, text_dim=4, text_len=2, heads=1, layers=3,
         in_channels=4, out_channels=4, dtype="bfloat16",

@@ -29,26 +29,28 @@ CUTS = np.array([False, False, True, False])
 def balanced(frames: int):
     """Clean and noisy frames of one of two ranks, then of the other."""
     parts = itertools.product(range(2), (False, True))
-    return concat(*(grid(frames, 4, 9, chunk=1, start=frames * r, noisy=n) for r, n in parts))
+    return concat(
+        *(grid(frames, 4, 9, chunk_frames=1, start=frames * r, noisy=n) for r, n in parts)
+    )
 
 
 LAYOUTS = {
-    "teacher forcing": lambda: teacher_forcing(2, 9, 10, chunk=1),
+    "teacher forcing": lambda: teacher_forcing(2, 9, 10, chunk_frames=1),
     "ranks": lambda: balanced(2),
-    "block-causal": lambda: grid(5, 8, 8, chunk=2),
-    "one chunk": lambda: grid(3, 8, 8, chunk=3),
+    "block-causal": lambda: grid(5, 8, 8, chunk_frames=2),
+    "one chunk": lambda: grid(3, 8, 8, chunk_frames=3),
     "window and sinks": lambda: windowed(
-        teacher_forcing(4, 4, 6, chunk=1), jnp.asarray(CUTS), window=3, global_sinks=1
+        teacher_forcing(4, 4, 6, chunk_frames=1), jnp.asarray(CUTS), window=3, global_sinks=1
     ),
     "cuts differ": lambda: windowed(
-        teacher_forcing(4, 4, 6, chunk=1),
+        teacher_forcing(4, 4, 6, chunk_frames=1),
         jnp.stack([jnp.asarray(CUTS), jnp.zeros(4, bool)]), window=3, global_sinks=1,
     ),
 }  # fmt: skip
 SMALL = {
     "few ranks": lambda: balanced(1),
-    "two chunks": lambda: grid(4, 5, 7, chunk=2),
-    "one small chunk": lambda: grid(2, 5, 12, chunk=2),
+    "two chunks": lambda: grid(4, 5, 7, chunk_frames=2),
+    "one small chunk": lambda: grid(2, 5, 12, chunk_frames=2),
 }
 """Of a tile or two, which the interpreter can do in every run of the tests."""
 QUICK = ("teacher forcing", "window and sinks", *SMALL)
@@ -63,7 +65,7 @@ def test_columns_say_what_is_visible(name):
 
 
 def test_columns_of_a_window_that_begins_after_a_clean_chunk():
-    tokens = pad_tokens(grid(4, 2, 2, chunk=1), 4).replace(since=jnp.full((1, 16), 3))
+    tokens = pad_tokens(grid(4, 2, 2, chunk_frames=1), 4).replace(window_start=jnp.full((1, 16), 3))
     columns: MaskColumns = mask_columns(tokens, tokens)
     got = seen(lambda i: columns.query[:, i, :, None], columns.key[:, None, :])
     np.testing.assert_array_equal(got, visible(tokens, tokens))
@@ -99,7 +101,7 @@ def check_against_the_oracle(
     tokens, *, heads: int, width: int, target: Target | None = None, interpret=None
 ):
     """Output, log-sum-exp, and the gradients of both in all arguments."""
-    batch = tokens.chunk.shape[0] if tokens.chunk.ndim > 1 else 1
+    batch = tokens.chunk_index.shape[0] if tokens.chunk_index.ndim > 1 else 1
     shape = (batch, len(tokens), heads, width)
     *arguments, grad = (
         jax.random.normal(key, shape).astype(jnp.bfloat16)
@@ -117,9 +119,9 @@ def check_against_the_oracle(
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_odd_and_unequal_lengths_and_queries_that_see_nothing(target):
-    keys = grid(3, 7, 9, chunk=1)
+    keys = grid(3, 7, 9, chunk_frames=1)
     blind = make(np.zeros((5, 3), np.int32), EMPTY, False)
-    queries = concat(grid(1, 7, 9, chunk=1, start=2, noisy=True), blind)
+    queries = concat(grid(1, 7, 9, chunk_frames=1, start=2, noisy=True), blind)
     k_tokens = concat(keys, queries)
     assert (len(queries), len(k_tokens)) == (68, 257)
     q, k = (
@@ -140,7 +142,7 @@ def test_odd_and_unequal_lengths_and_queries_that_see_nothing(target):
 def test_the_chip_at_hand_chooses_the_kernels(capability, target, monkeypatch):
     monkeypatch.setattr(op, "platform", lambda: "gpu")
     monkeypatch.setattr(op, "capability", lambda: capability)
-    tokens = grid(1, 8, 8, chunk=1)
+    tokens = grid(1, 8, 8, chunk_frames=1)
     assert op.mask_of(tokens, tokens).target is target
     assert op.refusal(jax.ShapeDtypeStruct((1, 64, 1, 128), jnp.bfloat16)) is None
 
@@ -162,7 +164,7 @@ def test_it_says_what_it_does_not_take(capability, dtype, width, message, monkey
 
 
 def test_it_refuses_what_it_cannot_run():
-    tokens = grid(1, 8, 8, chunk=1)
+    tokens = grid(1, 8, 8, chunk_frames=1)
     x = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")

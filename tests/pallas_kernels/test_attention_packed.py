@@ -32,7 +32,7 @@ def problem(*, batch=1, slots=2, tokens=64, heads=2, width=64, own=40, dtype=jnp
     past = (random_array(rng, shape, amax) for amax in (6.0, 9.0))
     offset = jnp.asarray(3 * rng.standard_normal((batch, slots, 1, heads, width)), jnp.float32)
     chunk = np.repeat(np.where(np.arange(slots) == 0, EMPTY, np.arange(slots)), tokens)
-    mine = make(np.zeros((own, 3), np.int32), slots, True, alike=True)
+    mine = make(np.zeros((own, 3), np.int32), slots, True, uniform_mask=True)
     theirs = make(np.zeros((slots * tokens, 3), np.int32), chunk, False)
     return (q, k, v, *past), offset, (mine, concat(mine, theirs))
 
@@ -90,7 +90,7 @@ def test_the_kernel_without_an_offset_and_where_nothing_is_seen():
     (_, k, _, past_k, past_v), _, (_, every) = problem(heads=1)
     blind = make(np.zeros((8, 3), np.int32), EMPTY, False)
     queries = concat(make(np.zeros((32, 3), np.int32), 2, True), blind)
-    past = make(np.zeros((128, 3), np.int32), every.chunk[40:], False)
+    past = make(np.zeros((128, 3), np.int32), every.chunk_index[40:], False)
     with no_races(kernels=1):
         out, lse = packed_op.attend_past(k, past_k, past_v, queries, past, interpret=SIMULATED)
     keys, values = (unpacked(x, None, jnp.float32) for x in (past_k, past_v))

@@ -18,20 +18,20 @@ def interleaved(ranks):
     parts = []
     for rank in range(ranks):
         for noisy in (False, True):
-            parts.append(grid(2, 2, 3, chunk=1, start=2 * rank, noisy=noisy))
+            parts.append(grid(2, 2, 3, chunk_frames=1, start=2 * rank, noisy=noisy))
     return concat(*parts)
 
 
 LAYOUTS = {
-    "teacher forcing": lambda: teacher_forcing(8, 4, 4, chunk=2),
+    "teacher forcing": lambda: teacher_forcing(8, 4, 4, chunk_frames=2),
     "ranks": lambda: interleaved(4),
-    "block-causal": lambda: grid(8, 3, 5, chunk=2),
-    "one chunk": lambda: grid(4, 3, 5, chunk=4),
+    "block-causal": lambda: grid(8, 3, 5, chunk_frames=2),
+    "one chunk": lambda: grid(4, 3, 5, chunk_frames=4),
     "window and sinks": lambda: windowed(
-        teacher_forcing(8, 5, 5, chunk=1), jnp.asarray(CUTS), window=4, global_sinks=1
+        teacher_forcing(8, 5, 5, chunk_frames=1), jnp.asarray(CUTS), window=4, global_sinks=1
     ),
     "cuts differ": lambda: windowed(
-        teacher_forcing(8, 5, 5, chunk=1),
+        teacher_forcing(8, 5, 5, chunk_frames=1),
         jnp.stack([jnp.asarray(CUTS), jnp.zeros(8, bool)]), window=4, global_sinks=1,
     ),
 }  # fmt: skip
@@ -81,14 +81,14 @@ def test_traced_columns_give_the_same_map():
     q = pad_tokens(tokens, 8)
     known = tile_maps(q, q, q_tile=8, k_tile=8)
     traced = jax.jit(lambda t: tile_maps(t, t, q_tile=8, k_tile=8))(q)
-    columns = q.chunk.shape[1] // 8
+    columns = q.chunk_index.shape[1] // 8
     for a, b in zip(known, traced, strict=True):
         np.testing.assert_array_equal(spread(a, columns), spread(b, columns))
 
 
 def test_rows_are_made_many_at_a_time():
     """64, and the last time those that are left, where columns are traced."""
-    tokens = grid(150, 2, 4, chunk=1)
+    tokens = grid(150, 2, 4, chunk_frames=1)
     q, columns = pad_tokens(tokens, 8), 150
 
     def run(t):
@@ -117,12 +117,12 @@ def test_too_many_ranges_end_in_one_that_covers_the_rest():
     few = tile_map(q, q, q_tile=6, k_tile=6, rows="query", ranges=2)
     all_of_them = tile_map(q, q, q_tile=6, k_tile=6, rows="query")
     assert all_of_them.start.shape[-1] > 2
-    got, want = (spread(x, q.chunk.shape[1] // 6) for x in (few, all_of_them))
+    got, want = (spread(x, q.chunk_index.shape[1] // 6) for x in (few, all_of_them))
     assert (got[want > 0] > 0).all() and (want[got == 2] == 2).all()
 
 
 def test_a_minute_of_video_needs_memory_for_its_tiles_only():
-    tokens = teacher_forcing(384, 22, 40, chunk=8)
+    tokens = teacher_forcing(384, 22, 40, chunk_frames=8)
     assert len(tokens) == 675_840
     by_query, by_key = tile_maps(tokens, tokens, q_tile=128, k_tile=128)
     tiles = len(tokens) // 128

@@ -30,11 +30,11 @@ CASES = {
     "denoising against a cache": ("4n 4n", {}, "4n 4n 0 2 3 -", "xxxxx.\nxxxxx."),
     "remembering": ("4 4", {}, "4 4 0 2 3 -", "xxxxx.\nxxxxx."),
     "noisy neighbours are hidden": ("1 1n", {}, "0n 1n 2n", "...\n.x."),
-    "window": ("5", {"since": 3}, "0 1 2 3 4 5 6", "...xxx."),
-    "window and shot sink": ("5", {"since": 4, "sink": 2}, "0 1 2 3 4 5 6", "..x.xx."),
+    "window": ("5", {"window_start": 3}, "0 1 2 3 4 5 6", "...xxx."),
+    "window and shot sink": ("5", {"window_start": 4, "sink": 2}, "0 1 2 3 4 5 6", "..x.xx."),
     "window, shot and global sinks": (
         "5n",
-        {"since": 4, "sink": 2, "global_sinks": 1},
+        {"window_start": 4, "sink": 2, "global_sinks": 1},
         "0 1 2 3 4 5 5n",
         "x.x.x.x",
     ),
@@ -52,17 +52,19 @@ def test_visible_as_a_table(case):
 
 
 def test_one_row_serves_queries_that_are_alike():
-    q = tokens("3n 3n", since=2, global_sinks=1, alike=True)
+    q = tokens("3n 3n", window_start=2, global_sinks=1, uniform_mask=True)
     k = tokens("3n 3n 0 1 2 -")
     np.testing.assert_array_equal(visible_keys(q, k), visible(q, k)[0])
     with pytest.raises(ValueError, match="differ"):
-        visible_keys(q.replace(alike=False), k)
+        visible_keys(q.replace(uniform_mask=False), k)
 
 
 def test_columns_stay_numpy_until_something_is_traced():
-    own, slots = tokens("1n 1n", alike=True), tokens("0 0")
+    own, slots = tokens("1n 1n", uniform_mask=True), tokens("0 0")
     assert isinstance(visible(own, concat(own, slots)), np.ndarray)
     batched = make(jnp.zeros((2, 2, 3), jnp.int32), jnp.array([[0, 0], [0, EMPTY]]), False)
     both = concat(own, batched)
-    assert both.chunk.shape == (2, 4) and both.pos.shape == (2, 4, 3) and not both.alike
+    assert (
+        both.chunk_index.shape == (2, 4) and both.pos.shape == (2, 4, 3) and not both.uniform_mask
+    )
     np.testing.assert_array_equal(visible(own, both), [table("xxxx\nxxxx"), table("xxx.\nxxx.")])

@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from longlive_jax.data.clips.clip_plan import FPS, JoinSpec, count, plan
 from longlive_jax.data.clips.dataset import Sample, Unusable
 from longlive_jax.data.clips.decoding import check_fits, probe, verify
-from longlive_jax.data.clips.plan import FPS, JoinSpec, count, plan
 from longlive_jax.data.clips.source import lengths_of
 
 __all__ = ["Finding", "check_samples"]

@@ -22,8 +22,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from longlive_jax.data.clips.clip_plan import FPS
 from longlive_jax.data.clips.dataset import Shot, Unusable
-from longlive_jax.data.clips.plan import FPS
 from longlive_jax.io.video import BT709
 from longlive_jax.typing import UInt8
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -17,7 +16,7 @@ from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import TOKENIZER, read_manifest
 from longlive_jax.io.models import load_model
 from longlive_jax.models.umt5 import Tokenizer, encode_prompts
-from longlive_jax.models.vae import VAE, VAEConfig, encode_chunk
+from longlive_jax.models.vae import VAE, VAEConfig, encode_chunk, normalize_frames
 from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Float, UInt8
 
@@ -26,7 +25,6 @@ __all__ = [
     "checkpoint_encoders",
     "encode_video",
     "fingerprint",
-    "pixels",
     "text_encoder",
 ]
 
@@ -44,12 +42,12 @@ def checkpoint_encoders(folder: str | os.PathLike, spec: EncodeSpec, *, dtype: A
         "computed_in": np.dtype(dtype).name,
     }
     vae = build(VAEConfig, read_manifest(folder)["components"]["vae"], path=f"{folder}: vae")
-    if vae.temporal_ratio != spec.join.ratio:
+    if vae.temporal_stride != spec.join.temporal_stride:
         raise UserError(
-            f"the VAE makes {vae.temporal_ratio} frames one latent, the clips are planned for "
-            f"{spec.join.ratio}"
+            f"the VAE makes {vae.temporal_stride} frames one latent, the clips are planned for "
+            f"{spec.join.temporal_stride}"
         )
-    edge = 2 * vae.spatial_ratio  # the DiT takes 2x2 latents for a token
+    edge = 2 * vae.spatial_stride  # the DiT takes 2x2 latents for a token
     if any(side <= 0 or side % edge for side in spec.size):
         height, width = spec.size
         raise UserError(
@@ -59,9 +57,9 @@ def checkpoint_encoders(folder: str | os.PathLike, spec: EncodeSpec, *, dtype: A
 
     def video() -> Callable[[np.ndarray], np.ndarray]:
         model = load_model(folder, "vae", dtype=dtype)
-        return lambda frames: encode_video(model, frames, chunk=spec.join.chunk)
+        return lambda frames: encode_video(model, frames, chunk_frames=spec.join.chunk_frames)
 
-    area = spec.size[0] * spec.size[1] // vae.spatial_ratio**2
+    area = spec.size[0] * spec.size[1] // vae.spatial_stride**2
     return Encoders(
         text=lambda: text_encoder(folder, length=spec.text_len, dtype=dtype),
         video=video,
@@ -88,34 +86,30 @@ def text_encoder(
     return encode
 
 
-def encode_video(vae: VAE, video: UInt8[np.ndarray, "r h w 3"], *, chunk: int) -> np.ndarray:
-    """Latents float32 [f, h, w, c] of a clip of 1 + 4 (f - 1) frames, `chunk` latents at a time.
+def encode_video(vae: VAE, video: UInt8[np.ndarray, "r h w 3"], *, chunk_frames: int) -> np.ndarray:
+    """Latents float32 [f, h, w, c] of a clip of 1 + 4 (f - 1) frames, `chunk_frames` latents at a
+    time.
 
     Working memory is constant in the clip's length, and so is the number of compilations.
     """
-    ratio = vae.cfg.temporal_ratio
-    first = 1 + ratio * (chunk - 1)
+    temporal_stride = vae.cfg.temporal_stride
+    first = 1 + temporal_stride * (chunk_frames - 1)
     z, tails = _begin(vae, video[None, :first])
     found = [np.asarray(z[0])]
-    for at in range(first, len(video), ratio * chunk):
-        z, tails = _go_on(vae, video[None, at : at + ratio * chunk], tails)
+    for at in range(first, len(video), temporal_stride * chunk_frames):
+        z, tails = _go_on(vae, video[None, at : at + temporal_stride * chunk_frames], tails)
         found.append(np.asarray(z[0]))
     return np.concatenate(found)
 
 
 @jax.jit
 def _begin(vae: VAE, frames: UInt8[Array, "1 f h w 3"]):
-    return encode_chunk(vae, pixels(frames))
+    return encode_chunk(vae, normalize_frames(frames))
 
 
 @jax.jit
 def _go_on(vae: VAE, frames: UInt8[Array, "1 f h w 3"], tails):
-    return encode_chunk(vae, pixels(frames), tails)
-
-
-def pixels(frames: UInt8[Array, "*b f h w 3"]) -> Float[Array, "*b f h w 3"]:
-    """Colours in [-1, 1], as the VAE takes them."""
-    return frames.astype(jnp.float32) / 127.5 - 1.0
+    return encode_chunk(vae, normalize_frames(frames), tails)
 
 
 def fingerprint(checkpoint: str | os.PathLike, component: str) -> str:

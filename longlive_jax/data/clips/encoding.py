@@ -19,10 +19,10 @@ from typing import Literal
 
 import numpy as np
 
+from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import Sample, Unusable
 from longlive_jax.data.clips.jobs import Job, Progress, Work, plan_jobs, plan_texts
 from longlive_jax.data.clips.latents import clip_latents
-from longlive_jax.data.clips.plan import JoinSpec
 from longlive_jax.data.clips.records import dtype_of, pack, unpack
 from longlive_jax.data.clips.source import read_clip
 from longlive_jax.data.clips.store import MANIFEST, Manifest, Shard, holds, write_file, write_shard

@@ -5,8 +5,8 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
+from longlive_jax.data.clips.clip_plan import ClipPlan, JoinSpec, windows
 from longlive_jax.data.clips.dataset import Sample, Unusable
-from longlive_jax.data.clips.plan import ClipPlan, JoinSpec, windows
 from longlive_jax.data.clips.source import lengths_of
 from longlive_jax.spec import UserError
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from longlive_jax.data.clips.plan import ClipPlan
+from longlive_jax.data.clips.clip_plan import ClipPlan
 from longlive_jax.typing import Bool, Float, Int
 
 __all__ = ["ClipLatents", "clip_latents", "filled"]

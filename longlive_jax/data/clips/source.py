@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from longlive_jax.data.clips.clip_plan import ClipPlan, JoinSpec, Part, plan
 from longlive_jax.data.clips.dataset import Sample, Unusable
 from longlive_jax.data.clips.decoding import frames_of, read_frames
-from longlive_jax.data.clips.plan import ClipPlan, JoinSpec, Part, plan
 from longlive_jax.typing import UInt8
 
 __all__ = ["VideoClips", "lengths_of", "read_clip"]
@@ -44,7 +44,7 @@ class VideoClips:
       join: how their shots become clips.
       size: height and width in pixels.
       part: numbers of the clip's raw frames to decode, rising: what this process's devices encode
-        (`training.encoding.Sharing.wanted`); None: all. Prompts, flags and mask are the whole
+        (`training.encoding.VAEShardPlan.wanted`); None: all. Prompts, flags and mask are the whole
         clip's regardless.
       anywhere: clips begin at random places, drawn anew for every visit; else at the beginning.
     """

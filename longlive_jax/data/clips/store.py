@@ -25,13 +25,15 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from longlive_jax.data.clips.dataset import Unusable
 from longlive_jax.data.clips.latents import ClipLatents
 from longlive_jax.data.clips.records import unpack
-from longlive_jax.spec import UserError
+from longlive_jax.spec import UserError, with_renamed
 from longlive_jax.typing import Float
 
 __all__ = ["EncodedClips", "Manifest", "Shard", "holds", "write_file", "write_shard"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+RENAMED = {"chunk": "chunk_frames", "ratio": "temporal_stride"}
+"""Joining rules in stores of earlier versions, and their names today."""
 REMOVE = "remove that file and run the same `longlive data encode` again, it makes it anew"
 
 
@@ -88,6 +90,7 @@ class Manifest:
                     f"{path}: format {version!r}, and this version reads format {FORMAT}; remove "
                     f"{folder} and encode the dataset again"
                 )
+            values["identity"]["join"] = with_renamed(values["identity"]["join"], RENAMED)
             for name in ("texts", "clips"):
                 shards = values[name]
                 values[name] = tuple(

@@ -73,15 +73,15 @@ class VAEConfig:
         return self.res_blocks + 1 if self.decoder_res_blocks is None else self.decoder_res_blocks
 
     @property
-    def temporal_ratio(self) -> int:
+    def temporal_stride(self) -> int:
         """Raw frames per latent after the first one."""
         return 2 ** sum(self.temporal_down)
 
     @property
-    def spatial_ratio(self) -> int:
+    def spatial_stride(self) -> int:
         """Pixels per latent along height and width (patchify included)."""
         return 2 ** len(self.dim_mult)
 
-    def raw_frames(self, latents: int) -> int:
+    def num_raw_frames(self, latents: int) -> int:
         """Raw frames of a clip of `latents` latents: the first latent is a single frame."""
-        return 1 + self.temporal_ratio * (latents - 1)
+        return 1 + self.temporal_stride * (latents - 1)

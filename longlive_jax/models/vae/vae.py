@@ -12,7 +12,7 @@ from longlive_jax.models.vae.config import VAEConfig
 from longlive_jax.models.vae.decoder import Decoder
 from longlive_jax.models.vae.encoder import Encoder
 from longlive_jax.models.vae.layers import Linear
-from longlive_jax.typing import Array, Float
+from longlive_jax.typing import Array, Float, UInt8
 
 
 class VAE(nnx.Module):
@@ -24,6 +24,11 @@ class VAE(nnx.Module):
         self.quant_conv = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, cfg, rngs=rngs)
         self.post_quant_conv = Linear(cfg.z_dim, cfg.z_dim, cfg, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
+
+
+def normalize_frames(frames: UInt8[Array, "*b f h w 3"]) -> Float[Array, "*b f h w 3"]:
+    """uint8 colours as float32 pixels in [-1, 1], which the encoder takes."""
+    return frames.astype(jnp.float32) / 127.5 - 1.0
 
 
 def encode_chunk(vae: VAE, frames: Float[Array, "b f h w 3"], tails=None):
@@ -54,22 +59,22 @@ def decode_chunk(vae: VAE, z: Float[Array, "b f h w z"], tails=None):
     return frames.astype(jnp.float32), tails
 
 
-def encode(vae: VAE, video: Float[Array, "b f h w 3"], *, chunk: int | None = None):
-    """Encodes a whole clip of 1 + 4n frames; with `chunk`, so many latents a step.
+def encode(vae: VAE, video: Float[Array, "b f h w 3"], *, chunk_frames: int | None = None):
+    """Encodes a whole clip of 1 + 4n frames; with `chunk_frames`, so many latents a step.
 
     Working memory is then constant in the clip's length.
     """
-    if chunk is None:
+    if chunk_frames is None:
         return encode_chunk(vae, video)[0]
-    ratio = vae.cfg.temporal_ratio
-    return _in_chunks(lambda x, tails: encode_chunk(vae, x, tails), video, 1, chunk * ratio)
+    ratio = vae.cfg.temporal_stride
+    return _in_chunks(lambda x, tails: encode_chunk(vae, x, tails), video, 1, chunk_frames * ratio)
 
 
-def decode(vae: VAE, z: Float[Array, "b f h w z"], *, chunk: int | None = None):
-    """Decodes a whole clip; with `chunk`, that many latents a step in constant working memory."""
-    if chunk is None:
+def decode(vae: VAE, z: Float[Array, "b f h w z"], *, chunk_frames: int | None = None):
+    """Decodes a whole clip; with `chunk_frames`, so many latents a step in constant memory."""
+    if chunk_frames is None:
         return decode_chunk(vae, z)[0]
-    return _in_chunks(lambda x, tails: decode_chunk(vae, x, tails), z, 1, chunk)
+    return _in_chunks(lambda x, tails: decode_chunk(vae, x, tails), z, 1, chunk_frames)
 
 
 def _in_chunks(step, x: Array, head: int, size: int) -> Array:
@@ -92,7 +97,7 @@ def _in_chunks(step, x: Array, head: int, size: int) -> Array:
 
 def _check_frames(shape: tuple[int, ...], cfg: VAEConfig, *, first: bool) -> None:
     frames, height, width = shape[1:4]
-    ratio, space = cfg.temporal_ratio, cfg.spatial_ratio
+    ratio, space = cfg.temporal_stride, cfg.spatial_stride
     if (frames - first) % ratio or frames < 1:
         rule = f"1 + {ratio}n" if first else f"{ratio}n"
         raise ValueError(f"{frames} frames cannot be encoded here; give {rule} of them")

@@ -17,28 +17,28 @@ KV = tuple[Array, Array]
 """Keys and values of one layer, each `[b, l, n, d]`."""
 
 
-class Past(Protocol):
+class LayerKV(Protocol):
     """Cached keys and values of one layer: a pytree."""
 
-    def attend(self, q: Array, own: KV, seen: "Seen", attend: AttentionFn, /) -> Array:
+    def attend(self, q: Array, own: KV, seen: "AttentionContext", attend: AttentionFn, /) -> Array:
         """Attention `[b, l, n, d]` of rotated queries to `own` keys and, after them, cached ones.
 
-        `own` keys are as `SelfAttention.remember` gives them.
+        `own` keys are as `SelfAttention.compute_kv` gives them.
         """
 
 
 @flax.struct.dataclass
-class ArrayPast:
+class DenseLayerKV:
     """Cached keys and values as arrays."""
 
     k: Float[Array, "b slots m n d"]
     v: Float[Array, "b slots m n d"]
 
-    def attend(self, q: Array, own: KV, seen: "Seen", attend: AttentionFn) -> Array:
-        """See `Past`."""
+    def attend(self, q: Array, own: KV, seen: "AttentionContext", attend: AttentionFn) -> Array:
+        """See `LayerKV`."""
         past = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (self.k, self.v))
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
-        return attend(q, seen.turned(k), v, seen.q_tokens, seen.k_tokens)
+        return attend(q, seen.rotate_keys(k), v, seen.q_tokens, seen.k_tokens)
 
 
 @runtime_checkable
@@ -46,7 +46,7 @@ class Cache(Protocol):
     """What the model reads of a key-value cache; see `models.wan.cache`."""
 
     @property
-    def past(self) -> Past:
+    def past(self) -> LayerKV:
         """Keys and values of all layers; every leaf begins with an axis of layers."""
 
     def tokens(self, queries: Tokens, /) -> Tokens:
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
 
 
 @flax.struct.dataclass
-class Seen:
+class AttentionContext:
     """What self-attention needs beside activations, the same in every layer."""
 
     q_tokens: Tokens
@@ -124,7 +124,7 @@ class Seen:
     """Of the keys to be rotated: own ones only if the cache holds rotated keys."""
     relative: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def turned(self, k: Array) -> Array:
+    def rotate_keys(self, k: Array) -> Array:
         """All keys, rotated if they are not yet."""
         return rotate(k, self.k_rotation) if self.relative else k
 
@@ -133,18 +133,23 @@ class SelfAttention(Attention):
     """Attention over own keys and, after them, cached ones."""
 
     def __call__(
-        self, x: Float[Array, "b l e"], seen: Seen, past: Past | None, *, attend: AttentionFn
+        self,
+        x: Float[Array, "b l e"],
+        seen: AttentionContext,
+        past: LayerKV | None,
+        *,
+        attend: AttentionFn,
     ) -> tuple[Float[Array, "b l e"], KV]:
         """Returns the output and this call's own (k, v), keys as a cache should hold them."""
-        k, v = own = self.remember(x, seen)
+        k, v = own = self.compute_kv(x, seen)
         q = rotate(self.queries(x), seen.q_rotation)
         if past is None:
-            y = attend(q, seen.turned(k), v, seen.q_tokens, seen.k_tokens)
+            y = attend(q, seen.rotate_keys(k), v, seen.q_tokens, seen.k_tokens)
         else:
             y = past.attend(q, own, seen, attend)
         return self.out(y), own
 
-    def remember(self, x: Float[Array, "b l e"], seen: Seen) -> KV:
+    def compute_kv(self, x: Float[Array, "b l e"], seen: AttentionContext) -> KV:
         """Only the (k, v) of this call: rotated, or raw if positions are relative to the window."""
         k, v = self.keys_values(x)
         return (k if seen.relative else rotate(k, seen.k_rotation)), v

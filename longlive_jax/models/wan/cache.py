@@ -22,11 +22,11 @@ import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
-from longlive_jax.models.wan.attention import ArrayPast, Past
+from longlive_jax.models.wan.attention import DenseLayerKV, LayerKV
 from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.packed_cache import (
     KVFormat,
-    PackedPast,
+    PackedLayerKV,
     empty_packed,
     pack_keys,
     pack_values,
@@ -77,28 +77,28 @@ class CachePolicy:
 class KVCache:
     """Keys and values of past chunks, and what they are.
 
-    `held` is the chunk in each slot or -1, `start` the temporal position of its first frame;
-    `sink_start` and `sink_length` are the shot sink in chunks; `count` is the number of chunks made
-    so far, which is also the index of the next one. `size` is (frames, rows, columns) of a chunk in
-    tokens. `k` and `v` are `[layers, b, slots, m, n, d]`: arrays, or `Packed` in NVFP4.
+    `slot_chunk` is the chunk in each slot or -1, `start` the temporal position of its first frame;
+    `sink_start` and `sink_length` are the shot sink in chunks; `num_chunks` is the number of chunks
+    made so far, which is also the index of the next one. `size` is (frames, rows, columns) of a
+    chunk in tokens. `k` and `v` are `[layers, b, slots, m, n, d]`: arrays, or `Packed` in NVFP4.
     """
 
     k: Any
     v: Any
-    held: Int[Array, "b slots"]
+    slot_chunk: Int[Array, "b slots"]
     start: Int[Array, "b slots"]
     sink_start: Int[Array, "b"]
     sink_length: Int[Array, "b"]
-    count: Int[Array, "b"]
+    num_chunks: Int[Array, "b"]
     size: tuple[int, int, int] = struct.field(pytree_node=False)
     policy: CachePolicy = struct.field(pytree_node=False)
 
     @property
-    def past(self) -> Past:
+    def past(self) -> LayerKV:
         """What the model attends, layer by layer."""
         if self.policy.format.packed:
-            return PackedPast(self.k, self.v, self.policy.format)
-        return ArrayPast(self.k, self.v)
+            return PackedLayerKV(self.k, self.v, self.policy.format)
+        return DenseLayerKV(self.k, self.v)
 
     @property
     def nbytes(self) -> int:
@@ -120,25 +120,25 @@ class KVCache:
         """What the stored keys are, `[b, slots * m]` in slot order; nobody sees an empty slot."""
         start = self._ordered() if self.policy.relative_rope else self.start
         pos = start[..., None, None] * _FRAME + _grid(self.size)
-        chunk = jnp.repeat(self.held, _volume(self.size), axis=-1)
+        chunk = jnp.repeat(self.slot_chunk, _volume(self.size), axis=-1)
         return make(pos.reshape(*chunk.shape, 3), chunk, False)
 
-    def upcoming(self, offset: Int[Array, "b"] | int = 0, *, noisy: bool) -> Tokens:
+    def upcoming(self, shot_rope_offset: Int[Array, "b"] | int = 0, *, noisy: bool) -> Tokens:
         """The tokens of the next chunk, `[b, m]`: being denoised, or finished and to be remembered.
 
-        `offset` frames are added to its absolute temporal position (the phase of its shot); it has
-        no effect on positions relative to the window.
+        `shot_rope_offset` frames are added to its absolute temporal position (the phase of its
+        shot); it has no effect on positions relative to the window.
         """
-        pos = self._next_start(offset)[:, None, None] * _FRAME + _grid(self.size)
-        chunk = jnp.broadcast_to(self.count[:, None], pos.shape[:-1])
-        return make(pos, chunk, noisy, alike=True)
+        pos = self._next_start(shot_rope_offset)[:, None, None] * _FRAME + _grid(self.size)
+        chunk = jnp.broadcast_to(self.num_chunks[:, None], pos.shape[:-1])
+        return make(pos, chunk, noisy, uniform_mask=True)
 
-    def opened(self, cut: Bool[Array, "b"]) -> "KVCache":
+    def before_write(self, cut: Bool[Array, "b"]) -> "KVCache":
         """The cache against which the finished next chunk is remembered; `cut` begins a shot."""
         if not self.policy.clean_recache:
             return self
-        drop = cut[:, None] & (self.held >= self.policy.global_sinks)
-        return dataclasses.replace(self, held=jnp.where(drop, EMPTY, self.held))
+        drop = cut[:, None] & (self.slot_chunk >= self.policy.global_sinks)
+        return dataclasses.replace(self, slot_chunk=jnp.where(drop, EMPTY, self.slot_chunk))
 
     def pack(
         self, k: Float[Array, "*layers b m n d"], v: Float[Array, "*layers b m n d"]
@@ -155,69 +155,71 @@ class KVCache:
         v: Float[Array, "layers b m n d"],
         *,
         cut: Bool[Array, "b"],
-        offset: Int[Array, "b"] | int = 0,
+        shot_rope_offset: Int[Array, "b"] | int = 0,
     ) -> "KVCache":
-        """`put` of keys and values that are yet to be packed."""
-        return self.put(self.pack(k, v), cut=cut, offset=offset)
+        """`insert` of keys and values that are yet to be packed."""
+        return self.insert(self.pack(k, v), cut=cut, shot_rope_offset=shot_rope_offset)
 
-    def put(
+    def insert(
         self,
         packed: tuple[Any, Any],
         *,
         cut: Bool[Array, "b"],
-        offset: Int[Array, "b"] | int = 0,
+        shot_rope_offset: Int[Array, "b"] | int = 0,
     ) -> "KVCache":
         """Stores the finished next chunk; if it begins a shot it becomes the shot sink.
 
         `packed` is what `pack` gives, of all layers. In place when the cache is donated. If sinks
         fill every slot, the chunk is not stored.
         """
-        bound = self.bind_shot(cut | (self.count == 0))
+        bound = self.set_shot_sink(cut | (self.num_chunks == 0))
         at = bound.free_slot()
-        written = jnp.arange(self.held.shape[1]) == at[:, None]
-        start = self._next_start(offset)[:, None]
+        written = jnp.arange(self.slot_chunk.shape[1]) == at[:, None]
+        start = self._next_start(shot_rope_offset)[:, None]
         k, v = jax.tree.map(lambda x, new: _put(x, new, at), (self.k, self.v), packed)
         return dataclasses.replace(
             bound,
             k=k,
             v=v,
-            held=jnp.where(written, self.count[:, None], self.held),
+            slot_chunk=jnp.where(written, self.num_chunks[:, None], self.slot_chunk),
             start=jnp.where(written, start, self.start),
-            count=self.count + 1,
+            num_chunks=self.num_chunks + 1,
         )
 
-    def bind_shot(self, cut: Bool[Array, "b"]) -> "KVCache":
+    def set_shot_sink(self, cut: Bool[Array, "b"]) -> "KVCache":
         """Points the shot sink at the next chunk where a shot begins; releases the one before."""
         if not self.policy.shot_sinks:
             return self
         return dataclasses.replace(
             self,
-            sink_start=jnp.where(cut, self.count, self.sink_start),
+            sink_start=jnp.where(cut, self.num_chunks, self.sink_start),
             sink_length=jnp.where(cut, 1, self.sink_length),
         )
 
     def free_slot(self) -> Int[Array, "b"]:
         """The slot to overwrite in every sample; the number of slots if all are protected."""
-        slots = self.held.shape[1]
+        slots = self.slot_chunk.shape[1]
         first, length = self.sink_start[:, None], self.sink_length[:, None]
-        protected = self.held < self.policy.global_sinks
-        protected |= (self.held >= first) & (self.held < first + length)
+        protected = self.slot_chunk < self.policy.global_sinks
+        protected |= (self.slot_chunk >= first) & (self.slot_chunk < first + length)
         never = jnp.iinfo(jnp.int32).max
-        age = jnp.where(protected, never, self.held)
-        age = jnp.where(self.held == EMPTY, jnp.arange(slots) - slots, age)
+        age = jnp.where(protected, never, self.slot_chunk)
+        age = jnp.where(self.slot_chunk == EMPTY, jnp.arange(slots) - slots, age)
         slot = jnp.argmin(age, axis=-1)
         return jnp.where(jnp.min(age, axis=-1) == never, slots, slot).astype(jnp.int32)
 
-    def _next_start(self, offset: Int[Array, "b"] | int) -> Int[Array, "b"]:
+    def _next_start(self, shot_rope_offset: Int[Array, "b"] | int) -> Int[Array, "b"]:
         """Temporal position of the next chunk: absolute, or behind what the window holds."""
         frames = self.size[0]
         if self.policy.relative_rope:
-            return jnp.sum(self.held != EMPTY, axis=-1, dtype=jnp.int32) * frames
-        return self.count * frames + jnp.broadcast_to(offset, self.count.shape)
+            return jnp.sum(self.slot_chunk != EMPTY, axis=-1, dtype=jnp.int32) * frames
+        return self.num_chunks * frames + jnp.broadcast_to(shot_rope_offset, self.num_chunks.shape)
 
     def _ordered(self) -> Int[Array, "b slots"]:
         """Window-relative positions: the kept chunks side by side, in order of age."""
-        older = (self.held[:, :, None] > self.held[:, None, :]) & (self.held[:, None, :] != EMPTY)
+        older = (self.slot_chunk[:, :, None] > self.slot_chunk[:, None, :]) & (
+            self.slot_chunk[:, None, :] != EMPTY
+        )
         return jnp.sum(older, axis=-1, dtype=jnp.int32) * self.size[0]
 
 
@@ -250,11 +252,11 @@ def empty_cache(
     return KVCache(
         k=k,
         v=v,
-        held=nothing,
+        slot_chunk=nothing,
         start=jnp.zeros((batch, policy.slots), jnp.int32),
         sink_start=jnp.full(batch, EMPTY, jnp.int32),
         sink_length=jnp.zeros(batch, jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
+        num_chunks=jnp.zeros(batch, jnp.int32),
         size=size,
         policy=policy,
     )

@@ -16,10 +16,10 @@ from jax import lax
 
 from longlive_jax.models.wan.attention import (
     KV,
+    AttentionContext,
     Cache,
     CrossAttention,
-    Past,
-    Seen,
+    LayerKV,
     SelfAttention,
     TextKV,
     TextRows,
@@ -32,7 +32,7 @@ from longlive_jax.models.wan.layers import (
     TextEmbedding,
     TimeEmbedding,
     modulate,
-    stored,
+    round_like_reference,
     time_dtype,
 )
 from longlive_jax.models.wan.positions import rope_rotation
@@ -42,17 +42,17 @@ from pallas_kernels.tokens import Tokens, concat
 
 __all__ = ["GATES", "DiT", "DiTBlock", "TextKV", "TextRows"]
 
-Unpack = Callable[..., Any]
+Materialize = Callable[..., Any]
 """`(module, *path) -> module` ready for use, for a layer or a part of one at `path`: what gathers
 parameters that are shared out, or unpacks quantized ones, wraps the model here."""
 
 
-def as_is[M: nnx.Module](module: M, *_path: str) -> M:
+def identity[M: nnx.Module](module: M, *_path: str) -> M:
     """The module itself."""
     return module
 
 
-def both(k: Array, v: Array) -> KV:
+def keep_kv(k: Array, v: Array) -> KV:
     """Keys and values as they are."""
     return k, v
 
@@ -78,8 +78,8 @@ class DiTBlock(nnx.Module):
         x: Float[Array, "b g p e"],
         mod: Float[Array, "b g 6 e"],
         text: KV,
-        seen: Seen,
-        past: Past | None,
+        seen: AttentionContext,
+        past: LayerKV | None,
         *,
         streams: int,
         attend: AttentionFn,
@@ -97,19 +97,21 @@ class DiTBlock(nnx.Module):
         y = _in_parts(self.ffn, _flat(modulate(x, shift2, scale2, self.cfg)), ffn_parts)
         return self._add(x, y, gate2), kv
 
-    def remember(self, x: Float[Array, "b g p e"], mod: Array, seen: Seen) -> KV:
+    def compute_kv(self, x: Float[Array, "b g p e"], mod: Array, seen: AttentionContext) -> KV:
         """Only the keys and values that `__call__` would give."""
         shift, scale, *_ = self._slots(mod)
-        return self.self_attn.remember(_flat(modulate(x, shift, scale, self.cfg)), seen)
+        return self.self_attn.compute_kv(_flat(modulate(x, shift, scale, self.cfg)), seen)
 
     def _slots(self, mod: Array) -> tuple[Array, ...]:
         """Six [b, g, 1, e]: shift, scale, gate of attention, then of the feed-forward."""
-        slots = stored(self.modulation[...].astype(jnp.float32) + mod, self.cfg)
+        slots = round_like_reference(self.modulation[...].astype(jnp.float32) + mod, self.cfg)
         return tuple(slots[:, :, i : i + 1] for i in range(6))
 
     def _add(self, x: Array, y: Array, gate: Array | None = None) -> Array:
         y = y.astype(jnp.float32).reshape(x.shape)
-        return stored(x + (y if gate is None else stored(gate * y, self.cfg)), self.cfg)
+        return round_like_reference(
+            x + (y if gate is None else round_like_reference(gate * y, self.cfg)), self.cfg
+        )
 
 
 class Head(nnx.Module):
@@ -123,7 +125,9 @@ class Head(nnx.Module):
         self.linear = Linear(cfg.dim, 4 * cfg.out_channels, cfg, rngs=rngs, kernel_init=zeros)
 
     def __call__(self, x: Float[Array, "b g p e"], time: Float[Array, "b g e"]) -> Array:
-        mod = stored(self.modulation[...].astype(jnp.float32) + time[:, :, None], self.cfg)
+        mod = round_like_reference(
+            self.modulation[...].astype(jnp.float32) + time[:, :, None], self.cfg
+        )
         return self.linear(modulate(x, mod[:, :, :1], mod[:, :, 1:], self.cfg))
 
 
@@ -142,7 +146,11 @@ class DiT(nnx.Module):
 
     @typechecked
     def text_kv(
-        self, text: Float[Array, "b s t e"], *, streams: int = 1, unpack: Unpack = as_is
+        self,
+        text: Float[Array, "b s t e"],
+        *,
+        streams: int = 1,
+        materialize: Materialize = identity,
     ) -> TextKV:
         """Keys and values of `s` prompts a sample, given as text encoder rows with zeroed padding.
 
@@ -152,7 +160,7 @@ class DiT(nnx.Module):
         rows = self.text_rows(text, streams=streams).rows
 
         def layer(_, attn):
-            return None, unpack(attn, "blocks", "cross_attn").keys_values(rows)
+            return None, materialize(attn, "blocks", "cross_attn").keys_values(rows)
 
         _, (k, v) = lax.scan(layer, None, self.blocks.cross_attn)
         return TextKV(k, v, streams=streams)
@@ -180,12 +188,12 @@ class DiT(nnx.Module):
         noisy_from: int = 0,
         output: bool = True,
         return_kv: bool = False,
-        store: Callable[[Array, Array], Any] = both,
+        store: Callable[[Array, Array], Any] = keep_kv,
         relative_rope: bool = False,
         remat: bool = False,
         unroll: int = 1,
         ffn_parts: int = 1,
-        unpack: Unpack = as_is,
+        materialize: Materialize = identity,
     ) -> tuple[Float[Array, "b f2 h w c2"] | None, Any]:
         """Velocity (noise - x0) of `latents`, and the keys and values of every layer.
 
@@ -206,9 +214,10 @@ class DiT(nnx.Module):
         seen = _seen(tokens, cache, self.cfg, relative_rope)
         options = {"attend": attend, "attend_text": attend_text, "ffn_parts": ffn_parts}
         kept = store if return_kv or not output else None
-        layer, layers = _layer(text, mod, seen, kept, unpack, options), self._layers(text, cache)
+        layer = _layer(text, mod, seen, kept, materialize, options)
+        layers = self._layers(text, cache)
         if not output:
-            return None, self._fill(layer, x, layers, mod, seen, unpack, store)
+            return None, self._fill(layer, x, layers, mod, seen, materialize, store)
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, kv = lax.scan(body, x, layers, unroll=unroll)
         return self._velocity(x.astype(jnp.float32), time, latents.shape, noisy_from), kv
@@ -222,7 +231,16 @@ class DiT(nnx.Module):
         first = noisy_from * x.shape[1] // shape[1]
         return self._unpatchify(self.head(x[:, first:], time[:, first:]), shape, noisy_from)
 
-    def _fill(self, layer, x: Array, layers, mod: Array, seen: Seen, unpack: Unpack, store) -> Any:
+    def _fill(
+        self,
+        layer,
+        x: Array,
+        layers,
+        mod: Array,
+        seen: AttentionContext,
+        materialize: Materialize,
+        store,
+    ) -> Any:
         """Keys and values of all layers; of the last layer nothing else is computed."""
 
         def at(i):
@@ -231,7 +249,7 @@ class DiT(nnx.Module):
         last = self.cfg.layers - 1
         x, kv = lax.scan(lambda x, i: layer(x, at(i)), x, jnp.arange(last))
         block, _, _ = at(last)
-        final = store(*unpack(block, "blocks").remember(x.astype(jnp.float32), mod, seen))
+        final = store(*materialize(block, "blocks").compute_kv(x.astype(jnp.float32), mod, seen))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, final)
 
     def _levels(self, timestep: Array) -> tuple[Array, Array]:
@@ -259,7 +277,7 @@ class DiT(nnx.Module):
             raise ValueError(f"{frames} frames do not split into {parts} segments of text")
         pattern = "b f (h ph) (w pw) c -> b (f h w) (ph pw c)"
         x = self.patch_embedding(einops.rearrange(latents, pattern, ph=2, pw=2))
-        x = stored(x, self.cfg).astype(self.cfg.stream_dtype)
+        x = round_like_reference(x, self.cfg).astype(self.cfg.stream_dtype)
         return x.reshape(b, groups, length // groups, -1)
 
     def _unpatchify(self, x: Array, shape: tuple[int, ...], first: int) -> Array:
@@ -268,14 +286,21 @@ class DiT(nnx.Module):
         return einops.rearrange(x, "b f h w (ph pw c) -> b f (h ph) (w pw) c", ph=2, pw=2)
 
 
-def _layer(text: TextKV | TextRows, mod: Array, seen: Seen, store, unpack: Unpack, options: Any):
+def _layer(
+    text: TextKV | TextRows,
+    mod: Array,
+    seen: AttentionContext,
+    store,
+    materialize: Materialize,
+    options: Any,
+):
     """A step of the scan over layers; `store` is None where keys and values are not kept. A layer
     without keys of the texts makes its own, within what remat computes again."""
     rows = text.rows if isinstance(text, TextRows) else None
 
     def layer(x, xs):
         block, words, past = xs
-        block = unpack(block, "blocks")
+        block = materialize(block, "blocks")
         words = block.cross_attn.keys_values(rows) if words is None else words
         y, kv = block(
             x.astype(jnp.float32), mod, words, seen, past, streams=text.streams, **options
@@ -285,11 +310,11 @@ def _layer(text: TextKV | TextRows, mod: Array, seen: Seen, store, unpack: Unpac
     return layer
 
 
-def _seen(tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool) -> Seen:
+def _seen(tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool) -> AttentionContext:
     keys = tokens if cache is None else concat(tokens, cache.tokens(tokens))
     rotation = rope_rotation(tokens.pos, cfg.head_dim)
-    turned = rope_rotation(keys.pos, cfg.head_dim) if relative else rotation
-    return Seen(tokens, keys, rotation, turned, relative=relative)
+    rotate_keys = rope_rotation(keys.pos, cfg.head_dim) if relative else rotation
+    return AttentionContext(tokens, keys, rotation, rotate_keys, relative=relative)
 
 
 def _in_parts(function: Callable[[Array], Array], x: Float[Array, "b l e"], parts: int) -> Array:

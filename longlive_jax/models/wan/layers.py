@@ -24,7 +24,7 @@ xavier = nnx.initializers.xavier_uniform()
 small_normal = nnx.initializers.normal(0.02)
 
 
-def stored(x: Array, cfg: DiTConfig) -> Float32[Array, "..."]:
+def round_like_reference(x: Array, cfg: DiTConfig) -> Float32[Array, "..."]:
     """`x` in float32, rounded to bfloat16 if the reference would store it so."""
     x = x.astype(jnp.float32)
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if cfg.reference_bf16 else x
@@ -104,8 +104,8 @@ def normalise(x: Float[Array, "... e"], eps: float) -> Float32[Array, "... e"]:
 
 def modulate(x: Array, shift: Array, scale: Array, cfg: DiTConfig) -> Array:
     """LayerNorm(x) * (1 + scale) + shift, in `cfg.dtype` for the product that follows."""
-    y = stored(normalise(x, cfg.eps), cfg)
-    y = stored(y * stored(1 + scale, cfg), cfg)
+    y = round_like_reference(normalise(x, cfg.eps), cfg)
+    y = round_like_reference(y * round_like_reference(1 + scale, cfg), cfg)
     return (y + shift).astype(cfg.dtype)
 
 
@@ -131,7 +131,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... e"]) -> Float[Array, "... e"]:
         y = x.astype(jnp.float32)
-        y = stored(y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.eps), self.cfg)
+        y = round_like_reference(
+            y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.eps), self.cfg
+        )
         return (y * self.scale[...].astype(jnp.float32)).astype(self.cfg.dtype)
 
 
@@ -176,7 +178,7 @@ class TimeEmbedding(nnx.Module):
         self.fc2 = Linear(cfg.dim, cfg.dim, cfg, **init)
 
     def __call__(self, timestep: Float[Array, "b g"]) -> Float[Array, "b g e"]:
-        x = stored(sinusoid(timestep, self.cfg.freq_dim), self.cfg)
+        x = round_like_reference(sinusoid(timestep, self.cfg.freq_dim), self.cfg)
         return self.fc2(jax.nn.silu(self.fc1(x)))
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from longlive_jax.models.wan.attention import KV, Seen
+from longlive_jax.models.wan.attention import KV, AttentionContext
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.attention import AttentionFn
@@ -136,14 +136,14 @@ def _pack(x: Array, offset: Array | None, form: KVFormat) -> Packed:
 
 
 @struct.dataclass
-class PackedPast:
+class PackedLayerKV:
     """Packed keys and values of past chunks, `[b, slots, m, n, d]` in one layer."""
 
     k: Packed
     v: Packed
     form: KVFormat = struct.field(pytree_node=False)
 
-    def attend(self, q: Array, own: KV, seen: Seen, attend: AttentionFn) -> Array:
+    def attend(self, q: Array, own: KV, seen: AttentionContext, attend: AttentionFn) -> Array:
         """Attention of rotated queries to `own` keys as they are and to the packed ones.
 
         The kernel takes rotated keys only, which `CachePolicy` sees to.
@@ -152,13 +152,13 @@ class PackedPast:
             return self._read(q, own, seen)
         past = (unpacked(x.array, x.offset, own[0].dtype) for x in (self.k, self.v))
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
-        k = seen.turned(k)
+        k = seen.rotate_keys(k)
         if self.form.smoothing == "reference":
             length = q.shape[1]
             k = jnp.concatenate([without_mean(k[:, :length]), k[:, length:]], axis=1)
         return attend(q, k, v, seen.q_tokens, seen.k_tokens)
 
-    def _read(self, q: Array, own: KV, seen: Seen) -> Array:
+    def _read(self, q: Array, own: KV, seen: AttentionContext) -> Array:
         k, v = own
         if self.form.smoothing == "reference":
             k = without_mean(k)

@@ -62,8 +62,8 @@ def rotate(x: Float[Array, "b l n d"], rotation: tuple[Array, Array]) -> Float[A
     cos, sin = (part[..., None, :] for part in rotation)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotate_keys = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotate_keys.reshape(x.shape).astype(x.dtype)
 
 
 def _is_float(x: Array) -> bool:

@@ -28,12 +28,12 @@ class MaskColumns:
 
 def mask_columns(q: Tokens, k: Tokens) -> MaskColumns:
     """`visible(q, k)` as columns; tokens with a batch axis (`pad_tokens`)."""
-    clean = ~q.noisy & (q.chunk >= 0)
-    limit = 2 * (q.chunk + clean) + q.noisy
+    clean = ~q.noisy & (q.chunk_index >= 0)
+    limit = 2 * (q.chunk_index + clean) + q.noisy
     # A clean query sees its own chunk whatever its window is.
-    since = jnp.where(clean, jnp.minimum(q.since, q.chunk), q.since)
-    columns = jnp.stack([limit, 2 * since, 2 * q.sink, 2 * q.global_sinks], axis=1)
-    code = jnp.where(k.chunk >= 0, 2 * k.chunk + k.noisy, NEVER)
+    window_start = jnp.where(clean, jnp.minimum(q.window_start, q.chunk_index), q.window_start)
+    columns = jnp.stack([limit, 2 * window_start, 2 * q.sink, 2 * q.global_sinks], axis=1)
+    code = jnp.where(k.chunk_index >= 0, 2 * k.chunk_index + k.noisy, NEVER)
     return MaskColumns(columns.astype(jnp.int32), code.astype(jnp.int32))
 
 

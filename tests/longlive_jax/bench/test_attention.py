@@ -64,7 +64,7 @@ def test_useful_pairs_and_tiles_are_those_of_the_mask():
     long = bench.AttentionSpec(seconds=8, rows=4, columns=16)  # chunks fill whole tiles
     shares = bench._pairs(long, long.tokens())
     assert shares["visited"] == shares["visible"] < 0.3
-    assert bench.AttentionSpec().tokens().chunk.shape == (168_960,)
+    assert bench.AttentionSpec().tokens().chunk_index.shape == (168_960,)
 
 
 def test_the_oracle_is_left_out_where_it_does_not_fit(monkeypatch):
@@ -125,7 +125,7 @@ def test_the_process_prints_a_line_that_is_understood(monkeypatch, capsys):
 
 
 def test_the_same_mask_by_index():
-    tokens = bench.AttentionSpec(seconds=0.5, chunk=1, rows=1, columns=2).tokens()
+    tokens = bench.AttentionSpec(seconds=0.5, chunk_frames=1, rows=1, columns=2).tokens()
     fake = types.SimpleNamespace(where=np.where)  # tensors and arrays index and compare alike
     seen = flex_attention.mask_mod(fake, SETTINGS)
     at = np.arange(len(tokens))

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from longlive_jax.bench import deviceless, kernels
+from longlive_jax.bench import kernels
 from longlive_jax.cli.app import run
 from longlive_jax.cli.kernels import state
+from longlive_jax.planning import deviceless
 from longlive_jax.spec import UserError
 from pallas_kernels.catalog import catalog
 

@@ -42,7 +42,7 @@ def test_call_report(monkeypatch, capsys):
         dim=16, ffn_dim=16, freq_dim=8, text_dim=8, text_len=4, heads=2, layers=2,
         in_channels=4, out_channels=4,
     )  # fmt: skip
-    tiny = dit_call.CallSpec(model=model, chunk=2, latent=(4, 4), window=3, repeats=2)
+    tiny = dit_call.CallSpec(model=model, chunk_frames=2, latent=(4, 4), window=3, repeats=2)
     monkeypatch.setitem(dit_call.MODELS, "mid", tiny)
     assert run(["bench", "sampler", "--model=mid"]) == 0
     said = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_call_report(monkeypatch, capsys):
 
 def test_flops_of_a_call_by_hand():
     model = DiTConfig(dim=2, heads=1, ffn_dim=3, text_len=5, layers=7)
-    spec = dit_call.CallSpec(model=model, chunk=1, latent=(4, 4), window=2)
+    spec = dit_call.CallSpec(model=model, chunk_frames=1, latent=(4, 4), window=2)
     queries, keys = 4, 8
     linears = queries * (6 * 2 * 2 + 2 * 2 * 3)
     attention = 2 * queries * (keys + 5) * 2

@@ -5,11 +5,11 @@ import json
 import pytest
 from flax import nnx
 
-from longlive_jax.bench import plan_compile
 from longlive_jax.cli.app import run
 from longlive_jax.io.checkpoint import save_component
 from longlive_jax.models.params import params_of
 from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.planning import compile as plan_compile
 
 CONFIG = "--config=configs/ar_5b.py"
 NAMED = {

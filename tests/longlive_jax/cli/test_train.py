@@ -7,9 +7,9 @@ import chex
 import pytest
 
 from longlive_jax.cli.app import run
-from longlive_jax.data.small_world import world
 from longlive_jax.io.checkpoint import load_component, read_manifest
 from longlive_jax.sampling.settings import spec_for
+from longlive_jax.small_world import world
 from longlive_jax.training import loop
 
 CONFIG = "--config=configs/small_world.py"

@@ -39,7 +39,7 @@ def test_ulysses_equals_one_device_in_values_and_gradients(implementation):
     """Teacher forcing in the balanced order; a mask from the tokens alone."""
     mesh = make_mesh(MeshSpec(data=1, fsdp=2, sp=PARTS))
     attend = functools.partial(attention, implementation=implementation)
-    tokens = layout.teacher_forcing(8, 1, 2, chunk=2)
+    tokens = layout.teacher_forcing(8, 1, 2, chunk_frames=2)
     half = len(tokens) // 2
     order = np.asarray(paired(jnp.arange(half)[None], half + jnp.arange(half)[None], PARTS)[0])
     tokens = jax.tree.map(lambda x: np.asarray(x)[order], tokens)

@@ -7,7 +7,7 @@ takes its own, so the library is asked for as well.
 import json
 import re
 
-from longlive_jax.bench import deviceless
+from longlive_jax.planning import deviceless
 
 deviceless.prepare()
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from longlive_jax.bench import deviceless
+from longlive_jax.planning import deviceless
 from longlive_jax.quant.fp8 import Fp8Kernel, dequantize_rows, matmul_rows, pack_fp8, quantize_rows
 from longlive_jax.quant.low_rank import LowRank
 

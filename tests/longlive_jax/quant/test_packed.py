@@ -121,7 +121,7 @@ def model():
 
 def test_a_model_runs_on_packed_kernels(model):
     graphdef, params = model
-    tokens = grid(2, 2, 3, chunk=2)
+    tokens = grid(2, 2, 3, chunk_frames=2)
     x, text = normal(6, 1, 2, 4, 6, 4), normal(7, 1, 1, 4, 8)
 
     @jax.jit

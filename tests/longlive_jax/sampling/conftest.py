@@ -10,11 +10,16 @@ import pytest
 from flax import nnx
 
 from longlive_jax.diffusion import solvers
-from longlive_jax.io import keys_dit
+from longlive_jax.interop import keys_dit
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy, empty_cache
-from longlive_jax.sampling.drivers import Order, Sampler, Setting, stack_orders
+from longlive_jax.sampling.drivers import (
+    ChunkInputs,
+    Sampler,
+    VideoConditioning,
+    stack_chunk_inputs,
+)
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.settings import SampleSpec
 from tests.tiny import TINY, lively, tiny_parts, write_tiny
@@ -71,7 +76,7 @@ class Golden:
         first = jnp.zeros((1, height, width, channels))
         if given:
             first = jnp.moveaxis(jnp.asarray(self.arrays["initial_latent"][:, 0]), 1, -1)
-        setting = Setting(
+        setting = VideoConditioning(
             solver=solvers.unipc(options["sampling_steps"], shift=self.meta["timestep_shift"]),
             keys=jax.random.split(jax.random.key(0), 1),
             first=first,
@@ -82,7 +87,7 @@ class Golden:
         orders = self._orders(prompts, options["multi_shot_rope_offset"], guided)
         return self.sampler.sample(self.params, cache, setting, orders, self.bank)
 
-    def _orders(self, prompts, phase, guided):
+    def _orders(self, prompts, shot_rope_offset, guided):
         order, shot = self.meta["prompt_order"], 0
         orders = []
         for i, prompt in enumerate(prompts):
@@ -90,9 +95,9 @@ class Golden:
             shot += cut
             text = [order.index(prompt)] + ([order.index("bad")] if guided else [])
             noise = self.noise[:, i * self.frames : (i + 1) * self.frames]
-            offset = jnp.array([shot * phase], jnp.int32)
-            orders.append(Order(jnp.array(text), jnp.array([cut]), offset, noise))
-        return stack_orders(orders)
+            shot_rope_offset = jnp.array([shot * shot_rope_offset], jnp.int32)
+            orders.append(ChunkInputs(jnp.array(text), jnp.array([cut]), shot_rope_offset, noise))
+        return stack_chunk_inputs(orders)
 
 
 class Toy:
@@ -118,7 +123,7 @@ class Toy:
 
     def setting(self, seeds=(0,), *, steps=3, guidance=None, first=None, solver=solvers.unipc):
         batch, space = len(seeds), self.shape[1:]
-        return Setting(
+        return VideoConditioning(
             solver=solver(steps),
             keys=jnp.stack([jax.random.key(seed) for seed in seeds]),
             first=jnp.zeros((batch, *space)) if first is None else first,
@@ -127,8 +132,8 @@ class Toy:
         )
 
     def order(self, text, cut=(False,), shot=(0,)):
-        offset = 8 * jnp.array(shot, jnp.int32)
-        return Order(jnp.array(text), jnp.array(cut), offset)
+        shot_rope_offset = 8 * jnp.array(shot, jnp.int32)
+        return ChunkInputs(jnp.array(text), jnp.array(cut), shot_rope_offset)
 
     def words(self, order):
         """The order with keys and values in place of indices, as a stream takes it."""
@@ -137,7 +142,9 @@ class Toy:
 
     def sample(self, orders, setting, *, rows=1, policy=None):
         cache = self.cache(rows, policy)
-        return self.sampler.sample(self.params, cache, setting, stack_orders(orders), self.bank)
+        return self.sampler.sample(
+            self.params, cache, setting, stack_chunk_inputs(orders), self.bank
+        )
 
     def stream(self, orders, setting, *, rows=1):
         words = map(self.words, orders)

@@ -22,7 +22,7 @@ def check(golden, name):
 def check_cache(golden, case, cache):
     """The reference keeps chunks in order of age, and counts in tokens."""
     state, name = case["cache_state"], case["name"]
-    order = np.argsort(np.asarray(cache.held[0]))
+    order = np.argsort(np.asarray(cache.slot_chunk[0]))
     stored = np.asarray(cache.k)[0, 0, order]
     want = golden.arrays[f"{name}/k_cache_layer0"][0]
     want = want.reshape(-1, stored.shape[1], *want.shape[1:])
@@ -30,9 +30,9 @@ def check_cache(golden, case, cache):
     kept = [i for i in range(len(want)) if min(distance(slot, want[i]) for slot in stored) < 1e-4]
     assert len(kept) == len(stored) and len(want) - 1 in kept and kept == sorted(kept)
     tokens = stored.shape[1]
-    assert int(cache.count[0]) * tokens == state["global_end_index"]
+    assert int(cache.num_chunks[0]) * tokens == state["global_end_index"]
     if state["pinned_start"] >= 0:
-        sink = list(np.asarray(cache.held[0])[order]).index(int(cache.sink_start[0]))
+        sink = list(np.asarray(cache.slot_chunk[0])[order]).index(int(cache.sink_start[0]))
         assert kept[sink] * tokens == state["pinned_start"]
         assert int(cache.sink_length[0]) * tokens == state["pinned_len"]
 

@@ -15,7 +15,13 @@ from longlive_jax.models.variants import variant
 from longlive_jax.models.wan import DiT
 from longlive_jax.models.wan.cache import CachePolicy, empty_cache
 from longlive_jax.sampling.chunk import chunk_noise, folded
-from longlive_jax.sampling.drivers import SOLVER_DRAWS, Order, Sampler, Setting, stack_orders
+from longlive_jax.sampling.drivers import (
+    SOLVER_DRAWS,
+    ChunkInputs,
+    Sampler,
+    VideoConditioning,
+    stack_chunk_inputs,
+)
 from tests.longlive_jax.sampling.conftest import Toy
 
 CHUNKS = 6
@@ -39,7 +45,7 @@ def video(toy):
 def test_scan_equals_stream_bit_for_bit(toy, video):
     latents, cache = toy.sample(orders(toy), toy.setting())
     np.testing.assert_array_equal(latents, video)
-    assert int(cache.count[0]) == CHUNKS and np.isfinite(video).all()
+    assert int(cache.num_chunks[0]) == CHUNKS and np.isfinite(video).all()
 
 
 def test_a_solver_with_noise_of_its_own_is_still_a_function_of_the_seed():
@@ -55,7 +61,9 @@ def test_a_solver_with_noise_of_its_own_is_still_a_function_of_the_seed():
     np.testing.assert_array_equal(latents, alone[0])
     pair = [
         toy.order(
-            [int(i) for i in np.repeat(o.text, 2)], np.repeat(o.cut, 2), np.repeat(o.offset, 2) // 8
+            [int(i) for i in np.repeat(o.text, 2)],
+            np.repeat(o.cut, 2),
+            np.repeat(o.shot_rope_offset, 2) // 8,
         )
         for o in made
     ]
@@ -160,7 +168,7 @@ def test_a_video_is_continued(toy, video):
     cache, setting, words = toy.cache(), toy.setting(), list(map(toy.words, orders(toy)))
     for i in range(3):
         past = jnp.asarray(video[:, 2 * i : 2 * i + 2])
-        cache = toy.sampler.remember(toy.params, cache, setting, words[i], past)
+        cache = toy.sampler.write_context(toy.params, cache, setting, words[i], past)
     rest = list(toy.sampler.stream(toy.params, cache, setting, words[3:]))
     np.testing.assert_allclose(np.concatenate(rest, axis=1), video[:, 6:], atol=2e-4)
 
@@ -191,8 +199,10 @@ def test_cached_equals_masked(toy, cuts):
     texts = jax.random.normal(jax.random.key(4), (1, chunks, 6, 12))
     dit = with_params(toy.graphdef, toy.params)
 
-    offset = jnp.repeat(jnp.asarray(8 * shots, jnp.int32), frames)
-    tokens = layout.teacher_forcing(chunks * frames, rows, columns, chunk=frames, offset=offset)
+    shot_rope_offset = jnp.repeat(jnp.asarray(8 * shots, jnp.int32), frames)
+    tokens = layout.teacher_forcing(
+        chunks * frames, rows, columns, chunk_frames=frames, shot_rope_offset=shot_rope_offset
+    )
     marks = jnp.asarray([c == 0 or c in cuts for c in range(chunks)])
     tokens = layout.windowed(tokens, marks, window=4, global_sinks=1)
     times = jnp.concatenate([jnp.zeros(chunks * frames), jnp.full(chunks * frames, 700.0)])
@@ -205,21 +215,21 @@ def test_cached_equals_masked(toy, cuts):
     want = masked(jnp.concatenate([clean, noisy], axis=1))
 
     @jax.jit
-    def cached(cache, x, text, offset):
-        tokens = cache.upcoming(offset, noisy=True)
+    def cached(cache, x, text, shot_rope_offset):
+        tokens = cache.upcoming(shot_rope_offset, noisy=True)
         return dit(x, jnp.full((1, frames), 700.0), text, tokens, cache)[0]
 
     cache, setting = toy.cache(), toy.setting()
     for c in range(chunks):
         span = slice(c * frames, (c + 1) * frames)
-        order = Order(
+        order = ChunkInputs(
             text=toy.sampler.text(toy.params, texts[:, c]),
             cut=jnp.array([c in cuts]),
-            offset=jnp.array([8 * shots[c]], jnp.int32),
+            shot_rope_offset=jnp.array([8 * shots[c]], jnp.int32),
         )
-        got = cached(cache, noisy[:, span], order.text, order.offset)
+        got = cached(cache, noisy[:, span], order.text, order.shot_rope_offset)
         np.testing.assert_allclose(got, want[:, span], atol=2e-4)
-        cache = toy.sampler.remember(toy.params, cache, setting, order, clean[:, span])
+        cache = toy.sampler.write_context(toy.params, cache, setting, order, clean[:, span])
 
 
 def test_the_cache_is_updated_in_place(toy):
@@ -240,7 +250,7 @@ def test_the_5b_model_lowers_at_full_size(guidance):
 
     def arguments():
         cache = empty_cache(cfg, rows, (8, 22, 40), CachePolicy())
-        setting = Setting(
+        setting = VideoConditioning(
             solver=jax.tree.map(jnp.asarray, solvers.unipc(4)),
             keys=jnp.stack([jax.random.key(0)]),
             first=jnp.zeros((1, 44, 80, 48)),
@@ -249,15 +259,15 @@ def test_the_5b_model_lowers_at_full_size(guidance):
         )
         return cache, setting, jnp.zeros(1, bool), jnp.zeros(1, jnp.int32)
 
-    cache, setting, cut, offset = jax.eval_shape(arguments)
+    cache, setting, cut, shot_rope_offset = jax.eval_shape(arguments)
     sampler = Sampler(graphdef)
     words = jax.ShapeDtypeStruct((rows, 512, cfg.text_dim), jnp.bfloat16)
     text = jax.eval_shape(sampler.text, params, words)
-    lowered = sampler.step.lower(params, cache, setting, Order(text, cut, offset))
+    lowered = sampler.step.lower(params, cache, setting, ChunkInputs(text, cut, shot_rope_offset))
     latents, after = lowered.out_info
     assert latents.shape == (1, 8, 44, 80, 48) and after.k.shape == (30, rows, 3, 7040, 24, 128)
 
 
 def test_orders_stack(toy):
-    stacked = stack_orders(orders(toy))
+    stacked = stack_chunk_inputs(orders(toy))
     assert stacked.text.shape == (CHUNKS, 1) and stacked.noise is None

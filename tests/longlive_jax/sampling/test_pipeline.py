@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.sampling.pipeline import Pipeline
-from longlive_jax.sampling.script import CUT_PREFIX, Shot, ShotScript
+from longlive_jax.sampling.script import Shot, ShotScript
 from longlive_jax.sampling.settings import SampleSpec, spec_for
 from longlive_jax.spec import UserError
 
@@ -149,7 +150,7 @@ def test_wrong_settings(tiny_checkpoint, settings, message):
 
 def test_from_checkpoint(tiny_checkpoint, frames):
     pipe = Pipeline.from_checkpoint(tiny_checkpoint)
-    assert pipe.spec.chunk == 2
+    assert pipe.spec.chunk_frames == 2
     np.testing.assert_array_equal(pipe.sample(SCRIPT), frames)
 
 

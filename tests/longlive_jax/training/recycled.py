@@ -10,9 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import BATCH, SP
 from longlive_jax.parallel.rules import shardings
-from longlive_jax.training.ar import ARLossSpec, Episode, draw
-from longlive_jax.training.error_buffer import BufferSpec
-from longlive_jax.training.recycling import (
+from longlive_jax.training.objectives.error_buffer import BufferSpec
+from longlive_jax.training.objectives.error_recycling import (
     RecyclingSpec,
     init_buffers,
     observe,
@@ -21,6 +20,7 @@ from longlive_jax.training.recycling import (
     recycle,
     roll,
 )
+from longlive_jax.training.objectives.teacher_forcing import ARLossSpec, TeacherForcingBatch, draw
 from pallas_kernels.tokens import EMPTY
 
 CHUNK, CHUNKS, BATCH_SIZE, SIZE = 2, 8, 4, (2, 2, 3)
@@ -35,13 +35,13 @@ def spec_of(**buffer) -> RecyclingSpec:
     )
 
 
-def episode(key) -> Episode:
+def episode(key) -> TeacherForcingBatch:
     clean = jax.random.normal(key, (BATCH_SIZE, CHUNKS * CHUNK, *SIZE))
     chunk = jnp.tile(jnp.arange(CHUNKS), (BATCH_SIZE, 2))
     zeros = jnp.zeros_like(chunk)
-    return Episode(
-        context=clean, target=clean, mask=jnp.ones(clean.shape[:2]), chunk=chunk,
-        start=chunk * CHUNK, since=zeros, sink=zeros + EMPTY, prompt=zeros,
+    return TeacherForcingBatch(
+        context=clean, target=clean, mask=jnp.ones(clean.shape[:2]), chunk_index=chunk,
+        start=chunk * CHUNK, window_start=zeros, sink=zeros + EMPTY, prompt=zeros,
     )  # fmt: skip
 
 
@@ -51,17 +51,17 @@ def given(step, loss=LOSS):
     key = jax.random.fold_in(jax.random.key(5), step)
     batch = episode(key)
     rolls = roll(jax.random.fold_in(key, 1), BATCH_SIZE, CHUNKS, CHUNKS)
-    return batch, draw(key, batch, chunk=CHUNK, spec=loss), rolls
+    return batch, draw(key, batch, chunk_frames=CHUNK, spec=loss), rolls
 
 
 def of(function, spec, loss=LOSS):
     """`recycle` or `observe`, compiled."""
-    return jax.jit(functools.partial(function, chunk=CHUNK, spec=spec, loss=loss))
+    return jax.jit(functools.partial(function, chunk_frames=CHUNK, spec=spec, loss=loss))
 
 
 def one_step(spec, loss, buffers, batch, draws, rolls):
     """A step around a model that answers with a mix of what it sees."""
-    options = {"chunk": CHUNK, "spec": spec, "loss": loss}
+    options = {"chunk_frames": CHUNK, "spec": spec, "loss": loss}
     used = recycle(rolls, batch, draws, buffers, **options)
     velocity = 0.3 * used.batch.target + 0.2 * used.draws.noise - 0.1 * used.draws.context
     errors = prediction_errors(velocity, batch, used)
@@ -87,6 +87,6 @@ def place(mesh, x):
     return NamedSharding(mesh, P(BATCH, SP) if frames else P(BATCH))
 
 
-def alike(got, want, tolerance=1e-6):
+def uniform_mask(got, want, tolerance=1e-6):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance)

@@ -14,7 +14,7 @@ import pytest
 
 from longlive_jax.io.checkpoint import load_component
 from tests.longlive_jax.training.processes import ended, free_port, longlive, wait_for
-from tests.longlive_jax.training.test_clips_stage import RECYCLED, command, records
+from tests.longlive_jax.training.stages.test_wan_ar import RECYCLED, command, records
 
 STEPS, LONG = 12, 600
 SETTINGS = ("mesh.data=2,mesh.fsdp=1,mesh.sp=2", f"loop.steps={STEPS}", "remat=false",

@@ -7,7 +7,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import BATCH, SP, MeshSpec, make_mesh
-from longlive_jax.training.feed import in_order, own_rows, placed, skipped_by_all
+from longlive_jax.training.feed import feed_in_order, own_rows, placed, skipped_by_all
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (4, 1, 2), (1, 8, 1)])
@@ -33,7 +33,7 @@ def test_one_spec_serves_a_whole_tree():
 
 
 def test_batches_come_in_order_from_any_step():
-    with in_order(range(10, 20))(4) as feed:
+    with feed_in_order(range(10, 20))(4) as feed:
         assert list(feed) == [14, 15, 16, 17, 18, 19]
         assert feed.waited > 0 and feed.skipped == 0
 

@@ -17,12 +17,12 @@ from tensorboardX.proto import event_pb2
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.spec import Failure
 from longlive_jax.training import loop as loop_module
-from longlive_jax.training.feed import in_order
+from longlive_jax.training.feed import feed_in_order
 from longlive_jax.training.loop import LoopSpec, Task, Work, train
 from longlive_jax.training.metrics import MetricsLog
 from longlive_jax.training.optim import OptimSpec, make_optimizer, matrix_axes, schedule
 from longlive_jax.training.state import init_state
-from longlive_jax.training.step import EMASpec, forgetful, make_train_step
+from longlive_jax.training.step import EMASpec, make_train_step, stateless
 
 OPTIM = OptimSpec(lr=1e-2, weight_decay=0.0, clip=1.0)
 EMA = EMASpec(decay=0.9, start=3)
@@ -42,7 +42,7 @@ class Batches:
         return x * np.nan if int(i) in self.poison else x
 
 
-@forgetful
+@stateless
 def loss_fn(params, x, key):
     noise = 0.01 * jax.random.normal(key, (len(x),))
     error = x @ params["kernel"] - x.sum(1) - noise
@@ -53,7 +53,7 @@ def task(steps, poison=()):
     return Task(
         init=lambda key: {"kernel": jax.random.normal(key, (2,))},
         loss_fn=loss_fn,
-        feed=in_order(Batches(steps, poison)),
+        feed=feed_in_order(Batches(steps, poison)),
         evaluate=lambda params, step, workdir: {"held_out": float(params["kernel"].sum())},
         export=lambda params, directory: None,
     )
@@ -75,7 +75,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
                 raise Stop
             return super().__getitem__(i)
 
-    broken = Task(**vars(task(10)) | {"feed": in_order(Interrupted(10))})
+    broken = Task(**vars(task(10)) | {"feed": feed_in_order(Interrupted(10))})
     with pytest.raises(Exception):  # noqa: B017 - the data worker wraps what it raises
         train(broken, tmp_path / "parts", loop=spec(), optim=OPTIM, ema=EMA)
     resumed = train(task(10), tmp_path / "parts", loop=spec(), optim=OPTIM, ema=EMA)
@@ -226,7 +226,7 @@ def test_average_copies_until_its_start():
 def test_accumulation_is_one_update_by_the_mean_gradient():
     tx = make_optimizer(OPTIM, 10)
 
-    @forgetful
+    @stateless
     def still(params, x, key):
         error = x @ params["kernel"] - x.sum(1)
         return jnp.mean(error**2), {"error": jnp.abs(error).mean()}
@@ -245,7 +245,7 @@ def test_parts_count_for_what_they_hold():
     """Padding in one part does not make the frames of that part heavier than others."""
     tx = make_optimizer(OPTIM, 10)
 
-    @forgetful
+    @stateless
     def masked(params, batch, key):
         error = (batch["x"] @ params["kernel"] - 1) ** 2
         return jnp.sum(error * batch["mask"]) / jnp.sum(batch["mask"]), {}
@@ -270,7 +270,7 @@ def test_a_metric_that_some_parts_lack_is_that_of_the_others():
     """As the error of a noise level that a part has no frame of; also of a part without weight."""
     tx = make_optimizer(OPTIM, 10)
 
-    @forgetful
+    @stateless
     def loss(params, x, key):
         some = {"level": jnp.where(x[0, 0] > 1, x[0, 0], jnp.nan), "none": jnp.float32(jnp.nan)}
         return jnp.sum(params["kernel"] ** 2), {"all": x[0, 0]} | some
@@ -300,7 +300,7 @@ def test_a_mesh_changes_nothing_but_the_place(tmp_path, name):
     """Sharded parameters, moments and average; the numbers of one device."""
     optim = OptimSpec(name=name, lr=1e-2, b1=0.9, clip=1.0)
 
-    @forgetful
+    @stateless
     def loss(params, x, key):
         error = jnp.tanh(x @ params["w"]["kernel"]) @ params["v"]["kernel"] - x.sum(
             1, keepdims=True

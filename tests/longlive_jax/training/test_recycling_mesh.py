@@ -12,18 +12,23 @@ from jax.sharding import NamedSharding
 
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.parallel.rules import shardings
-from longlive_jax.training.error_buffer import BufferSpec
-from longlive_jax.training.recycling import RecyclingSpec, bytes_held, init_buffers, partition
+from longlive_jax.training.objectives.error_buffer import BufferSpec
+from longlive_jax.training.objectives.error_recycling import (
+    RecyclingSpec,
+    bytes_held,
+    init_buffers,
+    partition,
+)
 from tests.longlive_jax.training.recycled import (
     CHUNK,
     LOSS,
     SIZE,
-    alike,
     given,
     one_step,
     place,
     rollout,
     spec_of,
+    uniform_mask,
 )
 
 LAYOUTS = {
@@ -56,7 +61,7 @@ def test_no_result_depends_on_the_mesh(name, shape):
     spec, sizes = spec_of(**LAYOUTS[name]), MeshSpec(*shape)
     mesh = make_mesh(sizes, jax.devices()[: sizes.size])
     used, buffers = rollout(spec, mesh)
-    alike((used, buffers), alone(name))
+    uniform_mask((used, buffers), alone(name))
     place = NamedSharding(mesh, partition(spec).latent.entries)
     for leaf in jax.tree.leaves((buffers.latent, buffers.noise)):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)

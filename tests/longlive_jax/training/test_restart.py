@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
+from longlive_jax.training.checkpointing import Saves
 from longlive_jax.training.optim import OptimSpec, make_optimizer
-from longlive_jax.training.saves import Saves
 from longlive_jax.training.state import make_state
 from tests.longlive_jax.training import toy_run
 from tests.longlive_jax.training.processes import ended, start, wait_for, wait_for_words

@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax.parallel.hosts import Hosts, join, leave_at_once
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.spec import Failure
-from longlive_jax.training.feed import in_order, own_rows
+from longlive_jax.training.feed import feed_in_order, own_rows
 from longlive_jax.training.loop import LoopSpec, Task, train
 from longlive_jax.training.optim import OptimSpec
-from longlive_jax.training.step import EMASpec, forgetful
+from longlive_jax.training.step import EMASpec, stateless
 
 ROWS = 8
 WIDTH = 256  # too wide for a save to keep its arrays in its index
@@ -45,7 +45,7 @@ class Batches:
         return {"x": x[self.rows.start : self.rows.stop]}
 
 
-@forgetful
+@stateless
 def loss_fn(params, batch, key):
     x = batch["x"]
     noise = 0.01 * jax.random.normal(key, (len(x), 1))
@@ -65,7 +65,7 @@ def run(workdir: str, steps: str, delay: str) -> int:
     count = jax.device_count()
     mesh = make_mesh(MeshSpec(*((1, 1, 1) if count == 1 else (count // 2, 2, 1))))
     rows = own_rows(mesh, ROWS)
-    batches = in_order(Batches(int(steps), rows, delay))
+    batches = feed_in_order(Batches(int(steps), rows, delay))
 
     def feed(start):
         begun = batches(start)

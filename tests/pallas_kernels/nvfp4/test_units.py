@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.nvfp4 import format as fmt
 from pallas_kernels.nvfp4 import quantize, rotate
-from pallas_kernels.nvfp4.reference import in_order
+from pallas_kernels.nvfp4.reference import feed_in_order
 from pallas_kernels.nvfp4.rounding import by_chance, to_nearest
 from pallas_kernels.nvfp4.units import contract, rotate_rows, simulate, to_code, to_scale, units_of
 
@@ -42,11 +42,11 @@ def test_values_are_the_references(rule, axis, chance):
 
 
 def test_errors_are_added_up_as_the_reference_does():
-    assert in_order.__doc__ is not None
+    assert feed_in_order.__doc__ is not None
     rows = jax.random.uniform(jax.random.key(0), (8, 1, 3, 16))
     halves = rows[..., :8] + rows[..., 8:]
     total = functools.reduce(jnp.add, [halves[..., i : i + 1] for i in range(8)])
-    np.testing.assert_array_equal(in_order(rows), total)
+    np.testing.assert_array_equal(feed_in_order(rows), total)
 
 
 def test_arithmetic_rounds_as_the_casts_do():

@@ -4,13 +4,18 @@ import collections
 
 import numpy as np
 
+from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import find_samples
 from longlive_jax.data.clips.encoding import Encoders, EncodeSpec, encode_dataset
-from longlive_jax.data.clips.plan import JoinSpec
 from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_caption, write_sample
 
 SPEC = EncodeSpec(
-    join=JoinSpec(chunks=2, chunk=2), size=(32, 64), windows=0, text_len=6, dtype="float32", shard=3
+    join=JoinSpec(chunks=2, chunk_frames=2),
+    size=(32, 64),
+    windows=0,
+    text_len=6,
+    dtype="float32",
+    shard=3,
 )
 
 

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longlive_jax.data.small_world.text import world_tokenizer
 from longlive_jax.io.checkpoint import TOKENIZER, save_component
 from longlive_jax.models.params import abstract
 from longlive_jax.models.umt5 import UMT5, UMT5Config
 from longlive_jax.models.vae import VAE, VAEConfig
 from longlive_jax.sampling.settings import save_settings
+from longlive_jax.small_world.tokenizer import world_tokenizer
 
 TEXT_DIM, Z_DIM = 8, 4
 
@@ -29,7 +29,7 @@ def write_encoders(folder):
             folder, name, random_params(lambda make=make, cfg=cfg: make(cfg, rngs=nnx.Rngs(0))), cfg
         )
     (folder / TOKENIZER).write_bytes(tokenizer.model)
-    save_settings(folder, {"size": (64, 32), "chunk": 2, "steps": 2})
+    save_settings(folder, {"size": (64, 32), "chunk_frames": 2, "steps": 2})
     return folder
 
 

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
+from longlive_jax.data.clips.batches import collate
+from longlive_jax.data.clips.clip_plan import JoinSpec, plan
 from longlive_jax.data.clips.dataset import find_samples
 from longlive_jax.data.clips.encoders import check_made_by, checkpoint_encoders, encode_video
 from longlive_jax.data.clips.encoding import EncodeSpec, encode_dataset
-from longlive_jax.data.clips.episodes import collate
-from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
 from longlive_jax.data.clips.latents import clip_latents
-from longlive_jax.data.clips.plan import JoinSpec, plan
+from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
 from longlive_jax.data.clips.source import VideoClips, lengths_of, read_clip
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import TOKENIZER
@@ -22,7 +22,7 @@ from longlive_jax.spec import UserError
 from tests.longlive_jax.data.clips.models import TEXT_DIM, Z_DIM, write_encoders
 from tests.longlive_jax.data.clips.videos import write_sample
 
-JOIN = JoinSpec(chunks=3, chunk=2)
+JOIN = JoinSpec(chunks=3, chunk_frames=2)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_read_back_equals_encoded_on_the_fly(checkpoint, root, stored, index):
     def text(prompt):
         return np.asarray(encode_prompts(umt5, tokenizer, [prompt], length=48)[0])
 
-    wanted = clip_latents(clip, captions, encode_video(vae, video, chunk=2), text)
+    wanted = clip_latents(clip, captions, encode_video(vae, video, chunk_frames=2), text)
     for name, array in vars(stored[index]).items():
         assert array.dtype == vars(wanted)[name].dtype
         np.testing.assert_array_equal(array, vars(wanted)[name])
@@ -77,7 +77,7 @@ def test_training_gets_the_same_samples_from_videos_and_from_the_store(checkpoin
         for _ in range(3):
             raw, rows = next(live), next(read)
             for i, video in enumerate(raw["video"]):
-                latents = encode_video(vae, video, chunk=2)
+                latents = encode_video(vae, video, chunk_frames=2)
                 np.testing.assert_array_equal(rows["latents"][i], latents)
             for name in ("mask", "cut", "shot"):
                 np.testing.assert_array_equal(rows[name], raw[name])
@@ -111,7 +111,7 @@ def test_latents_of_other_models_are_refused(checkpoint, stored, tmp_path):
     ("changes", "message"),
     [
         ({"size": (64, 40)}, "not divisible by 32; nearest below: 64x32"),
-        ({"join": JoinSpec(ratio=8)}, "4 frames one latent"),
+        ({"join": JoinSpec(temporal_stride=8)}, "4 frames one latent"),
     ],
 )
 def test_settings_that_do_not_fit_the_vae(checkpoint, changes, message):

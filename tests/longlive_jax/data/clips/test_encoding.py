@@ -15,11 +15,11 @@ import time
 import numpy as np
 import pytest
 
+from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.data.clips import encoding, store
-from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
-from longlive_jax.data.clips.plan import JoinSpec
+from longlive_jax.data.clips.clip_plan import JoinSpec
+from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
 from longlive_jax.data.clips.store import EncodedClips, Manifest
-from longlive_jax.sampling.script import CUT_PREFIX
 from longlive_jax.spec import UserError
 from tests.longlive_jax.data.clips.counting import SPEC, Counting, run
 from tests.longlive_jax.data.clips.videos import write_caption
@@ -165,7 +165,7 @@ def test_a_disk_too_small_is_found_before_anything_is_encoded(dataset, tmp_path,
     ("change", "differs"),
     [
         ({"spec": dataclasses.replace(SPEC, size=(64, 64))}, "size"),
-        ({"spec": dataclasses.replace(SPEC, join=JoinSpec(chunks=1, chunk=2))}, "join"),
+        ({"spec": dataclasses.replace(SPEC, join=JoinSpec(chunks=1, chunk_frames=2))}, "join"),
         ({"vae": "another"}, "vae"),
     ],
 )

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
+from longlive_jax.data.clips.clip_plan import JoinSpec, plan, raw_frame_slice
 from longlive_jax.data.clips.dataset import Sample, Unusable, find_samples, usable
-from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
-from longlive_jax.data.clips.plan import JoinSpec, plan, raw_frames
+from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
 from longlive_jax.data.clips.source import VideoClips, lengths_of, read_clip
 from longlive_jax.parallel.halo import windows as halo_windows
 from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_sample
 
 SIZE = (32, 64)
-JOIN = JoinSpec(chunks=3, chunk=2)
+JOIN = JoinSpec(chunks=3, chunk_frames=2)
 THIRTY = [int(1.25 * i + 0.3125) for i in range(32)]
 """Frames of 30 a second that are on screen at 24 a second."""
 
@@ -32,16 +32,18 @@ def test_a_joined_clip(samples):
     assert lengths_of(samples[0]) == [12, 32]
     clip = plan(lengths_of(samples[0]), JOIN)
     assert numbers(read_clip(samples[0], clip, SIZE)) == THIRTY[:5] + THIRTY[:16]
-    skipping = plan(lengths_of(samples[1]), JoinSpec(chunks=3, chunk=2, max_chunks_per_shot=2))
+    skipping = plan(
+        lengths_of(samples[1]), JoinSpec(chunks=3, chunk_frames=2, max_chunks_per_shot=2)
+    )
     assert numbers(read_clip(samples[1], skipping, SIZE)) == [*range(13), *range(37, 45)]
-    padded = plan(lengths_of(samples[3]), JoinSpec(chunks=3, chunk=2, pad=True))
+    padded = plan(lengths_of(samples[3]), JoinSpec(chunks=3, chunk_frames=2, pad=True))
     assert numbers(read_clip(samples[3], padded, SIZE)) == [*range(9), *[8] * 12]
 
 
 def test_parts_of_a_clip_for_ranks(samples):
     clip = plan(lengths_of(samples[0]), JOIN)
     whole = read_clip(samples[0], clip, SIZE)
-    own = [raw_frames(2 * p, 2 * p + 2) for p in range(3)]
+    own = [raw_frame_slice(2 * p, 2 * p + 2) for p in range(3)]
     halos = [slice(w.first, w.last) for w in halo_windows(6, 3, halo=1)]
     for part in own + halos + [slice(3, 7), slice(20, 21), [0, 3, 4, 5, 9, 20]]:
         np.testing.assert_array_equal(read_clip(samples[0], clip, SIZE, part), whole[part])
@@ -69,7 +71,7 @@ def test_reasons(samples):
     source = VideoClips(samples, JOIN, SIZE, anywhere=False)
     rng = np.random.default_rng(0)
     with pytest.raises(Unusable, match=r"0\.mp4: cannot be read past"):
-        VideoClips(samples, JoinSpec(chunks=10, chunk=2), SIZE, anywhere=False).read(2, rng)
+        VideoClips(samples, JoinSpec(chunks=10, chunk_frames=2), SIZE, anywhere=False).read(2, rng)
     with pytest.raises(Unusable, match="too short: fills 1 of 3 chunks"):
         source.read(3, rng)
     with pytest.raises(Unusable, match="no caption"):
@@ -79,7 +81,7 @@ def test_reasons(samples):
 
 def test_damage_in_a_part_marks_the_row(samples):
     """The rank that reads the beginning cannot know, so the one at the end must not swap it."""
-    join = JoinSpec(chunks=10, chunk=2)
+    join = JoinSpec(chunks=10, chunk_frames=2)
     begin, end = (
         VideoClips(samples, join, SIZE, part=part, anywhere=False).read(2, np.random.default_rng(0))
         for part in (range(5), [*range(8), *range(68, 77)])
@@ -91,7 +93,7 @@ def test_damage_in_a_part_marks_the_row(samples):
 
 def test_a_feed_of_videos_skips_what_is_broken(samples):
     """In processes as in threads; shapes do not change, and nothing comes without a caption."""
-    source = VideoClips(samples, JoinSpec(chunks=4, chunk=2), SIZE)
+    source = VideoClips(samples, JoinSpec(chunks=4, chunk_frames=2), SIZE)
     found = []
     for workers in (0, 1):
         spec = FeedSpec(batch=2, workers=workers)

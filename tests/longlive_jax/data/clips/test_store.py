@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
+from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.data.clips import store
+from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import Unusable, find_samples
 from longlive_jax.data.clips.encoding import encode_dataset
-from longlive_jax.data.clips.feed import ClipFeed, FeedSpec
-from longlive_jax.data.clips.plan import JoinSpec
+from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
 from longlive_jax.data.clips.store import EncodedClips
-from longlive_jax.sampling.script import CUT_PREFIX
 from longlive_jax.spec import UserError
 from tests.longlive_jax.data.clips.counting import SPEC, Counting, run, texts_of
 
@@ -164,7 +164,7 @@ def test_texts_alone(dataset, whole, tmp_path):
 
 @pytest.mark.parametrize(("chunks", "texts"), [(1, 1), (3, 3), (9, 4)])
 def test_room_for_the_texts_of_any_clip(dataset, tmp_path, chunks, texts):
-    spec = dataclasses.replace(SPEC, join=JoinSpec(chunks=chunks, chunk=2))
+    spec = dataclasses.replace(SPEC, join=JoinSpec(chunks=chunks, chunk_frames=2))
     assert texts_of(dataset, tmp_path / "out", Counting(), spec).texts_per_clip == texts
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longlive_jax.io.keys_umt5 import ORIGINAL, TRANSFORMERS, config_of
+from longlive_jax.interop.keys_umt5 import ORIGINAL, TRANSFORMERS, config_of
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.umt5 import UMT5, UMT5Config
 from longlive_jax.models.umt5.encoder import relative_buckets

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longlive_jax.io import keys_vae
+from longlive_jax.interop import keys_vae
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, decode_chunk, encode, encode_chunk
 
@@ -89,10 +89,10 @@ def test_chunked_equals_whole(tiny, chunk):
     video = jax.random.uniform(jax.random.key(2), (2, 21, 32, 32, 3), minval=-1)
     z = encode(tiny, video)
     chex.assert_shape(z, (2, 6, 2, 2, 4))
-    chex.assert_trees_all_close(encode(tiny, video, chunk=chunk), z, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(encode(tiny, video, chunk_frames=chunk), z, rtol=1e-5, atol=1e-5)
     frames = decode(tiny, z)
     chex.assert_shape(frames, (2, 21, 32, 32, 3))
-    chex.assert_trees_all_close(decode(tiny, z, chunk=chunk), frames, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(decode(tiny, z, chunk_frames=chunk), frames, rtol=1e-4, atol=1e-5)
 
 
 def test_one_compilation_serves_every_chunk_after_the_first(tiny):

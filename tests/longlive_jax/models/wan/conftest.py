@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longlive_jax.io.keys_dit import ORIGINAL
+from longlive_jax.interop.keys_dit import ORIGINAL
 from longlive_jax.models.params import abstract
 from longlive_jax.models.wan import DiT, DiTConfig
 

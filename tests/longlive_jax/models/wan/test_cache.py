@@ -28,10 +28,14 @@ def attended(policy, cuts, chunks=11):
     batch = len(cuts)
     cache = empty_cache(CONFIG, batch, SIZE, policy)
     kv = jnp.zeros((CONFIG.layers, batch, 4, CONFIG.heads, CONFIG.head_dim))
-    write = jax.jit(lambda cache, cut: cache.opened(cut).write(kv, kv, cut=cut), donate_argnums=0)
+    write = jax.jit(
+        lambda cache, cut: cache.before_write(cut).write(kv, kv, cut=cut), donate_argnums=0
+    )
     seen = []
     for chunk in range(chunks):
-        seen.append([sorted({*row[row >= 0].tolist(), chunk}) for row in np.asarray(cache.held)])
+        seen.append(
+            [sorted({*row[row >= 0].tolist(), chunk}) for row in np.asarray(cache.slot_chunk)]
+        )
         cache = write(cache, jnp.array([chunk in sample for sample in cuts]))
     return list(zip(*seen, strict=True))
 
@@ -77,7 +81,7 @@ def test_cache_and_layout_agree(global_sinks, shot_sinks):
     cuts = rng.random((8, 24)) < 0.25
     cuts[:, 0] = True
     policy = CachePolicy(window=5, global_sinks=global_sinks, shot_sinks=shot_sinks)
-    since, sink = layout.windows(
+    window_start, sink = layout.windows(
         jnp.asarray(cuts), window=5, global_sinks=global_sinks, shot_sink=shot_sinks
     )
     got = attended(policy, [set(np.flatnonzero(row[1:]) + 1) for row in cuts], chunks=24)
@@ -86,7 +90,7 @@ def test_cache_and_layout_agree(global_sinks, shot_sinks):
             kept = [
                 past
                 for past in range(chunk + 1)
-                if past >= since[b, chunk] or past == sink[b, chunk] or past < global_sinks
+                if past >= window_start[b, chunk] or past == sink[b, chunk] or past < global_sinks
             ]
             assert seen == kept, (b, chunk)
 
@@ -97,22 +101,22 @@ def test_slots_fill_in_order_and_keep_their_position():
     for chunk in range(5):
         frames = cache.upcoming(10, noisy=True).pos[0, ::2, 0]
         np.testing.assert_array_equal(frames, [2 * chunk + 10, 2 * chunk + 11])
-        cache = cache.write((chunk + 1.0) * kv, kv, cut=jnp.array([False]), offset=10)
-    np.testing.assert_array_equal(cache.held, [[0, 3, 4]])
+        cache = cache.write((chunk + 1.0) * kv, kv, cut=jnp.array([False]), shot_rope_offset=10)
+    np.testing.assert_array_equal(cache.slot_chunk, [[0, 3, 4]])
     np.testing.assert_array_equal(cache.k[1, 0, :, 0, 0, 0], [1, 4, 5])
     np.testing.assert_array_equal(cache.tokens().pos[0, ::4, 0], [10, 16, 18])
-    np.testing.assert_array_equal(cache.tokens().chunk[0, ::4], [0, 3, 4])
+    np.testing.assert_array_equal(cache.tokens().chunk_index[0, ::4], [0, 3, 4])
 
 
 def test_relative_positions_are_those_of_the_window():
     cache = empty_cache(CONFIG, 1, SIZE, CachePolicy(relative_rope=True))
     kv = jnp.zeros((CONFIG.layers, 1, 4, CONFIG.heads, CONFIG.head_dim))
     for _ in range(6):
-        cache = cache.write(kv, kv, cut=jnp.array([False]), offset=99)
-    held = np.asarray(cache.held)[0]
-    order = np.argsort(np.argsort(held))
+        cache = cache.write(kv, kv, cut=jnp.array([False]), shot_rope_offset=99)
+    slot_chunk = np.asarray(cache.slot_chunk)[0]
+    order = np.argsort(np.argsort(slot_chunk))
     np.testing.assert_array_equal(cache.tokens().pos[0, ::4, 0], 2 * order)
-    assert int(cache.upcoming(noisy=True).pos[0, 0, 0]) == 2 * len(held)
+    assert int(cache.upcoming(noisy=True).pos[0, 0, 0]) == 2 * len(slot_chunk)
 
 
 def test_a_full_set_of_sinks_drops_the_chunk():
@@ -120,7 +124,7 @@ def test_a_full_set_of_sinks_drops_the_chunk():
     kv = jnp.ones((CONFIG.layers, 1, 4, CONFIG.heads, CONFIG.head_dim))
     for chunk in range(4):
         cache = cache.write((chunk + 1.0) * kv, kv, cut=jnp.array([False]))
-    np.testing.assert_array_equal(cache.held, [[0, 1]])
+    np.testing.assert_array_equal(cache.slot_chunk, [[0, 1]])
     np.testing.assert_array_equal(cache.k[0, 0, :, 0, 0, 0], [1, 2])
 
 

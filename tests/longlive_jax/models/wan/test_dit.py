@@ -15,8 +15,8 @@ from longlive_jax.layout import grid, teacher_forcing
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.variants import variant
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.models.wan.attention import ArrayPast, Cache
-from longlive_jax.models.wan.layers import affine, stored
+from longlive_jax.models.wan.attention import Cache, DenseLayerKV
+from longlive_jax.models.wan.layers import affine, round_like_reference
 from pallas_kernels.tokens import Tokens, make
 
 SMALL = DiTConfig(
@@ -78,7 +78,7 @@ def forced(model, params, batch, *, words="text_kv", **flags):
     dit = with_params(model[0], params)
     latents = jnp.concatenate([batch["clean"], batch["noisy"]], axis=1)
     times = jnp.concatenate([jnp.zeros_like(batch["time"]), batch["time"]], axis=1)
-    tokens = teacher_forcing(FRAMES, ROWS, COLUMNS, chunk=CHUNK)
+    tokens = teacher_forcing(FRAMES, ROWS, COLUMNS, chunk_frames=CHUNK)
     text = getattr(dit, words)(batch["text"], streams=2)
     return dit(latents, times, text, tokens, noisy_from=FRAMES, **flags)
 
@@ -93,7 +93,7 @@ class Slots:
 
     @property
     def past(self):
-        return ArrayPast(self.k, self.v)
+        return DenseLayerKV(self.k, self.v)
 
     def tokens(self, queries, /):
         return self.held
@@ -113,7 +113,7 @@ def test_cached_equals_masked(model, batch, relative):
         noisy, clean = (grid(CHUNK, ROWS, COLUMNS, **place, noisy=n) for n in (True, False))
         cache = None
         if i:
-            chunk = np.concatenate([t.chunk for t in held])
+            chunk = np.concatenate([t.chunk_index for t in held])
             # A slot that holds nothing must not matter.
             pad = [jnp.full_like(x[0], 9.0) for x in (stored_k, stored_v)]
             k, v = jnp.stack([*stored_k, pad[0]], 2), jnp.stack([*stored_v, pad[1]], 2)
@@ -147,7 +147,7 @@ def test_rematerialised_and_unrolled_layers_and_texts_within_them_change_nothing
 
 
 def test_a_timestep_a_frame_is_a_timestep_a_token(model, batch):
-    tokens = grid(FRAMES, ROWS, COLUMNS, chunk=FRAMES)
+    tokens = grid(FRAMES, ROWS, COLUMNS, chunk_frames=FRAMES)
     want, _ = run(model, batch["noisy"], batch["time"], batch["text"], tokens)
     each = jnp.repeat(batch["time"], ROWS * COLUMNS, axis=1)
     got, _ = run(model, batch["noisy"], each, batch["text"], tokens)
@@ -156,10 +156,10 @@ def test_a_timestep_a_frame_is_a_timestep_a_token(model, batch):
 
 def test_each_segment_of_frames_reads_its_own_prompt(model, batch):
     """Noisy chunks do not see each other, so a chunk alone with its prompt gives the same."""
-    tokens = grid(FRAMES, ROWS, COLUMNS, chunk=CHUNK, noisy=True)
+    tokens = grid(FRAMES, ROWS, COLUMNS, chunk_frames=CHUNK, noisy=True)
     got, _ = run(model, batch["noisy"], batch["time"], batch["text"], tokens)
     for i in range(CHUNKS):
-        own = grid(CHUNK, ROWS, COLUMNS, chunk=CHUNK, start=i * CHUNK, noisy=True)
+        own = grid(CHUNK, ROWS, COLUMNS, chunk_frames=CHUNK, start=i * CHUNK, noisy=True)
         alone = chunk_of(batch["noisy"], i), chunk_of(batch["time"], i)
         want, _ = run(model, *alone, batch["text"][:, i : i + 1], own)
         chex.assert_trees_all_close(chunk_of(got, i), want, rtol=1e-4, atol=1e-5)
@@ -187,9 +187,9 @@ def test_bfloat16_is_close_and_reference_rounding_is_what_it_says(model, batch):
         assert got.dtype == jnp.float32 and kv[0].dtype == jnp.bfloat16
         assert 1e-4 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.05
     x = jnp.linspace(0, 1, 97)
-    rounded = jax.jit(lambda x: stored(x, cfg))(x)
+    rounded = jax.jit(lambda x: round_like_reference(x, cfg))(x)
     chex.assert_trees_all_equal(rounded, x.astype(jnp.bfloat16).astype(jnp.float32))
-    assert jnp.any(rounded != stored(x, SMALL))
+    assert jnp.any(rounded != round_like_reference(x, SMALL))
 
 
 def test_a_bfloat16_stream_is_rounded_between_layers_alone(model, batch):
@@ -223,7 +223,7 @@ def test_a_new_model_predicts_nothing():
     dit = DiT(SMALL, rngs=nnx.Rngs(0))
     inputs = jnp.ones((1, 2, 4, 6, 4)), jnp.full((1, 2), 500.0), jnp.ones((1, 1, 5, 8))
     new = nnx.graphdef(dit), params_of(dit)
-    velocity, _ = run(new, *inputs, grid(2, 2, 3, chunk=2))
+    velocity, _ = run(new, *inputs, grid(2, 2, 3, chunk_frames=2))
     chex.assert_trees_all_equal(velocity, jnp.zeros_like(velocity))
 
 
@@ -234,7 +234,7 @@ def test_one_compilation_serves_every_chunk_start(model, batch):
     def velocity(start):
         traces.append(start)
         dit = with_params(*model)
-        tokens = grid(CHUNK, ROWS, COLUMNS, chunk=CHUNK, start=start, noisy=True)
+        tokens = grid(CHUNK, ROWS, COLUMNS, chunk_frames=CHUNK, start=start, noisy=True)
         text = dit.text_kv(batch["text"][:, :1])
         return dit(chunk_of(batch["noisy"], 0), chunk_of(batch["time"], 0), text, tokens)[0]
 
@@ -259,7 +259,7 @@ def test_bad_arguments_are_named(model, change, message):
     text = jnp.zeros((1, change.get("prompts", 1), 5, 8))
     frames = change.get("frames", 2)
     with pytest.raises(ValueError, match=message):
-        run(model, latents, timestep, text, grid(frames, 2, 3, chunk=frames))
+        run(model, latents, timestep, text, grid(frames, 2, 3, chunk_frames=frames))
 
 
 def test_bad_configurations_are_named():
@@ -292,7 +292,7 @@ def test_a_5b_step_lowers_without_weights():
 
     def step(params, latents, timestep, text, cache, start):
         dit = with_params(graphdef, params)
-        tokens = grid(frames, rows, columns, chunk=frames, start=start, noisy=True)
+        tokens = grid(frames, rows, columns, chunk_frames=frames, start=start, noisy=True)
         velocity, _ = dit(latents, timestep, dit.text_kv(text), tokens, cache)
         return velocity
 
@@ -323,7 +323,7 @@ class Halved:
 def test_a_kernel_may_bring_its_own_product(model, batch):
     graphdef, params = model
     params = jax.tree.map(lambda leaf: leaf, params)
-    tokens = grid(FRAMES, ROWS, COLUMNS, chunk=CHUNK, noisy=True)
+    tokens = grid(FRAMES, ROWS, COLUMNS, chunk_frames=CHUNK, noisy=True)
     inputs = batch["noisy"], batch["time"], batch["text"], tokens
     plain = run(model, *inputs)
     for place, name in (("self_attn", "q"), ("cross_attn", "v"), ("ffn", "down")):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.io.keys_dit import ORIGINAL
-from longlive_jax.io.keytable import TRANSFORMS
+from longlive_jax.interop.keys_dit import ORIGINAL
+from longlive_jax.interop.keytable import TRANSFORMS
 from longlive_jax.layout import grid, teacher_forcing
 from longlive_jax.models.params import with_params
 
@@ -45,14 +45,14 @@ def test_bidirectional(bidirectional, scalar):
     times = golden["t_tokens"]
     if scalar:
         times = jnp.repeat(golden["t_scalar"][:, None], frames, axis=1)
-    tokens = grid(frames, rows, columns, chunk=frames)
+    tokens = grid(frames, rows, columns, chunk_frames=frames)
     got = _run(golden, times, golden["context"][:, None], tokens)
     want = golden.video("y_scalar_t" if scalar else "y")
     assert relative_error(got, want) < TOLERANCE
 
 
 def test_block_causal(forced):
-    tokens = grid(*size(forced), chunk=forced.meta["num_frame_per_block"])
+    tokens = grid(*size(forced), chunk_frames=forced.meta["num_frame_per_block"])
     got = _run(forced, forced["t"], _prompts(forced), tokens)
     assert relative_error(got, forced.video("y_blockwise_causal")) < TOLERANCE
 
@@ -63,13 +63,15 @@ def _prompts(golden):
     return context.reshape(-1, golden.meta["num_blocks"], *context.shape[1:])
 
 
-def _loss(params, golden, aug, offset=None):
+def _loss(params, golden, aug, shot_rope_offset=None):
     dit = with_params(golden.graphdef, params)
     latents = jnp.concatenate([golden.video("clean"), golden.video("x")], axis=1)
     times = jnp.concatenate([aug, golden["t"]], axis=1)
     frames, rows, columns = size(golden)
     chunk = golden.meta["num_frame_per_block"]
-    tokens = teacher_forcing(frames, rows, columns, chunk=chunk, offset=offset)
+    tokens = teacher_forcing(
+        frames, rows, columns, chunk_frames=chunk, shot_rope_offset=shot_rope_offset
+    )
     text = dit.text_kv(_prompts(golden), streams=2)
     velocity, _ = dit(latents, times, text, tokens, noisy_from=frames)
     return jnp.mean((velocity - golden.video("target")) ** 2), velocity
@@ -77,11 +79,13 @@ def _loss(params, golden, aug, offset=None):
 
 @pytest.mark.parametrize("suffix", ["", "_rope_offset"])
 def test_teacher_forcing_outputs_loss_and_gradients(forced, suffix):
-    offset = forced["rope_offset"] if suffix else None
+    shot_rope_offset = forced["rope_offset"] if suffix else None
 
     @jax.jit
     def run(params):
-        return jax.value_and_grad(_loss, has_aux=True)(params, forced, forced["aug_t"], offset)
+        return jax.value_and_grad(_loss, has_aux=True)(
+            params, forced, forced["aug_t"], shot_rope_offset
+        )
 
     (loss, velocity), grads = run(forced.params)
     assert relative_error(velocity, forced.video(f"y{suffix}")) < TOLERANCE

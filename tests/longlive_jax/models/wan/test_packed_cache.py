@@ -42,14 +42,14 @@ def test_what_is_stored_is_what_quantize_gives_for_each_layer_and_sample():
     k, v = chunk(0, batch=2)
     cache = empty_cache(CONFIG, 2, SIZE, CachePolicy(format=form("none")))
     cache = cache.write(k, v, cut=jnp.zeros(2, bool))
-    for stored, x in ((cache.k, k), (cache.v, v)):
+    for round_like_reference, x in ((cache.k, k), (cache.v, v)):
         want = quantize(x[1, 1], rule="mse")
-        got = jax.tree.map(lambda leaf: leaf[1, 1, 0], stored).array
+        got = jax.tree.map(lambda leaf: leaf[1, 1, 0], round_like_reference).array
         np.testing.assert_array_equal(got.codes.astype(jnp.float32), want.codes.astype(jnp.float32))
         np.testing.assert_array_equal(
             got.scales.astype(jnp.float32), want.scales.astype(jnp.float32)
         )
-        assert got.amax == want.amax and stored.amax.shape == (2, 2, 3)
+        assert got.amax == want.amax and round_like_reference.amax.shape == (2, 2, 3)
 
 
 def test_a_chunk_is_packed_once_and_never_moved():
@@ -61,9 +61,14 @@ def test_a_chunk_is_packed_once_and_never_moved():
     for i in range(6):
         cache = write(cache, chunk(i), jnp.array([i == 2]))
         seen.append(
-            (np.asarray(cache.held[0]).tolist(), jax.tree.map(np.asarray, (cache.k, cache.v)))
+            (np.asarray(cache.slot_chunk[0]).tolist(), jax.tree.map(np.asarray, (cache.k, cache.v)))
         )
-    assert [held for held, _ in seen[2:]] == [[0, 1, 2], [0, 3, 2], [0, 4, 2], [0, 5, 2]]
+    assert [slot_chunk for slot_chunk, _ in seen[2:]] == [
+        [0, 1, 2],
+        [0, 3, 2],
+        [0, 4, 2],
+        [0, 5, 2],
+    ]
     fresh = empty_cache(CONFIG, 1, SIZE, policy)
     for slot, made in ((0, 0), (2, 2), (1, 5)):
         alone = write(fresh, chunk(made), NO_CUT)
@@ -139,13 +144,13 @@ def test_size():
 def test_writing_happens_in_place():
     cache = empty_cache(CONFIG, 3, SIZE, CachePolicy(window=9, format=NVFP4))
     packed = jax.jit(cache.pack)(*chunk(0, batch=3))
-    put = jax.jit(lambda c, packed, cut: c.put(packed, cut=cut), donate_argnums=0)
-    compiled = put.lower(cache, packed, jnp.zeros(3, bool)).compile()
+    insert = jax.jit(lambda c, packed, cut: c.insert(packed, cut=cut), donate_argnums=0)
+    compiled = insert.lower(cache, packed, jnp.zeros(3, bool)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
     assert memory.temp_size_in_bytes < cache.nbytes / 4  # eight slots
     pointer = cache.k.codes.unsafe_buffer_pointer()
-    assert put(cache, packed, jnp.zeros(3, bool)).k.codes.unsafe_buffer_pointer() == pointer
+    assert insert(cache, packed, jnp.zeros(3, bool)).k.codes.unsafe_buffer_pointer() == pointer
 
 
 def test_bad_choices_are_refused():

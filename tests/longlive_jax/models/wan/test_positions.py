@@ -45,16 +45,16 @@ def test_pairs_are_shared_out_as_frame_row_column():
 def test_rotation_is_a_complex_product_and_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 2, 16))
 
-    def turned(x, frame):
+    def rotate_keys(x, frame):
         return rotate(x, rope_rotation(jnp.array([[frame, 1, 2]]), 16))
 
     pairs = np.asarray(q).reshape(1, 1, 2, 8, 2)
     angle = np.asarray(rope_angles(np.array([[9, 1, 2]], np.int32), 16))
     want = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle[:, None])
-    got = np.asarray(turned(q, 9)).reshape(pairs.shape)
+    got = np.asarray(rotate_keys(q, 9)).reshape(pairs.shape)
     np.testing.assert_allclose(got[..., 0] + 1j * got[..., 1], want, atol=1e-6)
-    near = jnp.sum(turned(q, 12) * turned(k, 4))
-    far = jnp.sum(turned(q, 1_000_008) * turned(k, 1_000_000))
+    near = jnp.sum(rotate_keys(q, 12) * rotate_keys(k, 4))
+    far = jnp.sum(rotate_keys(q, 1_000_008) * rotate_keys(k, 1_000_000))
     np.testing.assert_allclose(near, far, rtol=1e-5)
 
 

@@ -1,1 +1,0 @@
-"""A short video from the built-in model, and the judge's opinion of it."""

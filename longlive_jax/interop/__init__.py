@@ -1,0 +1,1 @@
+"""Foreign checkpoints: PyTorch, safetensors, diffusers and LongLive files, read and written."""

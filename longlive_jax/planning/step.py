@@ -1,0 +1,178 @@
+"""The train step of stage `clips` as a planner needs it: real, over any devices, never allocated.
+
+Attention is the one part that is not the run's own unless the config names it (`NAMED`): a
+stand-in keeps and makes what a fused kernel does (queries, keys, values, output and log-sum-exp;
+never [queries, keys]) and computes nothing of use. Memory and traffic are those of the step with
+such a kernel: compiled with the Mosaic kernels themselves (`--config.attention=mosaic`), the 5B's
+peak is the same to 0.1 GiB, 58.2 at 128 latent frames over 4 H200 without error buffers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.models.params import abstract, params_of
+from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.parallel import rules
+from longlive_jax.training.objectives.error_recycling import init_buffers, partition
+from longlive_jax.training.objectives.sharded import COLUMNS
+from longlive_jax.training.optim import make_optimizer
+from longlive_jax.training.stages.wan_ar import BATCH_SPECS, WanARStage
+from longlive_jax.training.state import TrainState, init_state, state_specs
+from longlive_jax.training.step import make_train_step
+from longlive_jax.typing import Array, Float
+
+__all__ = ["NAMED", "STAND_IN", "Clip", "PlannedStep", "fused", "lower", "parameters"]
+
+NAMED = ("mosaic", "xla")
+"""Implementations of attention that are compiled if the config names them."""
+STAND_IN = "any fused kernel (a stand-in)"
+"""What a report calls it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Latents of a clip: `frames` in chunks of `chunk_frames`, each of `size` (height, width,
+    channels).
+
+    Every chunk may have a prompt of its own: the table of texts has so many rows.
+    """
+
+    frames: int
+    chunk_frames: int
+    size: tuple[int, int, int]
+
+    @property
+    def chunks(self) -> int:
+        """Whole chunks."""
+        return self.frames // self.chunk_frames
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk, clean or noisy."""
+        return self.chunk_frames * (self.size[0] // 2) * (self.size[1] // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """A stage's step on clips of one length; arrays are shapes only."""
+
+    stage: WanARStage
+    model: DiTConfig
+    clip: Clip
+
+    def state(self) -> tuple[TrainState, TrainState]:
+        """Shapes of all that a run carries, and PartitionSpecs of it."""
+        tx = make_optimizer(self.stage.optim, self.stage.loop.steps)
+        recycling = self.stage.recycling
+        chunk_frames = (self.clip.chunk_frames, *self.clip.size)
+
+        def made() -> TrainState:
+            params = params_of(DiT(self.model, rngs=nnx.Rngs(0)))
+            memory = () if recycling is None else init_buffers(recycling, chunk_frames)
+            return init_state(params, tx, memory)
+
+        shapes = jax.eval_shape(made)
+        memory_specs: Any = ()
+        if recycling is not None:
+            memory_specs = partition(recycling, self.stage.mesh.samples)
+        return shapes, state_specs(shapes, tx, rules.DIT, memory_specs)
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """One batch, as `clips` are collated."""
+        rows, clip = self.stage.batch, self.clip
+        latents = (rows, clip.frames, *clip.size)
+        text = (rows, clip.chunks + 1, self.model.text_len, self.model.text_dim)
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            "context": (latents, "float32"),
+            "target": (latents, "float32"),
+            "mask": (latents[:2], "float32"),
+            "text": (text, self.stage.dtype),
+            **dict.fromkeys(COLUMNS, ((rows, 2 * clip.chunks), "int32")),
+        }
+        return {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
+
+    def over(self, mesh: Mesh) -> tuple[Any, tuple[TrainState, dict[str, Any]]]:
+        """The jitted step, and its arguments as shapes that know where they lie."""
+        stage = self.stage
+        shapes, specs = self.state()
+        where = rules.shardings(mesh, specs)
+        setup = stage.setup(self.model, self.clip.chunk_frames, self.clip.chunks)
+        # On a GPU attention to the text is cuDNN's, whose library a plan does not need.
+        setup = dataclasses.replace(setup, attend_text=fused)
+        if stage.attention not in NAMED:
+            setup = dataclasses.replace(setup, attention_for=lambda _tokens: fused)
+        clip, text = self.clip, self.model.text_len
+        rows = clip.chunks * clip.chunk_tokens, clip.chunks * text
+        quant = stage.precision(shapes.params, specs.params, mesh, rows)
+        step = make_train_step(
+            stage.loss_fn(setup, mesh, quant.specs(specs.params, shapes.params)),
+            make_optimizer(stage.optim, stage.loop.steps),
+            stage.ema,
+            stage.loop.seed,
+            accumulate=stage.loop.accumulate,
+            shardings=where,
+            prepare=quant.prepare,
+        )
+        batch = self.batch()
+        places = {k: NamedSharding(mesh, P(*BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()}
+        return step, (_lying(shapes, where), _lying(batch, places))
+
+
+def lower(step: PlannedStep, mesh: Mesh) -> jax.stages.Lowered:
+    """The step over a mesh, which may be of devices that are not here."""
+    with jax.default_device(mesh.devices.flat[0]):  # tells kernels their chip
+        jitted, arguments = step.over(mesh)
+        return jitted.lower(*arguments)
+
+
+def parameters(model: DiTConfig) -> int:
+    """Numbers in the model's parameters."""
+    _, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def _lying(shapes: Any, where: Any) -> Any:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
+    )
+
+
+def fused(
+    q: Float[Array, "b q n d"], k: Float[Array, "b k n d"], v: Float[Array, "b k n d"], *_: Any
+) -> Float[Array, "b q n d"]:
+    """What a fused kernel takes, keeps for its gradient and gives; not its values."""
+    return _fused(q, k, v)
+
+
+@jax.custom_vjp
+def _fused(q: Array, k: Array, v: Array) -> Array:
+    return _forward(q, k, v)[0]
+
+
+def _forward(q: Array, k: Array, v: Array):
+    # Barriers stand for the kernel's borders: what crosses one is an array in memory.
+    q, k, v = lax.optimization_barrier((q, k, v))
+    seen = jnp.mean(k * v, axis=1, keepdims=True, dtype=jnp.float32)
+    out = (q * seen).astype(v.dtype)
+    lse = jnp.sum(q, axis=-1, dtype=jnp.float32)
+    out, lse = lax.optimization_barrier((out, lse))
+    return out, (q, k, v, out, lse)
+
+
+def _backward(kept: tuple[Array, ...], grad: Array):
+    q, k, v, out, lse = kept
+    delta = jnp.sum((out * grad).astype(jnp.float32), axis=-1)
+    q, k, v, grad, lse, delta = lax.optimization_barrier((q, k, v, grad, lse, delta))
+    scale = jnp.mean(lse * delta)
+    found = [(x * scale).astype(x.dtype) for x in (q + grad, k, v)]
+    return lax.optimization_barrier(tuple(found))
+
+
+_fused.defvjp(_forward, _backward)

@@ -1,0 +1,94 @@
+"""The DiT in the precision that a run asks for: as its checkpoint is, or packed when it is loaded.
+
+What cannot be is found before weights are read: rules that are not the checkpoint's, widths that
+do not split into blocks, and an implementation that this device does not have.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from longlive_jax.io.arrays import nest
+from longlive_jax.io.checkpoint import open_component
+from longlive_jax.io.models import load_model
+from longlive_jax.io.packed_kernels import Kernel, Record, dense, record_of
+from longlive_jax.models.params import params_of, with_params
+from longlive_jax.models.wan import DiT
+from longlive_jax.quant.packed import quantize_params
+from longlive_jax.quant.policy import Format, QuantSpec, named
+from longlive_jax.spec import UserError
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.nvfp4 import which
+
+__all__ = ["load_dit"]
+
+
+def load_dit(
+    folder: str | os.PathLike, quant: QuantSpec, *, param_dtype: DTypeLike, dtype: DTypeLike
+) -> DiT:
+    """The DiT of a checkpoint directory, its kernels packed if the checkpoint or `quant` says so.
+
+    `quant.policy` "none" takes the checkpoint as it is. Another one must be that of a packed
+    checkpoint; otherwise kernels are packed here, from what the checkpoint holds. `param_dtype` is
+    of all other parameters. Raises UserError as above.
+    """
+    formats, record = _formats(folder, quant), record_of(folder)
+    if record is not None:
+        _check_same(folder, record, formats, quant)
+        formats = {name: kernel.form for name, kernel in record.kernels.items()}
+    _check_available(formats, quant)
+    if record is not None or not formats:
+        return load_model(
+            folder, "dit", param_dtype=param_dtype, dtype=dtype, implementation=quant.implementation
+        )
+    dit = load_model(folder, "dit", dtype=dtype)
+    packed = quantize_params(
+        params_of(dit),
+        named(quant.policy),
+        implementation=quant.implementation,
+        dtype=jnp.dtype(param_dtype),
+    )
+    return with_params(dit, packed)
+
+
+def _formats(folder: str | os.PathLike, quant: QuantSpec) -> dict[str, Format]:
+    """What the policy says of this checkpoint's kernels; nothing is read but its manifest."""
+    reader, _ = open_component(folder, "dit")
+    shapes = dense({path: spec.shape for path, spec in reader.specs.items()})
+    tree = nest({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
+    try:
+        return named(quant.policy).formats(tree)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def _check_same(
+    folder: str | os.PathLike, record: Record, formats: dict[str, Format], quant: QuantSpec
+) -> None:
+    wanted = {name: Kernel.of(form) for name, form in formats.items()}
+    if wanted and wanted != dict(record.kernels):
+        forms = "; ".join(map(str, dict.fromkeys(formats.values())))
+        raise UserError(
+            f"quant.policy is {quant.policy} ({forms}), but {Path(folder)} is packed as "
+            f"{record.describe()}; leave quant.policy out, or name a checkpoint that is not packed"
+        )
+
+
+def _check_available(formats: dict[str, Format], quant: QuantSpec) -> None:
+    """UserError if an implementation is asked for by name that does not run here."""
+    kinds, name = {form.kind for form in formats.values()}, quant.implementation
+    if not kinds and name != "auto":
+        raise UserError(
+            f"quant.implementation is {name}, but nothing is quantized; say quant.policy=nvfp4"
+        )
+    if "fp8" in kinds and name not in ("auto", "xla"):
+        raise UserError(f"quant.implementation is {name}; products in FP8 are XLA's: auto or xla")
+    if "nvfp4" in kinds:
+        try:
+            for op in ("matmul", "quantize"):
+                which(op, implementation=name)
+        except (Unsupported, ValueError) as error:
+            raise UserError(f"quant.implementation: {error}") from error

@@ -1,0 +1,58 @@
+"""The small world: captioned multi-shot videos of moving shapes, and a judge that reads them."""
+
+from longlive_jax.small_world.drawing import FPS, HEIGHT, SPEED, WIDTH
+from longlive_jax.small_world.words import (
+    BACKGROUNDS,
+    COLOURS,
+    MARKS,
+    MOTIONS,
+    SHAPES,
+    VOCABULARY,
+    Scene,
+    all_captions,
+    all_scenes,
+    caption,
+    held_out,
+    parse_caption,
+)
+from longlive_jax.small_world.world import (
+    CHUNK_LATENTS,
+    Shot,
+    Subject,
+    VideoSpec,
+    chunk_count,
+    frame_bounds,
+    frame_count,
+    render,
+    sample_spec,
+    vae_clips,
+)
+
+__all__ = [
+    "BACKGROUNDS",
+    "CHUNK_LATENTS",
+    "COLOURS",
+    "FPS",
+    "HEIGHT",
+    "MARKS",
+    "MOTIONS",
+    "SHAPES",
+    "SPEED",
+    "VOCABULARY",
+    "WIDTH",
+    "Scene",
+    "Shot",
+    "Subject",
+    "VideoSpec",
+    "all_captions",
+    "all_scenes",
+    "caption",
+    "chunk_count",
+    "frame_bounds",
+    "frame_count",
+    "held_out",
+    "parse_caption",
+    "render",
+    "sample_spec",
+    "vae_clips",
+]

@@ -1,0 +1,181 @@
+"""Training the VAE: reconstruct clips, images first.
+
+Images teach space cheaply; because causal convolutions start with their past taps at zero, the same
+parameters then go on with clips. Latents are decoded with a little noise added, so that the decoder
+forgives the small errors of a generator.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from longlive_jax.io.checkpoint import save_component
+from longlive_jax.models.params import abstract, params_of, with_params
+from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
+from longlive_jax.parallel.hosts import first_process, readable
+from longlive_jax.small_world import world
+from longlive_jax.training.feed import feed_in_order
+from longlive_jax.training.loop import Task
+from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec
+from longlive_jax.training.step import stateless
+from longlive_jax.typing import Array, Float, Params
+
+ClipSource = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
+"""(rng, batch, frames) -> video [b, f, h, w, 3] in [-1, 1], weight [b, f, h, w, 1] of pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of the run with one clip length (1 = images)."""
+
+    steps: int
+    batch: int
+    frames: int
+
+
+@dataclasses.dataclass(frozen=True)
+class VAELossSpec:
+    """Weights of the reconstruction loss: absolute + `square` x squared error, pixel by pixel.
+
+    Attributes:
+      square: weight of the squared error beside the absolute one.
+      noise: standard deviation of what is added to latents before decoding.
+      size: weight of the mean squared latent, which keeps latents near unit size.
+    """
+
+    square: float = 2.0
+    noise: float = 0.1
+    size: float = 3e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipBatches(Sequence):
+    """Batch i of the run as a function of i."""
+
+    source: ClipSource
+    phases: tuple[Phase, ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def __getitem__(self, i):
+        left = int(i)
+        for phase in self.phases:
+            if left < phase.steps:
+                break
+            left -= phase.steps
+        rng = np.random.default_rng((self.seed, int(i)))
+        video, weight = self.source(rng, phase.batch, phase.frames)
+        return {"video": video, "weight": weight}
+
+
+def vae_loss(graphdef: nnx.GraphDef, params: Params, batch, key, *, spec: VAELossSpec):
+    """Weighted reconstruction loss of one batch; also reports the plain PSNR in dB."""
+    vae = with_params(graphdef, params)
+    video, weight = batch["video"], batch["weight"]
+    z = encode(vae, video)
+    noisy = z + spec.noise * jax.random.normal(key, z.shape)
+    error = decode(vae, noisy) - video
+    cost = weight * (jnp.abs(error) + spec.square * error**2)
+    metrics = {"psnr": psnr(error), "latent_std": jnp.std(z)}
+    return jnp.mean(cost) + spec.size * jnp.mean(z**2), metrics
+
+
+def psnr(error: Float[Array, "..."]) -> Float[Array, ""]:
+    """Peak signal-to-noise ratio in dB for pixels in [-1, 1]."""
+    return 10 * jnp.log10(4 / jnp.mean(error**2))
+
+
+def vae_task(
+    cfg: VAEConfig,
+    batches: ClipBatches,
+    held_out: Float[Array, "b f h w 3"],
+    *,
+    loss: VAELossSpec,
+    provenance: dict[str, Any],
+) -> Task:
+    """The VAE as a `Task`; its export measures latent statistics on `held_out` and stores them."""
+    graphdef, _ = abstract(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
+    round_trip = jax.jit(
+        lambda p, x: decode(with_params(graphdef, p), _encode(p, x), chunk_frames=4)
+    )
+
+    def _encode(params, video):
+        return encode(with_params(graphdef, params), video, chunk_frames=4)
+
+    def evaluate(params: Params, step: int, workdir: pathlib.Path) -> dict[str, float]:
+        rebuilt = jnp.clip(round_trip(readable(params), held_out), -1, 1)
+        frames = np.concatenate([np.asarray(held_out[0, ::8]), np.asarray(rebuilt[0, ::8])])
+        if first_process():
+            _save_frames(frames, workdir / f"reconstruction_{step:06d}.png")
+        worst = jnp.mean((rebuilt - held_out) ** 2, axis=(2, 3, 4)).max()
+        found = {"held_out_psnr": psnr(rebuilt - held_out), "worst_psnr": 10 * jnp.log10(4 / worst)}
+        return {name: float(value) for name, value in found.items()}
+
+    def export(params: Params, directory: pathlib.Path) -> None:
+        z = jax.jit(_encode)(params, held_out)
+        mean, std = z.mean((0, 1, 2, 3)), z.std((0, 1, 2, 3))
+        old_mean, old_std = jnp.array(cfg.latent_mean), jnp.array(cfg.latent_std)
+        final = dataclasses.replace(
+            cfg,
+            latent_mean=tuple(map(float, mean * old_std + old_mean)),
+            latent_std=tuple(map(float, std * old_std)),
+        )
+        save_component(directory, "vae", params, final, provenance=provenance, overwrite=True)
+
+    return Task(
+        init=lambda key: params_of(VAE(cfg, rngs=nnx.Rngs(key))),
+        loss_fn=stateless(functools.partial(vae_loss, graphdef, spec=loss)),
+        feed=feed_in_order(batches),
+        evaluate=evaluate,
+        export=export,
+    )
+
+
+def _save_frames(frames: np.ndarray, path: pathlib.Path) -> None:
+    """Two rows of frames: the originals above, what the VAE makes of them below."""
+    from PIL import Image
+
+    top, bottom = np.split(np.clip(frames * 127.5 + 127.5, 0, 255).astype(np.uint8), 2)
+    rows = [np.concatenate(list(row), axis=1) for row in (top, bottom)]
+    Image.fromarray(np.concatenate(rows, axis=0)).save(path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEStage(RunSpec):
+    """Stage `vae`: phases of images and clips; `loop.steps` must be their sum."""
+
+    model: VAEConfig
+    phases: tuple[Phase, ...]
+    loss: VAELossSpec = dataclasses.field(default_factory=VAELossSpec)
+    held_out_clips: int = 8
+    cut_probability: float = 0.5
+    subject_weight: float = 3.0  # pixels of the subject count 1 + this
+
+    def __post_init__(self):
+        self.only_data(*(phase.batch for phase in self.phases))
+        total = sum(phase.steps for phase in self.phases)
+        if total != self.loop.steps:
+            raise ValueError(
+                f"phases have {total} steps, loop.steps is {self.loop.steps}; make them equal"
+            )
+
+    def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
+        def clips(rng: np.random.Generator, batch: int, frames: int):
+            video, cover = world.vae_clips(rng, batch, frames, self.cut_probability)
+            return video, 1 + self.subject_weight * (cover > 0)[..., None].astype(np.float32)
+
+        held_out, _ = clips(np.random.default_rng(HELD_OUT_SEED), self.held_out_clips, 61)
+        batches = ClipBatches(clips, self.phases, self.loop.seed)
+        return vae_task(
+            self.model, batches, held_out, loss=self.loss, provenance=self.provenance("vae")
+        )

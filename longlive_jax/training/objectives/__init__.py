@@ -1,0 +1,1 @@
+"""Losses: teacher forcing, its sharded form, and error recycling around either."""

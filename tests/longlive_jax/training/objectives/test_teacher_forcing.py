@@ -1,0 +1,226 @@
+"""The teacher-forced loss: what it depends on, and what must not change it."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longlive_jax.diffusion.flow import FlowSchedule
+from longlive_jax.models.params import abstract, params_of, with_params
+from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARLossSpec,
+    ARSetup,
+    TeacherForcingBatch,
+    ar_loss,
+    draw,
+    flow_loss,
+    predict,
+)
+from pallas_kernels.attention.chunks import attend_chunks
+from pallas_kernels.tokens import EMPTY
+
+CFG = DiTConfig(
+    dim=32, ffn_dim=48, freq_dim=8, text_dim=8, text_len=4, heads=2, layers=2,
+    in_channels=3, out_channels=3,
+)  # fmt: skip
+FRAMES, PROMPTS, WINDOW = 2, 6, 4  # frames of a chunk; the last prompt is the empty one
+CONTEXT = [[0, 2, EMPTY, 3, 4], [0, EMPTY, 1, 2, 3]]
+TARGET = [[0, 4, 5], [0, 3, 4]]
+SINCE = [[0, 0, 0, 2, 3, 0, 3, 4], [0, 0, 0, 0, 1, 0, 1, 2]]
+SINK = [[EMPTY, 0, EMPTY, 0, 2, EMPTY, 2, 2], [EMPTY, EMPTY, 0, 0, 0, EMPTY, 0, 0]]
+BOTH = 2 * FRAMES
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Graph definition and parameters, random everywhere, so that no part is silent."""
+    graphdef, _ = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    def params(key):
+        leaves, tree = jax.tree.flatten(params_of(DiT(CFG, rngs=nnx.Rngs(key))))
+        noise = [
+            jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(tree, [x + 0.1 * y for x, y in zip(leaves, noise, strict=True)])
+
+    return graphdef, params(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def text():
+    return jax.random.normal(jax.random.key(2), (PROMPTS, CFG.text_len, CFG.text_dim))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    chunk = np.concatenate([CONTEXT, TARGET], axis=1)
+    keys = jax.random.split(jax.random.key(3), 2)
+    context, target = (
+        jax.random.normal(key, (2, FRAMES * len(rows[0]), 4, 4, 3))
+        for key, rows in zip(keys, (CONTEXT, TARGET), strict=True)
+    )
+    columns = {
+        "chunk_index": chunk,
+        "start": FRAMES * np.maximum(chunk, 0),
+        "window_start": np.array(SINCE),
+        "sink": np.array(SINK),
+        "prompt": np.maximum(chunk, 0) % 2,
+    }
+    columns = {name: jnp.asarray(column, jnp.int32) for name, column in columns.items()}
+    return TeacherForcingBatch(context, target, jnp.ones(target.shape[:2]), **columns)
+
+
+@pytest.fixture(scope="module")
+def loss(model, text):
+    """(batch, **settings) -> loss, as a function of parameters and batch."""
+    graphdef, _ = model
+
+    def loss(params, batch, *, text_dropout=0.0, **run):
+        spec = ARLossSpec(global_sinks=1, text_dropout=text_dropout)
+        setup = ARSetup(graphdef, FRAMES, PROMPTS - 1, spec, **run)
+        return ar_loss(setup, params, batch, jax.random.key(4), text)[0]
+
+    return loss
+
+
+def only(batch, chunk):
+    """The batch with a loss on nothing but one target chunk."""
+    here = jnp.arange(batch.mask.shape[1]) // FRAMES == chunk
+    return batch.replace(mask=batch.mask * here)
+
+
+def moves(gradient):
+    """Which chunks of each sample a gradient reaches."""
+    size = jnp.abs(gradient).reshape(len(gradient), -1, FRAMES * 48).max(-1)
+    return np.asarray(size > 0).tolist()
+
+
+def test_a_target_depends_on_itself_and_its_window_alone(model, loss, batch):
+    _, params = model
+
+    def of_latents(latents, batch):
+        return loss(params, batch.replace(context=latents[0], target=latents[1]))
+
+    gradient = jax.jit(jax.grad(of_latents))
+    latents = (batch.context, batch.target)
+    context, target = gradient(latents, only(batch, 1))
+    # Not its own clean copy, which is later than what it may see, and not the empty chunk.
+    assert moves(context) == [[True, True, False, True, False], [True, False, True, True, False]]
+    assert moves(target) == [[False, True, False]] * 2
+    context, target = gradient(latents, only(batch, 0))
+    assert moves(context) == [[False] * 5] * 2
+    assert moves(target) == [[True, False, False]] * 2
+    _, target = gradient(latents, batch.replace(mask=batch.mask.at[:, BOTH:].set(0)))
+    assert moves(target) == [[True, True, False]] * 2
+
+
+def test_masked_frames_do_not_count(batch):
+    draws = draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec())
+    part = batch.replace(mask=batch.mask.at[0, 1].set(0).at[1, BOTH:].set(0))
+    velocity = jax.random.normal(jax.random.key(5), batch.target.shape)
+    gradient, metrics = jax.grad(flow_loss, has_aux=True)(velocity, part, draws)
+    reached = np.asarray(jnp.abs(gradient).max((2, 3, 4)) > 0)
+    np.testing.assert_array_equal(reached, np.asarray(part.mask, bool))
+    error = (velocity - (draws.noise - batch.target)) ** 2
+    error = np.asarray(error.mean((2, 3, 4)))[np.asarray(part.mask, bool)]
+    assert float(metrics["velocity_error"]) == pytest.approx(error.mean(), rel=1e-5)
+
+
+def test_attention_over_few_chunks_is_the_same_loss(model, loss, batch):
+    _, params = model
+    few = functools.partial(attend_chunks, size=FRAMES * 4, most=WINDOW)
+    fn = jax.jit(jax.value_and_grad(loss), static_argnames="attention_for")
+    chex.assert_trees_all_close(
+        fn(params, batch, attention_for=lambda _: few), fn(params, batch), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_samples_do_not_meet(model, text, batch):
+    graphdef, params = model
+    draws = draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec())
+
+    @jax.jit
+    def velocity(batch, draws):
+        setup = ARSetup(graphdef, FRAMES, PROMPTS - 1, ARLossSpec(global_sinks=1))
+        return predict(setup, with_params(graphdef, params), batch, draws, text)
+
+    together = velocity(batch, draws)
+    for i in range(2):
+        alone = velocity(*jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, draws)))
+        chex.assert_trees_all_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_prompts_are_irrelevant(model, loss, batch):
+    _, params = model
+    fn = jax.jit(loss)
+    other = batch.replace(prompt=batch.prompt + 2)
+    without, with_text = (
+        [float(fn(params, x, text_dropout=share)) for x in (batch, other)] for share in (1.0, 0.0)
+    )
+    assert without[0] == without[1]
+    assert abs(with_text[0] - with_text[1]) > 1e-4
+
+
+def test_context_is_roughened_by_one_level_a_chunk(batch):
+    """And the model is told it, if it is to be."""
+    kinds = {"untold": {}, "told": {"context_noise_told": True}}
+    key, batch = jax.random.key(0), batch.replace(context=jnp.zeros_like(batch.context))
+    untold, told = (
+        draw(key, batch, chunk_frames=FRAMES, spec=ARLossSpec(context_noise=0.5, **kinds[name]))
+        for name in ("untold", "told")
+    )
+    chex.assert_trees_all_equal(untold.replace(context_timestep=told.context_timestep), told)
+    assert not untold.context_timestep.any()
+    level = told.context_timestep / 1000
+    np.testing.assert_array_equal(level[:, ::FRAMES], level[:, 1::FRAMES])
+    assert ((level > 0) & (level < 0.5)).all() and len(set(np.asarray(level).flat)) > 3
+    np.testing.assert_allclose(told.context.std((2, 3, 4)), level, rtol=0.25)
+    clean = draw(key, batch, chunk_frames=FRAMES, spec=ARLossSpec(context_noise_told=True))
+    assert not clean.context.any() and not clean.context_timestep.any()
+
+
+def test_draws_are_one_level_a_chunk_of_the_table(batch):
+    draws = draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec(shift=5.0))
+    sigma = np.asarray(draws.sigma)
+    np.testing.assert_array_equal(sigma[:, ::FRAMES], sigma[:, 1::FRAMES])
+    assert len(set(sigma[:, ::FRAMES].flat)) == 6
+    np.testing.assert_allclose(draws.timestep, 1000 * sigma, rtol=1e-6)
+    assert not draws.context_timestep.any() and not draws.dropped.any()
+
+
+def test_weights_are_the_bell_of_the_table_or_all_one(batch):
+    bell, uniform = (
+        draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec(weighting=name))
+        for name in ("bell", "uniform")
+    )
+    schedule = FlowSchedule(5.0)
+    index = np.asarray(schedule.index(bell.timestep))
+    np.testing.assert_allclose(bell.weight, schedule.weights[index], rtol=1e-6)
+    assert (uniform.weight == 1).all()
+    chex.assert_trees_all_equal(bell.replace(weight=0), uniform.replace(weight=0))
+
+
+def test_the_given_image_is_clean_and_does_not_count(batch):
+    """Only chunk 0 has one, as a target and as context; all else is drawn as without it."""
+    key = jax.random.key(5)
+    plain, image = (
+        draw(key, batch, chunk_frames=FRAMES, spec=ARLossSpec(context_noise=0.5, image_to_video=on))
+        for on in (False, True)
+    )
+    given = np.zeros(batch.target.shape[:2], bool)
+    given[:, 0] = True  # both samples begin with chunk 0
+    np.testing.assert_array_equal(image.given, given)
+    np.testing.assert_array_equal(image.sigma, np.where(given, 0, plain.sigma))
+    np.testing.assert_array_equal(image.timestep, np.where(given, 0, plain.timestep))
+    np.testing.assert_array_equal(image.context[:, 0], batch.context[:, 0])
+    np.testing.assert_array_equal(image.context[:, 1:], plain.context[:, 1:])
+    wrong = jnp.zeros_like(batch.target).at[:, 0].set(9.0)
+    truth = image.noise - batch.target
+    assert float(flow_loss(truth + wrong, batch, image)[0]) == 0
+    assert float(flow_loss(truth + wrong, batch, plain)[0]) > 1
