@@ -205,9 +205,8 @@ class DiT(nnx.Module):
         `ffn_parts` of the sequence go through the feed-forward one after the other, rematerialised.
 
         Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
-        `cfg.dtype` if `return_kv`, else None. `output=False` (a pass that only fills a cache) gives
-        no velocity, always k and v, and skips what only the velocity needs. `store` is what becomes
-        of a layer's k and v `[b, l, n, d]` before those of all layers are stacked.
+        `cfg.dtype` if `return_kv`, else None. `output=False` only fills a cache: no velocity, but
+        k and v. `store` converts a layer's k and v `[b, l, n, d]` before all layers are stacked.
         """
         x = self._embed(latents, timestep, tokens, text)
         time, mod = self._levels(timestep)
@@ -215,11 +214,11 @@ class DiT(nnx.Module):
         options = {"attend": attend, "attend_text": attend_text, "ffn_parts": ffn_parts}
         kept = store if return_kv or not output else None
         layer = _layer(text, mod, seen, kept, materialize, options)
-        layers = self._layers(text, cache)
         if not output:
+            layers = self._layers(text, cache)
             return None, self._fill(layer, x, layers, mod, seen, materialize, store)
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        x, kv = lax.scan(body, x, layers, unroll=unroll)
+        x, kv = lax.scan(body, x, self._layers(text, cache), unroll=unroll)
         return self._velocity(x.astype(jnp.float32), time, latents.shape, noisy_from), kv
 
     def _layers(self, text: TextKV | TextRows, cache: Cache | None):
