@@ -15,7 +15,7 @@ own products on Blackwell, elsewhere the same numbers through bfloat16 ones, whi
 mesh in each is for 32 GPUs (64s, 32s) or 8 (16s), and
 `longlive plan --config=configs/ar_5b.py:64s --chip=gb200 --mesh=data=8,sp=4` says what a device
 would need, before one is rented: 119 GiB for 64s (115 on H200s), 145 at once
-(`--config.ffn_parts=1`). Over 8 devices a sequence, `--config.mesh.data=4 --config.mesh.sp=8
+(`--config.ffn_chunks=1`). Over 8 devices a sequence, `--config.mesh.data=4 --config.mesh.sp=8
 --config.batch=4 --config.recycling.buffer.groups=4`, that is 98 GiB. The stream between layers is
 float32; `--config.stream_dtype=bfloat16` halves what every layer keeps of it. Settings are those of
 the paper's section 4.1: AdamW with betas (0, 0.999), a constant rate of 1e-5, gradients clipped to
@@ -55,7 +55,7 @@ def get_config(arg: str = "64s") -> ConfigDict:
             dtype="bfloat16",
             quant=dict(policy="nvfp4_train" if "nvfp4" in words else "none"),
             remat=True,
-            ffn_parts=8,
+            ffn_chunks=8,
             save_dtype="bfloat16",
             recycling=dict(buffer=dict(rows=CHUNKS[length], groups=mesh["data"])),
             loss=dict(shift=5.0, weighting="bell", text_dropout=0.1),

@@ -136,7 +136,7 @@ def _ar() -> dict:
         quant=dict(policy="none"),
         unroll=4,
         gate=0.5,
-        solver="sde",
+        sampling=dict(solver="sde"),
         model=dict(
             dim=256,
             ffn_dim=576,

@@ -25,11 +25,17 @@ from longlive_jax.models.vae.sharded import encode_sharded, sharing
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
-from longlive_jax.training.objectives.sharded import BALANCED, ShardedLoss, sharded_ar_loss
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
-    ARSetup,
     TeacherForcingBatch,
+)
+from longlive_jax.training.objectives.sharded import (
+    BALANCED,
+    ShardedLoss,
+    sharded_teacher_forcing_loss,
+)
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
 )
 from longlive_jax.typing import Array, Params
 
@@ -139,7 +145,9 @@ def _update(spec: BalancedSpec, mesh: Mesh, latent: tuple[int, ...], *, balanced
     def update(params: Params, latents: Array):
         def loss(params: Params):
             episode = _episode(spec, latents)
-            return sharded_ar_loss(setup, shared, params, episode, jax.random.key(2), text)[0]
+            return sharded_teacher_forcing_loss(
+                setup, shared, params, episode, jax.random.key(2), text
+            )[0]
 
         return jax.value_and_grad(loss)(params)
 

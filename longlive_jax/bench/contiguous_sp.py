@@ -8,8 +8,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from longlive_jax.training.objectives.batch import (
+    Draws,
+    TeacherForcingBatch,
+)
 from longlive_jax.training.objectives.sharded import SequenceLayout
-from longlive_jax.training.objectives.teacher_forcing import Draws, TeacherForcingBatch
 from longlive_jax.typing import Array
 
 
@@ -38,7 +41,7 @@ def contiguous_layout(
         sigma=before(draws.sigma),
         timestep=jnp.concatenate([draws.context_timestep, draws.timestep], axis=1),
         weight=before(draws.weight),
-        given=before(draws.given, False),
+        conditioning_frame=before(draws.conditioning_frame, False),
     )
 
 

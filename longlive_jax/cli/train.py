@@ -43,10 +43,10 @@ def _train(settings: dict[str, Any], args: Any) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax's notes on every save are pages long
     began = time.perf_counter()
     task = stage.task(out, workdir, mesh)
-    state = train(task, workdir, loop=stage.loop, optim=stage.optim, ema=stage.ema, mesh=mesh)
-    average = readable(state.ema)
+    state = train(task, workdir, stage.loop)
+    weights = readable(state.weights)
     if first_process():
-        task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), average), out)
+        task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), weights), out)
         minutes = (time.perf_counter() - began) / 60
         done = f"{name}: {int(state.step)} steps, {minutes:.1f} minutes"
         print(f"{done}; checkpoint in {out}, curves in {workdir}")

@@ -28,8 +28,9 @@ from longlive_jax.planning import compile as plan_compile
 from longlive_jax.planning.chips import Chip, chip_of
 from longlive_jax.planning.step import NAMED, STAND_IN, Clip, PlannedStep, parameters
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.stages.flops import forward_flops, step_work
-from longlive_jax.training.stages.wan_ar import BATCH_SPECS, WanARStage
+from longlive_jax.training.stages.clip_batches import BATCH_SPECS
+from longlive_jax.training.stages.flops import clips_cost, forward_flops
+from longlive_jax.training.stages.wan_ar import WanARStage
 
 __all__ = ["PlanSpec", "check", "clip_of", "model_of", "moved", "plan"]
 
@@ -143,15 +144,14 @@ def moved(stage: WanARStage, mesh: MeshSpec, clip: Clip) -> WanARStage:
 
 def check(stage: WanARStage, model: DiTConfig, spec: PlanSpec) -> None:
     """UserError for a model, clip, batch or mesh that do not fit each other."""
-    clip, mesh = spec.clip, stage.mesh
+    clip = spec.clip
     if clip.size[2] != model.in_channels:
         raise UserError(
             f"--size: latents of {clip.size[2]} channels for a model of {model.in_channels}"
         )
     try:
         stage.check(model, clip.chunks, clip.chunk_tokens)
-        shapes, specs = PlannedStep(stage, model, clip).state()
-        rules.check_divides(_abstract(mesh), specs.params, shapes.params)
+        PlannedStep(stage, model, clip).state()
     except ValueError as error:
         raise UserError(f"plan: {error}") from error
 
@@ -196,10 +196,10 @@ def _first_that_fits(
 
 def policies(stage: WanARStage, clip: Clip) -> list[WanARStage]:
     """The stage with less and less memory, and ever more that is computed again."""
-    known = {1, stage.ffn_parts if stage.ffn_parts > 1 else 8}
+    known = {1, stage.ffn_chunks if stage.ffn_chunks > 1 else 8}
     parts = sorted(n for n in known if stage.device_tokens(clip.chunks, clip.chunk_tokens) % n == 0)
     ways = [(remat, n) for remat in (False, True) for n in parts]
-    return [dataclasses.replace(stage, remat=remat, ffn_parts=n) for remat, n in ways]
+    return [dataclasses.replace(stage, remat=remat, ffn_chunks=n) for remat, n in ways]
 
 
 def usable(chip: Chip) -> int:
@@ -215,14 +215,14 @@ def least_bytes(step: PlannedStep) -> int:
     kept = stream * model.dim
     if not step.stage.remat:
         # Inputs of the linears, rotated queries and keys, values; q and output again for the text.
-        taken = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_parts == 1 else 0)
+        taken = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_chunks == 1 else 0)
         kept = (stream + 2 * 4) * model.dim + jnp.dtype(model.dtype).itemsize * taken
     tokens = step.stage.device_tokens(step.clip.chunks, step.clip.chunk_tokens)
     return sum(_state_bytes(step).values()) + model.layers * tokens * kept
 
 
 def _policy(stage: WanARStage) -> dict[str, Any]:
-    return {"remat": stage.remat, "ffn_parts": stage.ffn_parts}
+    return {"remat": stage.remat, "ffn_parts": stage.ffn_chunks}
 
 
 def _about(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[str, Any]:
@@ -251,11 +251,11 @@ def _flops(step: PlannedStep, chip: Chip) -> dict[str, Any]:
     """Of one update over all devices; `recomputed` comes on top of `flops_per_step`."""
     stage, clip, model = step.stage, step.clip, step.model
     sizes: Any = {"chunks": clip.chunks, "chunk_tokens": clip.chunk_tokens, "window": stage.window}
-    work = step_work(model, batch=stage.batch, **sizes)
+    work = clips_cost(model, batch=stage.batch, **sizes)
     forward = forward_flops(model, **sizes)
     parts = {k: 3 * stage.batch * x for k, x in dataclasses.asdict(forward).items()}
     again = stage.batch * forward.total if stage.remat else 0.0
-    if stage.ffn_parts > 1:  # the hidden values once more
+    if stage.ffn_chunks > 1:  # the hidden values once more
         again += 2.0 * model.layers * work.tokens * model.dim * model.ffn_dim
     return {
         "tokens_per_step": work.tokens,
@@ -289,13 +289,14 @@ def _bytes(step: PlannedStep) -> dict[str, Any]:
 def _state_bytes(step: PlannedStep) -> dict[str, int]:
     """Bytes a device has of what stays from update to update, and of a batch."""
     shapes, specs = step.state()
+    trained, trained_specs = shapes.groups["dit"], specs.groups["dit"]
     mesh = dict(zip(AXES, step.stage.mesh.shape, strict=True))
     batch = {k: P(*BATCH_SPECS[k][: x.ndim]) for k, x in step.batch().items()}
     return {
-        "parameters": _held(shapes.params, specs.params, mesh),
-        "average": _held(shapes.ema, specs.ema, mesh),
-        "moments": _held(shapes.opt_state, specs.opt_state, mesh),
-        "error_buffers": _held(shapes.memory, specs.memory, mesh),
+        "parameters": _held(trained.params, trained_specs.params, mesh),
+        "average": _held(trained.ema, trained_specs.ema, mesh),
+        "moments": _held(trained.opt_state, trained_specs.opt_state, mesh),
+        "error_buffers": _held(shapes.loss_state, specs.loss_state, mesh),
         "batch": _held(step.batch(), batch, mesh),
     }
 

@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
-from longlive_jax.training.objectives.error_recycling import init_buffers, partition
-from longlive_jax.training.objectives.sharded import COLUMNS
-from longlive_jax.training.optim import make_optimizer
-from longlive_jax.training.stages.wan_ar import BATCH_SPECS, WanARStage
-from longlive_jax.training.state import TrainState, init_state, state_specs
-from longlive_jax.training.step import make_train_step
+from longlive_jax.parallel.mesh import AXES
+from longlive_jax.training.objectives.error_recycling import buffer_state
+from longlive_jax.training.objectives.sharded import CHUNK_COLUMNS
+from longlive_jax.training.stages.clip_batches import BATCH_SPECS
+from longlive_jax.training.stages.wan_ar import WanARStage
+from longlive_jax.training.state import TrainState, abstract_state
+from longlive_jax.training.update import Group, LossFn, Trainer, stateless
 from longlive_jax.typing import Array, Float
 
 __all__ = ["NAMED", "STAND_IN", "Clip", "PlannedStep", "fused", "lower", "parameters"]
@@ -68,21 +69,25 @@ class PlannedStep:
     clip: Clip
 
     def state(self) -> tuple[TrainState, TrainState]:
-        """Shapes of all that a run carries, and PartitionSpecs of it."""
-        tx = make_optimizer(self.stage.optim, self.stage.loop.steps)
-        recycling = self.stage.recycling
-        chunk_frames = (self.clip.chunk_frames, *self.clip.size)
+        """Shapes of the train state, and its PartitionSpecs."""
+        mesh: Any = AbstractMesh(self.stage.mesh.shape, AXES, axis_types=(AxisType.Auto,) * 3)
+        trainer = self._trainer(mesh, stateless(lambda *_: (jnp.zeros(()), {})))
+        return trainer.abstract, trainer.specs
 
-        def made() -> TrainState:
-            params = params_of(DiT(self.model, rngs=nnx.Rngs(0)))
-            memory = () if recycling is None else init_buffers(recycling, chunk_frames)
-            return init_state(params, tx, memory)
-
-        shapes = jax.eval_shape(made)
-        memory_specs: Any = ()
-        if recycling is not None:
-            memory_specs = partition(recycling, self.stage.mesh.samples)
-        return shapes, state_specs(shapes, tx, rules.DIT, memory_specs)
+    def _trainer(self, mesh: Mesh, loss: LossFn, **options: Any) -> Trainer:
+        """State and updates with a loss; `options` are further fields of `Group`."""
+        stage = self.stage
+        group = Group(
+            init=lambda key: params_of(DiT(self.model, rngs=nnx.Rngs(key))),
+            loss=loss,
+            tx=stage.optimizer(),
+            ema=stage.ema,
+            rules=rules.DIT,
+            **options,
+        )
+        chunk_shape = (self.clip.chunk_frames, *self.clip.size)
+        buffers = buffer_state(stage.recycling, chunk_shape, stage.mesh)
+        return stage.trainer({"dit": group}, mesh, buffers)
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """One batch, as `clips` are collated."""
@@ -94,35 +99,32 @@ class PlannedStep:
             "target": (latents, "float32"),
             "mask": (latents[:2], "float32"),
             "text": (text, self.stage.dtype),
-            **dict.fromkeys(COLUMNS, ((rows, 2 * clip.chunks), "int32")),
+            **dict.fromkeys(CHUNK_COLUMNS, ((rows, 2 * clip.chunks), "int32")),
         }
         return {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
 
-    def over(self, mesh: Mesh) -> tuple[Any, tuple[TrainState, dict[str, Any]]]:
-        """The jitted step, and its arguments as shapes that know where they lie."""
-        stage = self.stage
-        shapes, specs = self.state()
-        where = rules.shardings(mesh, specs)
-        setup = stage.setup(self.model, self.clip.chunk_frames, self.clip.chunks)
-        # On a GPU attention to the text is cuDNN's, whose library a plan does not need.
+    def over(self, mesh: Mesh) -> tuple[Any, tuple[TrainState, dict[str, Any], dict[str, Any]]]:
+        """The jitted step, and its arguments as shapes with shardings."""
+        # 1. Setup: attention that a plan can compile without a GPU's libraries.
+        stage, clip = self.stage, self.clip
+        setup = stage.setup(self.model, clip.chunk_frames, clip.chunks)
         setup = dataclasses.replace(setup, attend_text=fused)
         if stage.attention not in NAMED:
             setup = dataclasses.replace(setup, attention_for=lambda _tokens: fused)
-        clip, text = self.clip, self.model.text_len
-        rows = clip.chunks * clip.chunk_tokens, clip.chunks * text
-        quant = stage.precision(shapes.params, specs.params, mesh, rows)
-        step = make_train_step(
-            stage.loss_fn(setup, mesh, quant.specs(specs.params, shapes.params)),
-            make_optimizer(stage.optim, stage.loop.steps),
-            stage.ema,
-            stage.loop.seed,
-            accumulate=stage.loop.accumulate,
-            shardings=where,
-            prepare=quant.prepare,
-        )
+
+        # 2. Loss and update, as the stage builds them.
+        params = abstract(lambda: DiT(self.model, rngs=nnx.Rngs(0)))[1]
+        specs = rules.specs_for(rules.DIT, params)
+        rows = clip.chunks * clip.chunk_tokens, clip.chunks * self.model.text_len
+        quant = stage.precision(params, specs, mesh, rows)
+        loss = stage.teacher_forcing_loss(setup, mesh, quant.specs(specs, params))
+        trainer = self._trainer(mesh, loss, prepare=quant.prepare)
+
+        # 3. Arguments.
         batch = self.batch()
-        places = {k: NamedSharding(mesh, P(*BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()}
-        return step, (_lying(shapes, where), _lying(batch, places))
+        shardings = {k: NamedSharding(mesh, P(*BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()}
+        arguments: Any = (trainer.abstract, {}, abstract_state(batch, shardings))
+        return trainer.program(("dit",)), arguments
 
 
 def lower(step: PlannedStep, mesh: Mesh) -> jax.stages.Lowered:
@@ -136,12 +138,6 @@ def parameters(model: DiTConfig) -> int:
     """Numbers in the model's parameters."""
     _, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
     return sum(x.size for x in jax.tree.leaves(shapes))
-
-
-def _lying(shapes: Any, where: Any) -> Any:
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
-    )
 
 
 def fused(

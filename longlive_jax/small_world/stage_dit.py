@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -33,111 +33,162 @@ from longlive_jax.small_world.windows import (
 )
 from longlive_jax.spec import UserError
 from longlive_jax.training.feed import feed_in_order
-from longlive_jax.training.loop import Task, Work
 from longlive_jax.training.metrics import mean_of
-from longlive_jax.training.objectives.build import objective, remembered
-from longlive_jax.training.objectives.error_recycling import RecyclingSpec, check_recycling
+from longlive_jax.training.objectives.batch import (
+    ARLossSpec,
+    TeacherForcingBatch,
+    num_loss_frames,
+)
+from longlive_jax.training.objectives.error_recycling import (
+    RecyclingSpec,
+    buffer_state,
+    check_recycling,
+)
 from longlive_jax.training.objectives.quantized import quantized
 from longlive_jax.training.objectives.sharded import BATCH_SPECS, ShardedLoss, sharded_forward
-from longlive_jax.training.objectives.teacher_forcing import (
-    ARLossSpec,
-    ARSetup,
-    TeacherForcingBatch,
-    ar_loss,
-    counted,
-    forward,
-)
-from longlive_jax.training.stages.flops import episode_work
+from longlive_jax.training.objectives.teacher_forcing import ARSetup, TeacherForcingLoss
+from longlive_jax.training.stages.flops import windows_cost
 from longlive_jax.training.stages.preview import Preview, PreviewSpec
-from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, part_of
-from longlive_jax.training.state import Params
-from longlive_jax.training.step import LossFn
-from longlive_jax.typing import Array
+from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatch_size
+from longlive_jax.training.task import About, StepCost, Task, global_batches
+from longlive_jax.training.update import Group
+from longlive_jax.typing import Array, Params
 from pallas_kernels.attention.chunks import attend_chunks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleDefaults:
+    """Sampler settings stored in the checkpoint as its defaults.
+
+    Attributes:
+      solver: solver of the flow.
+      num_steps: sampler steps per chunk.
+      guidance: scale of classifier-free guidance.
+    """
+
+    solver: Solver = "unipc"
+    num_steps: int = 32
+    guidance: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTStage(RunSpec):
-    """Stage `ar`: the DiT by teacher forcing, on latents of the VAE and text in the checkpoint."""
+    """Stage `ar`: the DiT by teacher forcing, on latents and text features of the checkpoint.
+
+    Attributes:
+      model: architecture.
+      corpus: encoded videos to train on.
+      windows: windows cut from them.
+      loss: teacher-forcing loss settings.
+      recycling: error recycling (appendix C), or None to disable; its rows are chunk indices, since
+        windows start anywhere.
+      held_out_batches: number of batches of an evaluation.
+      preview: videos sampled at every evaluation.
+      sampling: sampler settings stored in the checkpoint.
+      unroll: layers in one step of the scan over layers.
+      dtype: dtype of matrix products in training; the checkpoint keeps `model.dtype`.
+      start: "random", or "checkpoint" to train the checkpoint's DiT further.
+      gate: added to the initial gates of the blocks, which would otherwise start almost closed.
+      quant: precision of the blocks' matrix products.
+    """
 
     model: DiTConfig
     corpus: CorpusSpec = dataclasses.field(default_factory=CorpusSpec)
     windows: WindowSpec = dataclasses.field(default_factory=WindowSpec)
     loss: ARLossSpec = dataclasses.field(default_factory=ARLossSpec)
-    recycling: RecyclingSpec | None = None  # its rows are chunk numbers: windows start anywhere
+    recycling: RecyclingSpec | None = None
     held_out_batches: int = 8
     preview: PreviewSpec = dataclasses.field(default_factory=PreviewSpec)
-    solver: Solver = "unipc"  # of the sampler, as the checkpoint's default
-    steps: int = 32  # likewise
-    guidance: float = 2.0  # likewise
+    sampling: SampleDefaults = dataclasses.field(default_factory=SampleDefaults)
     unroll: int = 1
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of matrix products in training; the checkpoint keeps `model.dtype`
-    )
-    start: Literal["random", "checkpoint"] = "random"  # "checkpoint": from the DiT that is there
-    gate: float = 0.0  # added to the gates at the start, or their blocks begin almost closed
-    quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)  # of the blocks' products
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    start: Literal["random", "checkpoint"] = "random"
+    gate: float = 0.0
+    quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
 
     def __post_init__(self) -> None:
         spec, heads = self.windows, self.model.heads
         counts = (spec.context_chunks, spec.target_chunks)
-        part = part_of(spec.batch, self.loop.accumulate)
+        rows = microbatch_size(spec.batch, self.loop.accumulate)
         for chunks in counts:
-            check_fits(self.mesh, heads=heads, chunks=chunks, batch=part)
+            check_fits(self.mesh, heads=heads, chunks=chunks, batch=rows)
         if self.recycling is not None:
-            check_recycling(self.recycling, self.mesh, chunks=counts, batch=part)
+            check_recycling(self.recycling, self.mesh, chunks=counts, batch=rows)
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
+        """See `RunSpec.task`. Raises UserError for a checkpoint without VAE or text encoder."""
+        # 1. What the checkpoint has: encoders, text features, the DiT to train further.
         for component, stage in (("vae", "vae"), ("umt5", "text")):
             if not (out / component).is_dir():
                 raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
         graphdef, shapes, specs = self._shapes(mesh)
         init = self._init if self.start == "random" else self._restored(out)
-        past = self._past(out, workdir)
-        text = self._texts(out)
+        provenance, text = self._provenance(out, workdir), self._text_features(out)
+
+        # 2. Data.
         videos = encoded_corpus(self.corpus, seed=self.loop.seed, checkpoint=out, workdir=workdir)
-        size = self._chunk_tokens(videos)
-        chunkwise = functools.partial(attend_chunks, size=size, most=self.windows.window)
-        setup = ARSetup(
-            graphdef,
-            world.CHUNK_LATENTS,
-            empty_prompt=len(text) - 1,
-            spec=self.loss,
-            attention_for=lambda _: chunkwise,
-            unroll=self.unroll,
-        )
-        quant = quantized(self.quant, shapes, specs, mesh, self._rows(size))
         train, held_out = _split(videos, share=0.03)
-        return Task(
+        batches = WindowBatches(train, self.windows, self.loop.steps, self.loop.seed)
+
+        # 3. Loss, precision and updates.
+        tokens = self._chunk_tokens(videos)
+        loss = TeacherForcingLoss(
+            self._setup(graphdef, len(text) - 1, tokens),
+            lambda arrays: (TeacherForcingBatch(**arrays), text),
+            recycling=self.recycling,
+        )
+        quant = quantized(self.quant, shapes, specs, mesh, self._rows(tokens))
+        group = Group(
             init=init,
-            loss_fn=self._loss_fn(setup, mesh, quant.specs(specs, shapes), text),
+            loss=self._sharded(loss, mesh, quant.specs(specs, shapes)),
+            tx=self.optimizer(),
+            ema=self.ema,
+            rules=rules.DIT,
             prepare=quant.prepare,
-            weigh=self._frames_counted,
-            origin={"batch": self.windows.batch},
-            notes=(quant.describe(shapes),),
-            feed=feed_in_order(WindowBatches(train, self.windows, self.loop.steps, self.loop.seed)),
+            microbatch_weight=self._num_loss_frames,
+        )
+        buffers = buffer_state(
+            self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:]), self.mesh
+        )
+        return Task(
+            trainer=self.trainer({"dit": group}, mesh, buffers),
+            batches=global_batches(feed_in_order(batches), mesh, BATCH_SPECS),
             evaluate=self._evaluation(
-                setup,
-                text,
+                loss.without_recycling(),
                 held_out,
-                Preview(self.preview, out, self.model, self.sampling()),
+                Preview(self.preview, out, self.model, self.sample_settings()),
                 dataclasses.replace(quant, axes=()),
             ),
-            export=functools.partial(self._export, past),
-            rules=rules.DIT,
-            batch_specs=BATCH_SPECS,
-            work=self._work(size),
-            **remembered(
-                self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:]), self.mesh
+            export=functools.partial(self._export, provenance),
+            about=About(
+                {"batch": self.windows.batch}, (quant.describe(shapes),), self._cost(tokens)
             ),
         )
 
-    def _frames_counted(self, batch: dict[str, Array]) -> Array:
-        return counted(TeacherForcingBatch(**batch), world.CHUNK_LATENTS, self.loss)
+    def _setup(self, graphdef: nnx.GraphDef[DiT], empty_prompt: int, chunk_tokens: int) -> ARSetup:
+        attend = functools.partial(attend_chunks, size=chunk_tokens, most=self.windows.window)
+        return ARSetup(
+            graphdef,
+            world.CHUNK_LATENTS,
+            empty_prompt,
+            spec=self.loss,
+            attention_for=lambda _: attend,
+            unroll=self.unroll,
+        )
 
-    def _work(self, chunk_tokens: int) -> Work:
+    def _sharded(self, loss: TeacherForcingLoss, mesh: Mesh, specs: Any) -> TeacherForcingLoss:
+        """The loss over the mesh, if it has more than one device."""
+        if mesh.size == 1:
+            return loss
+        forward = functools.partial(sharded_forward, sharded=ShardedLoss(mesh, specs))
+        return dataclasses.replace(loss, forward=forward)
+
+    def _num_loss_frames(self, arrays: dict[str, Array]) -> Array:
+        return num_loss_frames(TeacherForcingBatch(**arrays), world.CHUNK_LATENTS, self.loss)
+
+    def _cost(self, chunk_tokens: int) -> StepCost:
         windows = self.windows
-        return episode_work(
+        return windows_cost(
             self.model,
             batch=windows.batch,
             context=windows.context_chunks,
@@ -147,9 +198,9 @@ class DiTStage(RunSpec):
         )
 
     def _shapes(self, mesh: Mesh) -> tuple[nnx.GraphDef[DiT], Params, Any]:
-        """Of the model as it is trained: its graph, parameters' shapes, and how these are split.
+        """Structure, parameter shapes and PartitionSpecs of the model as it is trained.
 
-        UserError for a mesh that does not divide them.
+        Raises UserError for a mesh that does not divide them.
         """
         model = dataclasses.replace(self.model, dtype=jnp.dtype(self.dtype))
         graphdef, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
@@ -160,23 +211,14 @@ class DiTStage(RunSpec):
             raise UserError(f"config: {error}") from error
         return graphdef, shapes, specs
 
-    def _texts(self, out: pathlib.Path) -> Array:
+    def _text_features(self, out: pathlib.Path) -> Array:
         """Features [p, t, e] of every prompt, the empty one last."""
         umt5, tokenizer = load_model(out, "umt5"), Tokenizer(out / TOKENIZER)
         length = self.model.text_len
         return jnp.asarray(encode_prompts(umt5, tokenizer, prompt_table(), length=length))
 
-    def _loss_fn(self, setup: ARSetup, mesh: Mesh, specs: Any, text: Array) -> LossFn:
-        """The loss on one device or over the mesh, with error recycling if there is any."""
-        run = functools.partial(forward, setup)
-        if mesh.size > 1:
-            run = functools.partial(sharded_forward, setup, ShardedLoss(mesh, specs))
-        return objective(
-            setup, run, lambda batch: (TeacherForcingBatch(**batch), text), self.recycling
-        )
-
     def _rows(self, chunk_tokens: int) -> dict[str, int]:
-        """Rows that a sample gives to the linears."""
+        """Rows of a sample in the linears' inputs, by kind."""
         counts = {
             "context": self.windows.context_chunks,
             "target": self.windows.target_chunks,
@@ -187,32 +229,35 @@ class DiTStage(RunSpec):
 
     def _evaluation(
         self,
-        setup: ARSetup,
-        text: Array,
+        loss: TeacherForcingLoss,
         held_out: EncodedVideos,
         preview: Preview,
         quant: QuantizedTraining,
     ):
-        """Held-out errors of the averaged parameters, in the precision of the run, the same batches
-        and draws every time."""
-        checks = WindowBatches(held_out, self.windows, self.held_out_batches, HELD_OUT_SEED)
+        """Held-out metrics of the EMA in the run's precision, and a preview.
+
+        Batches and draws are the same every time.
+        """
+        batches = WindowBatches(held_out, self.windows, self.held_out_batches, HELD_OUT_SEED)
 
         @jax.jit
-        def measure(params, batch, key):
-            params = quant.prepare(params)(params, key)
-            return ar_loss(setup, params, TeacherForcingBatch(**batch), key, text)
+        def measure(params: Params, batch: dict[str, Array], key: Array):
+            _, (metrics, _) = loss(quant.prepare(params)(params, key), batch, key)
+            return metrics
 
-        def evaluate(params, step, workdir):
-            preview.write(params, step, workdir)
-            params = readable(params)
-            found = [measure(params, checks[i], jax.random.key(i))[1] for i in range(len(checks))]
-            return {f"held_out_{k}": x for k, x in mean_of(found).items()}
+        def evaluate(
+            weights: Mapping[str, Params], step: int, workdir: pathlib.Path
+        ) -> dict[str, float]:
+            preview.write(weights["dit"], step, workdir)
+            params = readable(weights["dit"])
+            metrics = [measure(params, batches[i], jax.random.key(i)) for i in range(len(batches))]
+            return {f"held_out_{k}": x for k, x in mean_of(metrics).items()}
 
         return evaluate
 
-    def sampling(self) -> dict[str, Any]:
-        """Sampler settings that fit what was trained; the checkpoint carries them as defaults."""
-        windows = self.windows
+    def sample_settings(self) -> dict[str, Any]:
+        """Sampler settings that fit the training, stored in the checkpoint as its defaults."""
+        windows, sampling = self.windows, self.sampling
         return {
             "size": [world.HEIGHT, world.WIDTH],
             "chunk_frames": world.CHUNK_LATENTS,
@@ -220,9 +265,9 @@ class DiTStage(RunSpec):
             "global_sinks": windows.global_sinks,
             "shot_rope_offset": windows.shot_rope_offset,
             "shift": self.loss.shift,
-            "solver": self.solver,
-            "steps": self.steps,
-            "guidance": self.guidance,
+            "solver": sampling.solver,
+            "steps": sampling.num_steps,
+            "guidance": sampling.guidance,
         }
 
     def _init(self, key: jax.Array) -> Params:
@@ -240,25 +285,32 @@ class DiTStage(RunSpec):
             )
         return lambda key: params
 
-    def _export(self, past: dict[str, Any], params: Params, directory: pathlib.Path) -> None:
-        provenance = self.provenance("ar") | past
-        save_component(directory, "dit", params, self.model, provenance=provenance, overwrite=True)
-        save_settings(directory, self.sampling())
+    def _export(
+        self, provenance: dict[str, Any], weights: Mapping[str, Params], directory: pathlib.Path
+    ) -> None:
+        save_component(
+            directory, "dit", weights["dit"], self.model, provenance=provenance, overwrite=True
+        )
+        save_settings(directory, self.sample_settings())
 
-    def _past(self, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
-        """What the checkpoint says of the DiT to go on from; kept, as this run replaces it."""
+    def _provenance(self, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
+        """What the checkpoint records of this run, and of the DiT that it trains further.
+
+        The latter is kept in the work directory, as the export replaces it in the checkpoint.
+        """
+        provenance = self.provenance("ar")
         if self.start == "random":
-            return {}
-        kept = workdir / "continues.json"
-        if kept.exists():
-            return {"continues": json.loads(kept.read_text())}
+            return provenance
+        path = workdir / "continues.json"
+        if path.exists():
+            return provenance | {"continues": json.loads(path.read_text())}
         continues = read_manifest(out)["provenance"].get("dit", {})
         if first_process():
             workdir.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(".partial")
+            partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(continues))
-            partial.replace(kept)
-        return {"continues": continues}
+            partial.replace(path)
+        return provenance | {"continues": continues}
 
     @staticmethod
     def _chunk_tokens(videos: EncodedVideos) -> int:
@@ -267,10 +319,10 @@ class DiTStage(RunSpec):
 
 
 def _split(videos: EncodedVideos, *, share: float) -> tuple[EncodedVideos, EncodedVideos]:
-    """Videos to train on, and a share (at least one) kept for measuring."""
-    kept = max(1, round(share * len(videos.latents)))
-    rest, first = (
-        EncodedVideos(**{name: column[part] for name, column in vars(videos).items()})
-        for part in (slice(kept, None), slice(kept))
+    """Videos to train on, and a share (at least one) held out for evaluation."""
+    count = max(1, round(share * len(videos.latents)))
+    train, held_out = (
+        EncodedVideos(**{name: column[rows] for name, column in vars(videos).items()})
+        for rows in (slice(count, None), slice(count))
     )
-    return rest, first
+    return train, held_out

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,9 @@ from longlive_jax.parallel.hosts import readable
 from longlive_jax.small_world.tokenizer import TEXT_LENGTH, UNKNOWN, world_tokenizer
 from longlive_jax.small_world.words import Scene, all_captions, all_scenes
 from longlive_jax.training.feed import feed_in_order
-from longlive_jax.training.loop import Task
 from longlive_jax.training.stages.stage import RunSpec
-from longlive_jax.training.step import stateless
+from longlive_jax.training.task import Task, global_batches
+from longlive_jax.training.update import Group, stateless
 from longlive_jax.typing import Array, Float, Params
 
 HIDDEN_SHARE = (0.15, 0.5)
@@ -97,67 +96,93 @@ def text_loss(graphdef: nnx.GraphDef[UMT5], params: Params, batch: Mapping[str, 
     return _mean(nats, mask), metrics
 
 
-def text_task(
-    cfg: UMT5Config, tokenizer: Tokenizer, batches: CaptionBatches, *, provenance: dict[str, Any]
-) -> Task:
-    """The text encoder as a `Task`; its export stores the encoder and its tokenizer."""
-    graphdef, _ = abstract(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextStage(RunSpec):
+    """Stage `text`: the tokenizer, and the encoder trained to guess hidden words.
 
-    def evaluate(params: Params, step: int, workdir: pathlib.Path) -> dict[str, float]:
-        umt5 = with_params(graphdef, readable(params))
-        guess = {"guess_accuracy": guess_accuracy(umt5, tokenizer)}
-        return guess | probe_accuracy(umt5, tokenizer)
+    Attributes:
+      model: architecture.
+      batch: captions of a batch.
+    """
 
-    def export(params: Params, directory: pathlib.Path) -> None:
-        save_component(directory, "umt5", params, cfg, provenance=provenance, overwrite=True)
+    model: UMT5Config
+    batch: int = 128
+
+    def __post_init__(self):
+        self.check_data_parallel(self.batch)
+
+    def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
+        """See `RunSpec.task`."""
+        tokenizer, loop = world_tokenizer(), self.loop
+        batches = CaptionBatches(tokenizer, self.batch, steps=loop.steps, seed=loop.seed)
+        graphdef, _ = abstract(lambda: UMT5(self.model, rngs=nnx.Rngs(0)))
+        group = Group(
+            init=lambda key: params_of(UMT5(self.model, rngs=nnx.Rngs(key))),
+            loss=stateless(functools.partial(text_loss, graphdef)),
+            tx=self.optimizer(),
+            ema=self.ema,
+        )
+
+        def evaluate(
+            weights: Mapping[str, Params], step: int, workdir: pathlib.Path
+        ) -> dict[str, float]:
+            umt5 = with_params(graphdef, readable(weights["umt5"]))
+            guess = {"guess_accuracy": guess_accuracy(umt5, tokenizer)}
+            return guess | probe_accuracy(umt5, tokenizer)
+
+        return Task(
+            trainer=self.trainer({"umt5": group}, mesh),
+            batches=global_batches(feed_in_order(batches), mesh),
+            evaluate=evaluate,
+            export=functools.partial(self._export, tokenizer),
+        )
+
+    def _export(
+        self, tokenizer: Tokenizer, weights: Mapping[str, Params], directory: pathlib.Path
+    ) -> None:
+        """Writes the encoder and its tokenizer."""
+        params, provenance = weights["umt5"], self.provenance("text")
+        save_component(directory, "umt5", params, self.model, provenance=provenance, overwrite=True)
         with CheckpointWriter(directory, overwrite=True) as writer:
             writer.stage(TOKENIZER).write_bytes(tokenizer.model)
             writer.commit()
 
-    return Task(
-        init=lambda key: params_of(UMT5(cfg, rngs=nnx.Rngs(key))),
-        loss_fn=stateless(functools.partial(text_loss, graphdef)),
-        feed=feed_in_order(batches),
-        evaluate=evaluate,
-        export=export,
-    )
-
 
 def guess_accuracy(umt5: UMT5, tokenizer: Tokenizer) -> float:
-    """How often a guessed word fits, from 0 to 1: each word of each held-out caption hidden alone.
+    """Share of guessed words that fit, each word of each held-out caption hidden alone.
 
-    A guess fits if putting it in gives a caption of the world again, such as another colour for a
+    A guess fits if the caption with it is again a caption of the world: another colour for a
     colour, but neither `an` before `red` nor `moves` before `still`. An untrained encoder is at 0.
     """
     captions = all_captions("held_out")
     ids, mask = tokenizer.encode(captions, TEXT_LENGTH)
     place = np.tile(np.arange(len(captions[0].split())), len(captions))
     row = np.arange(len(place))
-    shown, mask = (np.repeat(x, len(place) // len(captions), axis=0) for x in (ids, mask))
-    guess = shown.copy()
-    shown[row, place] = UNKNOWN
-    features = jax.jit(lambda m, *batch: m(*batch))(umt5, shown, mask)[row, place]
+    masked, mask = (np.repeat(x, len(place) // len(captions), axis=0) for x in (ids, mask))
+    guess = masked.copy()
+    masked[row, place] = UNKNOWN
+    features = jax.jit(lambda m, *batch: m(*batch))(umt5, masked, mask)[row, place]
     guess[row, place] = (features @ umt5.token_embedding.embedding[...].T).argmax(-1)
     world = {line.tobytes() for line in tokenizer.encode(all_captions(), TEXT_LENGTH)[0]}
     return float(np.mean([line.tobytes() in world for line in guess]))
 
 
 def probe_accuracy(umt5: UMT5, tokenizer: Tokenizer) -> dict[str, float]:
-    """How well a linear readout of the mean feature tells what a caption says, from 0 to 1.
+    """Accuracy of a linear readout of the attributes of a caption from its mean feature.
 
     One ridge regression per attribute of `Scene`, fitted on the training captions and scored on the
     held-out ones; both with and without the cut prefix.
     """
     fit, score = (_mean_features(umt5, tokenizer, split) for split in ("train", "held_out"))
     ridge = fit.T @ fit + 1e-4 * len(fit) * np.eye(fit.shape[1])
-    found = {}
+    accuracy = {}
     for name in (field.name for field in dataclasses.fields(Scene)):
-        seen, new = ([getattr(s, name) for s in all_scenes(k)] * 2 for k in ("train", "held_out"))
-        classes = sorted(set(seen))
-        target = np.asarray([[word == c for c in classes] for word in seen], float)
+        fitted, new = ([getattr(s, name) for s in all_scenes(k)] * 2 for k in ("train", "held_out"))
+        classes = sorted(set(fitted))
+        target = np.asarray([[word == c for c in classes] for word in fitted], float)
         guess = (score @ np.linalg.solve(ridge, fit.T @ target)).argmax(-1)
-        found[f"probe_{name}"] = float(np.mean(np.asarray(classes)[guess] == new))
-    return found
+        accuracy[f"probe_{name}"] = float(np.mean(np.asarray(classes)[guess] == new))
+    return accuracy
 
 
 def _hide(key: Array, candidates: Array) -> Array:
@@ -181,20 +206,3 @@ def _mean_features(umt5: UMT5, tokenizer: Tokenizer, split: str) -> np.ndarray:
     features = np.asarray(encode_prompts(umt5, tokenizer, prompts, length=TEXT_LENGTH), np.float64)
     tokens = tokenizer.encode(prompts, TEXT_LENGTH)[1].sum(1, keepdims=True)
     return np.concatenate([features.sum(1) / tokens, np.ones((len(prompts), 1))], axis=1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextStage(RunSpec):
-    """Stage `text`: the tokenizer, and the encoder trained to guess hidden words."""
-
-    model: UMT5Config
-    batch: int = 128
-
-    def __post_init__(self):
-        self.only_data(self.batch)
-
-    def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
-        tokenizer = world_tokenizer()
-        steps, seed = self.loop.steps, self.loop.seed
-        batches = CaptionBatches(tokenizer, self.batch, steps=steps, seed=seed)
-        return text_task(self.model, tokenizer, batches, provenance=self.provenance("text"))

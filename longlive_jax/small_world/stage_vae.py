@@ -8,8 +8,7 @@ forgives the small errors of a generator.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,9 @@ from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
 from longlive_jax.parallel.hosts import first_process, readable
 from longlive_jax.small_world import world
 from longlive_jax.training.feed import feed_in_order
-from longlive_jax.training.loop import Task
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec
-from longlive_jax.training.step import stateless
+from longlive_jax.training.task import Task, global_batches
+from longlive_jax.training.update import Group, stateless
 from longlive_jax.typing import Array, Float, Params
 
 ClipSource = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
@@ -95,74 +94,28 @@ def psnr(error: Float[Array, "..."]) -> Float[Array, ""]:
     return 10 * jnp.log10(4 / jnp.mean(error**2))
 
 
-def vae_task(
-    cfg: VAEConfig,
-    batches: ClipBatches,
-    held_out: Float[Array, "b f h w 3"],
-    *,
-    loss: VAELossSpec,
-    provenance: dict[str, Any],
-) -> Task:
-    """The VAE as a `Task`; its export measures latent statistics on `held_out` and stores them."""
-    graphdef, _ = abstract(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
-    round_trip = jax.jit(
-        lambda p, x: decode(with_params(graphdef, p), _encode(p, x), chunk_frames=4)
-    )
-
-    def _encode(params, video):
-        return encode(with_params(graphdef, params), video, chunk_frames=4)
-
-    def evaluate(params: Params, step: int, workdir: pathlib.Path) -> dict[str, float]:
-        rebuilt = jnp.clip(round_trip(readable(params), held_out), -1, 1)
-        frames = np.concatenate([np.asarray(held_out[0, ::8]), np.asarray(rebuilt[0, ::8])])
-        if first_process():
-            _save_frames(frames, workdir / f"reconstruction_{step:06d}.png")
-        worst = jnp.mean((rebuilt - held_out) ** 2, axis=(2, 3, 4)).max()
-        found = {"held_out_psnr": psnr(rebuilt - held_out), "worst_psnr": 10 * jnp.log10(4 / worst)}
-        return {name: float(value) for name, value in found.items()}
-
-    def export(params: Params, directory: pathlib.Path) -> None:
-        z = jax.jit(_encode)(params, held_out)
-        mean, std = z.mean((0, 1, 2, 3)), z.std((0, 1, 2, 3))
-        old_mean, old_std = jnp.array(cfg.latent_mean), jnp.array(cfg.latent_std)
-        final = dataclasses.replace(
-            cfg,
-            latent_mean=tuple(map(float, mean * old_std + old_mean)),
-            latent_std=tuple(map(float, std * old_std)),
-        )
-        save_component(directory, "vae", params, final, provenance=provenance, overwrite=True)
-
-    return Task(
-        init=lambda key: params_of(VAE(cfg, rngs=nnx.Rngs(key))),
-        loss_fn=stateless(functools.partial(vae_loss, graphdef, spec=loss)),
-        feed=feed_in_order(batches),
-        evaluate=evaluate,
-        export=export,
-    )
-
-
-def _save_frames(frames: np.ndarray, path: pathlib.Path) -> None:
-    """Two rows of frames: the originals above, what the VAE makes of them below."""
-    from PIL import Image
-
-    top, bottom = np.split(np.clip(frames * 127.5 + 127.5, 0, 255).astype(np.uint8), 2)
-    rows = [np.concatenate(list(row), axis=1) for row in (top, bottom)]
-    Image.fromarray(np.concatenate(rows, axis=0)).save(path)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEStage(RunSpec):
-    """Stage `vae`: phases of images and clips; `loop.steps` must be their sum."""
+    """Stage `vae`: the VAE, by reconstruction in phases of images and clips.
+
+    Attributes:
+      model: architecture.
+      phases: phases of the run; their steps must sum to `loop.steps`.
+      loss: weights of the loss.
+      held_out_clips: number of clips for evaluation and for the latents' statistics.
+      cut_probability: probability that a clip has a cut.
+      subject_weight: extra weight of the subject's pixels, beside 1.
+    """
 
     model: VAEConfig
     phases: tuple[Phase, ...]
     loss: VAELossSpec = dataclasses.field(default_factory=VAELossSpec)
     held_out_clips: int = 8
     cut_probability: float = 0.5
-    subject_weight: float = 3.0  # pixels of the subject count 1 + this
+    subject_weight: float = 3.0
 
     def __post_init__(self):
-        self.only_data(*(phase.batch for phase in self.phases))
+        self.check_data_parallel(*(phase.batch for phase in self.phases))
         total = sum(phase.steps for phase in self.phases)
         if total != self.loop.steps:
             raise ValueError(
@@ -170,12 +123,80 @@ class VAEStage(RunSpec):
             )
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
-        def clips(rng: np.random.Generator, batch: int, frames: int):
-            video, cover = world.vae_clips(rng, batch, frames, self.cut_probability)
-            return video, 1 + self.subject_weight * (cover > 0)[..., None].astype(np.float32)
-
-        held_out, _ = clips(np.random.default_rng(HELD_OUT_SEED), self.held_out_clips, 61)
-        batches = ClipBatches(clips, self.phases, self.loop.seed)
-        return vae_task(
-            self.model, batches, held_out, loss=self.loss, provenance=self.provenance("vae")
+        """See `RunSpec.task`."""
+        graphdef, _ = abstract(lambda: VAE(self.model, rngs=nnx.Rngs(0)))
+        batches = ClipBatches(self._clips, self.phases, self.loop.seed)
+        held_out, _ = self._clips(np.random.default_rng(HELD_OUT_SEED), self.held_out_clips, 61)
+        group = Group(
+            init=lambda key: params_of(VAE(self.model, rngs=nnx.Rngs(key))),
+            loss=stateless(functools.partial(vae_loss, graphdef, spec=self.loss)),
+            tx=self.optimizer(),
+            ema=self.ema,
         )
+        return Task(
+            trainer=self.trainer({"vae": group}, mesh),
+            batches=global_batches(feed_in_order(batches), mesh),
+            evaluate=self._evaluation(graphdef, held_out),
+            export=functools.partial(self._export, graphdef, held_out),
+        )
+
+    def _clips(
+        self, rng: np.random.Generator, batch: int, frames: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Videos and the weights of their pixels; a `ClipSource`."""
+        video, cover = world.vae_clips(rng, batch, frames, self.cut_probability)
+        return video, 1 + self.subject_weight * (cover > 0)[..., None].astype(np.float32)
+
+    def _evaluation(self, graphdef: nnx.GraphDef[VAE], held_out: np.ndarray):
+        """PSNR on the held-out clips, overall and of the worst frame, and a picture."""
+
+        @jax.jit
+        def round_trip(params: Params, video: Array) -> Array:
+            vae = with_params(graphdef, params)
+            return decode(vae, encode(vae, video, chunk_frames=4), chunk_frames=4)
+
+        def evaluate(
+            weights: Mapping[str, Params], step: int, workdir: pathlib.Path
+        ) -> dict[str, float]:
+            rebuilt = jnp.clip(round_trip(readable(weights["vae"]), held_out), -1, 1)
+            frames = np.concatenate([np.asarray(held_out[0, ::8]), np.asarray(rebuilt[0, ::8])])
+            if first_process():
+                _save_frames(frames, workdir / f"reconstruction_{step:06d}.png")
+            worst = jnp.mean((rebuilt - held_out) ** 2, axis=(2, 3, 4)).max()
+            metrics = {
+                "held_out_psnr": psnr(rebuilt - held_out),
+                "worst_psnr": 10 * jnp.log10(4 / worst),
+            }
+            return {name: float(value) for name, value in metrics.items()}
+
+        return evaluate
+
+    def _export(
+        self,
+        graphdef: nnx.GraphDef[VAE],
+        held_out: np.ndarray,
+        weights: Mapping[str, Params],
+        directory: pathlib.Path,
+    ) -> None:
+        """Writes the VAE with the statistics of its latents on the held-out clips."""
+        cfg, params = self.model, weights["vae"]
+        encode_clips = jax.jit(lambda p, x: encode(with_params(graphdef, p), x, chunk_frames=4))
+        z = encode_clips(params, held_out)
+        mean, std = z.mean((0, 1, 2, 3)), z.std((0, 1, 2, 3))
+        old_mean, old_std = jnp.array(cfg.latent_mean), jnp.array(cfg.latent_std)
+        final = dataclasses.replace(
+            cfg,
+            latent_mean=tuple(map(float, mean * old_std + old_mean)),
+            latent_std=tuple(map(float, std * old_std)),
+        )
+        provenance = self.provenance("vae")
+        save_component(directory, "vae", params, final, provenance=provenance, overwrite=True)
+
+
+def _save_frames(frames: np.ndarray, path: pathlib.Path) -> None:
+    """Writes two rows of frames: the originals above, their reconstructions below."""
+    from PIL import Image
+
+    top, bottom = np.split(np.clip(frames * 127.5 + 127.5, 0, 255).astype(np.uint8), 2)
+    rows = [np.concatenate(list(row), axis=1) for row in (top, bottom)]
+    Image.fromarray(np.concatenate(rows, axis=0)).save(path)

@@ -1,10 +1,11 @@
-"""Saved runs: asynchronous, sharded and atomic by Orbax; verified by fingerprints of our own.
+"""Checkpoints of a training run: asynchronous, sharded and atomic by Orbax, verified by checksums.
 
-    WORKDIR/state/<step>/{state,about}/     one save
-    WORKDIR/damaged/<step>.<n>/             saves that could not be read, kept to be looked at
+    WORKDIR/state/<step>/{state,about}/     one checkpoint
+    WORKDIR/damaged/<step>.<n>/             checkpoints that could not be read, kept for inspection
 
-A save is restored onto whatever mesh the new state lies on, whole (`Saves.restore`) or only what a
-sampler or another run begins from (`restore_weights`).
+A checkpoint is restored onto whatever mesh the new state has, completely (`TrainCheckpoints`) or
+only the weights of a group (`restore_weights`). Checkpoints of earlier versions, which knew a
+single group of parameters, are restored into today's state (`training.upgrade`).
 """
 
 import hashlib
@@ -23,18 +24,22 @@ from jax.experimental import multihost_utils
 from longlive_jax.parallel.rules import path_of
 from longlive_jax.spec import Failure, UserError
 from longlive_jax.training.fingerprints import fingerprints
+from longlive_jax.training.upgrade import stored_paths
+from longlive_jax.typing import Params
 
 STATE, ABOUT = "state", "about"
 LORA = r"(^|/)branch/[ab]$"
 """Paths of low-rank branches (`quant.low_rank.LoRAKernel`) among parameters."""
+
 type Say = Callable[[str], None]
+"""Prints a line for the user."""
 
 
-class Saves:
-    """The saves of one work directory; a context manager that ends with every save on disk.
+class TrainCheckpoints:
+    """The checkpoints of one work directory; a context manager that ends with all of them on disk.
 
-    `origin`, ready for JSON, is what a run comes from besides its settings' shapes; a run that goes
-    on from a save with another one is told so.
+    `origin`, ready for JSON, is what a run comes from besides the shapes of its state: a run that
+    resumes with another origin is told the difference.
     """
 
     def __init__(
@@ -48,28 +53,28 @@ class Saves:
 
     @staticmethod
     def none_in(workdir: pathlib.Path) -> bool:
-        """Whether no save of a work directory was ever finished."""
+        """Whether a work directory has no finished checkpoint."""
         root = workdir / STATE
         return not root.is_dir() or not any(p.is_dir() and p.name.isdigit() for p in root.iterdir())
 
-    def __enter__(self) -> "Saves":
+    def __enter__(self) -> "TrainCheckpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             self._manager.close()
-        except Exception as error:  # a save that failed; it fails once more here
+        except Exception as error:  # a failed write is raised once more here
             if kind is None:
-                raise self._unsaved(error) from error
+                raise self._not_written(error) from error
 
     def steps(self) -> list[int]:
-        """Steps that look saved, newest first."""
+        """Steps with a checkpoint, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, step: int, state: Any) -> None:
-        """Begins to save; the arrays are copied before this returns, written after.
+        """Starts a checkpoint; the arrays are copied before this returns, written after.
 
-        Raises Failure if this or the save before could not be written.
+        Raises Failure if this or the checkpoint before could not be written.
         """
         if step in self._manager.all_steps():
             return
@@ -91,128 +96,147 @@ class Saves:
                 ),
             )
         except Exception as error:
-            raise self._unsaved(error) from error
+            raise self._not_written(error) from error
 
     def check(self) -> None:
-        """Failure if the save that was under way could not be written; does not wait for it."""
+        """Raises Failure if the checkpoint under way could not be written; does not wait for it."""
         try:
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._unsaved(error) from error
+            raise self._not_written(error) from error
 
     def wait(self) -> None:
-        """Waits for the save that is under way; raises Failure if it could not be written."""
+        """Waits for the checkpoint under way; raises Failure if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._unsaved(error) from error
+            raise self._not_written(error) from error
 
-    def restore(self, like: Any, *, say: Say, whole: bool = False) -> tuple[int, Any] | None:
-        """Step and state of the newest good save, with the shapes and shardings of `like`.
+    def restore(self, like: Any, *, say: Say, complete: bool = False) -> tuple[int, Any] | None:
+        """Step and state of the newest intact checkpoint, with the shapes and shardings of `like`.
 
-        None if nothing was saved. A save that cannot be read, by any of the processes, or does not
-        match its fingerprints is moved to `damaged/`, `say` is told why, and the one before is
-        tried. `like` may be a part of what was saved, such as `{"ema": ...}`, unless it is to be
-        the `whole` of it; then `say` also hears how the run that saved differs from this one.
+        A checkpoint that any of the processes cannot read, or that does not match its checksums, is
+        moved to `damaged/`, reported through `say`, and the previous one is used. `like` may be a
+        part of the state, such as `{"groups": ...}`, unless `complete`; then `say` also reports how
+        this run's origin differs.
 
-        Raises UserError if the saves are of another model, or none of them is good.
+        Returns None if there is no checkpoint. Raises UserError if the checkpoints are of another
+        model, or if none of them is intact.
         """
-        found, reasons = None, []
+        restored, failures = None, []
         for step in self.steps():
-            state, about, why = self._read(step, like, whole)
-            if why is None and (wrong := _differing(state, about["fingerprints"])):
-                why = f"{len(wrong)} arrays differ from what was saved: {wrong[0]}"
-            if why is None:
-                found = step, state
+            state, about, reason = self._read(step, like, complete)
+            if reason is None:
+                restored = step, state
                 break
-            reasons.append((step, why))
-        if found is None and reasons:
-            tried = "; ".join(f"step {step}: {why}" for step, why in reasons)
+            failures.append((step, reason))
+        if restored is None and failures:
+            tried = "; ".join(f"step {step}: {reason}" for step, reason in failures)
             raise UserError(
-                f"{self._root}: no save can be read ({tried}); restore the folder from a copy, or "
-                "choose a new --workdir to start over"
+                f"{self._root}: no checkpoint can be read ({tried}). Restore the folder from a "
+                "copy, or choose a new --workdir to start over."
             )
-        for step, why in reasons:
-            place = self._put_aside(step)
-            say(f"The save of step {step} is damaged ({why}); it was moved to {place}.")
-        if reasons:
+        for step, reason in failures:
+            folder = self._move_aside(step)
+            say(f"The checkpoint of step {step} is damaged ({reason}); it was moved to {folder}.")
+        if failures:
             self._manager.reload()
-        if found is not None and whole:
-            self._compare(about.get("origin", self._origin), found[0], say)
-        return found
+        if restored is not None and complete:
+            self._compare(about.get("origin", self._origin), restored[0], say)
+        return restored
 
-    def _read(self, step: int, like: Any, whole: bool) -> tuple[Any, dict[str, Any], str | None]:
-        """State, what is said of it, and why one of the processes could not read it."""
-        state, about, why = None, {}, None
+    def _read(self, step: int, like: Any, complete: bool) -> tuple[Any, dict[str, Any], str | None]:
+        """State, its description, and why one of the processes could not read it (or None)."""
+        state, about, reason = None, {}, None
         try:
-            about = _alone(ocp.JsonCheckpointHandler).restore(
+            about = _reader(ocp.JsonCheckpointHandler).restore(
                 self._root / str(step) / ABOUT, args=ocp.args.JsonRestore()
             )
-            _check_whole(about)
-            _check_same(about["arrays"], like, self._root / str(step), whole)
-            args = ocp.checkpoint_utils.construct_restore_args(like)
-            part = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
-            state = _alone(ocp.PyTreeCheckpointHandler).restore(
-                self._root / str(step) / STATE, args=part
-            )
+            _check_description(about)
+            state, reason = self._read_arrays(step, like, about, complete)
         except UserError:
             raise
-        except Exception as error:  # Orbax raises whatever it meets; all of it means damage
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if jax.process_count() > 1:  # all go back together, or some would wait for the others
-            failed = multihost_utils.process_allgather(np.array(why is not None))
-            if failed.any() and why is None:
-                why = f"process {int(np.argmax(failed))} cannot read it"
-        return state, about, why
+        except Exception as error:  # Orbax raises anything at all; all of it means damage
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if jax.process_count() > 1:  # all step back together, or some would wait for the others
+            failed = multihost_utils.process_allgather(np.array(reason is not None))
+            if failed.any() and reason is None:
+                reason = f"process {int(np.argmax(failed))} cannot read it"
+        return state, about, reason
+
+    def _read_arrays(
+        self, step: int, like: Any, about: Mapping[str, Any], complete: bool
+    ) -> tuple[Any, str | None]:
+        """The arrays of `like`, under the paths that the checkpoint has them, and what is wrong."""
+        leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+        wanted = {path_of(keys): leaf for keys, leaf in leaves}
+        paths = stored_paths(wanted, about["arrays"])
+        stored = {paths[path]: leaf for path, leaf in wanted.items()}
+        _check_same(about["arrays"], stored, self._root / str(step), complete)
+
+        tree = like if stored.keys() == wanted.keys() else _nested(stored)
+        args = ocp.checkpoint_utils.construct_restore_args(tree)
+        part = ocp.args.PyTreeRestore(item=tree, restore_args=args, partial_restore=True)
+        tree = _reader(ocp.PyTreeCheckpointHandler).restore(
+            self._root / str(step) / STATE, args=part
+        )
+        if damaged := _damaged(tree, about["fingerprints"]):
+            return None, f"{len(damaged)} arrays differ from what was saved: {damaged[0]}"
+        arrays = {
+            path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+        return jax.tree.unflatten(structure, [arrays[paths[path]] for path in wanted]), None
 
     def _compare(self, origin: Mapping[str, Any], step: int, say: Say) -> None:
         for name in sorted({*origin, *self._origin}):
             before, now = origin.get(name), self._origin.get(name)
             if before != now:
                 say(
-                    f"{name} was {before} when step {step} was saved and is {now} now: the run "
-                    "does not go on as it would have."
+                    f"{name} was {before} when step {step} was checkpointed and is {now} now: the "
+                    "run does not continue as it would have."
                 )
 
     def check_room(self, state: Any) -> None:
-        """Failure if the disk has no room for what this process writes of a save."""
+        """Raises Failure if the disk has no room for this process's part of a checkpoint."""
         shards = (s for x in jax.tree.leaves(state) for s in x.addressable_shards)
         need = sum(s.data.nbytes for s in shards if s.replica_id == 0)
         free = shutil.disk_usage(self.workdir).free
         if free < need:
             raise Failure(
-                f"{self.workdir}: a save needs up to {need / 2**30:.2f} GiB and "
-                f"{free / 2**30:.2f} GiB are free; {self._left()}"
+                f"{self.workdir}: a checkpoint needs up to {need / 2**30:.2f} GiB and "
+                f"{free / 2**30:.2f} GiB are free. {self._remedy()}"
             )
 
-    def _unsaved(self, error: Exception) -> Failure:
-        which = "a save" if self._writing is None else f"the save of step {self._writing}"
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        return Failure(f"{self._root}: {which} could not be written ({why}); {self._left()}")
+    def _not_written(self, error: Exception) -> Failure:
+        name = (
+            "a checkpoint" if self._writing is None else f"the checkpoint of step {self._writing}"
+        )
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        return Failure(f"{self._root}: {name} could not be written ({reason}). {self._remedy()}")
 
-    def unwritten(self, error: OSError) -> Failure:
-        """What to raise where the work directory cannot be written."""
-        return Failure(f"{self.workdir}: cannot be written ({error}); {self._left()}")
+    def unwritable(self, error: OSError) -> Failure:
+        """The error to raise where the work directory cannot be written."""
+        return Failure(f"{self.workdir}: cannot be written ({error}). {self._remedy()}")
 
-    def _left(self) -> str:
+    def _remedy(self) -> str:
         steps = self.steps()
-        kept = f"step {steps[0]} is saved" if steps else "nothing is saved yet"
-        return f"make room and give the same command again ({kept})"
+        newest = f"step {steps[0]}" if steps else "none"
+        return f"Free disk space and rerun the same command (newest checkpoint: {newest})."
 
-    def _put_aside(self, step: int) -> pathlib.Path:
-        """Moves a save out of the way without overwriting anything; by the first process."""
+    def _move_aside(self, step: int) -> pathlib.Path:
+        """Moves a checkpoint to `damaged/` without overwriting anything; by the first process."""
         folder = self.workdir / "damaged"
-        place = next(p for n in range(1000) if not (p := folder / f"{step}.{n}").exists())
+        target = next(p for n in range(1000) if not (p := folder / f"{step}.{n}").exists())
         if jax.process_index() == 0:
             folder.mkdir(exist_ok=True)
-            (self._root / str(step)).rename(place)
+            (self._root / str(step)).rename(target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"put aside {step}")
-        return place
+        return target
 
 
-def _alone(handler: Any) -> ocp.Checkpointer:
-    """A reader that waits for no other process, since one that meets damage does not come."""
+def _reader(handler: Any) -> ocp.Checkpointer:
+    """A reader that waits for no other process: one that meets damage would not come."""
     this = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
@@ -224,18 +248,26 @@ def _alone(handler: Any) -> ocp.Checkpointer:
 
 def restore_weights(
     workdir: pathlib.Path,
-    like: Any,
+    like: Params,
     *,
+    group: str,
     part: Literal["params", "ema"] = "ema",
     only: str | None = None,
     say: Say,
-) -> tuple[int, Any]:
-    """The step of the newest good save, and its parameters or their average; nothing else is read.
+) -> tuple[int, Params]:
+    """Step of the newest intact checkpoint, and a group's parameters or EMA; reads nothing else.
 
-    `like` is the tree of the parameters, as `jax.ShapeDtypeStruct` with shardings where they are to
-    be read. `only` is a regular expression that is searched in their paths, such as `LORA`: what it
-    does not name is returned as it is in `like`, the base of an adapter for instance, and need not
-    be in the save. Raises UserError for a folder without saves, for saves of another model, and if
+    Args:
+      workdir: the `--workdir` of a run.
+      like: the tree of the parameters, as `jax.ShapeDtypeStruct` with shardings where they are to
+        be read.
+      group: name of the group.
+      part: the parameters or their EMA.
+      only: regular expression searched in the paths, such as `LORA`. What it does not name is
+        returned as it is in `like` (the base of an adapter, for instance) and need not be stored.
+      say: told of damaged checkpoints.
+
+    Raises UserError for a folder without checkpoints, for checkpoints of another model, and if
     `only` names nothing.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
@@ -243,16 +275,21 @@ def restore_weights(
     wanted = {path: x for path, x in named.items() if only is None or re.search(only, path)}
     if not wanted:
         raise UserError(f"no parameter's path matches {only!r}; the first is {next(iter(named))}")
-    if Saves.none_in(workdir):
-        raise UserError(f"{workdir}: holds no save of a run; give the --workdir of `train`")
-    with Saves(workdir) as saves:
-        found = saves.restore({part: _nested(wanted)}, say=say)
-    if found is None:
-        raise UserError(f"{workdir}: holds no finished save of a run; train for longer")
-    step, tree = found
-    read, _ = jax.tree_util.tree_flatten_with_path(tree[part])
+    if TrainCheckpoints.none_in(workdir):
+        raise UserError(f"{workdir}: has no checkpoint of a run; give the --workdir of `train`")
+    with TrainCheckpoints(workdir) as checkpoints:
+        restored = checkpoints.restore({"groups": {group: {part: _nested(wanted)}}}, say=say)
+    if restored is None:
+        raise UserError(f"{workdir}: has no finished checkpoint of a run; train for longer")
+    step, tree = restored
+    read, _ = jax.tree_util.tree_flatten_with_path(tree["groups"][group][part])
     named |= {path_of(keys): leaf for keys, leaf in read}
     return step, jax.tree.unflatten(structure, list(named.values()))
+
+
+def parameter_digests(frozen: Mapping[str, Params]) -> dict[str, str]:
+    """16 hexadecimal digits for every named tree of parameters, the same on every mesh."""
+    return {name: _digest(fingerprints(params)) for name, params in frozen.items()}
 
 
 def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,14 +304,17 @@ def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(tree: Any) -> dict[str, list]:
+    """Shape and dtype of every array, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_of(keys): [list(x.shape), str(x.dtype)] for keys, x in leaves}
 
 
-def _check_same(saved: Mapping[str, list], like: Any, where: pathlib.Path, whole: bool) -> None:
-    """UserError naming the first arrays that were saved otherwise, not at all, or besides."""
-    here = _shapes(like)
-    paths = [*here, *(path for path in saved if whole and path not in here)]
+def _check_same(
+    saved: Mapping[str, list], wanted: Mapping[str, Any], folder: pathlib.Path, complete: bool
+) -> None:
+    """UserError naming the first array that differs, is missing, or (if `complete`) is extra."""
+    here = {path: [list(x.shape), str(x.dtype)] for path, x in wanted.items()}
+    paths = [*here, *(path for path in saved if complete and path not in here)]
     wrong = [
         f"{path} is {_named(saved.get(path))} there and {_named(here.get(path))} here"
         for path in paths
@@ -283,8 +323,8 @@ def _check_same(saved: Mapping[str, list], like: Any, where: pathlib.Path, whole
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
-            f"{where}: saved by a run of another model, optimizer or recycling ({wrong[0]}{more}); "
-            "give the settings of that run, or choose a new --workdir"
+            f"{folder}: checkpoint of another model, optimizer or recycling ({wrong[0]}{more}). "
+            "Give the settings of that run, or choose a new --workdir."
         )
 
 
@@ -292,8 +332,8 @@ def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_whole(about: Mapping[str, Any]) -> None:
-    """ValueError if what is said of a save is not what was written."""
+def _check_description(about: Mapping[str, Any]) -> None:
+    """ValueError if the description of a checkpoint is not what was written."""
     rest = {name: value for name, value in about.items() if name != "digest"}
     if rest.keys() == {"arrays", "fingerprints"}:
         return  # of a version that wrote no more
@@ -305,7 +345,7 @@ def _named(array: list | None) -> str:
     return "missing" if array is None else f"{array[1]} {array[0]}"
 
 
-def _differing(state: Any, want: Mapping[str, str]) -> list[str]:
-    """Paths of arrays that are not what was saved."""
-    got = fingerprints(state)
-    return [path for path in got if got[path] != want[path]]
+def _damaged(tree: Any, expected: Mapping[str, str]) -> list[str]:
+    """Paths of arrays whose checksum is not the stored one."""
+    actual = fingerprints(tree)
+    return [path for path in actual if actual[path] != expected[path]]

@@ -1,7 +1,8 @@
-"""The loop: resume, then step, log, evaluate and save until done.
+"""The loop: resume, then update, log, evaluate and checkpoint until done.
 
 Batches are a function of the step, so a run that stops anywhere and resumes sees what it would have
-seen without the stop. With several processes all of them run this; the first one speaks and writes.
+seen without the stop. With several processes all of them run this; the first one prints and writes.
+The loop knows nothing of losses: a `Task` brings compiled updates (`training.update`).
 """
 
 import contextlib
@@ -9,44 +10,35 @@ import dataclasses
 import errno
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longlive_jax.parallel.mesh import BATCH, MeshSpec, make_mesh
-from longlive_jax.parallel.rules import Rules
 from longlive_jax.spec import Failure
-from longlive_jax.training.checkpointing import Saves
-from longlive_jax.training.feed import Feed, own_rows, placed, skipped_by_all
+from longlive_jax.training.checkpointing import TrainCheckpoints, parameter_digests
+from longlive_jax.training.feed import Feed, skipped_by_all
 from longlive_jax.training.metrics import MetricsLog, mean_of, peak_gib, plot_curves
-from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.preemption import Stopped, StopRequest
-from longlive_jax.training.state import WHOLE, Params, TrainState, make_state
-from longlive_jax.training.step import (
-    EMASpec,
-    LossFn,
-    Prepare,
-    Weigh,
-    make_train_step,
-    no_preparation,
-    uniform_weight,
-)
+from longlive_jax.training.state import TrainState
+from longlive_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSpec:
-    """Length and rhythm of a run, in updates.
+    """Length and rhythm of a run, in training steps.
 
     Attributes:
-      keep: saves that stay.
-      patience: updates in a row without a finite loss and gradient that stop the run.
-      accumulate: parts in which a batch is worked off.
-      peak_tflops: of one device; logged speeds are also given as a share of it. 0: not given.
+      steps: length of the run.
+      log_every: steps between records of the metrics.
+      eval_every: steps between evaluations (0: only at the end).
+      save_every: steps between checkpoints.
+      keep: number of checkpoints kept.
+      patience: consecutive non-finite updates after which the run stops.
+      seed: of parameters, data order and everything random in the updates.
+      accumulate: gradient accumulation: number of microbatches of a batch.
+      peak_tflops: peak of one device in TFLOP/s, to log speed as a share of it (0: not logged).
     """
 
     steps: int = 600
@@ -62,122 +54,45 @@ class LoopSpec:
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep", "patience", "accumulate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name} is {getattr(self, name)}; give at least 1")
-
-
-SAMPLES = P(BATCH)
-"""Every array of a batch by its samples."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What one update amounts to: tokens that go through the model, and floating point operations
-    of its matrix products, forward and backward, recomputation not counted; `kinds` are parts of
-    these by name."""
-
-    tokens: int
-    flops: float
-    kinds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is trained: parameters, a loss, a batch for every step, and what to look at on the way.
-
-    Attributes:
-      init: key -> parameters; traced, so that they are made where they stay.
-      loss_fn: (params, batch, key, memory) -> (loss, (metrics, memory)).
-      feed: step -> the batches from there on, which are functions of their steps: dictionaries of
-        arrays with the samples first.
-      evaluate: (averaged params, step, workdir) -> numbers; may write pictures to the workdir.
-      export: (averaged params, directory) writes what the run was for.
-      rules: how parameters lie on a mesh.
-      batch_specs: how batches do: a tree of PartitionSpec that begins like a batch.
-      rows: samples of a batch over all processes, where `feed` gives a process only its own.
-      memory: makes what the loss remembers, at step 0; its specs are `memory_specs`.
-      work: of one update, for the log.
-      start: parameters from elsewhere, on the mesh already; in the place of `init`.
-      place: puts this process's rows of a batch on the mesh in another way than by `batch_specs`.
-      prepare: parameters -> how the loss sees them, made once an update (`step.Prepare`).
-      origin: what the data are, ready for JSON: kept with every save, compared on resuming.
-      weigh: what a part of a batch counts for, where one is worked off in parts.
-      notes: lines to be printed before the first update.
-    """
-
-    init: Callable[[jax.Array], Params]
-    loss_fn: LossFn
-    feed: Callable[[int], Feed]
-    evaluate: Callable[[Params, int, pathlib.Path], dict[str, float]]
-    export: Callable[[Params, pathlib.Path], None]
-    rules: Rules = WHOLE
-    batch_specs: Any = SAMPLES
-    rows: int | None = None
-    memory: Callable[[], Any] = tuple
-    memory_specs: Any = ()
-    work: Work | None = None
-    start: Callable[[], Params] | None = None
-    place: Callable[[Any], Any] | None = None
-    prepare: Prepare = no_preparation
-    weigh: Weigh = uniform_weight
-    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+                raise ValueError(f"loop.{name} must be >= 1, got {getattr(self, name)}")
 
 
 class Diverged(Failure, FloatingPointError):
     """Loss or gradient were not finite for too long."""
 
 
-def train(
-    task: Task,
-    workdir: pathlib.Path,
-    *,
-    loop: LoopSpec,
-    optim: OptimSpec,
-    ema: EMASpec,
-    mesh: Mesh | None = None,
-) -> TrainState:
-    """Trains `task` in `workdir`, continuing from its last good save if it has one.
+def train(task: Task, workdir: pathlib.Path, loop: LoopSpec) -> TrainState:
+    """Trains `task` in `workdir`, resuming from its newest intact checkpoint if it has one.
 
-    `mesh` defaults to the first device. SIGTERM or Ctrl-C end the run after the update under way,
-    which is saved.
+    SIGTERM or Ctrl-C end the run after the current step, which is checkpointed.
 
     Raises:
-      Diverged: after `loop.patience` updates in a row without a finite loss and gradient; the last
-        good state is saved.
+      Diverged: after `loop.patience` consecutive non-finite updates of a group; the last good state
+        is checkpointed.
       Stopped: after a signal.
-      Failure: a save could not be written.
+      Failure: a checkpoint could not be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(MeshSpec(), jax.devices()[:1]) if mesh is None else mesh
-    run = _Run(task, workdir, loop, mesh)
-    tx = make_optimizer(optim, loop.steps)
-
-    state, where = make_state(
-        lambda: task.init(jax.random.key(loop.seed)),
-        tx,
-        mesh,
-        task.rules,
-        memory=task.memory,
-        memory_specs=task.memory_specs,
-        start=task.start if Saves.none_in(workdir) else None,
-    )
-    origin = {"seed": loop.seed, "accumulate": loop.accumulate, **task.origin}
+    run = _Run(task, workdir, loop)
+    origin = {"seed": loop.seed, "accumulate": loop.accumulate, **task.about.origin}
+    if task.frozen:
+        origin["frozen"] = parameter_digests(task.frozen)
     with (
-        Saves(workdir, keep=loop.keep, origin=origin) as saves,
+        TrainCheckpoints(workdir, keep=loop.keep, origin=origin) as checkpoints,
         run.progress(),
         StopRequest(run.say) as stop,
     ):
-        state = run.resumed(saves, state)
-        saves.check_room(state)
-        step_fn = run.step_fn(tx, ema, where)
-        return run.until_done(state, step_fn, saves, stop)
+        state = run.initial_state(checkpoints)
+        checkpoints.check_room(state)
+        return run.until_done(state, checkpoints, stop)
 
 
 class _Run:
-    """One call of `train`: where it is, and what it says."""
+    """One call of `train`: its progress and its messages."""
 
-    def __init__(self, task: Task, workdir: pathlib.Path, loop: LoopSpec, mesh: Mesh):
-        self.task, self.workdir, self.loop, self.mesh = task, workdir, loop, mesh
+    def __init__(self, task: Task, workdir: pathlib.Path, loop: LoopSpec):
+        self.task, self.workdir, self.loop = task, workdir, loop
+        self.num_devices = task.trainer.mesh.size
         self.first = jax.process_index() == 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         note = TextColumn("{task.fields[note]}")
@@ -193,152 +108,146 @@ class _Run:
         if self.first:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def resumed(self, saves: Saves, state: TrainState) -> TrainState:
-        """The state of the last good save, or `state` if there is none."""
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
-        if (found := saves.restore(like, say=self.say, whole=True)) is not None:
-            step, state = found
+    def initial_state(self, checkpoints: TrainCheckpoints) -> TrainState:
+        """The state of the newest intact checkpoint, or that of step 0."""
+        trainer = self.task.trainer
+        resumed = checkpoints.restore(trainer.abstract, say=self.say, complete=True)
+        if resumed is not None:
+            step, state = resumed
             self.say(f"Resumed from step {step} of {self.workdir}.")
-        for note in self.task.notes:
+        else:
+            state = trainer.init()
+        for note in self.task.about.notes:
             self.say(note)
         return state
 
-    def step_fn(self, tx: optax.GradientTransformation, ema: EMASpec, where: TrainState):
-        """The update, to states that lie at `where`."""
-        task, loop = self.task, self.loop
-        return make_train_step(
-            task.loss_fn,
-            tx,
-            ema,
-            loop.seed,
-            accumulate=loop.accumulate,
-            shardings=where,
-            prepare=task.prepare,
-            weigh=task.weigh,
-        )
-
-    def until_done(self, state: TrainState, step_fn, saves: Saves, stop: StopRequest) -> TrainState:
-        """Steps, logs, evaluates and saves."""
-        start, loop = int(state.step), self.loop
+    def until_done(
+        self, state: TrainState, checkpoints: TrainCheckpoints, stop: StopRequest
+    ) -> TrainState:
+        """Updates, logs, evaluates and checkpoints to the end of the run."""
+        start = int(state.step)
         log = MetricsLog(self.workdir, resume_at=start, write=self.first)
-        window = _Window(self)
         self._bar.update(self._line, completed=start)
         try:
-            if self._due(start) and not log.evaluated(start):  # a stop came before it
+            if self._evaluates_at(start) and not log.evaluated(start):  # interrupted before it
                 self._evaluate(state, start, log)
-                window = _Window(self)
-            for done, batch, feed in self._batches(start):
-                state, metrics = step_fn(state, self._place(batch))
-                window.add(metrics)
-                last = done == loop.steps
-                asked = stop.after(done)
-                if done % loop.log_every == 0 or last or asked:
-                    self._record(done, window.close(feed), log)
-                    saves.check()
-                if window.bad_steps() >= loop.patience:
-                    self._diverge(state, done, window.bad_steps(), saves)
-                if done % loop.save_every == 0 or last or asked:
-                    with window.paused():
-                        saves.save(done, state)
-                if self._due(done) and (last or not asked):
-                    with window.paused():
-                        self._evaluate(state, done, log)
-                if asked and not last:
-                    self._leave(asked, done, saves)
-            saves.wait()
+            state = self._steps(state, log, checkpoints, stop)
+            checkpoints.wait()
             self._plot(log)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # what ended the run is said, not this
+            with contextlib.suppress(OSError):  # report what ended the run, not this
                 self._plot(log)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise saves.unwritten(error) from error
+                raise checkpoints.unwritable(error) from error
             raise
         finally:
             log.close()
         return state
 
-    def _due(self, step: int) -> bool:
-        """Whether an evaluation belongs to a step."""
+    def _steps(
+        self, state: TrainState, log: MetricsLog, checkpoints: TrainCheckpoints, stop: StopRequest
+    ) -> TrainState:
+        """Every step that is left."""
+        task, loop, window = self.task, self.loop, _Window(self)
+        for step, batch, feed in self._batches(int(state.step)):
+            # 1. The update: enqueued, not waited for.
+            update = task.trainer.program(task.updates_at(step - 1))
+            state, metrics = update(state, task.frozen, task.batches.put(batch))
+            window.add(metrics)
+            last, stopping = step == loop.steps, stop.after(step)
+
+            # 2. Log.
+            if step % loop.log_every == 0 or last or stopping:
+                self._record(step, window.close(feed), log)
+                checkpoints.check()
+            if window.bad_steps() >= loop.patience:
+                self._diverge(state, step, window.bad_steps(), checkpoints)
+
+            # 3. Checkpoint, then evaluate, outside the measured time.
+            if step % loop.save_every == 0 or last or stopping:
+                with window.paused():
+                    checkpoints.save(step, state)
+            if self._evaluates_at(step) and (last or not stopping):
+                with window.paused():
+                    self._evaluate(state, step, log)
+            if stopping and not last:
+                self._leave(stopping, step, checkpoints)
+        return state
+
+    def _evaluates_at(self, step: int) -> bool:
         every = self.loop.eval_every
         return step > 0 and (step == self.loop.steps or (every > 0 and step % every == 0))
 
-    def _evaluate(self, state: TrainState, done: int, log: MetricsLog) -> None:
-        log.write(done, self.task.evaluate(state.ema, done, self.workdir))
+    def _evaluate(self, state: TrainState, step: int, log: MetricsLog) -> None:
+        log.write(step, self.task.evaluate(state.weights, step, self.workdir))
         self._plot(log)
 
-    def _record(self, done: int, values: dict[str, float], log: MetricsLog) -> None:
-        log.write(done, values)
-        self._bar.update(self._line, completed=done, note=f"loss {values['loss']:.4f}")
+    def _record(self, step: int, values: dict[str, float], log: MetricsLog) -> None:
+        log.write(step, values)
+        losses = [f"{key} {x:.4f}" for key, x in values.items() if key.endswith("loss")]
+        self._bar.update(self._line, completed=step, note=", ".join(losses))
 
     def _batches(self, start: int) -> Iterator[tuple[int, Any, Feed]]:
-        """Every step that is left, its batch, and where that came from."""
+        """The number, counted from 1, the batch and the feed of every step that is left."""
         if start < self.loop.steps:
-            with self.task.feed(start) as feed:
-                for done, batch in zip(range(start + 1, self.loop.steps + 1), feed, strict=False):
-                    yield done, batch, feed
-
-    def _place(self, batch: Any) -> Any:
-        task = self.task
-        if task.place is not None:
-            return task.place(batch)
-        rows = len(jax.tree.leaves(batch)[0]) if task.rows is None else task.rows
-        return placed(batch, task.batch_specs, self.mesh, rows=rows, first=self.first_row)
-
-    @property
-    def first_row(self) -> int:
-        """Of a batch, the first that `feed` gives this process."""
-        return 0 if self.task.rows is None else own_rows(self.mesh, self.task.rows).start
+            with self.task.batches.feed(start) as feed:
+                for step, batch in zip(range(start + 1, self.loop.steps + 1), feed, strict=False):
+                    yield step, batch, feed
 
     def _plot(self, log: MetricsLog) -> None:
         if self.first:
             plot_curves({"": log.records}, self.workdir / "curves.png")
 
-    def _leave(self, number: int, done: int, saves: Saves) -> None:
-        saves.wait()
+    def _leave(self, number: int, step: int, checkpoints: TrainCheckpoints) -> None:
+        checkpoints.wait()
         raise Stopped(
-            f"stopped by signal {number} after step {done}, which is saved in {self.workdir}; "
-            "the same command goes on from there",
+            f"stopped by signal {number} after step {step}; its checkpoint is in {self.workdir}. "
+            "Rerun the same command to resume.",
             128 + number,
         )
 
-    def _diverge(self, state: TrainState, step: int, bad_steps: int, saves: Saves) -> None:
-        saves.save(step, state)
-        saves.wait()
+    def _diverge(
+        self, state: TrainState, step: int, bad_steps: int, checkpoints: TrainCheckpoints
+    ) -> None:
+        checkpoints.save(step, state)
+        checkpoints.wait()
         raise Diverged(
-            f"loss or gradient was not finite in {bad_steps} updates in a row before step {step}; "
-            "none of them was applied, and the state before them is saved: lower optim.lr, or look "
-            "at the data of these steps"
+            f"loss or gradient was not finite in {bad_steps} consecutive updates before step "
+            f"{step}. None was applied, and the state before them is checkpointed. Lower optim.lr, "
+            "or inspect the data of these steps."
         )
 
 
 class _Window:
-    """Updates since the last record: their metrics, and the time they took."""
+    """Steps since the last record: their metrics, and the time they took."""
 
     def __init__(self, run: _Run):
-        self._task, self._loop, self._devices = run.task, run.loop, run.mesh.size
-        self._first_row = run.first_row
+        self._cost, self._loop = run.task.about.cost, run.loop
+        self._first_row = run.task.batches.first_row
+        self._devices = run.num_devices
         self._metrics: list[dict] = []
-        self._unseen: list[jax.Array] = []
+        self._unread: list[list[jax.Array]] = []
         self._bad_steps = 0
         self._waited, self._spent, self._began = 0.0, 0.0, time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self._metrics.append(metrics)
-        self._unseen.append(metrics["bad_steps"])
+        self._unread.append([x for key, x in metrics.items() if key.endswith("bad_steps")])
 
     def bad_steps(self) -> int:
-        """The most updates in a row that were not applied, as far as known: looking at them waits
-        for the device, so this does every `patience` updates, and at a record."""
-        if len(self._unseen) >= self._loop.patience or not self._metrics:
-            self._bad_steps = max((int(n) for n in jax.device_get(self._unseen)), default=0)
-            self._unseen = []
+        """Most consecutive skipped updates of a group, as of the last time they were read.
+
+        Reading them waits for the device, so it happens at records and every `patience` steps.
+        """
+        if len(self._unread) >= self._loop.patience or not self._metrics:
+            counts = jax.device_get(self._unread)
+            self._bad_steps = max((int(n) for step in counts for n in step), default=0)
+            self._unread = []
         return self._bad_steps
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is not the updates', but what the device has yet to do of these is."""
+        """Excludes the time inside, but not what the device still has to do before it."""
         jax.block_until_ready(self._metrics[-1:])
         self._spent += time.perf_counter() - self._began
         try:
@@ -347,23 +256,28 @@ class _Window:
             self._began = time.perf_counter()
 
     def close(self, feed: Feed) -> dict[str, float]:
-        """Means, speed and memory of the window; `data_wait` is the share of time that this process
-        spent in waiting for batches. Waits for the device; all processes call it."""
+        """Means, speed and memory of the window; `data_wait` is this process's share of time spent
+        waiting for batches. Waits for the device; all processes call it."""
         values = mean_of(self._metrics)
         rate = len(self._metrics) / (self._spent + time.perf_counter() - self._began)
         values["steps_per_s"] = rate
         values["data_wait"] = (feed.waited - self._waited) * rate / len(self._metrics)
-        if self._task.work is not None:
-            flops = rate * self._task.work.flops
-            values["tokens_per_s"] = rate * self._task.work.tokens
-            values["tflops_per_s"] = flops / 1e12
-            for kind, part in self._task.work.kinds.items():
-                values[f"tflops_per_s_{kind}"] = rate * part / 1e12
-            if self._loop.peak_tflops:
-                peak = 1e12 * self._loop.peak_tflops * self._devices
-                values["percent_of_peak"] = 100 * flops / peak
+        values |= self._speed(rate)
         values["skipped"] = skipped_by_all(feed.skipped, self._first_row)
         values |= peak_gib()
         self._metrics, self._waited = [], feed.waited
         self._spent, self._began = 0.0, time.perf_counter()
+        return values
+
+    def _speed(self, rate: float) -> dict[str, float]:
+        """Tokens and FLOPs per second at `rate` steps per second, if the task knows its cost."""
+        if self._cost is None:
+            return {}
+        flops = rate * self._cost.flops
+        values = {"tokens_per_s": rate * self._cost.tokens, "tflops_per_s": flops / 1e12}
+        for kind, part in self._cost.kinds.items():
+            values[f"tflops_per_s_{kind}"] = rate * part / 1e12
+        if self._loop.peak_tflops:
+            peak = 1e12 * self._loop.peak_tflops * self._devices
+            values["percent_of_peak"] = 100 * flops / peak
         return values

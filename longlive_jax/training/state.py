@@ -1,88 +1,83 @@
-"""What a training run carries from step to step, and where every part of it lies."""
+"""What a training run carries from step to step, and how every part of it is sharded."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.parallel.rules import Rules, check_divides, moment_specs, shardings, specs_for
-from longlive_jax.typing import Array, Int
+from longlive_jax.parallel.rules import Rules, moment_specs, specs_for
+from longlive_jax.typing import Array, Int, Params
 
-Params = Any  # a nested dict of arrays
+REPLICATED: Rules = ((r".*", P()),)
+"""Every parameter on every device."""
 
-WHOLE: Rules = ((r".*", P()),)
-"""Every parameter whole on every device."""
+
+@flax.struct.dataclass
+class Trained:
+    """A group of parameters that one optimizer trains.
+
+    Attributes:
+      params: float32 master parameters.
+      ema: their exponential moving average, float32, or None.
+      opt_state: the optimizer's state.
+      bad_steps: consecutive updates skipped because loss or gradient were not finite.
+    """
+
+    params: Params
+    ema: Params | None
+    opt_state: Any
+    bad_steps: Int[Array, ""]
+
+    @property
+    def weights(self) -> Params:
+        """What is evaluated and exported: the EMA if there is one, else the parameters."""
+        return self.params if self.ema is None else self.ema
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything an update reads and writes; saving it is saving the run.
+    """Everything an update reads and writes; saving it saves the run.
 
     Attributes:
-      step: updates attempted so far.
-      params: float32 master parameters.
-      ema: their exponential moving average, float32.
-      opt_state: the optimizer's moments.
-      bad_steps: updates in a row that were dropped because loss or gradient were not finite.
-      memory: what the loss remembers between updates (error buffers), or ().
+      step: training steps attempted so far.
+      groups: trained parameters by the name of their group.
+      loss_state: what losses keep between steps (error buffers), or ().
     """
 
     step: Int[Array, ""]
-    params: Params
-    ema: Params
-    opt_state: Any
-    bad_steps: Int[Array, ""]
-    memory: Any = ()
+    groups: dict[str, Trained]
+    loss_state: Any = ()
+
+    @property
+    def weights(self) -> dict[str, Params]:
+        """The weights of every group (`Trained.weights`)."""
+        return {name: group.weights for name, group in self.groups.items()}
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, memory: Any = ()) -> TrainState:
-    """A state at step 0. The average starts as a copy, so that both buffers can be donated."""
-    zero = jnp.zeros((), jnp.int32)
-    average = jax.tree.map(jnp.copy, params)
-    return TrainState(zero, params, average, tx.init(params), zero + 0, memory)
+def init_group(params: Params, tx: optax.GradientTransformation, *, ema: bool) -> Trained:
+    """A group before its first update; the EMA starts as a copy, so both can be donated."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return Trained(params, average, tx.init(params), jnp.zeros((), jnp.int32))
 
 
-def state_specs(
-    shapes: TrainState, tx: optax.GradientTransformation, rules: Rules, memory: Any = ()
-) -> TrainState:
-    """PartitionSpecs of a state of these shapes: average and moments lie as their parameters do.
+def group_specs(shapes: Trained, tx: optax.GradientTransformation, rules: Rules) -> Trained:
+    """PartitionSpecs of a group of these shapes: EMA and moments are sharded as their parameters.
 
-    `memory` are the specs of `shapes.memory`. Raises ValueError for parameters no rule names.
+    Raises ValueError for parameters that no rule names.
     """
     specs = specs_for(rules, shapes.params)
     moments = moment_specs(tx, shapes.params, specs)
-    whole: Any = P()
-    return TrainState(whole, specs, specs, moments, whole, memory)
+    replicated: Any = P()
+    return Trained(specs, None if shapes.ema is None else specs, moments, replicated)
 
 
-def make_state(
-    init: Callable[[], Params],
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: Rules,
-    *,
-    memory: Callable[[], Any] = tuple,
-    memory_specs: Any = (),
-    start: Callable[[], Params] | None = None,
-) -> tuple[TrainState, TrainState]:
-    """The state at step 0, made where it stays, never whole on one device; and its shardings.
-
-    `start` gives the parameters in the place of `init`, lying on the mesh already.
-    Raises ValueError for parameters that no rule names or that do not split over the mesh.
-    """
-
-    def made(params: Params) -> TrainState:
-        return init_state(params, tx, memory())
-
-    shapes = jax.eval_shape(lambda: made(init()))
-    specs = state_specs(shapes, tx, rules, memory_specs)
-    check_divides(mesh, specs.params, shapes.params)
-    where = shardings(mesh, specs)
-    if start is None:
-        return jax.jit(lambda: made(init()), out_shardings=where)(), where
-    return jax.jit(made, out_shardings=where, donate_argnums=0)(start()), where
+def abstract_state(shapes: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct` for every array of `shapes`, with its sharding."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

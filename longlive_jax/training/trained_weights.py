@@ -47,7 +47,7 @@ class SavedWeights:
         like: Any = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
         )
-        _, tree = restore_weights(workdir, like, part=part, say=say)
+        _, tree = restore_weights(workdir, like, group="dit", part=part, say=say)
         return cls({path: np.asarray(x) for path, x in flatten(tree).items()})
 
     @property

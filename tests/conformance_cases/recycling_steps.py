@@ -14,6 +14,11 @@ from conformance_cases.golden import Golden
 from conformance_cases.rows import EXACT, TIGHT, Case, compared, differing, later, relative
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, x0_from_velocity
 from longlive_jax.training.objectives import error_buffer as eb
+from longlive_jax.training.objectives.batch import (
+    ARLossSpec,
+    Draws,
+    TeacherForcingBatch,
+)
 from longlive_jax.training.objectives.error_recycling import (
     Errors,
     Pick,
@@ -26,9 +31,6 @@ from longlive_jax.training.objectives.error_recycling import (
     recycle,
 )
 from longlive_jax.training.objectives.teacher_forcing import (
-    ARLossSpec,
-    Draws,
-    TeacherForcingBatch,
     flow_loss,
 )
 
@@ -163,7 +165,7 @@ class Steps:
         if first in golden:
             errors = self._with_given(errors, x0 - clean, velocity, draws.sigma)
         buffers = self._observe(rolls, errors, batch, used, buffers)
-        mask = batch.mask * ~used.draws.given
+        mask = batch.mask * ~used.draws.conditioning_frame
         result = {
             "latent_used": mixed.batch.target,
             "noise_used": mixed.draws.noise,
@@ -193,7 +195,7 @@ class Steps:
             context=clean,
             context_timestep=jnp.zeros(size),
             dropped=jnp.zeros(size[:1], bool),
-            given=jnp.zeros(size, bool),
+            conditioning_frame=jnp.zeros(size, bool),
         )
 
     @staticmethod
@@ -216,7 +218,7 @@ def clamped(used: Recycled, first: jnp.ndarray) -> Recycled:
             context=draws.context.at[:, :1].set(first),
             sigma=draws.sigma.at[:, 0].set(0.0),
             timestep=draws.timestep.at[:, 0].set(0.0),
-            given=draws.given.at[:, 0].set(True),
+            conditioning_frame=draws.conditioning_frame.at[:, 0].set(True),
         ),
         used.clean,
     )

@@ -14,12 +14,14 @@ from conformance_cases.dit import prompts_of_blocks
 from conformance_cases.golden import Golden
 from conformance_cases.rows import CLOSE, TIGHT, Case, compared, later
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target, x0_from_velocity
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
-    ARSetup,
     Draws,
     TeacherForcingBatch,
     draws_of,
+)
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
     flow_loss,
     predict,
 )
@@ -120,16 +122,16 @@ class _Files:
             context_noise_told=augmented,
             image_to_video=clamp,
         )
-        level = jnp.zeros((len(clean), self.blocks))
+        context_level = jnp.zeros((len(clean), self.blocks))
         if augmented:
-            level = jnp.asarray(table.sigmas)[golden[context_name][:, :: self.chunk_frames]]
+            context_level = jnp.asarray(table.sigmas)[golden[context_name][:, :: self.chunk_frames]]
         batch = self._episode(clean, jnp.asarray(golden[f"{name}/loss_mask"]))
         draws = draws_of(
             batch,
             noise=noise,
             index=jnp.asarray(golden[f"{name}/index_draw"][:, :: self.chunk_frames]),
-            level=level,
-            rough=noise if augmented else None,
+            context_level=context_level,
+            context_noise=noise if augmented else None,
             dropped=jnp.zeros(len(clean), bool),
             chunk_frames=self.chunk_frames,
             spec=spec,
@@ -148,7 +150,7 @@ class _Files:
         weight = jnp.asarray(table.weights)[index]
         if half:
             draws = dataclasses.replace(draws, timestep=timestep, sigma=sigma)
-        weight = jnp.where(draws.given, weight, weight if half else draws.weight)
+        weight = jnp.where(draws.conditioning_frame, weight, weight if half else draws.weight)
         return dataclasses.replace(draws, weight=weight), {"sigma": sigma}
 
     def _episode(self, clean, mask) -> TeacherForcingBatch:

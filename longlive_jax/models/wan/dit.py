@@ -84,7 +84,7 @@ class DiTBlock(nnx.Module):
         streams: int,
         attend: AttentionFn,
         attend_text: AttentionFn = attention,
-        ffn_parts: int = 1,
+        ffn_chunks: int = 1,
     ) -> tuple[Float[Array, "b g p e"], KV]:
         """`x` is grouped so that the `p` tokens of a group share their noise level."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self._slots(mod)
@@ -94,7 +94,7 @@ class DiTBlock(nnx.Module):
         x = self._add(x, y, gate1)
         words = self.cross_attn(_flat(self.norm3(x)), text, streams=streams, attend=attend_text)
         x = self._add(x, words)
-        y = _in_parts(self.ffn, _flat(modulate(x, shift2, scale2, self.cfg)), ffn_parts)
+        y = _in_parts(self.ffn, _flat(modulate(x, shift2, scale2, self.cfg)), ffn_chunks)
         return self._add(x, y, gate2), kv
 
     def compute_kv(self, x: Float[Array, "b g p e"], mod: Array, seen: AttentionContext) -> KV:
@@ -192,7 +192,7 @@ class DiT(nnx.Module):
         relative_rope: bool = False,
         remat: bool = False,
         unroll: int = 1,
-        ffn_parts: int = 1,
+        ffn_chunks: int = 1,
         materialize: Materialize = identity,
     ) -> tuple[Float[Array, "b f2 h w c2"] | None, Any]:
         """Velocity (noise - x0) of `latents`, and the keys and values of every layer.
@@ -202,7 +202,7 @@ class DiT(nnx.Module):
         frames and sets `noisy_from`: the head then runs from that frame on, and the velocity has
         only those frames. With a `cache` its keys follow the latents' own. `relative_rope`: the
         cache holds keys that are not rotated; `cache.tokens` says at which positions to see them.
-        `ffn_parts` of the sequence go through the feed-forward one after the other, rematerialised.
+        `ffn_chunks` of the sequence pass the feed-forward one after the other, rematerialised.
 
         Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
         `cfg.dtype` if `return_kv`, else None. `output=False` only fills a cache: no velocity, but
@@ -211,7 +211,7 @@ class DiT(nnx.Module):
         x = self._embed(latents, timestep, tokens, text)
         time, mod = self._levels(timestep)
         seen = _seen(tokens, cache, self.cfg, relative_rope)
-        options = {"attend": attend, "attend_text": attend_text, "ffn_parts": ffn_parts}
+        options = {"attend": attend, "attend_text": attend_text, "ffn_chunks": ffn_chunks}
         kept = store if return_kv or not output else None
         layer = _layer(text, mod, seen, kept, materialize, options)
         if not output:

@@ -10,15 +10,15 @@ kept in two buffers, of latents and of noise, and some are added to history, tar
     errors = prediction_errors(velocity, batch, used)
     buffers = observe(rolls, errors, batch, used, buffers, ...)
 
-`recycling_loss` does these in turn. All of it takes global arrays and may run under one `jit` over
-a mesh. What is random is in `Rolls`, drawn for the whole batch, so results depend neither on the
-mesh nor on a restart. With positions by column nothing moves between sp ranks.
+`TeacherForcingLoss` does these in turn. All of it takes global arrays and may run under one `jit`
+over a mesh. What is random is in `Rolls`, drawn for the whole batch, so results depend neither on
+the mesh nor on a restart. With positions by column nothing moves between sp ranks.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -32,13 +32,13 @@ from longlive_jax.diffusion.flow import FlowSchedule, corrupt, velocity_target, 
 from longlive_jax.parallel.mesh import BATCH, SP, MeshSpec
 from longlive_jax.parallel.rules import check_divides, parts_of, shardings
 from longlive_jax.training.objectives import error_buffer as eb
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
     Draws,
     TeacherForcingBatch,
-    draw,
 )
-from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
+from longlive_jax.training.update import LossState
+from longlive_jax.typing import Array, Bool, Float, Int, Key
 
 _ROLLS = 1
 """Folded into a key, so that rolls are not the numbers of draws."""
@@ -111,6 +111,15 @@ def init_buffers(
     specs = partition(spec, parts_of(mesh.shape, BATCH))
     check_divides(mesh, specs, jax.eval_shape(make))
     return jax.jit(make, out_shardings=shardings(mesh, specs))()
+
+
+def buffer_state(
+    spec: RecyclingSpec | None, chunk_shape: tuple[int, ...], mesh: MeshSpec
+) -> LossState:
+    """Error buffers as a loss's state, for chunks of shape (m, h, w, c); nothing without a spec."""
+    if spec is None:
+        return LossState()
+    return LossState(lambda: init_buffers(spec, chunk_shape), partition(spec, mesh.samples))
 
 
 def partition(spec: RecyclingSpec, samples: int = 1) -> Buffers:
@@ -197,6 +206,12 @@ def roll(key: Key[Array, ""], samples: int, context: int, target: int) -> Rolls:
     return Rolls(clean, update, noise, latent, past, old_latent, old_noise)
 
 
+def roll_for(key: Key[Array, ""], batch: TeacherForcingBatch, *, chunk_frames: int) -> Rolls:
+    """Numbers for a batch, independent of its `Draws` from the same key."""
+    context, target = (x.shape[1] for x in _columns(batch, chunk_frames))
+    return roll(jax.random.fold_in(key, _ROLLS), batch.chunk_index.shape[0], context, target)
+
+
 @flax.struct.dataclass
 class Recycled:
     """A batch and draws with errors mixed in, for the model; `clean` samples have none.
@@ -248,7 +263,9 @@ def recycle(
     context = mixed(rolls.context, spec.context, history, draws.context)
     kept = _kept(batch, chunk_frames, spec, loss)
     return Recycled(
-        batch=dataclasses.replace(batch, target=_where(draws.given, batch.target, target)),
+        batch=dataclasses.replace(
+            batch, target=_where(draws.conditioning_frame, batch.target, target)
+        ),
         draws=dataclasses.replace(draws, noise=noise, context=_where(kept, draws.context, context)),
         clean=clean,
     )
@@ -264,10 +281,6 @@ def _mixed(
     scale = jnp.where((open_ & (pick.gate < share))[:, None], scale, 0.0)
     scale = scale[..., None, None, None, None]
     return like + (scale * errors).reshape(like.shape).astype(like.dtype)
-
-
-type Run = Callable[[Params, TeacherForcingBatch, Recycled], tuple[Array, dict[str, Array], Array]]
-"""A forward pass: (params, batch as it was, batch and draws to use) to loss, metrics, velocity."""
 
 
 @flax.struct.dataclass
@@ -291,7 +304,9 @@ def prediction_errors(
     latent = x0_from_velocity(noisy, velocity, draws.sigma) - batch.target
     missed = velocity - velocity_target(batch.target, draws.noise)
     noise = missed * (1 - draws.sigma)[..., None, None, None]
-    return Errors(*(_where(draws.given, jnp.zeros_like(x), x) for x in (latent, noise)))
+    return Errors(
+        *(_where(draws.conditioning_frame, jnp.zeros_like(x), x) for x in (latent, noise))
+    )
 
 
 def observe(
@@ -314,7 +329,7 @@ def observe(
     layout = spec.buffer
     row = eb.rows_of(layout, _columns(batch, chunk_frames)[1])
     column, owned = eb.column_of(layout, row, _bucket(used.draws, chunk_frames, spec, loss))
-    whole = _by_chunk((batch.mask > 0) | used.draws.given, chunk_frames).all(axis=2)
+    whole = _by_chunk((batch.mask > 0) | used.draws.conditioning_frame, chunk_frames).all(axis=2)
     wanted = ~used.clean | (rolls.update < spec.update)
     keep = owned & whole & wanted[:, None] & good
 
@@ -329,31 +344,6 @@ def observe(
         noise=stored(buffers.noise, errors.noise, rolls.old_noise),
         seen=buffers.seen + 1,
     )
-
-
-def recycling_loss(run: Run, *, chunk_frames: int, spec: RecyclingSpec, loss: ARLossSpec):
-    """`(params, batch, key, buffers) -> (loss, (metrics, buffers))` around a forward pass.
-
-    Draws are those of a loss without recycling; metrics tell how many errors of latents are held.
-    """
-    options: Any = {"chunk_frames": chunk_frames, "spec": spec, "loss": loss}
-
-    def loss_fn(params: Params, batch: TeacherForcingBatch, key: Key[Array, ""], buffers: Buffers):
-        draws = draw(key, batch, chunk_frames=chunk_frames, spec=loss)
-        samples, *counts = (
-            batch.chunk_index.shape[0],
-            *(x.shape[1] for x in _columns(batch, chunk_frames)),
-        )
-        rolls = roll(jax.random.fold_in(key, _ROLLS), samples, *counts)
-        used = recycle(rolls, batch, draws, buffers, **options)
-        value, metrics, velocity = run(params, batch, used)
-        errors = prediction_errors(velocity, batch, used)
-        good = jnp.isfinite(value)
-        buffers = observe(rolls, errors, batch, used, buffers, good=good, **options)
-        held = jnp.sum(buffers.latent.held).astype(jnp.float32)
-        return value, (metrics | {"errors_held": held}, buffers)
-
-    return loss_fn
 
 
 def _bucket(

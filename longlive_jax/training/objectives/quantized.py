@@ -19,12 +19,14 @@ __all__ = ["quantized"]
 def quantized(
     spec: QuantSpec, shapes: Params, specs: Any, mesh: Mesh, rows: Mapping[str, int]
 ) -> QuantizedTraining:
-    """How the matrices of `shapes`, which lie as `specs` on the mesh, are quantized in training.
+    """Quantization of the parameters `shapes`, sharded as `specs`, in training.
 
-    `rows` says how many tokens of each kind one sample has. Over a mesh every sp rank's share of
-    them must be runs of 16 whole, which gradients are rotated over: then the runs are the same on
-    every mesh. Raises UserError where it is not so, for a policy that does not train or does not
-    fit the model, and for an implementation that this machine has not.
+    `rows` is the number of rows of each kind that one sample has in the linears' inputs. The
+    Hadamard transform of the weight gradients mixes groups of 16 rows, so every sp shard must hold
+    complete groups: then they are the same on every mesh.
+
+    Raises UserError where shards split groups, for a policy that does not train or does not fit the
+    model, and for an implementation that is not available here.
     """
     try:
         quant = QuantizedTraining.of(spec, AXES if mesh.size > 1 else ())
@@ -34,14 +36,14 @@ def quantized(
         raise UserError(f"config.{error}") from error
     if quant.policy.rules and mesh.size > 1:
         for name, count in rows.items():
-            _check_runs(name, count, mesh.shape[SP])
+            _check_groups(name, count, mesh.shape[SP])
     return quant
 
 
-def _check_runs(name: str, count: int, ranks: int) -> None:
+def _check_groups(name: str, count: int, ranks: int) -> None:
     if count % (BLOCK * ranks):
         raise UserError(
-            f"config.quant.policy: {count} {name} of a sample over mesh.sp = {ranks} are no whole "
-            f"runs of {BLOCK} tokens a device; choose a multiple of {BLOCK * ranks}, or mesh.sp "
-            "and a latent size that make it one"
+            f"config.quant.policy: {count} {name} of a sample over mesh.sp = {ranks} do not make "
+            f"complete groups of {BLOCK} per device; choose mesh.sp and a latent size that give a "
+            f"multiple of {BLOCK * ranks}"
         )

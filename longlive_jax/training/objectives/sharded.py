@@ -1,8 +1,8 @@
-"""The AR loss over a mesh: Balanced SP, parameters shared out, the same numbers as one device.
+"""The teacher-forcing loss over a mesh: Balanced SP, sharded parameters, one device's numbers.
 
-What is random is drawn for the whole batch before it is split, so no result depends on the mesh.
-The rest runs inside one `shard_map` over all axes, where every device calls the same `predict` on
-its own frames; differentiate outside of it.
+Everything random is drawn for the global batch before it is split, so no result depends on the
+mesh. The rest runs inside one `shard_map` over all axes, in which every device calls the same
+`predict` on its own frames. Differentiate outside of it.
 """
 
 import dataclasses
@@ -21,13 +21,12 @@ from longlive_jax.parallel.fsdp import Gather
 from longlive_jax.parallel.mesh import AXES, BATCH, SP
 from longlive_jax.parallel.rules import Specs
 from longlive_jax.parallel.ulysses import exchange, ulysses, whole
+from longlive_jax.training.objectives.batch import Draws, TeacherForcingBatch, draw
 from longlive_jax.training.objectives.teacher_forcing import (
     ARSetup,
-    Draws,
     LossOutput,
-    TeacherForcingBatch,
-    Text,
-    draw,
+    Metrics,
+    TextFeatures,
     flow_loss,
     predict,
 )
@@ -36,25 +35,13 @@ from longlive_jax.typing import Array, Float, Key, Params
 FRAMES = P(BATCH, SP)
 """Samples over data and fsdp, frames (or chunks) over sp."""
 
-COLUMNS = ("chunk_index", "start", "window_start", "sink", "prompt")
-"""Of an `TeacherForcingBatch`: context chunks, then target chunks."""
-
+CHUNK_COLUMNS = ("chunk_index", "start", "window_start", "sink", "prompt")
+"""Fields of a `TeacherForcingBatch` with a value a chunk: context chunks, then target chunks."""
 
 BATCH_SPECS = dict.fromkeys(("context", "target", "mask"), FRAMES) | {
-    name: P(BATCH) for name in COLUMNS
+    name: P(BATCH) for name in CHUNK_COLUMNS
 }
 """PartitionSpecs of a batch's arrays, by field of `TeacherForcingBatch`."""
-
-
-def _specs(cls: type, **other: P) -> Any:
-    """An Episode or Draws of specs."""
-    return cls(**{f.name: other.get(f.name, FRAMES) for f in dataclasses.fields(cls)})
-
-
-def _arrange_balanced(
-    batch: TeacherForcingBatch, shown: TeacherForcingBatch, draws: Draws, parts: int
-) -> tuple[TeacherForcingBatch, TeacherForcingBatch, Draws]:
-    return batch, balanced(shown, parts), draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,25 +59,46 @@ class SequenceLayout:
         tuple[TeacherForcingBatch, TeacherForcingBatch, Draws],
     ]
     on_shard: Callable[[TeacherForcingBatch, Draws], tuple[TeacherForcingBatch, Draws]] = (
-        lambda batch, draws: (
-            batch,
-            draws,
-        )
+        lambda *own: own
     )
 
 
-BALANCED = SequenceLayout(_arrange_balanced)
+def balanced(batch: TeacherForcingBatch, num_shards: int) -> TeacherForcingBatch:
+    """The batch with its columns in the order of the shards: context and target of each.
+
+    Raises ValueError if context or target chunks do not divide over the shards.
+    """
+    chunks = batch.chunk_index.shape[1]
+    frames = batch.context.shape[1] + batch.target.shape[1]
+    first = chunks * batch.context.shape[1] // frames
+    for name, count in (("context", first), ("target", chunks - first)):
+        if count % num_shards:
+            raise ValueError(
+                f"{count} {name} chunks do not divide over mesh.sp = {num_shards}; choose a divisor"
+            )
+    columns = {name: getattr(batch, name) for name in CHUNK_COLUMNS}
+    columns = {k: paired(x[:, :first], x[:, first:], num_shards) for k, x in columns.items()}
+    return dataclasses.replace(batch, **columns)
+
+
+BALANCED = SequenceLayout(
+    lambda target_batch, model_batch, draws, num_shards: (
+        target_batch,
+        balanced(model_batch, num_shards),
+        draws,
+    )
+)
 """Every device has the clean and the noisy frames of the same times (paper, section 2.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedLoss:
-    """How a loss is shared out.
+    """How a loss is sharded.
 
     Attributes:
-      mesh: axes data, fsdp, sp.
+      mesh: devices, with axes data, fsdp and sp.
       specs: PartitionSpecs of the parameters.
-      gather: makes parameters whole where they are used; None: `Gather(specs)`.
+      gather: all-gathers parameters where they are used; None: `Gather(specs)`.
       exchange: the all-to-all of attention.
       layout: which frames each device has.
     """
@@ -102,87 +110,88 @@ class ShardedLoss:
     layout: SequenceLayout = BALANCED
 
 
-def sharded_ar_loss(
+def sharded_teacher_forcing_loss(
     setup: ARSetup,
-    shared: ShardedLoss,
+    sharded: ShardedLoss,
     params: Params,
     batch: TeacherForcingBatch,
     key: Key[Array, ""],
-    text: Text,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """`ar_loss` of a batch over a mesh; context and target must split into sp parts of chunks."""
+    text: TextFeatures,
+) -> tuple[Float[Array, ""], Metrics]:
+    """`teacher_forcing_loss` over a mesh; context and target chunks must divide over sp."""
     draws = draw(key, batch, chunk_frames=setup.chunk_frames, spec=setup.spec)
-    loss, metrics, _ = sharded_forward(setup, shared, params, batch, batch, draws, text)
+    loss, metrics, _ = sharded_forward(setup, params, batch, batch, draws, text, sharded=sharded)
     return loss, metrics
 
 
 def sharded_forward(
     setup: ARSetup,
-    shared: ShardedLoss,
     params: Params,
-    batch: TeacherForcingBatch,
-    shown: TeacherForcingBatch,
+    target_batch: TeacherForcingBatch,
+    model_batch: TeacherForcingBatch,
     draws: Draws,
-    text: Text,
+    text: TextFeatures,
+    *,
+    sharded: ShardedLoss,
 ) -> LossOutput:
-    """`forward` of a batch over a mesh."""
-    arranged = shared.layout.arrange(batch, shown, draws, shared.mesh.shape[SP])
-    frames = arranged[0].target.shape[1] - batch.target.shape[1]
-    batch, shown, draws = arranged
-    over = jax.shard_map(
-        _local_forward(setup, shared),
-        mesh=shared.mesh,
+    """`teacher_forcing.forward` over a mesh."""
+    # 1. The frames in the order of the shards.
+    num_shards, num_targets = sharded.mesh.shape[SP], target_batch.target.shape[1]
+    target_batch, model_batch, draws = sharded.layout.arrange(
+        target_batch, model_batch, draws, num_shards
+    )
+    added = target_batch.target.shape[1] - num_targets
+
+    # 2. Prediction and loss, every device on its own frames.
+    over_mesh = jax.shard_map(
+        partial(_forward_on_shard, setup, sharded),
+        mesh=sharded.mesh,
         in_specs=(
-            shared.specs,
-            jax.tree.map(lambda _: FRAMES, shown),
+            sharded.specs,
+            jax.tree.map(lambda _: FRAMES, model_batch),
             FRAMES,
-            _specs(Draws, dropped=P(BATCH)),
+            _draw_specs(),
             P() if text.ndim == 3 else P(BATCH),
         ),
         out_specs=(P(), P(), FRAMES),
         check_vma=False,
     )
-    loss, metrics, velocity = over(params, shown, batch.target, draws, text)
-    return loss, metrics, velocity[:, frames:]
+    loss, metrics, velocity = over_mesh(params, model_batch, target_batch.target, draws, text)
+    return loss, metrics, velocity[:, added:]
 
 
-def balanced(batch: TeacherForcingBatch, parts: int) -> TeacherForcingBatch:
-    """The batch with its columns in the order of the devices: context and target of each."""
-    chunks = batch.chunk_index.shape[1]
-    frames = batch.context.shape[1] + batch.target.shape[1]
-    first = chunks * batch.context.shape[1] // frames
-    for name, count in (("context", first), ("target", chunks - first)):
-        if count % parts:
-            raise ValueError(
-                f"{count} {name} chunks do not split over mesh.sp = {parts}; choose a divisor"
-            )
-    columns = {name: getattr(batch, name) for name in COLUMNS}
-    columns = {k: paired(x[:, :first], x[:, first:], parts) for k, x in columns.items()}
-    return dataclasses.replace(batch, **columns)
+def _forward_on_shard(
+    setup: ARSetup,
+    sharded: ShardedLoss,
+    params: Params,
+    model_batch: TeacherForcingBatch,
+    target: Array,
+    draws: Draws,
+    text: Array,
+) -> LossOutput:
+    """The prediction for a device's own frames, and the loss normalised over all of them."""
+    model_batch, draws = sharded.layout.on_shard(model_batch, draws)
+
+    # Blocks are gathered one by one as they are used, everything else at once.
+    gather = sharded.gather or Gather(sharded.specs)
+    outer = {k: v for k, v in params.items() if k != "blocks"}
+    gathered = gather.tree(outer, {k: sharded.specs[k] for k in outer})
+    velocity = predict(
+        setup,
+        with_params(setup.graphdef, {**gathered, "blocks": params["blocks"]}),
+        model_batch,
+        draws,
+        text,
+        gather_tokens=whole,
+        wrap_attention=partial(ulysses, exchange=sharded.exchange),
+        materialize=gather,
+    )
+    target_batch = dataclasses.replace(model_batch, target=target)
+    reduce_sums = partial(lax.psum, axis_name=AXES)
+    return *flow_loss(velocity, target_batch, draws, reduce_sums=reduce_sums), velocity
 
 
-def _local_forward(setup: ARSetup, shared: ShardedLoss):
-    """The prediction for a device's own frames, and the loss normalised over all."""
-    gather = shared.gather or Gather(shared.specs)
-
-    def forward(
-        params: Params, shown: TeacherForcingBatch, target: Array, draws: Draws, text: Array
-    ) -> LossOutput:
-        shown, draws = shared.layout.on_shard(shown, draws)
-        apart = {k: v for k, v in params.items() if k != "blocks"}
-        ready = gather.tree(apart, {k: shared.specs[k] for k in apart})
-        velocity = predict(
-            setup,
-            with_params(setup.graphdef, {**ready, "blocks": params["blocks"]}),
-            shown,
-            draws,
-            text,
-            whole=whole,
-            wrap=partial(ulysses, exchange=shared.exchange),
-            materialize=gather,
-        )
-        batch = dataclasses.replace(shown, target=target)
-        total = partial(lax.psum, axis_name=AXES)
-        return *flow_loss(velocity, batch, draws, total=total), velocity
-
-    return forward
+def _draw_specs() -> Any:
+    """PartitionSpecs of `Draws`."""
+    per_sample: dict[str, Any] = {"dropped": P(BATCH)}
+    return Draws(**{f.name: per_sample.get(f.name, FRAMES) for f in dataclasses.fields(Draws)})

@@ -3,7 +3,7 @@
 import dataclasses
 
 from longlive_jax.models.wan import DiTConfig
-from longlive_jax.training.loop import Work
+from longlive_jax.training.task import StepCost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +54,17 @@ def _forward(cfg: DiTConfig, *, clean: int, noisy: int, seen: int, words: int) -
     )
 
 
-def step_work(
+def clips_cost(
     cfg: DiTConfig, *, batch: int, chunks: int, chunk_tokens: int, window: int | None = None
-) -> Work:
+) -> StepCost:
     """Of one update on clips."""
     flops = forward_flops(cfg, chunks=chunks, chunk_tokens=chunk_tokens, window=window)
     return _update(flops, batch, 2 * chunks * chunk_tokens)
 
 
-def episode_work(
+def windows_cost(
     cfg: DiTConfig, *, batch: int, context: int, target: int, chunk_tokens: int, window: int
-) -> Work:
+) -> StepCost:
     """Of one update on episodes of so many context and target chunks, each of which attends as
     many as a window holds."""
     chunks = context + target
@@ -78,7 +78,7 @@ def episode_work(
     return _update(flops, batch, chunks * chunk_tokens)
 
 
-def _update(flops: Flops, batch: int, tokens: int) -> Work:
+def _update(flops: Flops, batch: int, tokens: int) -> StepCost:
     """A backward pass is twice a forward pass; recomputation is not counted."""
     kinds = {kind: 3.0 * batch * part for kind, part in dataclasses.asdict(flops).items()}
-    return Work(batch * tokens, 3.0 * batch * flops.total, kinds)
+    return StepCost(batch * tokens, 3.0 * batch * flops.total, kinds)

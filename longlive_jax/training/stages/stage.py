@@ -1,57 +1,81 @@
-"""What every stage's settings share, and how a stage becomes a `Task`."""
+"""Settings that every stage has, and how a stage becomes a `Task`."""
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import optax
 from jax.sharding import Mesh
 
 from longlive_jax.parallel.mesh import MeshSpec
-from longlive_jax.training.loop import LoopSpec, Task
-from longlive_jax.training.optim import OptimSpec
-from longlive_jax.training.step import EMASpec
+from longlive_jax.training.loop import LoopSpec
+from longlive_jax.training.optim import OptimSpec, make_optimizer
+from longlive_jax.training.task import Task
+from longlive_jax.training.update import EMASpec, Group, LossState, Trainer
 
 HELD_OUT_SEED = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """Settings of a run, whatever it trains."""
+    """Settings of a run, whatever it trains.
+
+    Attributes:
+      loop: length and rhythm.
+      optim: optimizer.
+      ema: EMA of the parameters.
+      mesh: devices along each axis.
+      save_dtype: dtype of the exported parameters.
+    """
 
     loop: LoopSpec = dataclasses.field(default_factory=LoopSpec)
     optim: OptimSpec = dataclasses.field(default_factory=OptimSpec)
     ema: EMASpec = dataclasses.field(default_factory=EMASpec)
     mesh: MeshSpec = dataclasses.field(default_factory=MeshSpec)
-    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the exported parameters
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
         """What to train, given the checkpoint directory so far and a place for cached data."""
-        raise TypeError(f"{type(self).__name__} is no stage")
+        raise TypeError(f"{type(self).__name__} is not a stage")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the whole run."""
+        return make_optimizer(self.optim, self.loop.steps)
+
+    def trainer(
+        self, groups: Mapping[str, Group], mesh: Mesh, loss_state: LossState | None = None
+    ) -> Trainer:
+        """State and updates of these groups, with the run's seed and gradient accumulation."""
+        loop = self.loop
+        return Trainer(
+            groups, mesh, seed=loop.seed, accumulate=loop.accumulate, loss_state=loss_state
+        )
 
     def provenance(self, stage: str) -> dict[str, Any]:
-        """What the checkpoint remembers of this run."""
+        """What the exported checkpoint records of this run."""
         return {"stage": stage, "steps": self.loop.steps, "seed": self.loop.seed}
 
-    def only_data(self, *batches: int) -> None:
-        """ValueError for a mesh that splits sequences or parameters, which this stage does not, or
-        that one of the batches does not split over."""
-        for axis, parts in (("sp", self.mesh.sp), ("fsdp", self.mesh.fsdp)):
-            if parts != 1:
-                raise ValueError(f"mesh.{axis} is {parts}; this stage splits batches alone: 1")
-        for batch in batches:
-            part = part_of(batch, self.loop.accumulate)
-            if part % self.mesh.data:
+    def check_data_parallel(self, *batch_sizes: int) -> None:
+        """Raises ValueError for a mesh with fsdp or sp, which this stage does not support, or for
+        a batch size that does not divide over mesh.data."""
+        for axis, size in (("sp", self.mesh.sp), ("fsdp", self.mesh.fsdp)):
+            if size != 1:
+                raise ValueError(f"mesh.{axis} must be 1 in this stage, got {size}")
+        for batch_size in batch_sizes:
+            rows = microbatch_size(batch_size, self.loop.accumulate)
+            if rows % self.mesh.data:
                 raise ValueError(
-                    f"{part} samples in a batch do not split over mesh.data = {self.mesh.data}; "
-                    "choose a divisor"
+                    f"{rows} samples of a microbatch do not divide over mesh.data = "
+                    f"{self.mesh.data}; choose a divisor"
                 )
 
 
-def part_of(batch: int, accumulate: int) -> int:
-    """Samples that are worked off at a time; ValueError if a batch does not split into parts."""
-    if batch % accumulate:
+def microbatch_size(batch_size: int, accumulate: int) -> int:
+    """Samples of a microbatch; ValueError if the batch does not divide into microbatches."""
+    if batch_size % accumulate:
         raise ValueError(
-            f"batch = {batch} does not split into loop.accumulate = {accumulate} parts; choose a "
+            f"batch = {batch_size} does not divide by loop.accumulate = {accumulate}; choose a "
             "multiple"
         )
-    return batch // accumulate
+    return batch_size // accumulate

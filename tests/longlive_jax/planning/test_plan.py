@@ -98,7 +98,7 @@ def test_the_stand_in_keeps_what_a_fused_kernel_keeps():
 
 
 def test_sizes_and_operations_of_the_5b_model():
-    stage = stage_of(mesh=MeshSpec(data=8, sp=4), batch=8, dtype="bfloat16", ffn_parts=8)
+    stage = stage_of(mesh=MeshSpec(data=8, sp=4), batch=8, dtype="bfloat16", ffn_chunks=8)
     report = plan(stage, PlanSpec("gb200", compile=False))
     assert report["parameters"] == 4_999_787_712
     assert report["devices"] == 32 and report["latent_frames"] == 384
@@ -150,10 +150,10 @@ def test_a_step_fits_with_room_for_what_is_not_in_it(compiler):
 def test_the_fastest_way_that_fits(compiler):
     """Nothing is compiled that cannot fit by what it must hold; the last is compiled anyway."""
     peaks = {(False, 1): 90, (False, 8): 85, (True, 1): 70, (True, 8): 60}
-    jobs = compiler(lambda stage: peaks[stage["remat"], stage["ffn_parts"]] * GIB)
+    jobs = compiler(lambda stage: peaks[stage["remat"], stage["ffn_chunks"]] * GIB)
     stage = stage_of(mesh=MeshSpec(sp=8), batch=1, dtype="bfloat16")
     report = plan(stage, PlanSpec("h100", frames=64, fastest=True))
-    assert (report["remat"], report["ffn_parts"]) == (True, 1) and len(jobs) == 3
+    assert (report["remat"], report["ffn_chunks"]) == (True, 1) and len(jobs) == 3
     assert [x["peak_bytes_per_device"] // GIB for x in report["does_not_fit"]] == [90, 85]
     jobs.clear()
     stage = stage_of(mesh=MeshSpec(sp=4), dtype="bfloat16", batch=1)

@@ -13,6 +13,7 @@ from longlive_jax.models.umt5 import UMT5, Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.small_world import stage_text as text
 from longlive_jax.small_world.tokenizer import UNKNOWN, world_tokenizer
 from longlive_jax.small_world.words import all_captions
+from tests.longlive_jax.training.toy_task import one_device
 
 BATCH = 32
 
@@ -92,8 +93,8 @@ def test_the_loss_is_the_mean_over_tokens(untrained, batches):
     loss, metrics = jax.jit(functools.partial(text.text_loss, graphdef))(params, batch, key)
     ids, mask = batch["ids"], batch["mask"]
     hidden = np.asarray(text._hide(key, jnp.asarray(mask & (ids != 1))))
-    shown = np.where(hidden, UNKNOWN, ids)
-    features = np.asarray(untrained(jnp.asarray(shown), jnp.asarray(mask)), np.float64)
+    masked = np.where(hidden, UNKNOWN, ids)
+    features = np.asarray(untrained(jnp.asarray(masked), jnp.asarray(mask)), np.float64)
     logits = features @ np.asarray(params["token_embedding"]["embedding"]).T / 32**0.5
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     nats = -np.take_along_axis(logits, ids[..., None], -1)[..., 0]
@@ -129,10 +130,11 @@ def test_training_teaches_which_words_fit(untrained, batches, tokenizer):
     assert set(text.probe_accuracy(umt5, tokenizer).values()) == {1.0}
 
 
-def test_the_task_exports_encoder_and_tokenizer(cfg, tokenizer, batches, tmp_path):
-    task = text.text_task(cfg, tokenizer, batches, provenance={"seed": 0})
-    params = task.init(jax.random.key(0))
-    task.export(params, tmp_path / "out")
+def test_the_stage_exports_encoder_and_tokenizer(cfg, tmp_path):
+    task = text.TextStage(model=cfg, batch=BATCH).task(tmp_path / "out", tmp_path, one_device())
+    weights = task.trainer.init().weights
+    params = weights["umt5"]
+    task.export(weights, tmp_path / "out")
     loaded, settings = load_component(tmp_path / "out", "umt5")
     assert settings["dim"] == 32
     jax.tree.map(np.testing.assert_array_equal, loaded, jax.device_get(params))
@@ -140,6 +142,6 @@ def test_the_task_exports_encoder_and_tokenizer(cfg, tokenizer, batches, tmp_pat
     umt5 = with_params(UMT5(cfg, rngs=nnx.Rngs(1)), loaded)
     features = encode_prompts(umt5, copy, [all_captions()[0], ""], length=24)
     assert np.isfinite(features).all()
-    numbers = task.evaluate(params, 0, tmp_path)
+    numbers = task.evaluate(weights, 0, tmp_path)
     assert set(numbers) == {"guess_accuracy", *(f"probe_{a}" for a in
                             ("shape", "colour", "background", "motion"))}  # fmt: skip

@@ -10,6 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import BATCH, SP
 from longlive_jax.parallel.rules import shardings
+from longlive_jax.training.objectives.batch import (
+    ARLossSpec,
+    TeacherForcingBatch,
+    draw,
+)
 from longlive_jax.training.objectives.error_buffer import BufferSpec
 from longlive_jax.training.objectives.error_recycling import (
     RecyclingSpec,
@@ -20,7 +25,6 @@ from longlive_jax.training.objectives.error_recycling import (
     recycle,
     roll,
 )
-from longlive_jax.training.objectives.teacher_forcing import ARLossSpec, TeacherForcingBatch, draw
 from pallas_kernels.tokens import EMPTY
 
 CHUNK, CHUNKS, BATCH_SIZE, SIZE = 2, 8, 4, (2, 2, 3)

@@ -18,7 +18,7 @@ from tests.longlive_jax.training.stages.test_wan_ar import RECYCLED, command, re
 
 STEPS, LONG = 12, 600
 SETTINGS = ("mesh.data=2,mesh.fsdp=1,mesh.sp=2", f"loop.steps={STEPS}", "remat=false",
-            "ffn_parts=1", *RECYCLED)  # fmt: skip
+            "ffn_chunks=1", *RECYCLED)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_batches_come_in_order_from_any_step():
 
 
 def test_samples_skipped_by_processes_that_share_rows_are_counted_once(monkeypatch):
-    counted = np.array([[0, 3], [0, 2], [4, 0], [4, 5]])
+    num_loss_frames = np.array([[0, 3], [0, 2], [4, 0], [4, 5]])
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: counted)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: num_loss_frames)
     assert skipped_by_all(3, 0) == 3 + 5

@@ -60,7 +60,7 @@ def test_multiprocess_damage_that_one_process_meets_sends_all_back(alone, tmp_pa
         file.write_bytes(file.read_bytes()[:16])
     found = outcome(job(tmp_path, 2, devices=1))
     assert all(code == 0 for code, _ in found), found
-    assert f"The save of step {STEPS} is damaged" in found[0][1]
+    assert f"The checkpoint of step {STEPS} is damaged" in found[0][1]
     assert "Resumed from step 5" in found[0][1]
     chex.assert_trees_all_close(final(tmp_path, STEPS), final(alone, STEPS), rtol=1e-5, atol=1e-6)
 

@@ -1,42 +1,39 @@
-"""Runs that end before their time, and go on as if they had not."""
+"""Interrupted runs: resumed = uninterrupted."""
 
 import json
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import chex
 import jax
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from longlive_jax.parallel.mesh import MeshSpec, make_mesh
-from longlive_jax.training.checkpointing import Saves
-from longlive_jax.training.optim import OptimSpec, make_optimizer
-from longlive_jax.training.state import make_state
+from longlive_jax.training.checkpointing import TrainCheckpoints
+from longlive_jax.training.state import REPLICATED
 from tests.longlive_jax.training import toy_run
 from tests.longlive_jax.training.processes import ended, start, wait_for, wait_for_words
+from tests.longlive_jax.training.toy_task import RATIO, one_device
 
 DEVICES = 4
+EARLIER = Path(__file__).with_name("earlier_version")
+"""Work directories of runs before train states had groups."""
 
 
-def final(workdir, step=20):
-    """The state saved last, on one device."""
-    mesh = make_mesh(MeshSpec(), jax.devices()[:1])
-    tx = make_optimizer(OptimSpec(lr=1e-2), 20)
-    state, _ = make_state(lambda: toy_run.init(jax.random.key(0)), tx, mesh, ((".*", P()),))
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    with Saves(workdir) as saves:
-        found = saves.restore(like, say=pytest.fail)
-    assert found is not None and found[0] == step
-    return jax.device_get(found[1])
+def final(workdir, step=20, make=lambda mesh: toy_run.make_trainer(mesh, REPLICATED)):
+    """The state of the newest checkpoint, on one device."""
+    like = make(one_device()).abstract
+    with TrainCheckpoints(workdir) as checkpoints:
+        restored = checkpoints.restore(like, say=pytest.fail)
+    assert restored is not None and restored[0] == step
+    return jax.device_get(restored[1])
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of 20 steps that nothing interrupts."""
-    workdir = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory):
+    """An uninterrupted run of 20 steps."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     code, output = ended(start(workdir, 20, 0, devices=DEVICES))
     assert code == 0 and "done at step 20" in output, output
     return workdir
@@ -51,8 +48,8 @@ def losses(workdir):
     return [(r["step"], r["loss"]) for r in records(workdir)]
 
 
-def test_restart_after_a_kill_is_bit_for_bit_the_whole_run(whole, tmp_path):
-    """And nothing but the steps since the last save is done again."""
+def test_restart_after_a_kill_is_bit_for_bit_the_uninterrupted_run(uninterrupted, tmp_path):
+    """Only the steps since the last checkpoint are repeated."""
     first = start(tmp_path, 20, 0.2, devices=DEVICES)
     wait_for(tmp_path / "state/10", first)
     time.sleep(0.3)
@@ -60,31 +57,31 @@ def test_restart_after_a_kill_is_bit_for_bit_the_whole_run(whole, tmp_path):
     assert ended(first)[0] == -signal.SIGKILL
     code, output = ended(start(tmp_path, 20, 0, devices=DEVICES))
     assert code == 0 and "Resumed from step 1" in output, output
-    chex.assert_trees_all_equal(final(tmp_path), final(whole))
-    assert losses(tmp_path) == losses(whole)
+    chex.assert_trees_all_equal(final(tmp_path), final(uninterrupted))
+    assert losses(tmp_path) == losses(uninterrupted)
 
 
-def test_restart_after_sigterm_goes_on_from_the_step_it_was_at(whole, tmp_path):
+def test_restart_after_sigterm_resumes_from_the_interrupted_step(uninterrupted, tmp_path):
     first = start(tmp_path, 20, 0.2, devices=DEVICES)
     wait_for(tmp_path / "state/5", first)
     first.send_signal(signal.SIGTERM)
     code, output = ended(first)
-    assert code == 128 + signal.SIGTERM and "the same command goes on from there" in output, output
+    assert code == 128 + signal.SIGTERM and "Rerun the same command to resume" in output, output
     stopped = max(int(p.name) for p in (tmp_path / "state").iterdir())
     code, output = ended(start(tmp_path, 20, 0, devices=DEVICES))
     assert code == 0 and f"Resumed from step {stopped}" in output, output
-    chex.assert_trees_all_equal(final(tmp_path), final(whole))
-    assert losses(tmp_path) == losses(whole)
+    chex.assert_trees_all_equal(final(tmp_path), final(uninterrupted))
+    assert losses(tmp_path) == losses(uninterrupted)
 
 
-def test_restart_after_ctrl_c(whole, tmp_path):
-    """One saves and ends; so does the first of two, but the second does not wait for that."""
+def test_restart_after_ctrl_c(uninterrupted, tmp_path):
+    """The first one checkpoints and ends the run; a second one does not wait for that."""
     first = start(tmp_path, 20, 0.2, devices=DEVICES)
     wait_for(tmp_path / "state/5", first)
     first.send_signal(signal.SIGINT)
     code, output = ended(first)
-    assert code == 128 + signal.SIGINT and "the same command goes on from there" in output, output
-    again = start(tmp_path, 20, 5, devices=DEVICES)  # seconds a batch: the update does not end soon
+    assert code == 128 + signal.SIGINT and "Rerun the same command to resume" in output, output
+    again = start(tmp_path, 20, 5, devices=DEVICES)  # seconds a batch: the step takes long
     wait_for_words("Resumed", again)
     again.send_signal(signal.SIGINT)
     wait_for_words("Ctrl-C again stops at once", again)
@@ -93,15 +90,48 @@ def test_restart_after_ctrl_c(whole, tmp_path):
     assert ended(again)[0] not in (0, 128 + signal.SIGINT)
     code, output = ended(start(tmp_path, 20, 0, devices=DEVICES))
     assert code == 0, output
-    chex.assert_trees_all_equal(final(tmp_path), final(whole))
-    assert losses(tmp_path) == losses(whole)
+    chex.assert_trees_all_equal(final(tmp_path), final(uninterrupted))
+    assert losses(tmp_path) == losses(uninterrupted)
 
 
-def test_restart_on_another_mesh_gives_nearly_the_same(whole, tmp_path):
+def test_restart_on_another_mesh_gives_nearly_the_same(uninterrupted, tmp_path):
     first = start(tmp_path, 20, 0.2, devices=DEVICES)
     wait_for(tmp_path / "state/10", first)
     first.kill()
     ended(first)
     code, output = ended(start(tmp_path, 20, 0, devices=1))
     assert code == 0 and "Resumed from step" in output, output
-    chex.assert_trees_all_close(final(tmp_path), final(whole), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(final(tmp_path), final(uninterrupted), rtol=1e-5, atol=1e-6)
+
+
+def test_two_groups_at_a_ratio_are_killed_resumed_and_equal_the_uninterrupted_run(tmp_path):
+    """Their states, frozen parameters, counts and the place in the cycle of updates."""
+    code, output = ended(start(tmp_path / "uninterrupted", 20, 0, "two_groups", devices=1))
+    assert code == 0, output
+    killed = start(tmp_path / "killed", 20, 0.2, "two_groups", devices=1)
+    wait_for(tmp_path / "killed/state/10", killed)
+    time.sleep(0.5)  # a few steps into the cycle
+    killed.send_signal(signal.SIGKILL)
+    ended(killed)
+    code, output = ended(start(tmp_path / "killed", 20, 0, "two_groups", devices=1))
+    assert code == 0 and "Resumed from step 1" in output and "frozen" not in output, output
+    want, got = (
+        final(tmp_path / name, make=toy_run.two_groups_trainer)
+        for name in ("uninterrupted", "killed")
+    )
+    chex.assert_trees_all_equal(got, want)
+    assert int(got.loss_state) == 20 + 20 // RATIO
+    steps = [
+        r["step"]
+        for r in map(json.loads, (tmp_path / "killed/metrics.jsonl").read_text().splitlines())
+        if "generator_loss" in r
+    ]
+    assert steps == [1, 6, 11, 16]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(uninterrupted, tmp_path):
+    """The first 10 of these 20 steps, by the version that had one group of parameters."""
+    shutil.copytree(EARLIER / "toy", tmp_path, dirs_exist_ok=True)
+    code, output = ended(start(tmp_path, 20, 0, devices=1))
+    assert code == 0 and "Resumed from step 10" in output, output
+    chex.assert_trees_all_close(final(tmp_path), final(uninterrupted), rtol=1e-5, atol=1e-6)

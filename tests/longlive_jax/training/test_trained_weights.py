@@ -9,7 +9,7 @@ from longlive_jax.io.checkpoint import read_manifest, save_component
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.quant.policy import named
 from longlive_jax.spec import UserError
-from longlive_jax.training.checkpointing import Saves
+from longlive_jax.training.checkpointing import TrainCheckpoints
 from longlive_jax.training.trained_weights import SavedWeights
 from tests.random_dit import random_dit
 
@@ -27,7 +27,7 @@ def test_parameters_or_their_average(tmp_path):
     with pytest.raises(UserError, match="holds no save of a run"):
         SavedWeights.of(workdir, "ema", tmp_path / "ck", say=print)
     workdir.mkdir()
-    with Saves(workdir) as saves:
+    with TrainCheckpoints(workdir) as saves:
         saves.save(7, {"params": params, "ema": average})
     for part, tree in (("params", params), ("ema", average)):
         weights = SavedWeights.of(workdir, part, tmp_path / "ck", say=print)

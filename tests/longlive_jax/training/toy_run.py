@@ -1,8 +1,9 @@
 """A small run as a program of its own, to be killed: `toy_run.py WORKDIR STEPS DELAY [HOSTS]`.
 
-A regression over all devices there are; DELAY seconds a batch leave time to interfere. `HOSTS` as
-in `longlive train`; `fail=K` instead of a number of DELAY makes the last process fail at step K.
-For every row of a batch one sample counts as skipped.
+A regression over all devices; DELAY seconds a batch leave time to interfere. `HOSTS` is as in
+`longlive train`; `fail=K` as DELAY makes the last process fail at step K. One sample counts as
+skipped for every row of a batch. `HOSTS` "two_groups" instead trains two groups of parameters, the
+second five times as often as the first (`toy_task`).
 """
 
 import sys
@@ -18,12 +19,14 @@ from longlive_jax.parallel.hosts import Hosts, join, leave_at_once
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.spec import Failure
 from longlive_jax.training.feed import feed_in_order, own_rows
-from longlive_jax.training.loop import LoopSpec, Task, train
-from longlive_jax.training.optim import OptimSpec
-from longlive_jax.training.step import EMASpec, stateless
+from longlive_jax.training.loop import LoopSpec, train
+from longlive_jax.training.optim import OptimSpec, make_optimizer
+from longlive_jax.training.task import Task, global_batches, process_batches
+from longlive_jax.training.update import EMASpec, Group, LossState, Trainer, stateless
+from tests.longlive_jax.training import toy_task
 
 ROWS = 8
-WIDTH = 256  # too wide for a save to keep its arrays in its index
+WIDTH = 256  # too wide for a checkpoint to keep its arrays in its index
 
 
 class Batches:
@@ -61,38 +64,78 @@ def init(key):
     }
 
 
-def run(workdir: str, steps: str, delay: str) -> int:
+RULES = ((r"w/kernel", P(None, ("fsdp", "sp"))), (r"v/kernel", P(("fsdp", "sp"))))
+
+
+def make_trainer(mesh, rules=RULES):
+    tx = make_optimizer(OptimSpec(lr=1e-2), 20)
+    return Trainer({"toy": Group(init, loss_fn, tx, EMASpec(), rules)}, mesh)
+
+
+def regression_task(steps: int, delay: str) -> Task:
     count = jax.device_count()
     mesh = make_mesh(MeshSpec(*((1, 1, 1) if count == 1 else (count // 2, 2, 1))))
     rows = own_rows(mesh, ROWS)
-    batches = feed_in_order(Batches(int(steps), rows, delay))
+    batches = feed_in_order(Batches(steps, rows, delay))
 
     def feed(start):
-        begun = batches(start)
-        begun.skipped = len(rows)
-        return begun
+        started = batches(start)
+        started.skipped = len(rows)
+        return started
 
-    task = Task(
-        init=init,
-        loss_fn=loss_fn,
-        feed=feed,
-        evaluate=lambda params, step, workdir: {},
-        export=lambda params, directory: None,
-        rules=((r"w/kernel", P(None, ("fsdp", "sp"))), (r"v/kernel", P(("fsdp", "sp")))),
-        rows=ROWS,
+    return Task(
+        trainer=make_trainer(mesh),
+        batches=process_batches(feed, mesh, P(("data", "fsdp")), batch_size=ROWS),
+        evaluate=lambda weights, step, workdir: {},
+        export=lambda weights, directory: None,
     )
+
+
+def two_groups_trainer(mesh):
+    groups = {
+        "generator": toy_task.group(toy_task.generator_loss),
+        "critic": toy_task.group(toy_task.critic_loss, ema=None),
+    }
+    return Trainer(groups, mesh, loss_state=LossState(lambda: jnp.int32(0), P()))
+
+
+class Points:
+    """The points of `toy_task.Batches`, slowly."""
+
+    def __init__(self, steps: int, delay: str):
+        self.steps, self.delay = steps, delay
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, i):
+        time.sleep(float(self.delay))
+        return toy_task.Batches(self.steps)[i]
+
+
+def two_groups_task(steps: int, delay: str) -> Task:
+    mesh = toy_task.one_device()
+    return Task(
+        trainer=two_groups_trainer(mesh),
+        batches=global_batches(feed_in_order(Points(steps, delay)), mesh),
+        evaluate=lambda weights, step, workdir: {},
+        export=lambda weights, directory: None,
+        updates=toy_task.one_to_five,
+        frozen={"teacher": jax.device_put({"kernel": np.float32([1.0, -1.0])})},
+    )
+
+
+def run(workdir: str, steps: str, delay: str, make=regression_task) -> int:
     loop = LoopSpec(steps=int(steps), log_every=1, save_every=5)
-    state = train(
-        task, Path(workdir), loop=loop, optim=OptimSpec(lr=1e-2), ema=EMASpec(), mesh=mesh
-    )
+    state = train(make(int(steps), delay), Path(workdir), loop)
     print(f"done at step {int(state.step)}")
     return 0
 
 
 def main(workdir: str, steps: str, delay: str, hosts: str = "") -> int:
-    if not hosts:
+    if hosts in ("", "two_groups"):
         try:
-            return run(workdir, steps, delay)
+            return run(workdir, steps, delay, two_groups_task if hosts else regression_task)
         except Failure as error:
             print(error)
             return error.code

@@ -11,12 +11,14 @@ from longlive_jax.data.clips.latents import ClipLatents
 from longlive_jax.layout import teacher_forcing
 from longlive_jax.models.params import abstract
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
-    ARSetup,
     TeacherForcingBatch,
-    ar_loss,
+)
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
     sequence_tokens,
+    teacher_forcing_loss,
 )
 from pallas_kernels.tokens import EMPTY, visible
 from tests.longlive_jax.data.clips.models import random_params
@@ -84,7 +86,7 @@ def loss():
     @jax.jit
     def loss(batch, text, key, dropout=0.0):
         setup = ARSetup(graphdef, SIZE, text.shape[1] - 1, ARLossSpec(text_dropout=dropout))
-        return ar_loss(setup, params, TeacherForcingBatch(**batch), key, text)[0]
+        return teacher_forcing_loss(setup, params, TeacherForcingBatch(**batch), key, text)[0]
 
     return loss
 

@@ -16,6 +16,9 @@ from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.parallel.rules import DIT as DIT_RULES
 from longlive_jax.parallel.rules import init_sharded, shardings
 from longlive_jax.spec import UserError, build
+from longlive_jax.training.objectives.batch import (
+    ARLossSpec,
+)
 from longlive_jax.training.objectives.error_recycling import (
     Errors,
     RecyclingSpec,
@@ -28,7 +31,11 @@ from longlive_jax.training.objectives.error_recycling import (
     recycling_loss,
 )
 from longlive_jax.training.objectives.sharded import ShardedLoss, sharded_forward
-from longlive_jax.training.objectives.teacher_forcing import ARLossSpec, ARSetup, ar_loss, forward
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
+    forward,
+    teacher_forcing_loss,
+)
 from pallas_kernels.tokens import EMPTY
 from tests.longlive_jax.training.recycled import (
     BATCH_SIZE,
@@ -185,7 +192,7 @@ def test_a_loss_that_recycles():
         return jax.jit(recycling_loss(judged, chunk_frames=CHUNK, spec=spec, loss=LOSS))
 
     params = jax.jit(init)(jax.random.key(1))
-    want, _ = jax.jit(functools.partial(ar_loss, setup))(params, batch, key, text)
+    want, _ = jax.jit(functools.partial(teacher_forcing_loss, setup))(params, batch, key, text)
     alone = step(functools.partial(forward, setup))
     start = init_buffers(spec, (CHUNK, *SIZE))
     loss, (metrics, once) = alone(params, batch, key, start)

@@ -24,13 +24,15 @@ from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.small_world.corpus import CORPUS, CorpusSpec, origin_of, save_corpus
 from longlive_jax.small_world.windows import EncodedVideos
 from longlive_jax.spec import UserError
-from longlive_jax.training.objectives.quantized import quantized
-from longlive_jax.training.objectives.sharded import ShardedLoss, sharded_ar_loss
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
-    ARSetup,
     TeacherForcingBatch,
-    ar_loss,
+)
+from longlive_jax.training.objectives.quantized import quantized
+from longlive_jax.training.objectives.sharded import ShardedLoss, sharded_teacher_forcing_loss
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
+    teacher_forcing_loss,
 )
 from pallas_kernels.tokens import EMPTY
 from tests.tiny import lively
@@ -100,7 +102,7 @@ def measured(quant, loss_of, params, batch):
 @functools.cache
 def alone():
     def loss(params, batch, key):
-        return ar_loss(setup_of(), params, batch, key, table())
+        return teacher_forcing_loss(setup_of(), params, batch, key, table())
 
     return measured(QuantizedTraining(NEAREST), loss, init(jax.random.key(1)), episode())
 
@@ -121,7 +123,7 @@ def test_loss_and_gradients_are_those_of_one_device():
     shared = ShardedLoss(mesh, dressed, Gather(dressed, dtype=jnp.float32))
 
     def loss(params, batch, key):
-        return sharded_ar_loss(setup_of(), shared, params, batch, key, table())
+        return sharded_teacher_forcing_loss(setup_of(), shared, params, batch, key, table())
 
     (value, grads), packed = measured(quant, loss, params, episode())
     (want, want_grads), want_packed = alone()
@@ -138,7 +140,7 @@ def test_loss_and_gradients_are_those_of_one_device():
 SETTINGS = (
     "model.dim=32", "model.ffn_dim=32", "model.freq_dim=8", "model.heads=2", "model.layers=1",
     "unroll=1", "corpus.videos=8", "corpus.chunks=8",
-    "episodes.batch=2", "episodes.targets=3", "episodes.window=3",
+    "windows.batch=2", "windows.targets=3", "windows.window=3",
     "held_out_batches=1", "loop.steps=8", "loop.log_every=1", "loop.save_every=4",
     "optim.name=adamw", "optim.lr=0.02", "optim.warmup=0", "ema.start=100",
 )  # fmt: skip

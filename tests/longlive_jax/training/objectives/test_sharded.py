@@ -13,13 +13,19 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
-from longlive_jax.training.objectives.sharded import ShardedLoss, balanced, sharded_ar_loss
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
-    ARSetup,
     TeacherForcingBatch,
-    ar_loss,
     draw,
+)
+from longlive_jax.training.objectives.sharded import (
+    ShardedLoss,
+    balanced,
+    sharded_teacher_forcing_loss,
+)
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
+    teacher_forcing_loss,
 )
 from pallas_kernels.tokens import EMPTY
 from tests.tiny import lively
@@ -74,7 +80,7 @@ def alone(per_chunk: bool, image: bool):
     @jax.jit
     def measured(params, batch):
         def loss(params):
-            return ar_loss(setup, params, batch, jax.random.key(7), table())
+            return teacher_forcing_loss(setup, params, batch, jax.random.key(7), table())
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -102,14 +108,16 @@ def test_balanced_loss_and_gradients_equal_one_device(shape, per_chunk, image):
     mesh = make_mesh(spec, jax.devices()[: spec.size])
     params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
     # In two parts, with each sample's own table of prompts, where the other has neither.
-    setup = setup_of(image, ffn_parts=2)
+    setup = setup_of(image, ffn_chunks=2)
     text = jnp.broadcast_to(table(), (BATCH, *table().shape)) if image else table()
 
     @jax.jit
     def measured(params, batch):
         def loss(params):
             key = jax.random.key(7)
-            return sharded_ar_loss(setup, ShardedLoss(mesh, specs), params, batch, key, text)
+            return sharded_teacher_forcing_loss(
+                setup, ShardedLoss(mesh, specs), params, batch, key, text
+            )
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -131,7 +139,9 @@ def test_the_naive_order_gives_the_same_and_is_unbalanced():
 
     @jax.jit
     def measured(params):
-        return sharded_ar_loss(setup_of(False), shared, params, batch, jax.random.key(7), table())
+        return sharded_teacher_forcing_loss(
+            setup_of(False), shared, params, batch, jax.random.key(7), table()
+        )
 
     loss, metrics = measured(params)
     (want, want_metrics), _ = alone(True, False)
@@ -146,5 +156,5 @@ def test_the_naive_order_gives_the_same_and_is_unbalanced():
 
 def test_chunks_that_do_not_split_are_refused():
     batch = episode(per_chunk=True)
-    with pytest.raises(ValueError, match=r"8 context chunks do not split over mesh\.sp = 3"):
+    with pytest.raises(ValueError, match=r"8 context chunks do not divide over mesh\.sp = 3"):
         balanced(batch, 3)

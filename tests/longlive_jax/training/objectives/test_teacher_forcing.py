@@ -12,14 +12,16 @@ from flax import nnx
 from longlive_jax.diffusion.flow import FlowSchedule
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
-    ARSetup,
     TeacherForcingBatch,
-    ar_loss,
     draw,
+)
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
     flow_loss,
     predict,
+    teacher_forcing_loss,
 )
 from pallas_kernels.attention.chunks import attend_chunks
 from pallas_kernels.tokens import EMPTY
@@ -84,7 +86,7 @@ def loss(model, text):
     def loss(params, batch, *, text_dropout=0.0, **run):
         spec = ARLossSpec(global_sinks=1, text_dropout=text_dropout)
         setup = ARSetup(graphdef, FRAMES, PROMPTS - 1, spec, **run)
-        return ar_loss(setup, params, batch, jax.random.key(4), text)[0]
+        return teacher_forcing_loss(setup, params, batch, jax.random.key(4), text)[0]
 
     return loss
 
@@ -215,7 +217,7 @@ def test_the_given_image_is_clean_and_does_not_count(batch):
     )
     given = np.zeros(batch.target.shape[:2], bool)
     given[:, 0] = True  # both samples begin with chunk 0
-    np.testing.assert_array_equal(image.given, given)
+    np.testing.assert_array_equal(image.conditioning_frame, given)
     np.testing.assert_array_equal(image.sigma, np.where(given, 0, plain.sigma))
     np.testing.assert_array_equal(image.timestep, np.where(given, 0, plain.timestep))
     np.testing.assert_array_equal(image.context[:, 0], batch.context[:, 0])

@@ -8,7 +8,7 @@ from flax import nnx
 from longlive_jax.layout import teacher_forcing
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.training.stages.flops import episode_work, forward_flops, pairs_seen, step_work
+from longlive_jax.training.stages.flops import clips_cost, forward_flops, pairs_seen, windows_cost
 from pallas_kernels.tokens import visible
 
 CFG = DiTConfig(
@@ -43,18 +43,18 @@ def test_linears_and_text_are_what_the_compiler_counts():
     shapes = [(1, 4 * chunks, 2 * rows, 2 * columns, 8), (1, 4 * chunks), (1, 2 * chunks, 8, 32)]
     inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     # The layers' scan is counted once.
-    counted = jax.jit(forward).lower(params, *inputs).cost_analysis()["flops"]
+    num_loss_frames = jax.jit(forward).lower(params, *inputs).cost_analysis()["flops"]
     one = DiTConfig(**{**vars(CFG), "layers": 1})
     found = forward_flops(one, chunks=chunks, chunk_tokens=2 * rows * columns)
     length = 2 * chunks * 2 * rows * columns
     to_text = 4.0 * one.dim * length * one.text_len
     products = found.linears + found.text + to_text
-    assert products < counted < 1.06 * products
+    assert products < num_loss_frames < 1.06 * products
 
 
 def test_a_step_is_three_forward_passes_of_every_clip():
     forward = forward_flops(CFG, chunks=3, chunk_tokens=10)
-    work = step_work(CFG, batch=4, chunks=3, chunk_tokens=10)
+    work = clips_cost(CFG, batch=4, chunks=3, chunk_tokens=10)
     assert work.tokens == 4 * 2 * 3 * 10 and work.flops == 3 * 4 * forward.total
     assert sorted(work.kinds) == ["attention", "linears", "text"]
     assert work.kinds["text"] == 12 * forward.text
@@ -63,13 +63,13 @@ def test_a_step_is_three_forward_passes_of_every_clip():
 
 def test_episodes_that_see_all_they_have_are_clips():
     """Two chunks of a clip, clean and noisy, in a window of two; but the first chunks see one."""
-    clip = step_work(CFG, batch=4, chunks=2, chunk_tokens=10)
-    work = episode_work(CFG, batch=4, context=2, target=2, chunk_tokens=10, window=2)
+    clip = clips_cost(CFG, batch=4, chunks=2, chunk_tokens=10)
+    work = windows_cost(CFG, batch=4, context=2, target=2, chunk_tokens=10, window=2)
     assert work.tokens == clip.tokens
     for kind in ("linears", "text"):
         assert work.kinds[kind] == clip.kinds[kind]
     unseen = 3 * 4 * 4.0 * CFG.layers * CFG.dim * 2 * 10**2  # of the first chunks' padded windows
     assert work.kinds["attention"] == clip.kinds["attention"] + unseen
-    fewer = episode_work(CFG, batch=4, context=3, target=1, chunk_tokens=10, window=2)
+    fewer = windows_cost(CFG, batch=4, context=3, target=1, chunk_tokens=10, window=2)
     head = 3 * 4 * 2.0 * 4 * CFG.out_channels * 10 * CFG.dim
     assert fewer.tokens == work.tokens and work.flops - fewer.flops == head

@@ -12,7 +12,7 @@ from longlive_jax.io.checkpoint import load_component, read_manifest
 from tests.longlive_jax.training.processes import ended, longlive
 
 SETTINGS = (
-    "batch=4", "dtype=float32", "ffn_parts=2", "loop.log_every=1", "loop.save_every=2",
+    "batch=4", "dtype=float32", "ffn_chunks=2", "loop.log_every=1", "loop.save_every=2",
     "optim.lr=1e-3", "ema.start=1", "save_dtype=float32", "recycling=none",
 )  # fmt: skip
 RECYCLED = (
@@ -137,11 +137,11 @@ def test_videos_begin_anywhere_and_resume(places, tmp_path):
         ("mesh.data=1,mesh.fsdp=1,mesh.sp=8", "4 attention heads do not split over mesh.sp = 8"),
         ("mesh.data=8,mesh.fsdp=1,mesh.sp=1", "4 samples in a batch do not split"),
         ("mesh.data=3,mesh.fsdp=1,mesh.sp=1", "needs 3 devices and there are 8"),
-        ("ffn_parts=7," + ALONE, "ffn_parts = 7 does not divide the"),
-        ("ffn_parts=0," + ALONE, "ffn_parts is 0; give at least 1"),
-        ("window=2," + ALONE, "window is 2; with 1 global sinks and a shot sink give at least 3"),
-        ("attention=mosaic," + ALONE, "takes 16-bit numbers; give dtype=bfloat16"),
-        ("loop.accumulate=3," + ALONE, "does not split into loop.accumulate = 3"),
+        ("ffn_chunks=7," + ALONE, "ffn_chunks = 7 does not divide the"),
+        ("ffn_chunks=0," + ALONE, "ffn_chunks must be >= 1, got 0"),
+        ("window=2," + ALONE, "window must be >= 3 with 1 global sinks and a shot sink, got 2"),
+        ("attention=mosaic," + ALONE, "needs 16-bit inputs; set dtype=bfloat16"),
+        ("loop.accumulate=3," + ALONE, "does not divide by loop.accumulate = 3"),
         ("recycling.buffer.rows=3," + ALONE, "do not fill the error buffer's 3 rows evenly"),
         ("clips=/nowhere," + ALONE, "no encoded clips"),
         ("videos=/nowhere," + ALONE, "/nowhere: no such dataset"),

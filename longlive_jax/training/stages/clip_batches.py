@@ -1,0 +1,153 @@
+"""Batches of clips for stage `clips`: encoded clips from a store, or videos encoded on the mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.data.clips.batches import collate
+from longlive_jax.data.clips.loader import ClipFeed, FeedSpec, Source
+from longlive_jax.data.clips.store import EncodedClips
+from longlive_jax.parallel.mesh import BATCH
+from longlive_jax.training.feed import Feed, own_rows
+from longlive_jax.training.objectives import sharded
+from longlive_jax.training.objectives.batch import TeacherForcingBatch
+from longlive_jax.training.objectives.teacher_forcing import TextFeatures
+from longlive_jax.training.stages.online_encoding import count_dropped, live_clips, placer
+from longlive_jax.training.task import Batches, process_batches
+from longlive_jax.typing import Array
+
+BATCH_SPECS = sharded.BATCH_SPECS | {"text": P(BATCH)}
+"""PartitionSpecs of a batch: a `TeacherForcingBatch`, and the text features of each sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipData:
+    """Clips to train on.
+
+    Attributes:
+      source: rows of clips by index.
+      shape: latents of a clip, (f, h, w, c).
+      chunks: chunks of a clip.
+      num_texts: rows of text features of a clip, without the empty prompt.
+      notes: lines for the user.
+      put: host batch -> batch on the mesh, where it is more than a transfer.
+    """
+
+    source: Source
+    shape: tuple[int, ...]
+    chunks: int
+    num_texts: int
+    notes: tuple[str, ...] = ()
+    put: Callable[[Any], Any] | None = None
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Latents of a chunk, (m, h, w, c)."""
+        return (self.shape[0] // self.chunks, *self.shape[1:])
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk: one for every 2x2 patch."""
+        frames, height, width, _ = self.chunk_shape
+        return frames * (height // 2) * (width // 2)
+
+
+def clip_data(
+    clips: EncodedClips,
+    videos: str | None,
+    checkpoint: str,
+    mesh: Mesh,
+    *,
+    anywhere: bool,
+    batch_size: int,
+) -> ClipData:
+    """The clips of a store, or those of a dataset of videos by the store's rules."""
+    if videos is None:
+        return ClipData(clips, clips.shape, clips.chunks, clips.manifest.texts_per_clip)
+    live = live_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
+    put = placer(live, checkpoint, mesh, BATCH_SPECS, batch_size)
+    message = f"{live.left_out} samples of {videos} cannot be used; see `longlive data check`"
+    notes = (message,) if live.left_out else ()
+    return ClipData(live.source, live.shape, live.chunks, live.source.texts, notes, put)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipBatchSpec:
+    """How clips become batches.
+
+    Attributes:
+      batch_size: clips of a batch, over all devices.
+      seed: seed of the order.
+      workers: processes that read clips, beside this one (0: threads).
+      columns: settings of `data.clips.batches.columns_of`.
+    """
+
+    batch_size: int
+    seed: int
+    workers: int
+    columns: Mapping[str, Any]
+
+
+def clip_batches(
+    source: Source,
+    empty: np.ndarray,
+    mesh: Mesh,
+    spec: ClipBatchSpec,
+    put: Callable[[Any], Any] | None = None,
+) -> Batches:
+    """This process's rows of every batch, collated; `empty` is the features of the empty prompt."""
+    batches = process_batches(
+        functools.partial(_feed, source, empty, mesh, spec),
+        mesh,
+        BATCH_SPECS,
+        batch_size=spec.batch_size,
+    )
+    return batches if put is None else dataclasses.replace(batches, put=put)
+
+
+def split_inputs(arrays: Mapping[str, Array]) -> tuple[TeacherForcingBatch, TextFeatures]:
+    """The batch and the text features in a batch's arrays."""
+    columns = dict(arrays)
+    text = columns.pop("text")
+    return TeacherForcingBatch(**columns), text
+
+
+def _feed(source: Source, empty: np.ndarray, mesh: Mesh, spec: ClipBatchSpec, start: int) -> Feed:
+    rows = own_rows(mesh, spec.batch_size)
+    feed_spec = FeedSpec(
+        batch=spec.batch_size,
+        rank=rows.start // len(rows),
+        count=spec.batch_size // len(rows),
+        seed=spec.seed,
+        workers=spec.workers,
+    )
+    feed = ClipFeed(source, feed_spec, start=start)
+    return _CollatedFeed(feed, functools.partial(_collated, empty, spec.columns))
+
+
+def _collated(
+    empty: np.ndarray, columns: Mapping[str, Any], rows: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Rows of clips as a batch; videos that are still to be encoded are passed on."""
+    batch, text = collate(rows, empty, **columns)
+    undecoded = {k: rows[k] for k in ("video", "dropped") if k in rows}
+    return batch | {"text": text} | undecoded
+
+
+class _CollatedFeed(Feed):
+    """Collated batches of a `ClipFeed`; counts samples that were skipped."""
+
+    def __init__(self, clips: ClipFeed, collated: Callable[[dict], dict[str, np.ndarray]]):
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            for rows in clips:
+                self.skipped += int(rows.pop("skipped").sum())
+                if "dropped" in rows:
+                    self.skipped += count_dropped(rows["dropped"])
+                yield collated(rows)
+
+        super().__init__(batches(), clips.close)

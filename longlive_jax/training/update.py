@@ -1,0 +1,312 @@
+"""The update: one compiled program `(state, frozen, batch) -> (state, metrics)`.
+
+For each group that it trains, in order: the gradient of the group's loss, a check that both are
+finite, the optimizer, the EMA. Everything random derives from the seed and `state.step`, so a
+resumed run draws what the uninterrupted one would.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.parallel.rules import Rules, check_divides, shardings
+from longlive_jax.training.state import (
+    REPLICATED,
+    Trained,
+    TrainState,
+    abstract_state,
+    group_specs,
+    init_group,
+)
+from longlive_jax.typing import Array, Params
+
+type Metrics = dict[str, Array]
+
+type QuantizeForLoss = Callable[[Params, Array], Params]
+"""`(params, key) -> params` in the form that the loss computes with."""
+
+type Prepare = Callable[[Params], QuantizeForLoss]
+"""Computes what an update needs of its parameters once, such as packed copies."""
+
+type MicrobatchWeight = Callable[[Any], Array]
+"""Weight of a microbatch in the mean, such as the frames that its loss is the mean of."""
+
+type Update = Callable[[TrainState, Mapping[str, Params], Any], tuple[TrainState, Metrics]]
+"""`(state, frozen, batch) -> (state, metrics)`; the state is donated."""
+
+
+class LossFn(Protocol):
+    """A loss of one group's parameters."""
+
+    def __call__(
+        self, params: Params, batch: Any, key: Array, loss_state: Any, frozen: Mapping[str, Params]
+    ) -> tuple[Array, tuple[Metrics, Any]]:
+        """`(loss, (metrics, loss_state))`.
+
+        `frozen` holds parameters without a gradient, by name: the task's own and those of the other
+        groups.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class EMASpec:
+    """EMA of the parameters: a copy until step `start`, then with `decay`."""
+
+    decay: float = 0.99
+    start: int = 100
+
+
+def no_preparation(_params: Params) -> QuantizeForLoss:
+    """The loss computes with the float32 parameters themselves."""
+    return lambda params, _key: params
+
+
+def uniform_weight(_batch: Any) -> Array:
+    """Every microbatch counts the same."""
+    return jnp.ones(())
+
+
+def stateless(loss: Callable[..., tuple[Array, Metrics]]) -> LossFn:
+    """A loss of `(params, batch, key)` that keeps nothing between steps."""
+
+    def loss_fn(params, batch, key, loss_state, frozen):
+        value, metrics = loss(params, batch, key)
+        return value, (metrics, loss_state)
+
+    return loss_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How a group of parameters is trained.
+
+    Attributes:
+      init: key -> float32 parameters; traced, so that they are created sharded.
+      loss: its loss.
+      tx: its optimizer.
+      ema: EMA of its parameters, or None.
+      rules: PartitionSpecs by the path of a parameter.
+      restore: reads the initial parameters onto the mesh; None: `init` makes them.
+      prepare: computes what the loss needs of the parameters, once an update.
+      microbatch_weight: weight of a microbatch under gradient accumulation.
+    """
+
+    init: Callable[[Array], Params]
+    loss: LossFn
+    tx: optax.GradientTransformation
+    ema: EMASpec | None = None
+    rules: Rules = REPLICATED
+    restore: Callable[[], Params] | None = None
+    prepare: Prepare = no_preparation
+    microbatch_weight: MicrobatchWeight = uniform_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class LossState:
+    """What losses keep between steps.
+
+    Attributes:
+      init: makes it, at step 0.
+      specs: its PartitionSpecs.
+    """
+
+    init: Callable[[], Any] = tuple
+    specs: Any = ()
+
+
+class Trainer:
+    """The state of some groups of parameters, and the programs that update them.
+
+    Attributes:
+      mesh: devices of the run.
+      abstract: shapes, dtypes and shardings of the state.
+      specs: PartitionSpecs of the state.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        mesh: Mesh,
+        *,
+        seed: int = 0,
+        accumulate: int = 1,
+        loss_state: LossState | None = None,
+    ):
+        """`accumulate` microbatches make a batch: the update is that of their mean gradient.
+
+        Raises ValueError for parameters that no rule names or that do not divide over the mesh.
+        """
+        self.mesh = mesh
+        self._groups, self._seed, self._accumulate = dict(groups), seed, accumulate
+        self._loss_state = LossState() if loss_state is None else loss_state
+        shapes = jax.eval_shape(self._initial, {})
+        self.specs = TrainState(
+            step=P(),  # type: ignore[arg-type]
+            groups={
+                name: group_specs(shapes.groups[name], group.tx, group.rules)
+                for name, group in self._groups.items()
+            },
+            loss_state=self._loss_state.specs,
+        )
+        for name in self._groups:
+            check_divides(mesh, self.specs.groups[name].params, shapes.groups[name].params)
+        self._shardings = shardings(mesh, self.specs)
+        self.abstract = abstract_state(shapes, self._shardings)
+        self._programs: dict[tuple[str, ...], Update] = {}
+
+    def init(self) -> TrainState:
+        """The state at step 0, created sharded; never whole on one device."""
+        restored = {
+            name: group.restore()
+            for name, group in self._groups.items()
+            if group.restore is not None
+        }
+        create = jax.jit(self._initial, out_shardings=self._shardings, donate_argnums=0)
+        return create(restored)
+
+    def _initial(self, restored: Mapping[str, Params]) -> TrainState:
+        groups = {}
+        for index, (name, group) in enumerate(self._groups.items()):
+            key = _salted(jax.random.key(self._seed), index)
+            params = restored[name] if name in restored else group.init(key)
+            groups[name] = init_group(params, group.tx, ema=group.ema is not None)
+        return TrainState(jnp.zeros((), jnp.int32), groups, self._loss_state.init())
+
+    def program(self, names: tuple[str, ...]) -> Update:
+        """The compiled update of the groups `names`, one after the other; compiled once."""
+        if names not in self._programs:
+            self._programs[names] = jax.jit(
+                partial(self._update, names),
+                donate_argnums=0,
+                out_shardings=(self._shardings, None),
+            )
+        return self._programs[names]
+
+    def _update(
+        self, names: tuple[str, ...], state: TrainState, frozen: Mapping[str, Params], batch: Any
+    ) -> tuple[TrainState, Metrics]:
+        """One training step. A group sees the new parameters of those before it in `names`."""
+        order = {name: index for index, name in enumerate(self._groups)}
+        step_key = jax.random.fold_in(jax.random.key(self._seed), state.step)
+        groups, loss_state = dict(state.groups), state.loss_state
+        metrics: Metrics = {}
+        for name in names:
+            others = {k: group.params for k, group in groups.items() if k != name}
+            groups[name], loss_state, of_group = self._update_group(
+                self._groups[name],
+                groups[name],
+                state.step,
+                batch,
+                _salted(step_key, order[name]),
+                loss_state,
+                {**frozen, **others},
+            )
+            prefix = f"{name}_" if len(self._groups) > 1 else ""
+            metrics |= {prefix + k: value for k, value in of_group.items()}
+        return TrainState(state.step + 1, groups, loss_state), metrics
+
+    def _update_group(
+        self,
+        group: Group,
+        trained: Trained,
+        step: Array,
+        batch: Any,
+        key: Array,
+        loss_state: Any,
+        frozen: Mapping[str, Params],
+    ) -> tuple[Trained, Any, Metrics]:
+        """One group after an update.
+
+        A non-finite update is skipped: only `bad_steps` and the loss state change. (Selecting the
+        loss state here would hold two copies of the error buffers.)
+        """
+        # 1. Loss and gradient of the float32 parameters.
+        quantize_for_loss = group.prepare(trained.params)
+
+        def loss_fn(params: Params, batch: Any, key: Array, loss_state: Any):
+            return group.loss(quantize_for_loss(params, key), batch, key, loss_state, frozen)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if self._accumulate > 1:
+            grad_fn = accumulated(grad_fn, self._accumulate, group.microbatch_weight)
+        (loss, (metrics, loss_state)), grads = grad_fn(trained.params, batch, key, loss_state)
+
+        # 2. Optimizer and EMA.
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = group.tx.update(grads, trained.opt_state, trained.params)
+        params = optax.apply_updates(trained.params, updates)
+        average = trained.ema
+        if group.ema is not None:
+            decay = jnp.where(step < group.ema.start, 0.0, group.ema.decay)
+            average = optax.incremental_update(params, trained.ema, 1 - decay)
+
+        # 3. The old values where the update was not finite.
+        old = (trained.params, trained.ema, trained.opt_state)
+        params, average, opt_state = _select(finite, (params, average, opt_state), old)
+        bad_steps = jnp.where(finite, 0, trained.bad_steps + 1)
+        metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
+        return Trained(params, average, opt_state, bad_steps), loss_state, metrics
+
+
+def accumulated(grad_fn, num_microbatches: int, weight: MicrobatchWeight):
+    """`grad_fn` microbatch by microbatch, by a scan: the loss state passes through all of them.
+
+    Losses, metrics and gradients are weighted means in float32; a metric is the mean of the
+    microbatches where it is finite.
+    """
+
+    def mean(params: Params, batch: Any, key: Array, loss_state: Any):
+        def evaluate(loss_state: Any, xs):
+            microbatch, key, share = xs
+            (loss, (metrics, loss_state)), grads = grad_fn(params, microbatch, key, loss_state)
+            shares = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), share, 0.0), metrics)
+            metrics = jax.tree.map(lambda x, w: w * jnp.where(w > 0, x, 0.0), metrics, shares)
+            weighted = jax.tree.map(lambda x: share * x, (loss, grads))
+            return loss_state, (*weighted, metrics, shares)
+
+        def add(carry, xs):
+            loss_state, sums = carry
+            loss_state, terms = evaluate(loss_state, xs)
+            return (loss_state, jax.tree.map(jnp.add, sums, terms)), None
+
+        # 1. Microbatches, their keys and their shares of the mean.
+        microbatches = _microbatches(batch, num_microbatches)
+        weights = jax.vmap(weight)(microbatches)
+        shares = weights / jnp.maximum(weights.sum(), 1e-30)
+        xs = (microbatches, jax.random.split(key, num_microbatches), shares)
+
+        # 2. Sums over them, from zeros of the right shapes.
+        _, shapes = jax.eval_shape(evaluate, loss_state, jax.tree.map(lambda x: x[0], xs))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (loss_state, sums), _ = lax.scan(add, (loss_state, zeros), xs)
+        loss, grads, metrics, shares = sums
+        return (loss, (jax.tree.map(jnp.divide, metrics, shares), loss_state)), grads
+
+    return mean
+
+
+def _microbatches(batch: Any, count: int) -> Any:
+    """[count * b, ...] as [count, b, ...], every device keeping its own rows."""
+
+    def split(x: Array) -> Array:
+        return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _select(finite: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+
+def _salted(key: Array, index: int) -> Array:
+    """A key of its own for every group; the first has the key itself."""
+    return key if index == 0 else jax.random.fold_in(key, index)

@@ -1,0 +1,241 @@
+"""One update: skipped when not finite, accumulated, sharded, EMA; several groups."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.bench.timing import Compilations
+from longlive_jax.parallel.mesh import MeshSpec, make_mesh
+from longlive_jax.training.optim import OptimSpec, make_optimizer
+from longlive_jax.training.update import LossState, Trainer, stateless
+from tests.longlive_jax.training.toy_task import (
+    EMA,
+    RATIO,
+    Batches,
+    critic_loss,
+    generator_loss,
+    group,
+    one_device,
+    one_to_five,
+    trainer,
+)
+
+MODEL = ("model",)
+
+
+def run(trainer, batches, names=MODEL, frozen=None):
+    """The state after an update on each of the batches, and the last metrics."""
+    state, metrics = trainer.init(), {}
+    for batch in batches:
+        state, metrics = trainer.program(names)(state, frozen or {}, batch)
+    return state, metrics
+
+
+def test_a_non_finite_update_changes_nothing_but_its_count():
+    toy = trainer()
+    state, _ = run(toy, [Batches(1)[0]])
+    before = jax.tree.map(np.array, state.groups["model"])
+    state, metrics = toy.program(MODEL)(state, {}, Batches(1, poison=[0])[0])
+    chex.assert_trees_all_equal(state.groups["model"].replace(bad_steps=before.bad_steps), before)
+    assert int(state.step) == 2 and int(metrics["bad_steps"]) == 1
+    state, metrics = toy.program(MODEL)(state, {}, Batches(1)[0])
+    assert int(metrics["bad_steps"]) == 0
+
+
+def test_ema_copies_until_its_start():
+    toy = trainer(init=lambda key: {"kernel": jnp.zeros(2)})
+    state = toy.init()
+    for i in range(3):
+        state, _ = toy.program(MODEL)(state, {}, Batches(9)[i])
+        chex.assert_trees_all_close(state.groups["model"].ema, state.groups["model"].params)
+    old = np.array(state.groups["model"].ema["kernel"])
+    state, _ = toy.program(MODEL)(state, {}, Batches(9)[3])
+    want = 0.9 * old + 0.1 * np.array(state.groups["model"].params["kernel"])
+    chex.assert_trees_all_close(state.groups["model"].ema["kernel"], want, rtol=1e-6)
+
+
+def test_a_group_without_ema_is_evaluated_by_its_parameters():
+    state, _ = run(trainer(ema=None), [Batches(1)[0]])
+    trained = state.groups["model"]
+    assert trained.ema is None and state.weights["model"] is trained.params
+
+
+def test_accumulation_is_one_update_by_the_mean_gradient():
+    @stateless
+    def noiseless(params, x, key):
+        error = x @ params["kernel"] - x.sum(1)
+        return jnp.mean(error**2), {"error": jnp.abs(error).mean()}
+
+    batches = [Batches(9)[i] for i in range(3)]
+    results = [run(trainer(noiseless, accumulate=n), batches) for n in (1, 4)]
+    chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+def test_microbatches_are_weighted_by_what_they_hold():
+    """Padding in one microbatch does not make its frames heavier than others."""
+
+    @stateless
+    def masked(params, batch, key):
+        error = (batch["x"] @ params["kernel"] - 1) ** 2
+        return jnp.sum(error * batch["mask"]) / jnp.sum(batch["mask"]), {}
+
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    batch = {"x": x, "mask": jnp.array([1.0, 0, 0, 0, 1, 0, 1, 1])}
+    options = {"microbatch_weight": lambda b: b["mask"].sum()}
+    results = [run(trainer(masked, accumulate=n, **options), [batch]) for n in (1, 2)]
+    chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+def test_a_metric_that_some_microbatches_lack_is_the_mean_of_the_others():
+    """As the error of a noise level without a frame; also of a microbatch without weight."""
+
+    @stateless
+    def loss(params, x, key):
+        some = {"level": jnp.where(x[0, 0] > 1, x[0, 0], jnp.nan), "none": jnp.float32(jnp.nan)}
+        return jnp.sum(params["kernel"] ** 2), {"all": x[0, 0]} | some
+
+    toy = trainer(loss, accumulate=4, microbatch_weight=lambda x: x[0, 1])
+    _, metrics = run(toy, [jnp.array([[0.0, 2], [2, 1], [7, 0], [4, 3]])])
+    assert float(metrics["all"]) == pytest.approx((2 * 0 + 1 * 2 + 3 * 4) / 6)
+    assert float(metrics["level"]) == pytest.approx((1 * 2 + 3 * 4) / 4)
+    assert np.isnan(metrics["none"])
+
+
+def test_accumulation_carries_the_loss_state_from_microbatch_to_microbatch():
+    def counting(params, x, key, loss_state, frozen):
+        return jnp.sum(params["kernel"] ** 2), ({}, loss_state * 2 + x[0, 0])
+
+    toy = trainer(counting, accumulate=4, loss_state=LossState(lambda: jnp.float32(1), P()))
+    state, _ = run(toy, [jnp.arange(4.0)[:, None]])
+    assert float(state.loss_state) == (((2 * 1 + 0) * 2 + 1) * 2 + 2) * 2 + 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_mesh_changes_only_where_arrays_are(name):
+    """Sharded parameters, moments and EMA; the numbers of one device."""
+
+    @stateless
+    def loss(params, x, key):
+        hidden = jnp.tanh(x @ params["w"]["kernel"])
+        error = hidden @ params["v"]["kernel"] - x.sum(1, keepdims=True)
+        return jnp.mean(error**2), {}
+
+    def init(key):
+        keys = jax.random.split(key)
+        return {
+            "w": {"kernel": jax.random.normal(keys[0], (2, 8))},
+            "v": {"kernel": jax.random.normal(keys[1], (8, 1))},
+        }
+
+    rules = ((r"w/kernel", P(None, ("fsdp", "sp"))), (r"v/kernel", P(("fsdp", "sp"))))
+    tx = make_optimizer(OptimSpec(name=name, lr=1e-2, b1=0.9, clip=1.0), 6)
+    states = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        mesh = make_mesh(MeshSpec(*shape), jax.devices()[: np.prod(shape)])
+        toy = trainer(loss, mesh, init=init, rules=rules, tx=tx)
+        states.append(run(toy, [Batches(6)[i] for i in range(6)])[0])
+    chex.assert_trees_all_close(*map(jax.device_get, states), rtol=1e-5, atol=1e-7)
+    trained = states[1].groups["model"]
+    sharding = trained.params["w"]["kernel"].sharding
+    assert sharding.spec == P(None, ("fsdp", "sp"))
+    split = [x for x in jax.tree.leaves((trained.ema, trained.opt_state)) if x.shape == (2, 8)]
+    assert len(split) >= 2 and all(x.sharding.is_equivalent_to(sharding, 2) for x in split)
+
+
+def test_parameters_that_do_not_divide_over_the_mesh_are_refused():
+    mesh = make_mesh(MeshSpec(1, 4, 1), jax.devices()[:4])
+    with pytest.raises(ValueError, match="does not split into 4"):
+        trainer(mesh=mesh, rules=((r"kernel", P("fsdp")),))
+
+
+def two_groups(seed=0):
+    groups = {"generator": group(generator_loss), "critic": group(critic_loss, ema=None)}
+    counter = LossState(lambda: jnp.int32(0), P())
+    return Trainer(groups, one_device(), seed=seed, loss_state=counter)
+
+
+TEACHER = {"teacher": {"kernel": np.float32([1.0, -1.0])}}
+
+
+def train_two(toy, steps, frozen=TEACHER, poison=()):
+    state, history = toy.init(), []
+    for step in range(steps):
+        batch = Batches(steps, poison)[step]
+        state, metrics = toy.program(one_to_five(step))(state, frozen, batch)
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+def test_only_the_named_groups_are_updated():
+    toy = two_groups()
+    state, history = train_two(toy, RATIO)  # the generator in the first of these steps only
+    generator = jax.device_get(state.groups["generator"])
+    with_generator = [i for i, metrics in enumerate(history) if "generator_loss" in metrics]
+    assert with_generator == [0] and all("critic_loss" in metrics for metrics in history)
+    critic = np.array(state.groups["critic"].params["kernel"])
+    state, _ = toy.program(("critic",))(state, TEACHER, Batches(9)[8])
+    chex.assert_trees_all_equal(state.groups["generator"], generator)
+    assert (np.array(state.groups["critic"].params["kernel"]) != critic).all()
+    assert int(state.step) == RATIO + 1 and int(state.loss_state) == RATIO + 2
+
+
+def test_updates_in_one_step_see_those_before_them():
+    toy = two_groups()
+    _, both = toy.program(("generator", "critic"))(toy.init(), TEACHER, Batches(1)[0])
+    _, alone = toy.program(("critic",))(toy.init(), TEACHER, Batches(1)[0])
+    _, last = toy.program(("critic", "generator"))(toy.init(), TEACHER, Batches(1)[0])
+    assert both["critic_loss"] != alone["critic_loss"] == last["critic_loss"]
+
+
+def test_every_group_counts_its_own_skipped_updates():
+    toy = two_groups()
+    state, _ = toy.program(("generator", "critic"))(toy.init(), TEACHER, Batches(1, [0])[0])
+    counts = {name: int(trained.bad_steps) for name, trained in state.groups.items()}
+    assert counts == {"generator": 1, "critic": 0}  # the critic does not read the batch
+
+
+def test_frozen_parameters_are_not_donated_and_not_part_of_the_state():
+    toy, teacher = two_groups(), jax.device_put(TEACHER)
+    state, _ = train_two(toy, 2, teacher)
+    assert not teacher["teacher"]["kernel"].is_deleted()
+    assert set(state.groups) == {"generator", "critic"}
+
+
+def test_each_combination_of_groups_is_compiled_once():
+    toy = two_groups()
+    with Compilations() as compiled:
+        train_two(toy, 2 * RATIO + 1)
+    assert compiled.counts["_update"] == 2
+
+
+def test_keys_derive_from_seed_and_step_and_differ_between_groups():
+    @stateless
+    def draw(params, x, key):
+        return jnp.sum(params["kernel"] ** 2), {"draw": jax.random.uniform(key)}
+
+    def draws(seed):
+        groups = {"a": group(draw), "b": group(draw)}
+        toy = Trainer(groups, one_device(), seed=seed)
+        state, rows = toy.init(), []
+        for i in range(2):
+            state, metrics = toy.program(("a", "b"))(state, {}, Batches(2)[i])
+            rows += [float(metrics["a_draw"]), float(metrics["b_draw"])]
+        return rows
+
+    first = draws(0)
+    assert len(set(first)) == 4 and first == draws(0) and not set(first) & set(draws(1))
+    only = Trainer({"a": group(draw)}, one_device())
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    _, metrics = only.program(("a",))(only.init(), {}, Batches(1)[0])
+    assert float(metrics["draw"]) == float(jax.random.uniform(key)) == first[0]
+
+
+def test_ema_settings_are_the_groups_own():
+    state, _ = run(trainer(ema=EMA), [Batches(5)[i] for i in range(5)])
+    ema, params = (
+        np.array(x["kernel"]) for x in (state.groups["model"].ema, state.groups["model"].params)
+    )
+    assert (ema != params).all()
