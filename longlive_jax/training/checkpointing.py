@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from longlive_jax.parallel.rules import path_of
 from longlive_jax.spec import Failure, UserError
 from longlive_jax.training.fingerprints import fingerprints
-from longlive_jax.training.upgrade import stored_paths
+from longlive_jax.training.upgrade import earlier_layout, earlier_path, is_earlier
 from longlive_jax.typing import Params
 
 STATE, ABOUT = "state", "about"
@@ -170,11 +170,12 @@ class TrainCheckpoints:
         """The arrays of `like`, under the paths that the checkpoint has them, and what is wrong."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
         wanted = {path_of(keys): leaf for keys, leaf in leaves}
-        paths = stored_paths(wanted, about["arrays"])
+        paths, tree = {path: path for path in wanted}, like
+        if is_earlier(about["arrays"]):
+            paths, tree = {path: earlier_path(path) for path in wanted}, earlier_layout(like)
         stored = {paths[path]: leaf for path, leaf in wanted.items()}
         _check_same(about["arrays"], stored, self._root / str(step), complete)
 
-        tree = like if stored.keys() == wanted.keys() else _nested(stored)
         args = ocp.checkpoint_utils.construct_restore_args(tree)
         part = ocp.args.PyTreeRestore(item=tree, restore_args=args, partial_restore=True)
         tree = _reader(ocp.PyTreeCheckpointHandler).restore(

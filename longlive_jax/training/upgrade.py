@@ -1,22 +1,26 @@
-"""Paths of a train state in checkpoints of earlier versions.
+"""Train states of earlier versions.
 
 Those had one unnamed group: `params`, `ema`, `opt_state` and `bad_steps` beside `step`, and
 `memory` for the loss state.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from longlive_jax.parallel.rules import path_of
 
 RENAMED_LEAVES = {"loss_state/num_updates": "memory/seen"}
 """Leaves that have another name today, and their paths then."""
 
 
-def stored_paths(paths: Iterable[str], stored: Iterable[str]) -> Mapping[str, str]:
-    """For each of the state's `paths`, its path in a checkpoint that has the paths `stored`."""
-    earlier = not any(path.startswith("groups/") for path in stored)
-    return {path: _earlier(path) if earlier else path for path in paths}
+def is_earlier(stored: Iterable[str]) -> bool:
+    """Whether these paths of arrays are those of an earlier version's state."""
+    return not any(path.startswith("groups/") for path in stored)
 
 
-def _earlier(path: str) -> str:
+def earlier_path(path: str) -> str:
     """`groups/dit/ema/...` was `ema/...`, and `loss_state/...` was `memory/...`."""
     if path in RENAMED_LEAVES:
         return RENAMED_LEAVES[path]
@@ -24,3 +28,38 @@ def _earlier(path: str) -> str:
     if head == "groups":
         return "/".join(rest[1:])
     return "/".join(["memory", *rest]) if head == "loss_state" else path
+
+
+def earlier_layout(state: Any) -> dict[str, Any]:
+    """A state of today, or a part of one as dictionaries, in the structure of an earlier version.
+
+    Raises ValueError for a state with several groups.
+    """
+    layout: dict[str, Any] = {}
+    for name, value in _fields(state).items():
+        if name == "groups":
+            if len(value) > 1:
+                raise ValueError(f"it has one group of parameters, this run has {sorted(value)}")
+            (group,) = value.values()
+            layout |= _fields(group)
+        elif name == "loss_state":
+            layout["memory"] = _memory(value)
+        else:
+            layout[name] = value
+    return layout
+
+
+def _fields(node: Any) -> Mapping[str, Any]:
+    return node if isinstance(node, Mapping) else vars(node)
+
+
+def _memory(loss_state: Any) -> Any:
+    """A loss state as nested dictionaries with the names of then."""
+    tree: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(loss_state)[0]:
+        _, *parents, last = earlier_path(f"loss_state/{path_of(keys)}").split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree or loss_state
