@@ -1,1 +1,1 @@
-"""Speed and memory by stage."""
+"""Benchmarks: speed, memory and accuracy of every stage, measured or counted."""

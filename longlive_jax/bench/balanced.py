@@ -1,8 +1,8 @@
-"""What Balanced SP buys: one update from frames to gradient, against the naive cut.
+"""Balanced SP against contiguous SP: one update from frames to gradient.
 
-The naive way (paper, section 2.1) encodes the whole clip on every device and cuts [all clean; all
-noisy] as it comes. Both give the same loss. On CPUs the devices are parts of one machine, so what
-is timed there is the work of all of them together.
+The contiguous baseline (paper, section 2.1) encodes the full clip on every device and cuts
+[all clean; all noisy] into equal slices. Both give the same loss. On CPUs the devices are simulated
+on one machine, so the times there are the work of all devices together.
 """
 
 import dataclasses
@@ -42,7 +42,17 @@ from longlive_jax.typing import Array, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalancedSpec:
-    """One clip of `chunks` chunks of `chunk` latents of the built-in VAE, `size` pixels square."""
+    """Sizes of the benchmark: one clip of the built-in VAE, and a small DiT.
+
+    Attributes:
+      sp: devices along the sequence axis.
+      chunks: chunks per clip, a multiple of `sp`.
+      chunk_frames: latent frames per chunk.
+      size: height and width of the clip in pixels.
+      dim: width of the DiT.
+      layers: layers of the DiT.
+      repeats: number of timed calls.
+    """
 
     sp: int = 4
     chunks: int = 8
@@ -55,43 +65,52 @@ class BalancedSpec:
     def __post_init__(self) -> None:
         if self.sp < 2 or self.chunks % self.sp:
             raise ValueError(
-                f"sp is {self.sp} for {self.chunks} chunks; give at least 2, and a divisor of them"
+                f"sp must be >= 2 and a divisor of chunks = {self.chunks}, got {self.sp}"
             )
 
     @property
     def latents(self) -> int:
-        """Of the clip."""
+        """Latent frames per clip."""
         return self.chunks * self.chunk_frames
 
 
 def bench_balanced(spec: BalancedSpec) -> dict[str, Any]:
-    """Seconds of encoding and of loss with gradient, both ways, and how much longer naive takes."""
+    """Seconds of encoding and of loss with gradient under both layouts, and their ratio.
+
+    Needs `spec.sp` devices. The report is ready for JSON; contiguous SP is called "naive" in it.
+    """
     mesh = make_mesh(MeshSpec(sp=spec.sp), jax.devices()[: spec.sp])
     vae = load_model(builtin_checkpoint(), "vae")
-    found = {
-        name: _timed(spec, mesh, vae, balanced=name == "balanced") for name in ("balanced", "naive")
+    results = {
+        name: _measure(spec, mesh, vae, balanced=name == "balanced")
+        for name in ("balanced", "naive")
     }
-    balanced, naive = (sum(x["seconds"].values()) for x in found.values())
+    balanced, contiguous = (sum(x["seconds"].values()) for x in results.values())
     return {
         "machine": machine(),
         "spec": report_settings(spec),
-        **found,
-        "naive_over_balanced": round(naive / balanced, 3),
+        **results,
+        "naive_over_balanced": round(contiguous / balanced, 3),
     }
 
 
-def _timed(spec: BalancedSpec, mesh: Mesh, vae: VAE, *, balanced: bool) -> dict[str, Any]:
-    run = functools.partial(_encoded, nnx.graphdef(vae), mesh=mesh, balanced=balanced)
+def _measure(spec: BalancedSpec, mesh: Mesh, vae: VAE, *, balanced: bool) -> dict[str, Any]:
+    """Frames per device, loss and seconds under one of the two layouts."""
+    # 1. Encode the clip.
+    run = functools.partial(_encode, nnx.graphdef(vae), mesh=mesh, balanced=balanced)
     encoder, weights = jax.jit(run), params_of(vae)
     frames = jnp.zeros((1, 4 * spec.latents - 3, spec.size, spec.size, 3))
     latents = encoder(weights, frames)
-    update, params = _update(spec, mesh, latents.shape[2:], balanced=balanced)
+    # 2. Compute loss and gradient.
+    update, params = _make_update(spec, mesh, latents.shape[2:], balanced=balanced)
     loss, _ = update(params, latents)
+    # 3. Time both.
     raw = sharing(vae.cfg, spec.latents, spec.sp).frames if balanced else frames.shape[1]
     half = spec.latents * 2 // spec.sp
+    learnt = [half // 2] * spec.sp if balanced else _noisy_frames(spec, half)
     return {
         "raw_frames_encoded_per_device": raw,
-        "learnt_frames_per_device": [half // 2] * spec.sp if balanced else _naive(spec, half),
+        "learnt_frames_per_device": learnt,
         "loss": round(float(loss), 6),
         "seconds": {
             "encode": repeated(lambda: encoder(weights, frames), spec.repeats)["median"],
@@ -100,26 +119,28 @@ def _timed(spec: BalancedSpec, mesh: Mesh, vae: VAE, *, balanced: bool) -> dict[
     }
 
 
-def _naive(spec: BalancedSpec, slice_: int) -> list[int]:
-    """Noisy frames in each slice of [all clean; all noisy]."""
-    return [min(max((p + 1) * slice_ - spec.latents, 0), slice_) for p in range(spec.sp)]
+def _noisy_frames(spec: BalancedSpec, length: int) -> list[int]:
+    """Noisy frames in each slice of `length` frames of [all clean; all noisy]."""
+    return [min(max((p + 1) * length - spec.latents, 0), length) for p in range(spec.sp)]
 
 
-def _encoded(graphdef, params: Params, frames: Array, *, mesh: Mesh, balanced: bool) -> Array:
+def _encode(graphdef, params: Params, frames: Array, *, mesh: Mesh, balanced: bool) -> Array:
+    """Latents of a clip, encoded over the mesh or in full on every device."""
     if balanced:
         return encode_sharded(graphdef, params, frames, mesh)
 
-    def whole(params: Params, frames: Array) -> Array:
+    def encode_full(params: Params, frames: Array) -> Array:
         return encode(with_params(graphdef, params), frames)
 
-    everywhere = jax.shard_map(
-        whole, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False
+    replicated = jax.shard_map(
+        encode_full, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False
     )
-    return everywhere(params, frames)
+    return replicated(params, frames)
 
 
-def _update(spec: BalancedSpec, mesh: Mesh, latent: tuple[int, ...], *, balanced: bool):
-    """A jitted (parameters, latents) -> loss and gradient, and parameters."""
+def _make_update(spec: BalancedSpec, mesh: Mesh, latent: tuple[int, ...], *, balanced: bool):
+    """A jitted (parameters, latents) -> (loss, gradient), and the parameters."""
+    # 1. A small DiT, sharded over the mesh.
     model = DiTConfig(
         dim=spec.dim,
         ffn_dim=4 * spec.dim,
@@ -137,16 +158,17 @@ def _update(spec: BalancedSpec, mesh: Mesh, latent: tuple[int, ...], *, balanced
 
     params, specs = rules.init_sharded(init, jax.random.key(0), mesh, rules.DIT)
     graphdef = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[0]
+    # 2. The teacher-forcing loss under the layout.
     setup = ARSetup(graphdef, spec.chunk_frames, empty_prompt=0, spec=ARLossSpec())
-    shared = ShardedLoss(mesh, specs, layout=BALANCED if balanced else CONTIGUOUS)
+    sharded_loss = ShardedLoss(mesh, specs, layout=BALANCED if balanced else CONTIGUOUS)
     text = jax.random.normal(jax.random.key(1), (1, model.text_len, model.text_dim))
 
     @jax.jit
     def update(params: Params, latents: Array):
         def loss(params: Params):
-            episode = _episode(spec, latents)
+            batch = _make_batch(spec, latents)
             return sharded_teacher_forcing_loss(
-                setup, shared, params, episode, jax.random.key(2), text
+                setup, sharded_loss, params, batch, jax.random.key(2), text
             )[0]
 
         return jax.value_and_grad(loss)(params)
@@ -154,7 +176,8 @@ def _update(spec: BalancedSpec, mesh: Mesh, latent: tuple[int, ...], *, balanced
     return update, params
 
 
-def _episode(spec: BalancedSpec, latents: Array) -> TeacherForcingBatch:
+def _make_batch(spec: BalancedSpec, latents: Array) -> TeacherForcingBatch:
+    """A clip whose chunks are denoised after their full clean history, with one prompt."""
     chunk = jnp.tile(jnp.arange(spec.chunks, dtype=jnp.int32), 2)[None]
     return TeacherForcingBatch(
         context=latents,

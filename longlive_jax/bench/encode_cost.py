@@ -1,4 +1,4 @@
-"""What encoding a clip over a mesh costs each device: with halos, with exchanged tails, whole."""
+"""VAE encoding cost of each device of a mesh: with halos, with exchanged tails, and unsharded."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,14 @@ from longlive_jax.parallel.halo import windows
 
 @dataclasses.dataclass(frozen=True)
 class EncodeCostSpec:
-    """Clips of `latents` latents and `size` (height, width) pixels over `sp` devices."""
+    """Clips to encode and the devices to encode them on.
+
+    Attributes:
+      latents: lengths of the clips, in latent frames.
+      sp: devices that share a clip.
+      size: height and width of a clip in pixels.
+      model: settings of the VAE.
+    """
 
     latents: tuple[int, ...] = (96, 192, 384)
     sp: int = 4
@@ -19,19 +26,21 @@ class EncodeCostSpec:
 
     def __post_init__(self) -> None:
         if self.sp < 1 or any(count < 1 for count in self.latents):
-            raise ValueError(f"sp is {self.sp}, frames {self.latents}; give at least 1")
+            raise ValueError(f"sp and frames must be >= 1, got {self.sp} and {self.latents}")
         if any(side < 1 or side % self.model.spatial_stride for side in self.size):
             raise ValueError(
-                f"size is {self.size}; both sides must divide by {self.model.spatial_stride}"
+                f"both sides of size must be multiples of {self.model.spatial_stride}, "
+                f"got {self.size}"
             )
 
 
 def encode_cost(spec: EncodeCostSpec) -> dict[str, Any]:
-    """Raw frames and TFLOP a device, by length of clip; counted, nothing is run.
+    """Raw frames and TFLOP per device, by clip length; counted, nothing is run.
 
-    Over a mesh devices run in step and all take as long as the busiest, whose numbers are given;
-    `halo_by_device` has the windows as the reference cuts them. Raises ValueError if latents do not
-    split over sp.
+    Devices of a mesh run in step, so all take as long as the busiest one, whose numbers these are;
+    `halo_by_device` has the windows as the reference cuts them.
+
+    Raises ValueError if the latents of a clip do not split over `sp`.
     """
     work = work_of(spec.model, spec.size)
     return {
@@ -43,41 +52,45 @@ def encode_cost(spec: EncodeCostSpec) -> dict[str, Any]:
 
 
 def _clip(spec: EncodeCostSpec, latents: int) -> dict[str, Any]:
+    """Cost of one clip length by method."""
     cfg, temporal_stride, size = spec.model, spec.model.temporal_stride, spec.size
     work = work_of(cfg, size)
+    # 1. Shard the clip by every method that it is long enough for.
     default = sharing(cfg, latents, spec.sp).method
-    ways = {"halo": sharing(cfg, latents, spec.sp, "halo")}
+    plans = {"halo": sharing(cfg, latents, spec.sp, "halo")}
     if latents >= 2 * spec.sp:
-        ways["tails"] = sharing(cfg, latents, spec.sp, "tails")
-    cut = windows(latents, spec.sp, halo=ways["halo"].halo, temporal_stride=temporal_stride)
+        plans["tails"] = sharing(cfg, latents, spec.sp, "tails")
+    # 2. Count frames and operations.
+    ref = windows(latents, spec.sp, halo=plans["halo"].halo, temporal_stride=temporal_stride)
     return {
-        "halo_latents": ways["halo"].halo,
+        "halo_latents": plans["halo"].halo,
         "raw_frames": {
-            name: 1 + temporal_stride * groups_encoded(way) for name, way in ways.items()
+            name: 1 + temporal_stride * groups_encoded(plan) for name, plan in plans.items()
         },
         "raw_frames_own": temporal_stride * latents // spec.sp,
         "raw_frames_whole": cfg.num_raw_frames(latents),
-        "tflop": {name: _tera(flops_per_device(way, cfg, size)) for name, way in ways.items()},
+        "tflop": {name: _tera(flops_per_device(plan, cfg, size)) for name, plan in plans.items()},
         "tflop_whole": _tera(work.leading + (latents - 1) * work.group),
         "halo_by_device": {
-            "raw_frames": [w.frames for w in cut],
-            "tflop": [_tera(work.leading + w.frames // temporal_stride * work.group) for w in cut],
+            "raw_frames": [w.frames for w in ref],
+            "tflop": [_tera(work.leading + w.frames // temporal_stride * work.group) for w in ref],
         },
         "default": default,
     }
 
 
 def _tera(flops: float) -> float:
+    """FLOPs as TFLOP, rounded."""
     return round(flops / 1e12, 2)
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines of text."""
+    """The report as a text table."""
     height, width = report["size"]
     lines = [
-        f"VAE encoding of {width}x{height}, each of {report['sp']} devices "
-        f"({report['tflop_per_latent']} TFLOP a latent)",
-        f"{'latents':>8} {'method':>8} {'raw frames':>11} {'TFLOP':>9} {'of whole':>9}",
+        f"VAE encoding of {width}x{height}, per device of {report['sp']} "
+        f"({report['tflop_per_latent']} TFLOP per latent)",
+        f"{'latents':>8} {'method':>8} {'raw frames':>11} {'TFLOP':>9} {'of clip':>9}",
     ]
     for latents, clip in report["clips"].items():
         for name, frames in clip["raw_frames"].items():

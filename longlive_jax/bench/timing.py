@@ -1,4 +1,4 @@
-"""Clocks, compilation counters, peak memory, and what machine it was."""
+"""Timers, compilation counters, peak memory, and a description of the machine."""
 
 import collections
 import dataclasses
@@ -22,24 +22,28 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """Counts the compilations of each function while the `with` block runs.
+    """Counts the compilations of each function inside a `with` block.
 
-    A program found in the persistent cache counts too: what matters is how often a function was
-    asked for with new shapes. `seconds` is what all of them took.
+    A program read from the persistent cache counts too: the point is how often a function was
+    called with new shapes.
+
+    Attributes:
+      counts: number of compilations by function name.
+      seconds: total compilation time.
     """
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds = 0.0
 
-    def _hear(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    def _count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILED:
             name = str(kwargs.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
             self.counts[name] += 1
             self.seconds += duration_secs
 
     def __enter__(self) -> Self:
-        monitoring.register_event_duration_secs_listener(self._hear)
+        monitoring.register_event_duration_secs_listener(self._count)
         return self
 
     def __exit__(
@@ -48,35 +52,45 @@ class Compilations:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        monitoring.unregister_event_duration_listener(self._hear)
+        monitoring.unregister_event_duration_listener(self._count)
 
 
 class Stages:
-    """Seconds by stage, summed over the calls of `run`, each of which waits for the device."""
+    """A timer by stage, whose calls wait for the device.
+
+    Attributes:
+      seconds: duration of every call, by stage.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
     def run[**P, T](self, stage: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of the call, timed until every array of it is there."""
+        """Makes a call and adds its duration to `stage`, including the wait for all its arrays.
+
+        Returns the result of the call.
+        """
         begin = time.perf_counter()
         result = jax.block_until_ready(call(*args, **kwargs))
         self.seconds.setdefault(stage, []).append(time.perf_counter() - begin)
         return result
 
     def total(self, stage: str) -> float:
-        """All calls of a stage."""
+        """Seconds of all calls of a stage."""
         return sum(self.seconds.get(stage, ()))
 
     def median(self, stage: str, *, skip: int = 0) -> float:
-        """The middle one of the calls of a stage, the first `skip` left out."""
+        """Median seconds of a stage's calls after the first `skip`."""
         return statistics.median(self.seconds[stage][skip:])
 
 
 def repeated(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Median, least and most seconds of `repeats` calls, after one that is not counted."""
+    """Times `repeats` calls after an untimed one.
+
+    Returns their median, least and most seconds, and `repeats`. Raises ValueError if `repeats` < 1.
+    """
     if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; time at least one call")
+        raise ValueError(f"repeats must be >= 1, got {repeats}")
     stages = Stages()
     jax.block_until_ready(call())
     for _ in range(repeats):
@@ -91,7 +105,7 @@ def repeated(call: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def peak_memory() -> dict[str, float]:
-    """GiB at the most so far: of this process, and of the accelerator where there is one."""
+    """Peak memory so far in GiB: `host_gib` of this process, `device_gib` of an accelerator."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
@@ -107,7 +121,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Device, cores, versions and date: without them a time says nothing."""
+    """Device, cores, load, versions and date, to accompany every measurement."""
     device = jax.local_devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)
     return {
@@ -122,6 +136,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Model name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -129,6 +144,6 @@ def _processor() -> str:
 
 
 def report_settings(spec: Any) -> dict[str, Any]:
-    """The settings of a benchmark as a report has them: by the names of its options."""
+    """Settings of a benchmark by the names of its command-line options, as reports have them."""
     settings = dataclasses.asdict(spec)
     return {"chunk" if name == "chunk_frames" else name: x for name, x in settings.items()}

@@ -1,12 +1,11 @@
 """`longlive plan --config=configs/ar_5b.py --chip=gb200 --mesh=data=8,sp=4 --frames=384 [--json]`.
 
-Says what training would need on GPUs that are not here: parameters, operations, traffic, and from a
-compile of the real step the peak memory of a device and whether it fits. For stage `clips`. The
-checkpoint and the clips of the config need not be there: without the checkpoint the model is
-Wan2.2-TI2V-5B; without the clips a clip has a chunk for every row of the config's error buffers, if
---frames does not tell. With `--mesh` the config's batch changes as the ways it is split do: devices
-that share a sequence have as many clips as before. Error buffers follow the mesh and the clips'
-length.
+Estimates what training needs on GPUs that are not present: parameters, compute, communication
+volume and, from a compile of the real step, peak memory per device and whether it fits. Works for
+stage `clips`. The config's checkpoint and clips need not exist: without the checkpoint the model is
+Wan2.2-TI2V-5B; without the clips and --frames, a clip has one chunk per row of the config's error
+buffers. With --mesh the number of clips per sp group stays that of the config, so the batch scales
+with data * fsdp. Error buffers follow the mesh and the length of the clips.
 """
 
 import dataclasses
@@ -20,40 +19,48 @@ from longlive_jax.cli.meshes import mesh_of
 from longlive_jax.spec import UserError, build
 
 GIB = 2**30
+FLAGS = {"chunk_frames": "--chunk"}
+"""Command-line options that are not called like their setting."""
+LABELS = {
+    "average": "EMA",
+    "moments": "optimizer moments",
+    "keys_and_values_of_a_layer": "K and V of one layer",
+    "keys_and_values_of_texts": "text K and V",
+}
+"""Names in the table of keys in the report; other keys are shown as they are."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plans the stage that the config names."""
+    """Estimates the stage that the config names, and prints a table or JSON."""
+    # 1. Read the config and the options.
     config, rest = take_config(argv)
     args = _parser().parse_args(rest)
-    from longlive_jax.planning.plan import PlanSpec, clip_of, moved, plan
+    from longlive_jax.planning.plan import PlanSpec, clip_of, estimate, scale_to_mesh
     from longlive_jax.training.stages.wan_ar import WanARStage
 
     settings = config.to_dict()
     name = settings.pop("stage", None)
     if name != "clips":
-        raise UserError(f"config.stage is {name!r}; plans are made for 'clips'")
+        raise UserError(f"config.stage must be 'clips' for a plan, got {name!r}")
     stage = build(WanARStage, settings)
     clip, origin = clip_of(stage)
-    asked = {"chip": args.chip, "fastest": args.fastest, "compile": not args.no_compile}
+    request = {"chip": args.chip, "fastest": args.fastest, "compile": not args.no_compile}
     size = None if args.size is None else _numbers("--size", args.size)
     options = {"frames": args.frames, "chunk_frames": args.chunk, "size": size}
     options = {name: value for name, value in options.items() if value is not None}
-    spec = build(PlanSpec, dataclasses.asdict(clip) | asked | options, path="plan")
-    stage = moved(stage, stage.mesh if args.mesh is None else mesh_of(args.mesh), spec.clip)
-    report = plan(stage, spec, say=lambda text: print(text, file=sys.stderr))
+    spec = build(PlanSpec, dataclasses.asdict(clip) | request | options, path="plan")
+    # 2. Estimate.
+    mesh = stage.mesh if args.mesh is None else mesh_of(args.mesh)
+    stage = scale_to_mesh(stage, mesh, spec.clip)
+    report = estimate(stage, spec, log=lambda text: print(text, file=sys.stderr))
     report["precision"] = _precision(stage)
     report["clips_from"] = ", ".join(FLAGS.get(name, f"--{name}") for name in options) or origin
     print(json.dumps(report, indent=1) if args.json else table(report))
     return 0
 
 
-FLAGS = {"chunk_frames": "--chunk"}
-"""Options of the command line whose names are not their settings'."""
-
-
 def _precision(stage: Any) -> str:
-    """What of the planned model is quantized, in one line."""
+    """Which weights of the planned model are quantized, in one line."""
     from flax import nnx
 
     from longlive_jax.models.params import abstract
@@ -67,43 +74,49 @@ def _precision(stage: Any) -> str:
 
 
 def _numbers(option: str, text: str) -> list[int]:
+    """Integers with "x" between them; UserError for anything else."""
     try:
         return [int(word) for word in text.split("x")]
     except ValueError:
-        raise UserError(f"{option}: expected numbers and 'x', got {text!r}") from None
+        raise UserError(f"{option}: expected numbers separated by 'x', got {text!r}") from None
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines of text."""
+    """The report as a text table."""
     state = report["state_bytes_per_device"]
-    kept = report["activation_bytes_per_device"]
+    activations = report["activation_bytes_per_device"]
     rows = [
-        ("devices", f"{report['devices']} x {report['device']}, {_axes(report['mesh'])}"),
+        ("devices", f"{report['devices']} x {report['device']}, {_mesh(report['mesh'])}"),
         ("model", f"{report['model']}, {report['parameters'] / 1e9:.2f} B parameters"),
         ("precision", report["precision"]),
         ("attention", _attention(report)),
-        ("clips", _clips(report)),
-        ("recomputed", _policy(report)),
-        ("operations", _operations(report)),
-        ("sent", _sent(report)),
-        ("state", _amounts(state)),
-        ("activations", _amounts(kept)),
-        ("sampler's cache", f"{report['kv_cache_bytes'] / GIB:.2f} GiB a video"),
-        ("peak", verdict(report)),
+        ("batch", _batch(report)),
+        ("recomputation", _remat_policy(report)),
+        ("compute", _compute(report)),
+        ("communication", _communication(report)),
+        ("train state", _sizes(state)),
+        ("activations", _sizes(activations)),
+        ("sampling KV cache", f"{report['kv_cache_bytes'] / GIB:.2f} GiB per video"),
+        ("peak memory", verdict(report)),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """The peak of a device, and `fits` or by how much it does not."""
-    there, held = report["device_bytes"], report["reserved_bytes"]
-    room = f"{(there - held) / GIB:.1f} GiB of {there / GIB:.1f}, {held / GIB:.0f} held back"
+    """Peak memory of a device, and by how much it fits or does not."""
+    total, reserved = report["device_bytes"], report["reserved_bytes"]
+    limit = (
+        f"{(total - reserved) / GIB:.1f} of {total / GIB:.1f} GiB usable, "
+        f"{reserved / GIB:.0f} GiB reserved"
+    )
     if report["fits"] is None:
-        return f"not compiled; a program may have {room}"
-    spare = (there - held - report["peak_bytes_per_device"]) / GIB
-    said = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit by {-spare:.1f} GiB"
-    return f"{report['peak_bytes_per_device'] / GIB:.1f} GiB a device: {said} ({room})"
+        return f"not compiled; {limit}"
+    spare = (total - reserved - report["peak_bytes_per_device"]) / GIB
+    result = (
+        f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit by {-spare:.1f} GiB"
+    )
+    return f"{report['peak_bytes_per_device'] / GIB:.1f} GiB per device: {result} ({limit})"
 
 
 def _attention(report: dict[str, Any]) -> str:
@@ -111,66 +124,75 @@ def _attention(report: dict[str, Any]) -> str:
 
     if report["attention"] != STAND_IN:
         return report["attention"]
-    return f"{STAND_IN}; training takes xla unless told mosaic: plan --config.attention=xla"
+    return (
+        f"{STAND_IN}. Training uses XLA's unless --config.attention=mosaic is set; "
+        "--config.attention=xla plans for it"
+    )
 
 
-def _clips(report: dict[str, Any]) -> str:
+def _batch(report: dict[str, Any]) -> str:
     height, width, channels = report["size"]
+    accumulate = report["accumulate"]
+    microbatches = f", gradient accumulation over {accumulate} microbatches" * (accumulate > 1)
     return (
-        f"{report['batch']} of {report['latent_frames']} x {height}x{width}x{channels} "
+        f"{report['batch']} clips of {report['latent_frames']} x {height}x{width}x{channels} "
         f"({report['seconds_of_video']:.0f} s) in chunks of {report['chunk']}, "
-        f"{report['tokens_per_step']:,} tokens ({report['clips_from']})"
+        f"{report['tokens_per_step']:,} tokens{microbatches} ({report['clips_from']})"
     )
 
 
-def _policy(report: dict[str, Any]) -> str:
-    layers = "every layer" if report["remat"] else "nothing"
-    parts = report["ffn_parts"]
-    return layers + (f", feed-forward in {parts} parts of the tokens" if parts > 1 else "")
+def _remat_policy(report: dict[str, Any]) -> str:
+    layers = "every layer" if report["remat"] else "none"
+    chunks = report["ffn_parts"]
+    return layers + (f", feed-forward in {chunks} chunks of the tokens" if chunks > 1 else "")
 
 
-def _operations(report: dict[str, Any]) -> str:
-    parts = ", ".join(f"{k} {x / 1e15:.2f}" for k, x in report["flops"].items())
-    again = report["recomputed_flops_per_step"] / 1e15
+def _compute(report: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{k} {x / 1e15:.2f}" for k, x in report["flops"].items())
+    recomputed = report["recomputed_flops_per_step"] / 1e15
     return (
-        f"{report['flops_per_step'] / 1e15:.2f} PFLOP a step ({parts}), {again:.2f} more "
-        f"recomputed; at least {report['least_seconds_per_step']:.2f} s at the chips' full rate"
+        f"{report['flops_per_step'] / 1e15:.2f} PFLOP per step ({kinds}) and {recomputed:.2f} "
+        f"recomputed; at least {report['least_seconds_per_step']:.2f} s at peak bf16 FLOP/s"
     )
 
 
-def _sent(report: dict[str, Any]) -> str:
+def _communication(report: dict[str, Any]) -> str:
     if report["collective_bytes_per_step"] is None:
         return "not compiled"
     kinds = report["collectives_per_device"]
-    parts = ", ".join(
+    volumes = ", ".join(
         f"{name} {kind['bytes'] / GIB:.2f} ({kind['count']})"
         for name, kind in kinds.items()
         if kind["count"]
     )
-    whole = sum(kind["bytes"] for kind in kinds.values()) / GIB
-    return f"{whole:.1f} GiB a device and step" + (f": {parts}" if parts else "")
+    total = sum(kind["bytes"] for kind in kinds.values()) / GIB
+    return f"{total:.1f} GiB sent per device and step" + (f": {volumes}" if volumes else "")
 
 
-def _amounts(values: dict[str, int]) -> str:
-    whole = sum(values.values()) / GIB
-    named = {k.replace("_", " "): x / GIB for k, x in values.items() if x}
-    return f"{whole:.2f} GiB a device: " + ", ".join(f"{k} {x:.2f}" for k, x in named.items())
+def _sizes(values: dict[str, int]) -> str:
+    """Their sum and all that are not zero, in GiB."""
+    total = sum(values.values()) / GIB
+    labels = {k: LABELS.get(k, k.replace("_", " ")) for k in values}
+    sizes = ", ".join(f"{labels[k]} {x / GIB:.2f}" for k, x in values.items() if x)
+    return f"{total:.2f} GiB per device: {sizes}"
 
 
-def _axes(mesh: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in mesh.items())
+def _mesh(axes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in axes.items())
 
 
 def _parser() -> Parser:
     parser = Parser("plan", __doc__ or "")
     parser.add_argument("--chip", required=True, help="gb200, b200, h200 or h100")
     parser.add_argument("--mesh", help="devices by axis, as data=8,sp=4; default: the config's")
-    parser.add_argument("--frames", type=int, help="latent frames of a clip; default: the run's")
-    parser.add_argument("--chunk", type=int, help="latent frames of a chunk; default: the run's")
+    parser.add_argument("--frames", type=int, help="latent frames per clip; default: the run's")
+    parser.add_argument("--chunk", type=int, help="latent frames per chunk; default: the run's")
     parser.add_argument("--size", help="HEIGHTxWIDTHxCHANNELS of a latent; default: the run's")
     parser.add_argument(
-        "--fastest", action="store_true", help="find the fastest way to recompute that fits"
+        "--fastest", action="store_true", help="use the fastest recomputation policy that fits"
     )
-    parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="skip peak memory and communication volume"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     return parser

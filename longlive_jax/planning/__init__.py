@@ -1,1 +1,1 @@
-"""`longlive plan`: memory, operations and communication of a run, before a machine is rented."""
+"""`longlive plan`: memory, compute and communication of a training run, without a GPU."""

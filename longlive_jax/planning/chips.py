@@ -1,7 +1,7 @@
-"""GPUs by the figures of their data sheets, and their descriptions for XLA's compiler.
+"""Data-sheet figures of GPUs, and the descriptions that XLA's compiler needs of them.
 
-XLA compiles for a GPU that is not there from a description of it. What decides how a program uses
-memory is the architecture and the size of the memory.
+XLA compiles for a GPU from a description of it, so the GPU need not be present. Only the
+architecture and the memory size decide how a program uses memory.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import math
 
 from longlive_jax.spec import UserError, nearest
 
-__all__ = ["CHIPS", "Chip", "chip_of"]
+__all__ = ["CHIPS", "Chip", "get_chip"]
 
 _CUDA = "major: 13 minor: 0 patch: 0"
 _CUDNN = "9.15.0"
@@ -17,38 +17,39 @@ _CUDNN = "9.15.0"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One GPU.
+    """One GPU model.
 
     Attributes:
-      name: in full.
-      capability: CUDA compute capability.
-      cores: multiprocessors.
-      memory: bytes.
-      bandwidth: of the memory, bytes a second.
-      cache: bytes of level 2.
-      clock: GHz.
-      flops: dense bfloat16 operations a second of the tensor cores.
-      per_host: GPUs of one host, as they are sold.
+      name: full product name.
+      capability: CUDA compute capability (major, minor).
+      multiprocessors: number of streaming multiprocessors.
+      memory_bytes: size of the device memory.
+      memory_bandwidth: bandwidth of the device memory, bytes per second.
+      l2_bytes: size of the level-2 cache.
+      clock_ghz: clock rate, GHz.
+      bf16_flops: dense bfloat16 FLOP/s of the tensor cores.
+      gpus_per_host: GPUs per host in the usual systems.
     """
 
     name: str
     capability: tuple[int, int]
-    cores: int
-    memory: int
-    bandwidth: int
-    cache: int
-    clock: float
-    flops: float
-    per_host: int
+    multiprocessors: int
+    memory_bytes: int
+    memory_bandwidth: int
+    l2_bytes: int
+    clock_ghz: float
+    bf16_flops: float
+    gpus_per_host: int
 
     def topology(self, devices: int) -> str:
-        """`slices x hosts x GPUs of a host`, as XLA asks for it."""
-        here = math.gcd(devices, self.per_host)
-        return f"1x{devices // here}x{here}"
+        """XLA's topology string, `slices x hosts x GPUs per host`, for `devices` GPUs."""
+        per_host = math.gcd(devices, self.gpus_per_host)
+        return f"1x{devices // per_host}x{per_host}"
 
     def description(self) -> str:
         """The text form of XLA's GpuTargetConfigProto."""
         major, minor = self.capability
+        # The limits below are the same for Hopper and Blackwell.
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -57,7 +58,7 @@ gpu_device_info {{
   shared_memory_per_core: 233472
   shared_memory_per_block_optin: 232448
   threads_per_core_limit: 2048
-  core_count: {self.cores}
+  core_count: {self.multiprocessors}
   fpus_per_core: 128
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
@@ -67,10 +68,10 @@ gpu_device_info {{
   thread_dim_limit_z: 64
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-  memory_bandwidth: {self.bandwidth}
-  l2_cache_size: {self.cache}
-  clock_rate_ghz: {self.clock}
-  device_memory_size: {self.memory}
+  memory_bandwidth: {self.memory_bandwidth}
+  l2_cache_size: {self.l2_bytes}
+  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory_bytes}
   device_address_bits: 64
   device_vendor: "NVIDIA Corporation"
   ecc_enabled: true
@@ -108,11 +109,14 @@ CHIPS = {
         0.989e15, 8,
     ),
 }  # fmt: skip
-"""By the name of the command line."""
+"""GPU models by their `--chip` name."""
 
 
-def chip_of(name: str) -> Chip:
-    """The chip of that name; UserError names the nearest."""
+def get_chip(name: str) -> Chip:
+    """The GPU model called `name` in `CHIPS`.
+
+    Raises UserError with the nearest known name if there is none.
+    """
     if name not in CHIPS:
         raise UserError(f"--chip: unknown chip {name!r}{nearest(name, CHIPS)}")
     return CHIPS[name]

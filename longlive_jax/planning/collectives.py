@@ -1,8 +1,9 @@
-"""What a compiled program sends between devices, counted from its HLO text.
+"""Communication volume of a compiled program, counted from its HLO text.
 
-Loops count as often as they run. Bytes are those that one device sends by the usual ring (or direct
-exchange) among the `n` devices of its group: (n - 1) / n of the whole array for an all-gather, a
-reduce-scatter and an all-to-all, twice that for an all-reduce, all of it for a permutation.
+An operation inside a loop counts once per iteration. Bytes are what one device sends, assuming the
+usual ring (or direct) algorithm in a group of `n` devices: (n - 1) / n of the full array for an
+all-gather, a reduce-scatter and an all-to-all, twice that for an all-reduce, and the full array for
+a collective permute.
 """
 
 import collections
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 __all__ = ["KINDS", "Traffic", "traffic"]
 
 KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "collective-permute")
+"""Collective operations that are counted."""
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f4e2m1fn": 4}
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -31,57 +33,69 @@ _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one kind: operations a device takes part in, and bytes that it sends."""
+    """Traffic of one device by collectives of one kind.
+
+    Attributes:
+      count: number of operations that the device takes part in.
+      bytes: bytes that it sends for them.
+    """
 
     count: int = 0
     bytes: float = 0.0
 
 
 def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
-    """By kind, in one run of a compiled program of so many devices; kinds that it lacks too.
+    """Traffic of one device in one run of a compiled program, for every kind in `KINDS`.
 
-    Raises ValueError if a loop that sends something does not say how often it runs, or a line
-    cannot be read.
+    Args:
+      hlo: text of the optimized HLO module.
+      devices: number of devices that the program was compiled for.
+
+    Raises ValueError if a loop that contains a collective has no known trip count, or if a line
+    cannot be parsed.
     """
-    bodies, entry = _bodies(hlo)
+    bodies, entry = _computations(hlo)
 
     @functools.cache
-    def of(name: str) -> Mapping[str, Traffic]:
-        total: dict[str, int] = collections.defaultdict(int)
+    def traffic_of(name: str) -> Mapping[str, Traffic]:
+        counts: dict[str, int] = collections.defaultdict(int)
         sent: dict[str, float] = collections.defaultdict(float)
         for line in bodies.get(name, ()):
-            for times, inner in _inner(line):
-                for kind, found in of(inner).items():
-                    if times is None:
-                        raise ValueError(f"a loop of unknown length holds an {kind}: {inner}")
-                    total[kind] += times * found.count
-                    sent[kind] += times * found.bytes
-            if (own := _COLLECTIVE.search(line)) is not None:
-                total[own[2]] += 1
-                sent[own[2]] += _sent(own[2], own[1], bool(own[3]), line, devices)
-        return {kind: Traffic(total[kind], sent[kind]) for kind in total}
+            # Computations that this instruction calls.
+            for trips, callee in _callees(line):
+                for kind, inner in traffic_of(callee).items():
+                    if trips is None:
+                        raise ValueError(f"a loop of unknown length contains an {kind}: {callee}")
+                    counts[kind] += trips * inner.count
+                    sent[kind] += trips * inner.bytes
+            # The instruction itself.
+            if (match := _COLLECTIVE.search(line)) is not None:
+                kind = match[2]
+                counts[kind] += 1
+                sent[kind] += _bytes_sent(kind, match[1], bool(match[3]), line, devices)
+        return {kind: Traffic(counts[kind], sent[kind]) for kind in counts}
 
-    found = of(entry)
-    return {kind: found.get(kind, Traffic()) for kind in KINDS}
+    total = traffic_of(entry)
+    return {kind: total.get(kind, Traffic()) for kind in KINDS}
 
 
-def _bodies(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines by computation, and the name of the entry."""
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation by its name, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
-    entry, here = "", None
+    entry, body = "", None
     for line in hlo.splitlines():
         if not line.startswith(" "):
-            begins = _COMPUTATION.match(line)
-            here = None if begins is None else bodies.setdefault(begins[1], [])
-            if begins is not None and line.startswith("ENTRY"):
-                entry = begins[1]
-        elif here is not None:
-            here.append(line)
+            header = _COMPUTATION.match(line)
+            body = None if header is None else bodies.setdefault(header[1], [])
+            if header is not None and line.startswith("ENTRY"):
+                entry = header[1]
+        elif body is not None:
+            body.append(line)
     return bodies, entry
 
 
-def _inner(line: str) -> Iterator[tuple[int | None, str]]:
-    """Computations that an instruction runs, and how often; None: it does not say."""
+def _callees(line: str) -> Iterator[tuple[int | None, str]]:
+    """(number of runs, name) of the computations an instruction calls; None: unknown number."""
     if (loop := _WHILE.search(line)) is not None:
         trips = _TRIPS.search(line)
         yield (None if trips is None else int(trips[1])), loop[1]
@@ -93,30 +107,30 @@ def _inner(line: str) -> Iterator[tuple[int | None, str]]:
             yield 1, name.strip().lstrip("%")
 
 
-def _sent(kind: str, result: str, starts: bool, line: str, devices: int) -> float:
-    """Bytes that a device sends for one operation."""
+def _bytes_sent(kind: str, result: str, is_start: bool, line: str, devices: int) -> float:
+    """Bytes that a device sends for one operation with the result type `result`."""
     if kind == "collective-permute":
-        return _size(_results(result) if starts else result)
-    group = _group(line, devices)
-    whole = float(_size(_results(result) if starts else result))
+        return _size(_results(result) if is_start else result)
+    group = _group_size(line, devices)
+    full = float(_size(_results(result) if is_start else result))
     if kind == "reduce-scatter":
-        whole *= group
-    return whole * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+        full *= group
+    return full * (group - 1) / group * (2 if kind == "all-reduce" else 1)
 
 
 def _results(text: str) -> str:
-    """The second half of `((operands), results)`, which the start of an operation gives."""
-    depth, parts, begin = 0, [], 1
+    """The results in `((operands), results)`, the type of an operation's `-start` half."""
+    depth, items, begin = 0, [], 1
     for i, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
         if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
-            parts.append(text[begin:i])
+            items.append(text[begin:i])
             begin = i + 1
-    return parts[1] if len(parts) > 1 and text.startswith("((") else text
+    return items[1] if len(items) > 1 and text.startswith("((") else text
 
 
 def _size(text: str) -> int:
-    """Bytes of all arrays in a type."""
+    """Total bytes of the arrays in a type."""
     return sum(
         _bits(name) * math.prod(int(n) for n in shape.split(",") if n) // 8
         for name, shape in _ARRAY.findall(text)
@@ -124,6 +138,7 @@ def _size(text: str) -> int:
 
 
 def _bits(name: str) -> int:
+    """Bits of one element of an HLO type."""
     if name in _BITS:
         return _BITS[name]
     width = re.match(r"(?:f8|[a-z]+(\d+))", name)
@@ -132,10 +147,10 @@ def _bits(name: str) -> int:
     return int(width[1] or 8)
 
 
-def _group(line: str, devices: int) -> int:
-    """Devices that exchange with each other."""
+def _group_size(line: str, devices: int) -> int:
+    """Number of devices in one replica group of a collective."""
     if (axes := _AXES.search(line)) is not None:
-        sizes = dict(part.split("=") for part in axes[1].replace("'", "").split(","))
+        sizes = dict(axis.split("=") for axis in axes[1].replace("'", "").split(","))
         names = [name.strip() for name in axes[2].replace("'", "").split(",")]
         return math.prod(int(sizes[name]) for name in names)
     if (listed := _LISTED.search(line)) is not None:
@@ -144,4 +159,4 @@ def _group(line: str, devices: int) -> int:
         return int(iota[1])
     if "replica_groups={}" in line:
         return devices
-    raise ValueError(f"no groups of devices in {line.strip()[:120]!r}")
+    raise ValueError(f"no replica groups in {line.strip()[:120]!r}")

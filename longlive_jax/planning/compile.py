@@ -1,8 +1,8 @@
-"""Compiles a planned step for GPUs that are not here, in a process of its own.
+"""Compiles a planned train step for GPUs that are not present, in a separate process.
 
-XLA's compiler for GPUs is in JAX's CUDA plugin, which needs no GPU for this. The process must not
-look for one, and JAX decides that when it starts; so `compiled` runs this module as
-`python -m longlive_jax.planning.compile` with the job on its standard input.
+XLA's GPU compiler is part of JAX's CUDA plugin and needs no GPU. The process must not look for one,
+and JAX decides that at start-up; so `compile_step` runs this module as
+`python -m longlive_jax.planning.compile` with the job as JSON on its standard input.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from longlive_jax.spec import Failure, UserError
 
 PREFIX = "PLANNED "
 TIMEOUT = 1800
-"""Seconds after which the process is ended."""
+"""Seconds after which the process is killed."""
 
-BESIDE = Path(sys.prefix) / "compile"
-"""Where launch/setup.sh puts the plugin: apart from other packages, as JAX would complain of the
-missing GPU at every start."""
+PLUGIN_DIR = Path(sys.prefix) / "compile"
+"""Where launch/setup.sh installs the plugin. It is kept out of site-packages because JAX would
+warn about the missing GPU at every start."""
 
 OPTIONS = {
     "xla_gpu_autotune_level": 0,
@@ -31,36 +31,50 @@ OPTIONS = {
     "xla_gpu_force_compilation_parallelism": 1,
     "xla_backend_optimization_level": 0,
 }
-"""Kernels are made as cheaply as possible, for nothing runs; where arrays lie is decided before.
-Products are cuBLAS's, with its workspace. (The 5B's step: 25 s, with the defaults 65 s.)"""
+"""XLA options that make kernel generation cheap, since nothing runs; buffers are assigned before
+that. Matrix products are cuBLAS's, with its workspace. (The 5B model's step compiles in 25 s
+instead of 65 s with XLA's defaults.)"""
 
 
 def refusal() -> str | None:
-    """Why nothing can be compiled here, or None."""
-    if _plugin() is not None or (BESIDE / "jax_plugins" / "xla_cuda13").is_dir():
+    """Why nothing can be compiled on this machine, or None if it can."""
+    if _find_plugin() is not None or (PLUGIN_DIR / "jax_plugins" / "xla_cuda13").is_dir():
         return None
     return (
-        "the peak memory is found by compiling with JAX's CUDA plugin, which is not installed: "
-        "`pip install -e '.[plan]'` (no GPU needed); or say --no-compile for all the rest"
+        "peak memory comes from a compile with JAX's CUDA plugin, which is not installed. "
+        "Run `pip install -e '.[plan]'` (no GPU needed), or add --no-compile to skip it"
     )
 
 
-def _plugin() -> Any:
+def _find_plugin() -> Any:
+    """Import spec of the CUDA plugin among the environment's packages, or None."""
     try:
         return importlib.util.find_spec("jax_plugins.xla_cuda13")
     except ModuleNotFoundError:
         return None
 
 
-def compiled(job: dict[str, Any]) -> dict[str, Any]:
-    """Memory and traffic of a job (`_work`'s arguments, ready for JSON).
+def compile_step(job: dict[str, Any]) -> dict[str, Any]:
+    """Compiles a job in a separate process and returns its memory and traffic.
 
-    Raises UserError without the plugin, Failure if the compiler fails or takes half an hour.
+    Args:
+      job: keyword arguments of `_measure`, as JSON values.
+
+    Returns:
+      peak: peak memory of a device, bytes.
+      arguments: memory of the step's arguments, bytes.
+      temporary: memory of temporary buffers, bytes.
+      collectives: `Traffic` of a device by kind, as dicts.
+      seconds: time spent on tracing and on compiling.
+
+    Raises UserError if the plugin is not installed, and Failure if the compiler fails or takes
+    longer than `TIMEOUT`.
     """
-    if (why := refusal()) is not None:
-        raise UserError(why)
+    if (reason := refusal()) is not None:
+        raise UserError(reason)
+    # 1. Run the compiler.
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", __name__],
             input=json.dumps(job),
             capture_output=True,
@@ -69,68 +83,77 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )
     except subprocess.TimeoutExpired as error:
-        raise Failure(f"plan: the compiler was not done after {TIMEOUT} s") from error
-    found = [x.removeprefix(PREFIX) for x in done.stdout.splitlines() if x.startswith(PREFIX)]
-    last = (done.stderr.strip().splitlines() or ["the compiler said nothing"])[-1]
-    report = json.loads(found[-1]) if found else {"failure": f"exit code {done.returncode}, {last}"}
+        raise Failure(f"plan: the compiler did not finish within {TIMEOUT} s") from error
+    # 2. Parse the report line, or explain the failure.
+    lines = [x.removeprefix(PREFIX) for x in process.stdout.splitlines() if x.startswith(PREFIX)]
+    last = (process.stderr.strip().splitlines() or ["no output on stderr"])[-1]
+    failure = {"failure": f"exit code {process.returncode}, {last}"}
+    report = json.loads(lines[-1]) if lines else failure
     if "failure" in report:
-        raise Failure(f"plan: the step could not be compiled: {_reason(report['failure'])}")
+        raise Failure(f"plan: the step could not be compiled: {_explain(report['failure'])}")
     return report
 
 
-def _reason(said: str) -> str:
-    lacking = [name for name in ("ptxas", "nvlink", "libdevice") if f"{name}_version" in said]
-    if lacking or "libdevice not found" in said:
+def _explain(message: str) -> str:
+    """The compiler's error, or the missing CUDA tool and its remedy if that is the cause."""
+    lacking = [name for name in ("ptxas", "nvlink", "libdevice") if f"{name}_version" in message]
+    if lacking or "libdevice not found" in message:
         tools = " and ".join(lacking) or "libdevice"
-        return f"no {tools}; install a CUDA toolkit, or its compiler by `pip install -e '.[plan]'`"
-    return said
+        return (
+            f"{tools} not found. Install a CUDA toolkit, or its compiler by "
+            "`pip install -e '.[plan]'`"
+        )
+    return message
 
 
 def main() -> int:
-    """Reads a job and prints the line that `compiled` looks for."""
+    """Reads a job from standard input and prints the line that `compile_step` parses."""
     job = json.load(sys.stdin)
-    if _plugin() is None:
-        sys.path.append(str(BESIDE))
+    if _find_plugin() is None:
+        sys.path.append(str(PLUGIN_DIR))
         importlib.invalidate_caches()
     try:
-        found = _work(**job)
-    except Exception as error:  # whatever it is, the caller shows it as one line
-        found = {"failure": f"{type(error).__name__}: {error}"}
-    print(PREFIX + json.dumps(found))
-    return int("failure" in found)
+        report = _measure(**job)
+    except Exception as error:  # any error: the parent process shows it as one line
+        report = {"failure": f"{type(error).__name__}: {error}"}
+    print(PREFIX + json.dumps(report))
+    return int("failure" in report)
 
 
-def _work(stage: dict, model: dict, clip: dict, chip: str) -> dict[str, Any]:
-    """What the compiler says of the step of these settings."""
+def _measure(stage: dict, model: dict, clip: dict, chip: str) -> dict[str, Any]:
+    """Compiles the step of these settings; see `compile_step` for the report."""
     from jax.experimental import topologies
 
     from longlive_jax.models.wan import DiTConfig
     from longlive_jax.parallel.mesh import make_mesh
-    from longlive_jax.planning.chips import chip_of
+    from longlive_jax.planning.chips import get_chip
     from longlive_jax.planning.collectives import traffic
     from longlive_jax.planning.step import Clip, PlannedStep, lower
     from longlive_jax.spec import build
     from longlive_jax.training.stages.wan_ar import WanARStage
 
+    # 1. Describe the step and the devices.
     step = PlannedStep(build(WanARStage, stage), build(DiTConfig, model), build(Clip, clip))
-    count, target = step.stage.mesh.size, chip_of(chip)
-    there = topologies.get_topology_desc(
+    count, target = step.stage.mesh.size, get_chip(chip)
+    topology = topologies.get_topology_desc(
         platform="cuda", target_config=target.description(), topology=target.topology(count)
     )
+    # 2. Trace and compile.
     began = time.perf_counter()
-    lowered = lower(step, make_mesh(step.stage.mesh, there.devices))
+    lowered = lower(step, make_mesh(step.stage.mesh, topology.devices))
     traced = time.perf_counter()
     program = lowered.compile(compiler_options=OPTIONS)
     finished = time.perf_counter()
+    # 3. Read memory and traffic off the program.
     memory, text = program.memory_analysis(), program.as_text()
     if memory is None or text is None:
-        raise Failure("the compiler says nothing of memory; use the JAX version of the plugin")
+        raise Failure("no memory analysis from the compiler. Install the plugin of JAX's version")
     return {
         "peak": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "collectives": {
-            kind: dataclasses.asdict(found) for kind, found in traffic(text, count).items()
+            kind: dataclasses.asdict(volume) for kind, volume in traffic(text, count).items()
         },
         "seconds": {"tracing": traced - began, "compiling": finished - traced},
     }

@@ -1,9 +1,9 @@
-"""What a training run would need, before a machine is rented: memory, operations, traffic.
+"""Estimates what a training run needs before any GPU is rented: memory, compute, communication.
 
-Sizes and operations are arithmetic. The peak memory of a device and what devices send each other
-come from compiling the real train step (`plan_step`) for the chip (`plan_compile`); nothing is
-allocated and no GPU is needed. Not in the peak, and so held back from the chip's memory: the CUDA
-context, NCCL's buffers and what an allocator cannot use.
+Sizes and FLOPs are arithmetic. Peak memory per device and communication volume come from compiling
+the real train step (`planning.step`) for the chip (`planning.compile`); nothing is allocated and no
+GPU is needed. The peak excludes the CUDA context, NCCL's buffers and allocator fragmentation, so
+`RESERVED_BYTES` of the chip's memory are set aside for them.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.data.clips import store
@@ -25,113 +24,126 @@ from longlive_jax.models.wan.cache import CachePolicy
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import AXES, MeshSpec
 from longlive_jax.planning import compile as plan_compile
-from longlive_jax.planning.chips import Chip, chip_of
-from longlive_jax.planning.step import NAMED, STAND_IN, Clip, PlannedStep, parameters
+from longlive_jax.planning.chips import Chip, get_chip
+from longlive_jax.planning.step import (
+    COMPILED_ATTENTION,
+    STAND_IN,
+    Clip,
+    PlannedStep,
+    num_parameters,
+)
 from longlive_jax.spec import UserError, build
 from longlive_jax.training.stages.clip_batches import BATCH_SPECS
-from longlive_jax.training.stages.flops import clips_cost, forward_flops
+from longlive_jax.training.stages.flops import clip_update_cost, forward_flops
 from longlive_jax.training.stages.wan_ar import WanARStage
 
-__all__ = ["PlanSpec", "check", "clip_of", "model_of", "moved", "plan"]
+__all__ = ["PlanSpec", "check", "clip_of", "estimate", "model_of", "scale_to_mesh"]
 
-RESERVED = 4 * 2**30
-"""Bytes of a device that a program cannot have."""
-WHOLE = Clip(frames=384, chunk_frames=8, size=(44, 80, 48))
-"""64 s of Wan2.2's latents at 1280x704."""
+RESERVED_BYTES = 4 * 2**30
+"""Device memory that is not available to a program."""
+DEFAULT_CLIP = Clip(frames=384, chunk_frames=8, size=(44, 80, 48))
+"""64 s of Wan2.2 latents at 1280x704."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanSpec:
-    """What is asked for beside the run's config.
+    """What to estimate, in addition to the run's config.
 
     Attributes:
-      chip: of every device; a name of `CHIPS`.
-      frames: latent frames of a clip.
-      chunk_frames: latent frames of a chunk.
+      chip: GPU model of every device; a name in `CHIPS`.
+      frames: latent frames per clip.
+      chunk_frames: latent frames per chunk.
       size: height, width and channels of a latent frame.
-      fastest: try ways to recompute, the fastest first, until one fits; else the config's.
-      compile: find the peak and the traffic; else only what arithmetic gives.
+      fastest: whether to try rematerialization policies, fastest first, until one fits, instead of
+        the config's own.
+      compile: whether to compile the step for its peak memory and communication volume; without it
+        the report has only what arithmetic gives.
     """
 
     chip: str
-    frames: int = WHOLE.frames
-    chunk_frames: int = WHOLE.chunk_frames
-    size: tuple[int, int, int] = WHOLE.size
+    frames: int = DEFAULT_CLIP.frames
+    chunk_frames: int = DEFAULT_CLIP.chunk_frames
+    size: tuple[int, int, int] = DEFAULT_CLIP.size
     fastest: bool = False
     compile: bool = True
 
     def __post_init__(self) -> None:
-        chip_of(self.chip)
+        get_chip(self.chip)
         if self.chunk_frames < 1 or self.frames < 1 or self.frames % self.chunk_frames:
-            near = max(1, round(self.frames / max(1, self.chunk_frames))) * max(
-                1, self.chunk_frames
-            )
+            chunk = max(1, self.chunk_frames)
+            nearest = max(1, round(self.frames / chunk)) * chunk
             raise UserError(
-                f"--frames: {self.frames} latent frames are no whole number of chunks of "
-                f"{self.chunk_frames}; choose {near}"
+                f"--frames: {self.frames} latent frames are not a multiple of the "
+                f"{self.chunk_frames} frames of a chunk. Set it to {nearest}"
             )
         if min(self.size) < 1 or self.size[0] % 2 or self.size[1] % 2:
-            raise UserError(f"--size: {self.size}; height and width must be even")
+            raise UserError(f"--size: height and width must be even, got {self.size}")
 
     @property
     def clip(self) -> Clip:
-        """The clips trained on."""
+        """The clips that the run trains on."""
         return Clip(self.frames, self.chunk_frames, self.size)
 
 
 def model_of(stage: WanARStage) -> tuple[DiTConfig, str]:
-    """The DiT of the stage's checkpoint, and where it is from; without one Wan2.2-TI2V-5B."""
+    """DiT settings of the stage's checkpoint and their origin; default: Wan2.2-TI2V-5B."""
     if (Path(stage.checkpoint) / MANIFEST).is_file():
         return stage.model(), stage.checkpoint
     model = DiTConfig(**{k: jnp.dtype(v) for k, v in stage.computing().items()})
-    return model, f"Wan2.2-TI2V-5B (there is no {stage.checkpoint})"
+    return model, f"Wan2.2-TI2V-5B (no checkpoint at {stage.checkpoint})"
 
 
 def clip_of(stage: WanARStage) -> tuple[Clip, str]:
-    """What the run is trained on, and where that is from.
+    """Clips that the run trains on, and their origin.
 
-    Without the folder of clips: `WHOLE`, but with a chunk for every row of the error buffers if
-    they have rows.
+    If the folder of clips does not exist, this is `DEFAULT_CLIP`, with as many chunks as the error
+    buffers have rows if these are aligned with chunks.
     """
+    # 1. Encoded clips on disk.
     folder = Path(stage.clips)
     if (folder / store.MANIFEST).is_file():
-        made = store.Manifest.read(folder).identity
-        vae, join = _vae_of(stage), made["join"]
-        height, width = (side // vae.spatial_stride for side in made["size"])
+        identity = store.Manifest.read(folder).identity
+        vae, join = _vae_of(stage), identity["join"]
+        height, width = (side // vae.spatial_stride for side in identity["size"])
         size = height, width, vae.z_dim
         return Clip(join["chunks"] * join["chunk_frames"], join["chunk_frames"], size), stage.clips
+    # 2. The length that the error buffers imply.
     buffer = None if stage.recycling is None else stage.recycling.buffer
     if buffer is None or not buffer.aligned or buffer.dealt or buffer.rows == 1:
-        return WHOLE, f"there is no {stage.clips}"
-    clip = dataclasses.replace(WHOLE, frames=buffer.rows * WHOLE.chunk_frames)
-    return clip, f"a chunk a row of the error buffers: there is no {stage.clips}"
+        return DEFAULT_CLIP, f"default: no clips at {stage.clips}"
+    clip = dataclasses.replace(DEFAULT_CLIP, frames=buffer.rows * DEFAULT_CLIP.chunk_frames)
+    return clip, f"one chunk per row of the error buffers: no clips at {stage.clips}"
 
 
 def _vae_of(stage: WanARStage) -> VAEConfig:
-    """Of the stage's checkpoint; without one Wan2.2's."""
+    """VAE settings of the stage's checkpoint; default: Wan2.2."""
     if not (Path(stage.checkpoint) / MANIFEST).is_file():
         return VAEConfig()
-    held = read_manifest(stage.checkpoint)["components"].get("vae", {})
-    return build(VAEConfig, held, path=f"{stage.checkpoint}: vae")
+    settings = read_manifest(stage.checkpoint)["components"].get("vae", {})
+    return build(VAEConfig, settings, path=f"{stage.checkpoint}: vae")
 
 
-def moved(stage: WanARStage, mesh: MeshSpec, clip: Clip) -> WanARStage:
-    """The stage on another mesh and with clips of another length.
+def scale_to_mesh(stage: WanARStage, mesh: MeshSpec, clip: Clip) -> WanARStage:
+    """The stage on another mesh, with clips of another length.
 
-    Devices that share a sequence have as many clips as before; so the batch grows or shrinks, and
-    so do the groups of error buffers. Buffers by column get a row a chunk if theirs do not fit.
-    Raises UserError for a batch that does not split over the stage's own mesh.
+    The number of clips per sp group stays the same, so the batch and the groups of error buffers
+    scale with data * fsdp. Buffers aligned with the training sequence get one row per chunk if
+    their rows do not divide the chunks.
+
+    Raises UserError for a batch that is not a multiple of data * fsdp on the stage's own mesh.
     """
+    # 1. The batch.
     before = stage.mesh.samples
     if stage.batch % before:
         raise UserError(
-            f"config.batch = {stage.batch} does not split over config.mesh.data * config.mesh.fsdp "
-            f"= {before}; choose a multiple"
+            f"config.batch must be a multiple of config.mesh.data * config.mesh.fsdp = {before}, "
+            f"got {stage.batch}"
         )
     batch = stage.batch // before * mesh.samples
     stage = dataclasses.replace(stage, mesh=mesh, batch=batch)
     if stage.recycling is None:
         return stage
+    # 2. The error buffers.
     buffer = stage.recycling.buffer
     groups, rows = buffer.groups, buffer.rows
     if groups > 1 and groups % before == 0:
@@ -143,11 +155,11 @@ def moved(stage: WanARStage, mesh: MeshSpec, clip: Clip) -> WanARStage:
 
 
 def check(stage: WanARStage, model: DiTConfig, spec: PlanSpec) -> None:
-    """UserError for a model, clip, batch or mesh that do not fit each other."""
+    """Raises UserError if model, clips, batch and mesh do not match."""
     clip = spec.clip
     if clip.size[2] != model.in_channels:
         raise UserError(
-            f"--size: latents of {clip.size[2]} channels for a model of {model.in_channels}"
+            f"--size: the model takes latents of {model.in_channels} channels, got {clip.size[2]}"
         )
     try:
         stage.check(model, clip.chunks, clip.chunk_tokens)
@@ -156,76 +168,85 @@ def check(stage: WanARStage, model: DiTConfig, spec: PlanSpec) -> None:
         raise UserError(f"plan: {error}") from error
 
 
-def plan(
-    stage: WanARStage, spec: PlanSpec, *, say: Callable[[str], None] = lambda text: None
+def estimate(
+    stage: WanARStage, spec: PlanSpec, *, log: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """The report, ready for JSON; bytes, floating point operations and seconds.
+    """The report, ready for JSON, in bytes, FLOPs and seconds.
 
-    Names end in what they are of: `_per_step` all devices together, `_per_device` one of them.
-    `say` hears of every compilation. Raises UserError, before anything is compiled, for what does
-    not fit each other or if there is no compiler, and Failure if that fails.
+    Keys ending in `_per_step` are totals over all devices, those ending in `_per_device` are for
+    one device. `log` receives a line before every compilation.
+
+    Raises UserError before anything is compiled if settings do not match or no compiler is
+    available, and Failure if the compilation fails.
     """
     model, origin = model_of(stage)
     check(stage, model, spec)
-    if spec.compile and (why := plan_compile.refusal()) is not None:
-        raise UserError(why)
-    ways = policies(stage, spec.clip) if spec.fastest and spec.compile else [stage]
-    steps = [PlannedStep(way, model, spec.clip) for way in ways]
-    step, measured, refused = _first_that_fits(steps, spec, say)
-    chip = chip_of(spec.chip)
-    report = _about(step, spec, chip, origin) | _flops(step, chip) | _bytes(step) | measured
-    return report | ({"does_not_fit": refused} if spec.fastest else {})
+    if spec.compile and (reason := plan_compile.refusal()) is not None:
+        raise UserError(reason)
+    search = spec.fastest and spec.compile
+    stages = remat_policies(stage, spec.clip) if search else [stage]
+    steps = [PlannedStep(candidate, model, spec.clip) for candidate in stages]
+    step, measured, rejected = _first_that_fits(steps, spec, log)
+    chip = get_chip(spec.chip)
+    report = _settings(step, spec, chip, origin) | _compute(step, chip) | _memory(step) | measured
+    return report | ({"does_not_fit": rejected} if spec.fastest else {})
 
 
 def _first_that_fits(
-    steps: list[PlannedStep], spec: PlanSpec, say: Callable[[str], None]
+    steps: list[PlannedStep], spec: PlanSpec, log: Callable[[str], None]
 ) -> tuple[PlannedStep, dict[str, Any], list[dict[str, Any]]]:
-    """The first step that fits, or the last; what was measured of it, and those before it."""
-    room, refused = usable(chip_of(spec.chip)), []
+    """The first step that fits, or else the last; its measurements; and the steps rejected."""
+    available, rejected = usable_bytes(get_chip(spec.chip)), []
     for step in steps[:-1]:
-        if (least := least_bytes(step)) > room:
-            refused.append(_policy(step.stage) | {"at_least_bytes_per_device": least})
+        # Skip the compile if a lower bound already exceeds the memory.
+        if (least := min_bytes_per_device(step)) > available:
+            rejected.append(_remat_policy(step.stage) | {"at_least_bytes_per_device": least})
             continue
-        measured = _measured(step, spec, say)
+        measured = _measure(step, spec, log)
         if measured["fits"]:
-            return step, measured, refused
+            return step, measured, rejected
         peak = {"peak_bytes_per_device": measured["peak_bytes_per_device"]}
-        refused.append(_policy(step.stage) | peak)
-    return steps[-1], _measured(steps[-1], spec, say), refused
+        rejected.append(_remat_policy(step.stage) | peak)
+    return steps[-1], _measure(steps[-1], spec, log), rejected
 
 
-def policies(stage: WanARStage, clip: Clip) -> list[WanARStage]:
-    """The stage with less and less memory, and ever more that is computed again."""
-    known = {1, stage.ffn_chunks if stage.ffn_chunks > 1 else 8}
-    parts = sorted(n for n in known if stage.device_tokens(clip.chunks, clip.chunk_tokens) % n == 0)
-    ways = [(remat, n) for remat in (False, True) for n in parts]
-    return [dataclasses.replace(stage, remat=remat, ffn_chunks=n) for remat, n in ways]
+def remat_policies(stage: WanARStage, clip: Clip) -> list[WanARStage]:
+    """The stage under every rematerialization policy, from most memory to most recomputation."""
+    candidates = {1, stage.ffn_chunks if stage.ffn_chunks > 1 else 8}
+    tokens = stage.device_tokens(clip.chunks, clip.chunk_tokens)
+    ffn_chunks = sorted(n for n in candidates if tokens % n == 0)
+    policies = [(remat, n) for remat in (False, True) for n in ffn_chunks]
+    return [dataclasses.replace(stage, remat=remat, ffn_chunks=n) for remat, n in policies]
 
 
-def usable(chip: Chip) -> int:
-    """Bytes that a program may have."""
-    return chip.memory - RESERVED
+def usable_bytes(chip: Chip) -> int:
+    """Device memory available to a program."""
+    return chip.memory_bytes - RESERVED_BYTES
 
 
-def least_bytes(step: PlannedStep) -> int:
-    """What a device holds for certain when the last layer is done: the state, and of every layer
-    the input; without recomputation also what its three norms and its matrix products took."""
+def min_bytes_per_device(step: PlannedStep) -> int:
+    """Lower bound of a device's peak memory, reached at the end of the forward pass.
+
+    It counts the state and every layer's input. Without rematerialization it also counts what each
+    layer saves for the backward pass: the inputs of its three norms and of its matrix products.
+    """
     model = step.model
     stream = jnp.dtype(model.stream_dtype).itemsize
-    kept = stream * model.dim
+    saved = stream * model.dim
     if not step.stage.remat:
-        # Inputs of the linears, rotated queries and keys, values; q and output again for the text.
-        taken = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_chunks == 1 else 0)
-        kept = (stream + 2 * 4) * model.dim + jnp.dtype(model.dtype).itemsize * taken
+        # Inputs of the linears, rotated q and k, and v; q and output again for cross-attention.
+        inputs = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_chunks == 1 else 0)
+        saved = (stream + 2 * 4) * model.dim + jnp.dtype(model.dtype).itemsize * inputs
     tokens = step.stage.device_tokens(step.clip.chunks, step.clip.chunk_tokens)
-    return sum(_state_bytes(step).values()) + model.layers * tokens * kept
+    return sum(_state_bytes(step).values()) + model.layers * tokens * saved
 
 
-def _policy(stage: WanARStage) -> dict[str, Any]:
+def _remat_policy(stage: WanARStage) -> dict[str, Any]:
     return {"remat": stage.remat, "ffn_parts": stage.ffn_chunks}
 
 
-def _about(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[str, Any]:
+def _settings(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[str, Any]:
+    """What the report is for: devices, model, clips, batch and precision."""
     stage, clip = step.stage, step.clip
     return {
         "chip": spec.chip,
@@ -233,7 +254,7 @@ def _about(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[s
         "devices": stage.mesh.size,
         "mesh": dict(zip(AXES, stage.mesh.shape, strict=True)),
         "model": origin,
-        "parameters": parameters(step.model),
+        "parameters": num_parameters(step.model),
         "latent_frames": clip.frames,
         "seconds_of_video": round((1 + 4 * (clip.frames - 1)) / 24, 2),
         "chunk": clip.chunk_frames,
@@ -242,38 +263,38 @@ def _about(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dict[s
         "accumulate": stage.loop.accumulate,
         "dtype": stage.dtype,
         "stream_dtype": stage.stream_dtype,
-        "attention": stage.attention if stage.attention in NAMED else STAND_IN,
-        **_policy(stage),
+        "attention": stage.attention if stage.attention in COMPILED_ATTENTION else STAND_IN,
+        **_remat_policy(stage),
     }
 
 
-def _flops(step: PlannedStep, chip: Chip) -> dict[str, Any]:
-    """Of one update over all devices; `recomputed` comes on top of `flops_per_step`."""
+def _compute(step: PlannedStep, chip: Chip) -> dict[str, Any]:
+    """FLOPs of one update over all devices; recomputed ones are not part of `flops_per_step`."""
     stage, clip, model = step.stage, step.clip, step.model
     sizes: Any = {"chunks": clip.chunks, "chunk_tokens": clip.chunk_tokens, "window": stage.window}
-    work = clips_cost(model, batch=stage.batch, **sizes)
+    work = clip_update_cost(model, batch=stage.batch, **sizes)
     forward = forward_flops(model, **sizes)
-    parts = {k: 3 * stage.batch * x for k, x in dataclasses.asdict(forward).items()}
-    again = stage.batch * forward.total if stage.remat else 0.0
-    if stage.ffn_chunks > 1:  # the hidden values once more
-        again += 2.0 * model.layers * work.tokens * model.dim * model.ffn_dim
+    by_kind = {k: 3 * stage.batch * x for k, x in dataclasses.asdict(forward).items()}
+    recomputed = stage.batch * forward.total if stage.remat else 0.0
+    if stage.ffn_chunks > 1:  # the hidden activations once more
+        recomputed += 2.0 * model.layers * work.tokens * model.dim * model.ffn_dim
     return {
         "tokens_per_step": work.tokens,
         "flops_per_step": work.flops,
-        "flops": parts,
-        "recomputed_flops_per_step": again,
-        "least_seconds_per_step": (work.flops + again) / (stage.mesh.size * chip.flops),
+        "flops": by_kind,
+        "recomputed_flops_per_step": recomputed,
+        "least_seconds_per_step": (work.flops + recomputed) / (stage.mesh.size * chip.bf16_flops),
     }
 
 
-def _bytes(step: PlannedStep) -> dict[str, Any]:
-    """Of one device, by what they are for, and of the sampler's cache of one video."""
+def _memory(step: PlannedStep) -> dict[str, Any]:
+    """Bytes of a device by purpose, and of the sampler's KV cache for one video."""
     stage, clip, model = step.stage, step.clip, step.model
     tokens = stage.device_tokens(clip.chunks, clip.chunk_tokens)
     width, stream = (jnp.dtype(x).itemsize for x in (model.dtype, model.stream_dtype))
     rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
     prompts = 2 * rows * clip.chunks // stage.mesh.sp
-    layers = 1 if stage.remat else model.layers  # whose texts' keys and values are there at once
+    layers = 1 if stage.remat else model.layers  # layers whose text K and V exist at the same time
     cache = 2 * CachePolicy().slots * clip.chunk_tokens * model.dim * model.layers * width
     return {
         "state_bytes_per_device": _state_bytes(step),
@@ -287,62 +308,62 @@ def _bytes(step: PlannedStep) -> dict[str, Any]:
 
 
 def _state_bytes(step: PlannedStep) -> dict[str, int]:
-    """Bytes a device has of what stays from update to update, and of a batch."""
+    """Bytes of a device's shard of the train state, and of one batch."""
     shapes, specs = step.state()
     trained, trained_specs = shapes.groups["dit"], specs.groups["dit"]
     mesh = dict(zip(AXES, step.stage.mesh.shape, strict=True))
     batch = {k: P(*BATCH_SPECS[k][: x.ndim]) for k, x in step.batch().items()}
     return {
-        "parameters": _held(trained.params, trained_specs.params, mesh),
-        "average": _held(trained.ema, trained_specs.ema, mesh),
-        "moments": _held(trained.opt_state, trained_specs.opt_state, mesh),
-        "error_buffers": _held(shapes.loss_state, specs.loss_state, mesh),
-        "batch": _held(step.batch(), batch, mesh),
+        "parameters": _bytes_per_device(trained.params, trained_specs.params, mesh),
+        "average": _bytes_per_device(trained.ema, trained_specs.ema, mesh),
+        "moments": _bytes_per_device(trained.opt_state, trained_specs.opt_state, mesh),
+        "error_buffers": _bytes_per_device(shapes.loss_state, specs.loss_state, mesh),
+        "batch": _bytes_per_device(step.batch(), batch, mesh),
     }
 
 
-def _held(shapes: Any, specs: Any, mesh: dict[str, int]) -> int:
-    def one(x: jax.ShapeDtypeStruct, spec: P) -> int:
-        parts = math.prod(rules.parts_of(mesh, names) for names in spec)
-        return x.size * x.dtype.itemsize // parts
+def _bytes_per_device(shapes: Any, specs: Any, mesh: dict[str, int]) -> int:
+    """Bytes of one device's shards of a tree of arrays; `mesh` has the size of every axis."""
 
-    return sum(jax.tree.leaves(jax.tree.map(one, shapes, specs)))
+    def shard_bytes(x: jax.ShapeDtypeStruct, spec: P) -> int:
+        num_shards = math.prod(rules.parts_of(mesh, names) for names in spec)
+        return x.size * x.dtype.itemsize // num_shards
+
+    return sum(jax.tree.leaves(jax.tree.map(shard_bytes, shapes, specs)))
 
 
-def _measured(step: PlannedStep, spec: PlanSpec, say: Callable[[str], None]) -> dict[str, Any]:
-    """What the compiler says, or nothing of it."""
-    chip, stage = chip_of(spec.chip), step.stage
-    held = {"device_bytes": chip.memory, "reserved_bytes": RESERVED}
+def _measure(step: PlannedStep, spec: PlanSpec, log: Callable[[str], None]) -> dict[str, Any]:
+    """Peak memory and communication volume from a compile; None where `spec` does not want one."""
+    chip, stage = get_chip(spec.chip), step.stage
+    limits = {"device_bytes": chip.memory_bytes, "reserved_bytes": RESERVED_BYTES}
     if not spec.compile:
         names = ("collective_bytes_per_step", "peak_bytes_per_device", "fits")
-        return dict.fromkeys(names) | held
-    policy = ", ".join(f"{k} {v}" for k, v in _policy(stage).items())
-    say(f"Compiling the step for {stage.mesh.size} x {chip.name} ({policy}); about a minute.")
-    found = plan_compile.compiled(
+        return dict.fromkeys(names) | limits
+    # 1. Compile.
+    policy = ", ".join(f"{k} {v}" for k, v in _remat_policy(stage).items())
+    log(f"Compiling the step for {stage.mesh.size} x {chip.name} ({policy}); about a minute.")
+    result = plan_compile.compile_step(
         {
             "stage": dataclasses.asdict(stage),
-            "model": _plain(step.model),
+            "model": _to_json(step.model),
             "clip": dataclasses.asdict(step.clip),
             "chip": spec.chip,
         }
     )
-    sent = sum(kind["bytes"] for kind in found["collectives"].values())
+    # 2. Report.
+    sent = sum(kind["bytes"] for kind in result["collectives"].values())
     return {
         "collective_bytes_per_step": sent * stage.mesh.size,
-        "collectives_per_device": found["collectives"],
-        "peak_bytes_per_device": found["peak"],
-        "temporary_bytes_per_device": found["temporary"],
-        **held,
-        "fits": found["peak"] <= usable(chip),
-        "compile_seconds": {k: round(x, 1) for k, x in found["seconds"].items()},
+        "collectives_per_device": result["collectives"],
+        "peak_bytes_per_device": result["peak"],
+        "temporary_bytes_per_device": result["temporary"],
+        **limits,
+        "fits": result["peak"] <= usable_bytes(chip),
+        "compile_seconds": {k: round(x, 1) for k, x in result["seconds"].items()},
     }
 
 
-def _plain(model: DiTConfig) -> dict[str, Any]:
-    """A model's settings with data types by name."""
+def _to_json(model: DiTConfig) -> dict[str, Any]:
+    """A model's settings, with data types by name."""
     values = dataclasses.asdict(model)
     return values | {k: jnp.dtype(values[k]).name for k in ("dtype", "stream_dtype", "param_dtype")}
-
-
-def _abstract(spec: MeshSpec) -> Any:
-    return AbstractMesh(spec.shape, AXES, axis_types=(AxisType.Auto,) * 3)

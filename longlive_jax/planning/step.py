@@ -1,10 +1,11 @@
-"""The train step of stage `clips` as a planner needs it: real, over any devices, never allocated.
+"""The train step of stage `clips` for the planner: the real step, over any devices, unallocated.
 
-Attention is the one part that is not the run's own unless the config names it (`NAMED`): a
-stand-in keeps and makes what a fused kernel does (queries, keys, values, output and log-sum-exp;
-never [queries, keys]) and computes nothing of use. Memory and traffic are those of the step with
-such a kernel: compiled with the Mosaic kernels themselves (`--config.attention=mosaic`), the 5B's
-peak is the same to 0.1 GiB, 58.2 at 128 latent frames over 4 H200 without error buffers.
+Attention is the one part that is replaced, unless the config names an implementation in
+`COMPILED_ATTENTION`. The stand-in reads, writes and saves what a fused kernel does (queries, keys,
+values, output and log-sum-exp, never [queries, keys]) and computes nothing of use. Memory and
+communication are those of the step with such a kernel: compiled with the Mosaic kernels
+(`--config.attention=mosaic`), the 5B model's peak is the same to 0.1 GiB, 58.2 at 128 latent frames
+over 4 H200 without error buffers.
 """
 
 import dataclasses
@@ -29,20 +30,30 @@ from longlive_jax.training.state import TrainState, abstract_state
 from longlive_jax.training.update import Group, LossFn, Trainer, stateless
 from longlive_jax.typing import Array, Float
 
-__all__ = ["NAMED", "STAND_IN", "Clip", "PlannedStep", "fused", "lower", "parameters"]
+__all__ = [
+    "COMPILED_ATTENTION",
+    "STAND_IN",
+    "Clip",
+    "PlannedStep",
+    "fused_stand_in",
+    "lower",
+    "num_parameters",
+]
 
-NAMED = ("mosaic", "xla")
-"""Implementations of attention that are compiled if the config names them."""
+COMPILED_ATTENTION = ("mosaic", "xla")
+"""Attention implementations that are compiled as they are if the config names them."""
 STAND_IN = "any fused kernel (a stand-in)"
-"""What a report calls it."""
+"""Name of the stand-in in a report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Latents of a clip: `frames` in chunks of `chunk_frames`, each of `size` (height, width,
-    channels).
+    """Latents of a clip. Every chunk may have its own prompt.
 
-    Every chunk may have a prompt of its own: the table of texts has so many rows.
+    Attributes:
+      frames: latent frames.
+      chunk_frames: latent frames per chunk.
+      size: height, width and channels of a latent frame.
     """
 
     frames: int
@@ -51,18 +62,24 @@ class Clip:
 
     @property
     def chunks(self) -> int:
-        """Whole chunks."""
+        """Number of whole chunks."""
         return self.frames // self.chunk_frames
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of a chunk, clean or noisy."""
+        """Tokens per chunk, clean or noisy, with 2x2 patches."""
         return self.chunk_frames * (self.size[0] // 2) * (self.size[1] // 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStep:
-    """A stage's step on clips of one length; arrays are shapes only."""
+    """The train step of a stage on clips of one length, with ShapeDtypeStructs for arrays.
+
+    Attributes:
+      stage: settings of the run.
+      model: settings of the DiT.
+      clip: shape of a clip.
+    """
 
     stage: WanARStage
     model: DiTConfig
@@ -90,7 +107,7 @@ class PlannedStep:
         return stage.trainer({"dit": group}, mesh, buffers)
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """One batch, as `clips` are collated."""
+        """Shapes of one batch, as stage `clips` collates it."""
         rows, clip = self.stage.batch, self.clip
         latents = (rows, clip.frames, *clip.size)
         text = (rows, clip.chunks + 1, self.model.text_len, self.model.text_dim)
@@ -103,14 +120,14 @@ class PlannedStep:
         }
         return {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
 
-    def over(self, mesh: Mesh) -> tuple[Any, tuple[TrainState, dict[str, Any], dict[str, Any]]]:
-        """The jitted step, and its arguments as shapes with shardings."""
-        # 1. Setup: attention that a plan can compile without a GPU's libraries.
+    def jit_on(self, mesh: Mesh) -> tuple[Any, tuple[TrainState, dict[str, Any], dict[str, Any]]]:
+        """The jitted step on a mesh, and its arguments as shapes with shardings."""
+        # 1. Setup. Cross-attention on a GPU is cuDNN's, and a plan should not need that library.
         stage, clip = self.stage, self.clip
         setup = stage.setup(self.model, clip.chunk_frames, clip.chunks)
-        setup = dataclasses.replace(setup, attend_text=fused)
-        if stage.attention not in NAMED:
-            setup = dataclasses.replace(setup, attention_for=lambda _tokens: fused)
+        setup = dataclasses.replace(setup, attend_text=fused_stand_in)
+        if stage.attention not in COMPILED_ATTENTION:
+            setup = dataclasses.replace(setup, attention_for=lambda _tokens: fused_stand_in)
 
         # 2. Loss and update, as the stage builds them.
         params = abstract(lambda: DiT(self.model, rngs=nnx.Rngs(0)))[1]
@@ -120,7 +137,7 @@ class PlannedStep:
         loss = stage.teacher_forcing_loss(setup, mesh, quant.specs(specs, params))
         trainer = self._trainer(mesh, loss, prepare=quant.prepare)
 
-        # 3. Arguments.
+        # 3. Arguments: state, frozen parameters (none) and batch.
         batch = self.batch()
         shardings = {k: NamedSharding(mesh, P(*BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()}
         arguments: Any = (trainer.abstract, {}, abstract_state(batch, shardings))
@@ -128,22 +145,22 @@ class PlannedStep:
 
 
 def lower(step: PlannedStep, mesh: Mesh) -> jax.stages.Lowered:
-    """The step over a mesh, which may be of devices that are not here."""
-    with jax.default_device(mesh.devices.flat[0]):  # tells kernels their chip
-        jitted, arguments = step.over(mesh)
+    """Traces and lowers the step on a mesh, whose devices need not be present."""
+    with jax.default_device(mesh.devices.flat[0]):  # kernels read their chip from it
+        jitted, arguments = step.jit_on(mesh)
         return jitted.lower(*arguments)
 
 
-def parameters(model: DiTConfig) -> int:
-    """Numbers in the model's parameters."""
+def num_parameters(model: DiTConfig) -> int:
+    """Number of parameters of the model."""
     _, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
     return sum(x.size for x in jax.tree.leaves(shapes))
 
 
-def fused(
+def fused_stand_in(
     q: Float[Array, "b q n d"], k: Float[Array, "b k n d"], v: Float[Array, "b k n d"], *_: Any
 ) -> Float[Array, "b q n d"]:
-    """What a fused kernel takes, keeps for its gradient and gives; not its values."""
+    """Has the inputs, output and residuals of a fused attention kernel, but not its values."""
     return _fused(q, k, v)
 
 
@@ -153,22 +170,22 @@ def _fused(q: Array, k: Array, v: Array) -> Array:
 
 
 def _forward(q: Array, k: Array, v: Array):
-    # Barriers stand for the kernel's borders: what crosses one is an array in memory.
+    # Barriers mark the kernel's boundary: what crosses one is an array in memory.
     q, k, v = lax.optimization_barrier((q, k, v))
-    seen = jnp.mean(k * v, axis=1, keepdims=True, dtype=jnp.float32)
-    out = (q * seen).astype(v.dtype)
+    mean = jnp.mean(k * v, axis=1, keepdims=True, dtype=jnp.float32)
+    out = (q * mean).astype(v.dtype)
     lse = jnp.sum(q, axis=-1, dtype=jnp.float32)
     out, lse = lax.optimization_barrier((out, lse))
     return out, (q, k, v, out, lse)
 
 
-def _backward(kept: tuple[Array, ...], grad: Array):
-    q, k, v, out, lse = kept
+def _backward(residuals: tuple[Array, ...], grad: Array):
+    q, k, v, out, lse = residuals
     delta = jnp.sum((out * grad).astype(jnp.float32), axis=-1)
     q, k, v, grad, lse, delta = lax.optimization_barrier((q, k, v, grad, lse, delta))
     scale = jnp.mean(lse * delta)
-    found = [(x * scale).astype(x.dtype) for x in (q + grad, k, v)]
-    return lax.optimization_barrier(tuple(found))
+    grads = [(x * scale).astype(x.dtype) for x in (q + grad, k, v)]
+    return lax.optimization_barrier(tuple(grads))
 
 
 _fused.defvjp(_forward, _backward)

@@ -46,8 +46,11 @@ from longlive_jax.training.objectives.error_recycling import (
 )
 from longlive_jax.training.objectives.quantized import quantized
 from longlive_jax.training.objectives.sharded import BATCH_SPECS, ShardedLoss, sharded_forward
-from longlive_jax.training.objectives.teacher_forcing import ARSetup, TeacherForcingLoss
-from longlive_jax.training.stages.flops import windows_cost
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
+    TeacherForcingLoss,
+)
+from longlive_jax.training.stages.flops import window_update_cost
 from longlive_jax.training.stages.preview import Preview, PreviewSpec
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatch_size
 from longlive_jax.training.task import About, StepCost, Task, global_batches
@@ -188,7 +191,7 @@ class DiTStage(RunSpec):
 
     def _cost(self, chunk_tokens: int) -> StepCost:
         windows = self.windows
-        return windows_cost(
+        return window_update_cost(
             self.model,
             batch=windows.batch,
             context=windows.context_chunks,

@@ -16,7 +16,9 @@ from longlive_jax.parallel.mesh import BATCH
 from longlive_jax.training.feed import Feed, own_rows
 from longlive_jax.training.objectives import sharded
 from longlive_jax.training.objectives.batch import TeacherForcingBatch
-from longlive_jax.training.objectives.teacher_forcing import TextFeatures
+from longlive_jax.training.objectives.teacher_forcing import (
+    TextFeatures,
+)
 from longlive_jax.training.stages.online_encoding import count_dropped, live_clips, placer
 from longlive_jax.training.task import Batches, process_batches
 from longlive_jax.typing import Array

@@ -54,7 +54,7 @@ def _forward(cfg: DiTConfig, *, clean: int, noisy: int, seen: int, words: int) -
     )
 
 
-def clips_cost(
+def clip_update_cost(
     cfg: DiTConfig, *, batch: int, chunks: int, chunk_tokens: int, window: int | None = None
 ) -> StepCost:
     """Of one update on clips."""
@@ -62,7 +62,7 @@ def clips_cost(
     return _update(flops, batch, 2 * chunks * chunk_tokens)
 
 
-def windows_cost(
+def window_update_cost(
     cfg: DiTConfig, *, batch: int, context: int, target: int, chunk_tokens: int, window: int
 ) -> StepCost:
     """Of one update on episodes of so many context and target chunks, each of which attends as

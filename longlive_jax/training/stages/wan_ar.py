@@ -46,7 +46,7 @@ from longlive_jax.training.stages.clip_batches import (
     clip_data,
     split_inputs,
 )
-from longlive_jax.training.stages.flops import clips_cost
+from longlive_jax.training.stages.flops import clip_update_cost
 from longlive_jax.training.stages.preview import Preview, PreviewSpec
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatch_size
 from longlive_jax.training.task import About, Task
@@ -147,7 +147,7 @@ class WanARStage(RunSpec):
         group = self.group(model, loss, quant, restore=lambda: self._restored(mesh, specs))
         buffers = buffer_state(self.recycling, data.chunk_shape, self.mesh)
         batches = self._batch_spec(self.loop.seed)
-        cost = clips_cost(
+        cost = clip_update_cost(
             model, batch=self.batch, chunks=data.chunks, chunk_tokens=tokens, window=self.window
         )
         return Task(

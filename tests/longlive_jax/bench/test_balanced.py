@@ -1,4 +1,4 @@
-"""Balanced and naive: the same loss, other shares of the work."""
+"""Balanced and contiguous SP have the same loss and divide the work differently."""
 
 import json
 
@@ -12,24 +12,26 @@ SMALL = ["--sp=2", "--chunks=4", "--chunk=2", "--size=32", "--dim=24", "--layers
 
 @pytest.fixture(autouse=True)
 def devices():
-    """Counts them before the command may choose how many there are."""
+    """Initializes JAX's 8 simulated devices before the command can ask for another number."""
     assert jax.device_count() == 8
 
 
 def test_report(capsys):
     assert run(["bench", "balanced", *SMALL, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    balanced, naive = found["balanced"], found["naive"]
-    assert abs(balanced["loss"] - naive["loss"]) < 1e-5 * balanced["loss"]
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"machine", "spec", "balanced", "naive", "naive_over_balanced"}
+    assert report["spec"]["chunk"] == 2
+    balanced, contiguous = report["balanced"], report["naive"]
+    assert abs(balanced["loss"] - contiguous["loss"]) < 1e-5 * balanced["loss"]
     assert balanced["learnt_frames_per_device"] == [4, 4]
-    assert naive["learnt_frames_per_device"] == [0, 8]
-    assert naive["raw_frames_encoded_per_device"] == 29
+    assert contiguous["learnt_frames_per_device"] == [0, 8]
+    assert contiguous["raw_frames_encoded_per_device"] == 29
     assert balanced["raw_frames_encoded_per_device"] == 16
-    assert found["naive_over_balanced"] > 0
+    assert report["naive_over_balanced"] > 0
 
 
-def test_bad_sizes(capsys):
+def test_invalid_sizes_are_rejected(capsys):
     assert run(["bench", "balanced", "--sp=3"]) == 2
-    assert "sp is 3 for 8 chunks" in capsys.readouterr().err
+    assert "sp must be >= 2 and a divisor of chunks = 8, got 3" in capsys.readouterr().err
     assert run(["bench", "balanced", "--sp=16", "--chunks=16"]) == 2
-    assert "there are 8 devices" in capsys.readouterr().err
+    assert "--sp must be <= 8, the number of devices, got 16" in capsys.readouterr().err

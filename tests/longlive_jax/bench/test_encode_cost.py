@@ -1,4 +1,4 @@
-"""The table of what encoding costs, from the command line."""
+"""`longlive bench encode`: the cost of VAE encoding per device."""
 
 import json
 
@@ -7,10 +7,12 @@ import pytest
 from longlive_jax.cli.app import run
 
 
-def test_costs_of_the_5b_model(capsys):
-    """209 raw frames with a halo where 96 would do; counted, so the numbers are the machine's."""
+def test_cost_for_the_5b_model(capsys):
+    """A device encodes 209 raw frames with a halo for 96 of its own. The numbers are counted, so
+    they do not depend on the machine."""
     assert run(["bench", "encode", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"sp", "size", "tflop_per_latent", "clips"}
     assert report["sp"] == 4 and list(report["clips"]) == ["96", "192", "384"]
     clips = report["clips"].values()
     assert [c["raw_frames"] for c in clips] == [
@@ -26,7 +28,7 @@ def test_costs_of_the_5b_model(capsys):
         assert clip["halo_by_device"]["tflop"][-1] == clip["tflop"]["halo"]
 
 
-def test_a_table(capsys):
+def test_table(capsys):
     assert run(["bench", "encode", "--sp=8", "--frames=8,16", "--size=32x64"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:3] for row in rows] == [
@@ -41,12 +43,12 @@ def test_a_table(capsys):
     ("word", "message"),
     [
         ("--sp=5", "96 latents do not split over mesh.sp = 5"),
-        ("--sp=0", "give at least 1"),
-        ("--size=100x100", "both sides must divide by 16"),
+        ("--sp=0", "sp and frames must be >= 1, got 0"),
+        ("--size=100x100", "both sides of size must be multiples of 16, got (100, 100)"),
         ("--size=7", "expected 2 values"),
         ("--frames=a", "--frames: expected whole numbers"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(capsys, word, message):
+def test_invalid_options_are_rejected(capsys, word, message):
     assert run(["bench", "encode", word]) == 2
     assert message in capsys.readouterr().err

@@ -29,9 +29,9 @@ def test_report_as_json_and_as_a_table(tmp_path, capsys):
     assert report["operations"]["matmul"]["ways"]["reference"]["times_reference"] == 1
     if jax.default_backend() == "cpu":
         assert "needs Blackwell" in report["not_run"]["matmul/mosaic"]
-    from longlive_jax.cli.bench_nvfp4 import show
+    from longlive_jax.cli.bench_tables import show_nvfp4
 
-    show(report)
+    show_nvfp4(report)
     said = capsys.readouterr().out
     assert "quantize" in said and "of limit" in said and "not run" in said
 

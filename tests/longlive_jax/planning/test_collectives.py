@@ -1,4 +1,4 @@
-"""Traffic read off HLO text: of hand-written programs and of compiled ones."""
+"""Communication volume counted from HLO text, written by hand and compiled."""
 
 from functools import partial
 
@@ -34,9 +34,8 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
 TRIPS = ', backend_config={"known_trip_count":{"n":"30"},"known_init_step":{}}'
 
 
-def test_loops_count_as_often_as_they_run():
-    found = traffic(LOOP.replace("TRIPS", TRIPS), 8)
-    assert found == {
+def test_an_operation_in_a_loop_counts_once_per_iteration():
+    assert traffic(LOOP.replace("TRIPS", TRIPS), 8) == {
         "all-gather": Traffic(30, 30 * 32 * 4 * 2 * 3 / 4),
         "reduce-scatter": Traffic(30, 30 * (8 + 4) * 4 * 3 / 4),
         "all-to-all": Traffic(),
@@ -45,14 +44,14 @@ def test_loops_count_as_often_as_they_run():
     }
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_is_rejected():
     with pytest.raises(ValueError, match="unknown length"):
         traffic(LOOP.replace("TRIPS", ""), 8)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 4)])
-def test_a_compiled_program(shape):
-    """A loop of three: an array of 8 x 16 floats a device is exchanged within the last axis."""
+def test_traffic_of_a_compiled_program(shape):
+    """A loop of three iterations exchanges 8 x 16 floats per device along the last mesh axis."""
     names = ("data", "sp")[-len(shape) :]
     mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
     n = shape[-1]
@@ -61,16 +60,16 @@ def test_a_compiled_program(shape):
     @partial(jax.shard_map, mesh=mesh, in_specs=P("sp"), out_specs=P("sp"), check_vma=False)
     def program(x):
         def step(x, _):
-            whole = lax.all_gather(x, "sp", axis=0, tiled=True)
+            gathered = lax.all_gather(x, "sp", axis=0, tiled=True)
             swapped = lax.all_to_all(jnp.sin(x), "sp", split_axis=1, concat_axis=0, tiled=True)
-            return x + whole[: len(x)] * lax.psum(swapped.sum(), "sp"), None
+            return x + gathered[: len(x)] * lax.psum(swapped.sum(), "sp"), None
 
         return lax.scan(step, x, length=3)[0]
 
     x = jax.ShapeDtypeStruct((8 * n, 16), jnp.float32)
-    found = traffic(program.lower(x).compile().as_text(), mesh.size)
+    volumes = traffic(program.lower(x).compile().as_text(), mesh.size)
     size = 8 * 16 * 4
-    assert found["all-gather"] == Traffic(3, 3 * size * (n - 1))
-    assert found["all-to-all"] == Traffic(3, 3 * size * (n - 1) / n)
-    assert found["all-reduce"] == Traffic(3, 3 * 2 * 4 * (n - 1) / n)
-    assert {k for k, x in found.items() if x.count} == set(KINDS[:1] + KINDS[2:4])
+    assert volumes["all-gather"] == Traffic(3, 3 * size * (n - 1))
+    assert volumes["all-to-all"] == Traffic(3, 3 * size * (n - 1) / n)
+    assert volumes["all-reduce"] == Traffic(3, 3 * 2 * 4 * (n - 1) / n)
+    assert {k for k, x in volumes.items() if x.count} == set(KINDS[:1] + KINDS[2:4])

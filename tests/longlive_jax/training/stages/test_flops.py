@@ -8,7 +8,12 @@ from flax import nnx
 from longlive_jax.layout import teacher_forcing
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.training.stages.flops import clips_cost, forward_flops, pairs_seen, windows_cost
+from longlive_jax.training.stages.flops import (
+    clip_update_cost,
+    forward_flops,
+    pairs_seen,
+    window_update_cost,
+)
 from pallas_kernels.tokens import visible
 
 CFG = DiTConfig(
@@ -54,7 +59,7 @@ def test_linears_and_text_are_what_the_compiler_counts():
 
 def test_a_step_is_three_forward_passes_of_every_clip():
     forward = forward_flops(CFG, chunks=3, chunk_tokens=10)
-    work = clips_cost(CFG, batch=4, chunks=3, chunk_tokens=10)
+    work = clip_update_cost(CFG, batch=4, chunks=3, chunk_tokens=10)
     assert work.tokens == 4 * 2 * 3 * 10 and work.flops == 3 * 4 * forward.total
     assert sorted(work.kinds) == ["attention", "linears", "text"]
     assert work.kinds["text"] == 12 * forward.text
@@ -63,13 +68,13 @@ def test_a_step_is_three_forward_passes_of_every_clip():
 
 def test_episodes_that_see_all_they_have_are_clips():
     """Two chunks of a clip, clean and noisy, in a window of two; but the first chunks see one."""
-    clip = clips_cost(CFG, batch=4, chunks=2, chunk_tokens=10)
-    work = windows_cost(CFG, batch=4, context=2, target=2, chunk_tokens=10, window=2)
+    clip = clip_update_cost(CFG, batch=4, chunks=2, chunk_tokens=10)
+    work = window_update_cost(CFG, batch=4, context=2, target=2, chunk_tokens=10, window=2)
     assert work.tokens == clip.tokens
     for kind in ("linears", "text"):
         assert work.kinds[kind] == clip.kinds[kind]
     unseen = 3 * 4 * 4.0 * CFG.layers * CFG.dim * 2 * 10**2  # of the first chunks' padded windows
     assert work.kinds["attention"] == clip.kinds["attention"] + unseen
-    fewer = windows_cost(CFG, batch=4, context=3, target=1, chunk_tokens=10, window=2)
+    fewer = window_update_cost(CFG, batch=4, context=3, target=1, chunk_tokens=10, window=2)
     head = 3 * 4 * 2.0 * 4 * CFG.out_channels * 10 * CFG.dim
     assert fewer.tokens == work.tokens and work.flops - fewer.flops == head

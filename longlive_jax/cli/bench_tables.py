@@ -1,0 +1,131 @@
+"""Prints the reports of benchmarks for people."""
+
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def show_nested(report: Any, name: str = "", depth: int = 0) -> None:
+    """A nested report as indented lines."""
+    if not isinstance(report, dict):
+        print(f"{'  ' * (depth - 1)}{name}: {report}")
+        return
+    if name:
+        print(f"{'  ' * (depth - 1)}{name}:")
+    for key, value in report.items():
+        show_nested(value, key.replace("_", " "), depth + 1)
+
+
+def show_encode(report: Report) -> None:
+    """A table of encoding costs by clip length and method."""
+    from longlive_jax.bench.encode_cost import table
+
+    print(table(report))
+
+
+def show_attention(report: Report) -> None:
+    """A table by implementation, with the workload above and what did not run below."""
+    from rich.console import Console
+
+    console, spec, pairs = Console(), report["spec"], report["pairs"]
+    product = report["matmul_flop_per_second"][spec["dtype"]]
+    console.print(
+        f"{report['machine']['device']}: {spec['seconds']:g} s of video, {report['tokens']} tokens "
+        f"in chunks of {spec['chunk']} frames, {spec['heads']} heads of {spec['width']}, "
+        f"{spec['dtype']}; {pairs['visible']:.1%} of all pairs are visible, {pairs['visited']:.1%} "
+        f"are in tiles of {pairs['tile']} that a kernel visits; one matrix product runs at "
+        f"{rate(product)}.",
+        highlight=False,
+    )
+    console.print(_attention_table(report))
+    _show_not_run(console, report)
+
+
+def _attention_table(report: Report):
+    from rich.table import Table
+
+    results = report["implementations"]
+    base = "flex_attention" if "flex_attention" in results else "xla"
+    table = Table("attention", "pass", "seconds", "useful work", "of matmul", f"x {base}")
+    for name, row in results.items():
+        for part in ("forward", "backward", "forward_backward"):
+            ratio = report["times_as_fast"][name].get(base)
+            table.add_row(
+                name if part == "forward" else "",
+                "both" if part == "forward_backward" else part,
+                f"{row['seconds'][part]['median']:.4g}",
+                rate(row["flop_per_second"][part]),
+                f"{row['share_of_matmul'][part]:.1%}",
+                "" if ratio is None else f"{ratio[part]:.2f}",
+            )
+        table.add_section()
+    return table
+
+
+def show_nvfp4(report: Report) -> None:
+    """A table by operation, with the measured limits above and what did not run below."""
+    from rich.console import Console
+
+    console, limits, spec = Console(), report["limits"], report["spec"]
+    console.print(
+        f"{report['machine']['device']}: {rate(limits['bytes'], 'B/s')} copying, "
+        f"{rate(limits['flop_bfloat16'], 'FLOP/s')} in bfloat16 products and "
+        f"{rate(limits['flop_float32'], 'FLOP/s')} in float32; {spec['rows']} x {spec['inputs']} "
+        f"x {spec['outputs']}, {spec['slots']} slots of {spec['tokens']} tokens.",
+        highlight=False,
+    )
+    console.print(_nvfp4_table(report))
+    _show_not_run(console, report)
+
+
+def _nvfp4_table(report: Report):
+    from rich.table import Table
+
+    table = Table("operation", "by", "ms", "useful work", "of limit", "x jnp", "x bfloat16")
+    for name, operation in report["operations"].items():
+        unit = {"bytes": "B/s", "flop": "FLOP/s"}[operation["unit"]]
+        for i, (implementation, row) in enumerate(operation["ways"].items()):
+            ratios = (row.get(f"times_{base}") for base in ("reference", "bfloat16"))
+            table.add_row(
+                "" if i else name,
+                implementation,
+                f"{1e3 * row['seconds']['median']:.4g}",
+                rate(row["per_second"], unit),
+                f"{row['share_of_limit']:.1%}",
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            )
+        table.add_section()
+    return table
+
+
+def show_kv(report: Report) -> None:
+    """One table of errors and bytes by smoothing for every kind of keys."""
+    from rich.console import Console
+    from rich.table import Table
+
+    head = ("smoothing", "error, keys", "keys and values", "bytes", "x less than bf16")
+    for kind in next(iter(report["smoothing"].values())):
+        table = Table(*head, title=kind)
+        for name, row in report["smoothing"].items():
+            cells = row[kind]
+            table.add_row(
+                name,
+                f"{cells['keys_error']:.2%}",
+                f"{cells['keys_and_values_error']:.2%}",
+                f"{cells['bytes_per_token_and_head']:.1f}",
+                f"{cells['times_less_than_bfloat16']:.2f}",
+            )
+        Console().print(table)
+
+
+def rate(per_second: float, unit: str = "FLOP/s") -> str:
+    """A rate in T, G or M of the unit, with three digits."""
+    for letter, size in (("T", 1e12), ("G", 1e9)):
+        if per_second >= size:
+            return f"{per_second / size:.3g} {letter}{unit}"
+    return f"{per_second / 1e6:.3g} M{unit}"
+
+
+def _show_not_run(console: Any, report: Report) -> None:
+    for name, reason in report["not_run"].items():
+        console.print(f"{name}: not run: {reason}", highlight=False, markup=False)
