@@ -1,6 +1,4 @@
-"""The built-in small world on two CPU cores: VAE, text encoder, then the autoregressive DiT.
-
-One stage of the recipe after the other, into the same checkpoint:
+"""The small world, trained on CPU: VAE, text encoder, then the autoregressive DiT.
 
     longlive train --config=configs/small_world.py:vae --workdir=runs/vae --out=runs/small_world
     longlive train --config=configs/small_world.py:text --workdir=runs/text --out=runs/small_world
@@ -8,31 +6,13 @@ One stage of the recipe after the other, into the same checkpoint:
         --workdir=runs/recycled --out=runs/small_world
     longlive evaluate --config=configs/small_world.py:evaluate --checkpoint=runs/small_world
 
-or all of it by launch/small_world.sh. `ar` is `recycled` without error recycling. With
-`--config.quant.policy=nvfp4_train` the linears of the blocks are trained in NVFP4, forward and
-backward (paper, section 2.2).
+`./launch/small_world.sh` runs all four. `ar` is `recycled` without error recycling (appendix C);
+`--config.quant.policy=nvfp4_train` trains the linears of the blocks in NVFP4 (section 2.2).
 
-Cost on two EPYC cores without AMX, jax 0.11.2: all by the one command, beside other work, 172
-minutes with installation and evaluation, of which vae 31, text 1, recycled 125 (2026-11-26); with
-less beside it vae 25 (2026-11-25) and recycled 109, of which 8.5 are encoding: two and a half
-hours, added up.
-
-Result of that run: every bar. VAE 32.4 dB; 93 % of 212 held-out shots are all right at 32 steps
-(shape 94, colour 99, background 100, motion 99, cuts 100), 78 % at 4; minute-long videos last/first
-quarter 1.03. The same recycled on the shipped VAE and text encoder: 91 % (shape 91.5), 78 %, 0.97.
-A run of 12000 updates had shape 88, for which 90 is asked, and 87 % all right.
-
-The shipped DiT was trained longer and without recycling, in two runs of `ar`: 12000 updates, then
-8000 more with
-
-    --config.start=checkpoint --config.loop.steps=8000 --config.loop.seed=1 --config.optim.lr=0.01
-
-on the corpus of the first. The first was not quite what this file makes: its first 3000 updates saw
-3000 videos of a harder world, with subjects of any size at any place, at a constant rate; then the
-generator got its grid and three sizes, and the corpus was made anew; at step 6500 the end was moved
-from 11000 to 12000; and its noise levels had shift 3. Shift 5 spends more of the work on levels
-above 0.8, where a shot's subject is decided: given true videos noised to 0.8, the model of the
-first run made no mistake of shape (25 first chunks of shots). See the README's table.
+Cost: 172 minutes on two EPYC cores with other work (VAE 31, text encoder 1, DiT 125).
+Result: VAE 32.4 dB; caption accuracy 93 % at 32 steps and 78 % at 4 (212 held-out shots); cut
+timing 100 %; in minute-long videos, last-to-first-quarter caption accuracy 1.03. The shipped DiT
+was trained without error recycling.
 """
 
 from ml_collections import ConfigDict
@@ -41,13 +21,16 @@ ARGUMENTS = ("sample", "nvfp4", "evaluate", "formats", "vae", "text", "ar", "rec
 
 
 def get_config(arg: str = "sample") -> ConfigDict:
-    """Sampling from the built-in checkpoint (`nvfp4`: packed as it is loaded, and so is its cache),
-    or one stage of the recipe (`recycled`: `ar` with error recycling), or what is measured
-    (`formats`: after launch/formats.sh has trained what it compares)."""
-    parts = {"sample": _sample, "nvfp4": _nvfp4, "evaluate": _evaluate, "formats": _formats}
-    dit = {"ar": _ar, "recycled": _recycled}
-    stages = {"vae": _vae, "text": _text} | dit
-    return ConfigDict((parts | stages)[arg or "sample"]())
+    """The config of one command.
+
+    Args:
+      arg: `sample` (default) or `nvfp4` (weights and KV cache in NVFP4) to sample from the
+        built-in checkpoint; `vae`, `text`, `ar` or `recycled` to train a stage; `evaluate`, or
+        `formats` for the checkpoints that launch/formats.sh trains.
+    """
+    uses = {"sample": _sample, "nvfp4": _nvfp4, "evaluate": _evaluate, "formats": _formats}
+    stages = {"vae": _vae, "text": _text, "ar": _ar, "recycled": _recycled}
+    return ConfigDict((uses | stages)[arg or "sample"]())
 
 
 def _sample() -> dict:
@@ -69,8 +52,8 @@ def _formats() -> dict:
         "trained in NVFP4": dict(checkpoint="runs/formats/nvfp4", quant=dict(policy="nvfp4")),
     }
     rows = [
-        dict(name=f"{name}, {cache} cache", kv=kv, **chosen)
-        for name, chosen in weights.items()
+        dict(name=f"{name}, {cache} cache", kv=kv, **settings)
+        for name, settings in weights.items()
         for cache, kv in (("plain", "model"), ("NVFP4", "nvfp4"))
     ]
     few = dict(steps=4, solver="unipc")
@@ -87,6 +70,7 @@ def _vae() -> dict:
     return dict(
         stage="vae",
         save_dtype="float16",
+        # Model.
         model=dict(
             encoder_dim=12,
             decoder_dim=16,
@@ -97,6 +81,7 @@ def _vae() -> dict:
             latent_mean=(0.0,) * 16,
             latent_std=(1.0,) * 16,
         ),
+        # Images first, then clips.
         phases=phases,
         loop=dict(
             steps=sum(p["steps"] for p in phases), log_every=20, eval_every=200, save_every=400
@@ -134,6 +119,7 @@ def _ar() -> dict:
         save_dtype="float16",
         dtype="bfloat16",
         quant=dict(policy="none"),
+        # Model and sampler.
         unroll=4,
         gate=0.5,
         sampling=dict(solver="sde"),
@@ -148,9 +134,11 @@ def _ar() -> dict:
             in_channels=16,
             out_channels=16,
         ),
+        # Data and loss.
         corpus=dict(videos=2400, chunks=24, shot_chunks=(2, 8)),
         windows=dict(batch=8, targets=7, window=4, global_sinks=1, shot_rope_offset=8, far=320),
         loss=dict(shift=5.0, weighting="uniform", context_noise=0.1, text_dropout=0.1),
+        # Optimization.
         loop=dict(steps=15000, log_every=50, eval_every=2500, save_every=500),
         optim=dict(
             name="muon",

@@ -1,4 +1,4 @@
-"""A DiT's parameters made by NumPy: as good as initialised ones where nothing is trained."""
+"""Random DiT parameters drawn with NumPy, for tests that do not train."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from longlive_jax.models.wan import DiT, DiTConfig
 
 
 def random_dit(cfg: DiTConfig, seed: int = 0):
-    """Graph definition and float32 parameters; matrices keep the size of what they multiply."""
+    """Graph definition and float32 parameters; matrices preserve the scale of their inputs."""
     rng = np.random.default_rng(seed)
     graphdef, shapes = abstract(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
 

@@ -29,7 +29,6 @@ TOP = 9
 READS_ENVIRONMENT = ("longlive_jax.cli", "longlive_jax.bench", "longlive_jax.planning")
 MOST_LINES = 45
 LONGER = {
-    "longlive_jax.small_world.demo.film": 48,
     "longlive_jax.interop.convert.convert": 46,
     "longlive_jax.interop.quantize_checkpoint.quantize_checkpoint": 47,
 }

@@ -1,4 +1,4 @@
-"""A whole model of random weights, small enough for tests, and its checkpoint directory."""
+"""Tiny models of a complete pipeline with random weights, and a checkpoint of them."""
 
 import dataclasses
 import io
@@ -16,8 +16,12 @@ from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.sampling.settings import save_settings
 
 
-def lively(params):
-    """At first a DiT answers zero, its gates are nearly shut, and prompts hardly matter."""
+def activate_outputs(params):
+    """Changes a new DiT's parameters so that its output depends on every layer and on the prompt.
+
+    After initialisation the output is zero, the gates are nearly closed, and the prompt has little
+    effect. Modifies and returns `params`.
+    """
     head = params["head"]["linear"]
     noise = jax.random.normal(jax.random.key(1), head["kernel"].shape)
     head["kernel"] = noise * head["kernel"].shape[0] ** -0.5
@@ -28,7 +32,7 @@ def lively(params):
 
 
 def tiny_parts():
-    """(dit, vae, umt5, tokenizer), random, for 64x32 pixels in chunks of two latents."""
+    """(dit, vae, umt5, tokenizer) with random weights, for 64x32 pixels and 2 latents per chunk."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(["a cat runs", "a dog sleeps", "The scene transitions."] * 20),
@@ -47,7 +51,7 @@ def tiny_parts():
     )  # fmt: skip
     rngs = nnx.Rngs(0)
     model = DiT(dit, rngs=rngs)
-    model = with_params(model, lively(params_of(model)))
+    model = with_params(model, activate_outputs(params_of(model)))
     return model, VAE(vae, rngs=rngs), UMT5(umt5, rngs=rngs), tokenizer
 
 
@@ -55,13 +59,13 @@ TINY = {"size": (64, 32), "chunk_frames": 2, "steps": 2}
 
 
 def write_tiny(folder: Path) -> Path:
-    """Writes the parts and their settings to a new checkpoint directory."""
+    """Writes the models, tokenizer and settings to a new checkpoint directory."""
     dit, vae, umt5, tokenizer = tiny_parts()
-    for name, part in {"dit": dit, "vae": vae, "umt5": umt5}.items():
+    for name, model in {"dit": dit, "vae": vae, "umt5": umt5}.items():
         settings = {
-            k: v for k, v in dataclasses.asdict(part.cfg).items() if not k.endswith("dtype")
+            k: v for k, v in dataclasses.asdict(model.cfg).items() if not k.endswith("dtype")
         }
-        save_component(folder, name, params_of(part), settings)
+        save_component(folder, name, params_of(model), settings)
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
     save_settings(folder, TINY)
     return folder

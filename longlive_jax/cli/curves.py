@@ -1,4 +1,4 @@
-"""`longlive curves [NAME=]WORKDIR... [--out=FILE.png]`: what several trainings logged."""
+"""`longlive curves [NAME=]WORKDIR... [--out=FILE.png]`: training curves of several runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +8,23 @@ from longlive_jax.spec import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draws the runs' numbers over their steps, one panel a number, one line a run."""
-    parser = Parser("curves", "What several trainings logged, in one picture.")
-    parser.add_argument("runs", nargs="+", help="work directories, NAME=DIR to name them")
-    parser.add_argument("--out", default="out/curves.png", type=Path, help="the PNG")
+    """Plots the logged metrics of several runs: one panel per metric, one line per run."""
+    parser = Parser("curves", "Training curves of several runs in one figure.")
+    parser.add_argument("runs", nargs="+", help="work directories; NAME=DIR sets the label")
+    parser.add_argument("--out", default="out/curves.png", type=Path, help="PNG file to write")
     args = parser.parse_args(argv)
 
     from longlive_jax.io.video import check_writable
     from longlive_jax.training.metrics import plot_curves, read_records
 
     runs = {}
-    for word in args.runs:
-        name, _, folder = word.rpartition("=")
+    for argument in args.runs:
+        name, _, folder = argument.rpartition("=")
         records = read_records(Path(folder) / "metrics.jsonl")
         if not records:
-            raise UserError(f"{folder}: no metrics.jsonl of a training; give its --workdir")
+            raise UserError(
+                f"{folder}: no metrics.jsonl in this folder; give the --workdir of a training run"
+            )
         runs[name or Path(folder).name] = records
     check_writable(args.out.parent)
     plot_curves(runs, args.out)

@@ -1,5 +1,6 @@
 """`longlive demo [--out=out/demo] [--seed=N] [--prompt="a red circle moves left on ..."]...`."""
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,50 +11,66 @@ DEFAULT_SEED = 7
 
 
 def main(argv: Sequence[str]) -> int:
-    """A multi-shot video from the built-in model into `--out`, and the judge's opinion of it."""
-    parser = Parser("demo", __doc__ or "")
-    parser.add_argument("--out", default="out/demo", help="folder for video, strip and report")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the story and the noise")
-    parser.add_argument("--prompt", action="append", help="a shot of your own; may be repeated")
-    parser.add_argument("--checkpoint", help="another small-world model than the built-in one")
-    parser.add_argument("--steps", type=int, help="model calls per chunk")
-    parser.add_argument("--scale", type=int, help="enlargement of the video file")
-    args = parser.parse_args(argv)
+    """Samples and judges a short multi-shot video, by default with the built-in model."""
+    args = _arguments(argv)
     clock_start = time.perf_counter()
 
     from longlive_jax.cli.progress import ChunkBar
     from longlive_jax.io.builtin import builtin_checkpoint
     from longlive_jax.io.video import check_writable
     from longlive_jax.sampling.pipeline import Pipeline
-    from longlive_jax.small_world.demo import SCALE, Clock, check_world, film
-    from longlive_jax.small_world.demo_script import held_out_story, story_of
+    from longlive_jax.small_world.demo import SCALE, StageTimer, check_world, make_demo
+    from longlive_jax.small_world.demo_script import held_out_script, script_from_prompts
     from longlive_jax.spec import UserError
 
     scale = SCALE if args.scale is None else args.scale
     if not 1 <= scale <= 32:
-        raise UserError(f"--scale is {scale}; choose 1 to 32")
+        raise UserError(f"--scale must be in [1, 32], got {scale}")
     if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed is {args.seed}; it must lie in [0, 2**32)")
+        raise UserError(f"--seed must be in [0, 2**32), got {args.seed}")
     out = check_writable(Path(args.out))
-    script = story_of(args.prompt, args.seed) if args.prompt else held_out_story(args.seed)
-    clock = Clock(at=clock_start)
-    clock.lap("importing")
+
+    # 1. Choose the script and load the model.
+    prompts, seed = args.prompt, args.seed
+    script = script_from_prompts(prompts, seed) if prompts else held_out_script(seed)
+    timer = StageTimer(at=clock_start)
+    timer.lap("importing")
     steps = {} if args.steps is None else {"steps": args.steps}
     pipe = Pipeline.from_checkpoint(args.checkpoint or builtin_checkpoint(), **steps)
     check_world(pipe)
-    clock.lap("loading")
+    timer.lap("loading")
+
+    # 2. Sample, judge and write.
     chunks = sum(shot.chunks or 0 for shot in script.shots)
-    print(f"{len(script.shots)} shots, {pipe.spec.steps} steps a chunk; the first one compiles")
+    print(
+        f"{len(script.shots)} shots, {pipe.spec.steps} steps per chunk; the first chunk includes "
+        "compilation"
+    )
     with ChunkBar(chunks, fps=pipe.spec.fps) as bar:
-        files, report = film(pipe, script, out, clock=clock, scale=scale, on_chunk=bar.advance)
-    show(report)
+        files, report = make_demo(pipe, script, out, timer=timer, scale=scale, on_chunk=bar.advance)
+    print_report(report, is_builtin=args.checkpoint is None)
     for path in (files.video, files.strip, files.report):
         print(path)
     return 0
 
 
-def show(report: dict) -> None:
-    """The report in words."""
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("demo", __doc__ or "")
+    parser.add_argument("--out", default="out/demo", help="directory for video, strip and report")
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help="seed of script and sampling noise"
+    )
+    parser.add_argument("--prompt", action="append", help="prompt of one shot; repeat for more")
+    parser.add_argument(
+        "--checkpoint", help="small-world checkpoint directory (default: the built-in model)"
+    )
+    parser.add_argument("--steps", type=int, help="sampling steps per chunk")
+    parser.add_argument("--scale", type=int, help="enlargement of the video file")
+    return parser.parse_args(argv)
+
+
+def print_report(report: dict, *, is_builtin: bool) -> None:
+    """Prints the report as text; `is_builtin` explains the built-in model's known limit."""
     stages = report["stages"]
     print(
         f"{report['seconds']} s of video in {sum(stages.values()):.1f} s: "
@@ -62,10 +79,20 @@ def show(report: dict) -> None:
     for note in report["notes"]:
         print(note)
     if report["judge"] is None:
-        print("The judge knows only captions of the small world and says nothing of this:")
+        print("Not judged, because these prompts are not small-world captions:")
         for reason in report["not_judged"]:
             print(f"  {reason}")
         return
-    print("The judge says:")
+    print("Verdict of the judge:")
     for line in report["judge"]["words"]:
         print(f"  {line}")
+    if is_builtin and not keeps_identity(report["judge"]):
+        print("  Changes of identity are a known limit of the built-in model (4 M parameters).")
+
+
+def keeps_identity(verdict: dict) -> bool:
+    """Whether subjects keep their identity in every shot and whenever they return."""
+    returns = verdict["returns"]
+    return all(shot["identity_held"] for shot in verdict["shots"]) and all(
+        back["same_mark"] and back["same_size"] for back in returns
+    )

@@ -10,13 +10,19 @@ from longlive_jax.spec import build, reject_unknown
 def main(argv: Sequence[str]) -> int:
     """Samples held-out scripts, judges them, and writes report.{json,md}, rates.png and strips.
 
-    What `--out` already holds is not measured again, so an interrupted run goes on where it was.
+    Cases that are already in the report in `--out` are not measured again, so the same command
+    resumes an interrupted run.
     """
+    # Parse the command line before the slow imports.
     config, rest = take_config(argv, default="configs/small_world.py:evaluate")
     parser = Parser("evaluate", __doc__ or "")
-    parser.add_argument("--checkpoint", help="default: the built-in one")
-    parser.add_argument("--out", default="out/evaluation", help="folder of the report")
-    parser.add_argument("--parts", default="", help="of ceilings,steps,long,sinks,compared")
+    parser.add_argument("--checkpoint", help="checkpoint directory (default: the built-in model)")
+    parser.add_argument("--out", default="out/evaluation", help="directory of the report")
+    parser.add_argument(
+        "--parts",
+        default="",
+        help="comma-separated subset of ceilings,steps,long,sinks,compared (default: all)",
+    )
     args = parser.parse_args(rest)
     settings = config.to_dict()
     reject_unknown(settings, ("evaluate",), "config")
@@ -26,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     from longlive_jax.io.builtin import builtin_checkpoint
     from longlive_jax.io.video import check_writable
     from longlive_jax.small_world.cases import PARTS, EvaluateSpec, check_parts, evaluate
-    from longlive_jax.small_world.report import judgements
+    from longlive_jax.small_world.report import metric_name, target_results
 
+    # Measure what is missing.
     spec = build(EvaluateSpec, settings.get("evaluate") or {}, path="config.evaluate")
     parts = [part for part in args.parts.split(",") if part] or list(PARTS)
     check_parts(parts)
@@ -35,12 +42,13 @@ def main(argv: Sequence[str]) -> int:
     out = check_writable(args.out)
     with ShareBars() as bars:
         report = evaluate(spec, checkpoint, out, parts=parts, about=machine(), progress=bars.begin)
+    # Print the tables, and the targets.
     print((out / "report.md").read_text())
     missed = [
-        f"{case}: {key} {value:.3g} < {bar:g}"
-        for case, key, value, bar, reached in judgements(report)
-        if not reached
+        f"{case}: {metric_name(key)} {value:.3g} < {target:g}"
+        for case, key, value, target, is_met in target_results(report)
+        if not is_met
     ]
-    print("Below the bar: " + "; ".join(missed) if missed else "No bar is missed.")
+    print("Targets missed: " + "; ".join(missed) if missed else "All targets met.")
     print(out / "report.md")
     return 0

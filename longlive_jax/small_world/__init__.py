@@ -1,10 +1,10 @@
-"""The small world: captioned multi-shot videos of moving shapes, and a judge that reads them."""
+"""A toy domain: captioned multi-shot videos of moving shapes, and a judge of generated ones."""
 
 from longlive_jax.small_world.drawing import FPS, HEIGHT, SPEED, WIDTH
 from longlive_jax.small_world.words import (
     BACKGROUNDS,
     COLOURS,
-    MARKS,
+    MARKERS,
     MOTIONS,
     SHAPES,
     VOCABULARY,
@@ -17,7 +17,7 @@ from longlive_jax.small_world.words import (
 )
 from longlive_jax.small_world.world import (
     CHUNK_LATENTS,
-    Shot,
+    ShotSpec,
     Subject,
     VideoSpec,
     chunk_count,
@@ -34,14 +34,14 @@ __all__ = [
     "COLOURS",
     "FPS",
     "HEIGHT",
-    "MARKS",
+    "MARKERS",
     "MOTIONS",
     "SHAPES",
     "SPEED",
     "VOCABULARY",
     "WIDTH",
     "Scene",
-    "Shot",
+    "ShotSpec",
     "Subject",
     "VideoSpec",
     "all_captions",

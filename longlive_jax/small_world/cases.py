@@ -1,4 +1,4 @@
-"""Which cases are measured, and the run over them: resumable, one case after the other."""
+"""The cases of an evaluation, and the resumable run over them."""
 
 import dataclasses
 import json
@@ -14,19 +14,19 @@ from longlive_jax.quant.packed import resident_bytes
 from longlive_jax.sampling.pipeline import LOADED_WITH, Pipeline
 from longlive_jax.sampling.settings import SampleSpec, Solver, spec_for
 from longlive_jax.small_world.evaluator import (
+    EvaluationSet,
     Example,
-    Footage,
-    Reconstruction,
-    Sampled,
-    Tick,
+    ProgressCallback,
+    SampledVideos,
+    VAEReconstruction,
+    ground_truth,
     measure,
-    truth,
 )
 from longlive_jax.small_world.report import (
-    chart,
     is_done,
     markdown,
     read_report,
+    write_chart,
     write_report,
     write_strip,
 )
@@ -34,63 +34,72 @@ from longlive_jax.spec import UserError, nearest
 
 PARTS = ("ceilings", "steps", "long", "sinks", "compared")
 
-type Progress = Callable[[str], Tick]
-"""Announces a case by its name; what it returns is told how far that case is."""
+type StartCase = Callable[[str], ProgressCallback]
+"""Called with the name of a case when it starts; returns the callback for its progress."""
 
 
-SHORT = Footage()
-LONG = Footage(least_shots=560, chunks=91, shot_chunks=(8, 30), shots=(4, 8), seed=1)
-"""91 chunks are 60.5 seconds. Of 96 videos the last quarter over the first is known to 0.03."""
-RETURNING = Footage(least_shots=120, chunks=30, shot_chunks=(5, 9), cast=2, seed=2)
-COMPARED = Footage(least_shots=300, seed=3)
+SHORT = EvaluationSet()
+LONG = EvaluationSet(least_shots=560, chunks=91, shot_chunks=(8, 30), shots=(4, 8), seed=1)
+"""Videos of 91 chunks, which are 60.5 seconds.
+
+With 96 videos, the last-to-first ratio of caption accuracies is known to ± 0.03.
+"""
+RETURNING = EvaluationSet(least_shots=120, chunks=30, shot_chunks=(5, 9), cast=2, seed=2)
+COMPARED = EvaluationSet(least_shots=300, seed=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSpec:
-    """What is measured.
+    """Settings of an evaluation.
 
     Attributes:
-      sample: settings of `SampleSpec` in the place of the checkpoint's own.
-      fewer_steps: numbers of model calls to measure beside the checkpoint's own.
-      fewer_solver: the solver for these; noise added between few steps is not worked off.
-      batch: videos made together.
-      short: footage of the ceilings and of all numbers of steps.
-      long: footage for drift.
-      returning: footage for the sinks: long shots, and few subjects that leave and come back.
-      compared: one row each: `name`, settings of `SampleSpec`, and `checkpoint` for other weights
-        than the run's.
-      comparison: footage for these.
+      sample: fields of `SampleSpec` that override the checkpoint's.
+      fewer_steps: numbers of sampling steps to measure in addition to the checkpoint's own.
+      fewer_solver: solver for `fewer_steps`. A deterministic one is better there: few steps do
+        not remove the noise that a stochastic solver adds.
+      batch: videos generated together.
+      short: evaluation set of parts `ceilings` and `steps`.
+      long: evaluation set of part `long`, for drift.
+      returning: evaluation set of part `sinks`, with long shots and few subjects, which return.
+      compared: cases of part `compared`; each has a `name`, fields of `SampleSpec`, and
+        optionally a `checkpoint` with other weights.
+      comparison: evaluation set of part `compared`.
     """
 
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
     fewer_steps: tuple[int, ...] = (4, 2)
     fewer_solver: Solver = "unipc"
     batch: int = 8
-    short: Footage = SHORT
-    long: Footage = LONG
-    returning: Footage = RETURNING
+    short: EvaluationSet = SHORT
+    long: EvaluationSet = LONG
+    returning: EvaluationSet = RETURNING
     compared: tuple[dict[str, Any], ...] = ()
-    comparison: Footage = COMPARED
+    comparison: EvaluationSet = COMPARED
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise ValueError(f"batch is {self.batch}; make at least one video at a time")
+            raise ValueError(f"evaluate.batch must be >= 1, got {self.batch}")
         names = [case.name for case in cases(self)]
         for row in self.compared:
             if names.count(row.get("name", "")) != 1 or not row.get("name"):
-                raise ValueError(f"compared: {row} needs a name of its own")
+                raise ValueError(f"evaluate.compared: {row} needs a unique name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One row of the report.
 
-    changes: of the sampler's settings; None for "truth" and "vae". checkpoint: None is the run's.
+    Attributes:
+      part: part of the evaluation, one of PARTS.
+      name: unique name.
+      videos: evaluation set.
+      changes: fields of `SampleSpec` that differ from the run's; None if nothing is sampled.
+      checkpoint: checkpoint with other weights; None for the run's checkpoint.
     """
 
     part: str
     name: str
-    footage: Footage
+    videos: EvaluationSet
     changes: Mapping[str, Any] | None = None
     checkpoint: Path | None = None
 
@@ -101,38 +110,44 @@ SINKS = {
     "shot sink only": (0, True),
     "no sinks": (0, False),
 }
-"""Case -> global sinks, shot sink."""
+"""Case name -> (number of global sinks, whether there is a shot sink)."""
 
 
 def cases(spec: EvaluateSpec) -> list[Case]:
-    """Every case, in the order of the report."""
-    found = [Case("ceilings", "truth", spec.short), Case("ceilings", "vae", spec.short)]
-    found += [Case("steps", "shots", spec.short, {})]
+    """All cases in the order of the report."""
+    rows = [Case("ceilings", "truth", spec.short), Case("ceilings", "vae", spec.short)]
+    rows += [Case("steps", "shots", spec.short, {})]
     for n in spec.fewer_steps:
         changes = {"steps": n, "solver": spec.fewer_solver}
-        found += [Case("steps", f"{n} steps", spec.short, changes)]
-    found += [Case("long", "minute", spec.long, {})]
-    found += [
+        rows += [Case("steps", f"{n} steps", spec.short, changes)]
+    rows += [Case("long", "minute", spec.long, {})]
+    rows += [
         Case("sinks", name, spec.returning, {"global_sinks": first, "shot_sinks": shot})
         for name, (first, shot) in SINKS.items()
     ]
-    return found + [_compared(dict(row), spec.comparison) for row in spec.compared]
+    return rows + [_compared(dict(row), spec.comparison) for row in spec.compared]
 
 
-def _compared(row: dict[str, Any], footage: Footage) -> Case:
+def _compared(row: dict[str, Any], videos: EvaluationSet) -> Case:
+    """The case of one entry of `EvaluateSpec.compared`."""
     name, folder = row.pop("name", ""), row.pop("checkpoint", None)
-    return Case("compared", name, footage, row, None if folder is None else Path(folder))
+    return Case("compared", name, videos, row, None if folder is None else Path(folder))
 
 
 def check_parts(parts: Sequence[str]) -> None:
-    """UserError for a part that does not exist."""
+    """Raises UserError if a part does not exist."""
     for part in parts:
         if part not in PARTS:
             raise UserError(f"--parts: unknown part {part!r}{nearest(part, PARTS)}")
 
 
-class Workshop:
-    """Makes the film of a case; all cases share weights and, where they can, compilations."""
+class CaseRunner:
+    """Measures cases; they share weights and, where possible, compiled functions.
+
+    Args:
+      checkpoint: checkpoint of the run.
+      sample: fields of `SampleSpec` that override the checkpoint's.
+    """
 
     def __init__(self, checkpoint: Path, sample: Mapping[str, Any]):
         self.checkpoint = checkpoint
@@ -141,34 +156,37 @@ class Workshop:
         self._loaded: tuple[str, Pipeline] | None = None
 
     def settings(self, case: Case) -> SampleSpec | None:
-        """All settings of the sampler, or None where nothing is sampled."""
+        """Complete sampler settings of a case; None if nothing is sampled."""
         if case.changes is None:
             return None
         folder = case.checkpoint or self.checkpoint
         return spec_for(folder, {**self._sample, **case.changes})
 
-    def asked(self, case: Case, batch: int) -> dict[str, Any]:
-        """Everything the result depends on, in plain JSON."""
+    def dependencies(self, case: Case, batch: int) -> dict[str, Any]:
+        """Everything that a case's result depends on, ready for JSON."""
         settings = self.settings(case)
         sample = None if settings is None else dataclasses.asdict(settings)
-        footage = dataclasses.asdict(case.footage)
+        videos = dataclasses.asdict(case.videos)
         weights = self.weights if case.checkpoint is None else weights_of(case.checkpoint)
-        return {"sample": sample, "footage": footage, "batch": batch, "weights": weights}
+        return {"sample": sample, "footage": videos, "batch": batch, "weights": weights}
 
-    def measure(self, case: Case, batch: int, tick: Tick) -> tuple[dict, Example]:
-        """The result of one case, and a video of it."""
+    def measure(
+        self, case: Case, batch: int, on_progress: ProgressCallback
+    ) -> tuple[dict, Example]:
+        """The result of one case, and an example video."""
         if case.name == "truth":
-            return measure(truth, case.footage, batch=batch, tick=tick)
+            return measure(ground_truth, case.videos, batch=batch, on_progress=on_progress)
         if case.name == "vae":
-            again = Reconstruction(load_model(self.checkpoint, "vae"))
-            result, example = measure(again, case.footage, batch=batch, tick=tick)
-            return {**result, **again.fidelity()}, example
+            source = VAEReconstruction(load_model(self.checkpoint, "vae"))
+            result, example = measure(source, case.videos, batch=batch, on_progress=on_progress)
+            return {**result, **source.fidelity()}, example
         pipe = self._pipe(case)
-        result, example = measure(Sampled(pipe), case.footage, batch=batch, tick=tick)
+        sampled = SampledVideos(pipe)
+        result, example = measure(sampled, case.videos, batch=batch, on_progress=on_progress)
         return {**result, "bytes": _resident(pipe)}, example
 
     def _pipe(self, case: Case) -> Pipeline:
-        """A pipeline with the case's settings; one is kept, for cases that load the same."""
+        """A pipeline with the case's settings; the last one is cached for reuse."""
         folder, changes = case.checkpoint or self.checkpoint, dict(case.changes or {})
         loading = {key: changes.pop(key) for key in LOADED_WITH if key in changes}
         key = json.dumps([str(folder), loading], sort_keys=True)
@@ -179,7 +197,7 @@ class Workshop:
 
 
 def _resident(pipe: Pipeline) -> dict[str, int]:
-    """Bytes of the DiT, and of a video's keys and values (with guidance both halves)."""
+    """Bytes of the DiT, and of one video's KV cache (both halves with guidance)."""
     cache = jax.eval_shape(lambda: pipe.cache(1, pipe.spec.size))
     return {"dit": sum(resident_bytes(pipe.params).values()), "cache": cache.nbytes}
 
@@ -191,32 +209,41 @@ def evaluate(
     *,
     parts: Sequence[str] = PARTS,
     about: Mapping[str, Any],
-    progress: Progress,
+    progress: StartCase,
 ) -> dict[str, Any]:
-    """Measures the cases of `parts` that `out` does not hold yet, and writes the report.
+    """Measures the cases of `parts` that are not in the report yet; writes and returns the report.
 
-    Writes report.json after every case, then report.md, rates.png and a strip of frames per case.
-    A case is measured again when anything it depends on has changed.
+    Writes report.json and a strip of frames after every case, and at the end report.md and
+    rates.png. A case is measured again if anything that it depends on has changed.
 
-    Raises UserError for a bad checkpoint, unknown parts, or a report.json that is something else.
+    Args:
+      spec: settings.
+      checkpoint: directory of the checkpoint to evaluate.
+      out: directory of the report.
+      parts: parts to evaluate, a subset of PARTS.
+      about: facts on the machine for the report's header.
+      progress: called at the start of every case.
+
+    Raises:
+      UserError: if the checkpoint is invalid, a part is unknown, or report.json is not a report.
     """
     check_parts(parts)
-    workshop, path = Workshop(checkpoint, spec.sample), out / "report.json"
+    runner, path = CaseRunner(checkpoint, spec.sample), out / "report.json"
     report = read_report(path)
-    report["about"] = {"checkpoint": str(checkpoint), "weights": workshop.weights, **about}
+    report["about"] = {"checkpoint": str(checkpoint), "weights": runner.weights, **about}
     all_cases = cases(spec)
     wanted = [case for case in all_cases if case.part in parts]
-    asked = {case.name: workshop.asked(case, spec.batch) for case in wanted}
+    dependencies = {case.name: runner.dependencies(case, spec.batch) for case in wanted}
     for case in wanted:
-        if is_done(report, case.name, asked[case.name]):
+        if is_done(report, case.name, dependencies[case.name]):
             continue
-        result, example = workshop.measure(case, spec.batch, progress(case.name))
-        report["cases"][case.name] = {"asked": asked[case.name], **result}
+        result, example = runner.measure(case, spec.batch, progress(case.name))
+        report["cases"][case.name] = {"asked": dependencies[case.name], **result}
         write_strip(out / f"{case.name.replace(' ', '_')}.png", example)
         write_report(path, report)
     order = [case.name for case in all_cases if case.name in report["cases"]]
     report["cases"] = {name: report["cases"][name] for name in order}
     write_report(path, report)
     (out / "report.md").write_text(markdown(report))
-    chart(report, out / "rates.png")
+    write_chart(report, out / "rates.png")
     return report

@@ -1,4 +1,4 @@
-"""Encoded videos of the small world for stage `ar`, made once and kept in the work directory."""
+"""Encoded training videos of stage `ar`, cached in the work directory."""
 
 import dataclasses
 import json
@@ -21,7 +21,13 @@ _BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class CorpusSpec:
-    """How many videos are encoded for the DiT, of how many chunks, with shots of how many."""
+    """Training videos of the DiT.
+
+    Attributes:
+      videos: number of videos.
+      chunks: chunks per video.
+      shot_chunks: minimum and maximum chunks per shot.
+    """
 
     videos: int = 800
     chunks: int = 24
@@ -31,15 +37,18 @@ class CorpusSpec:
 def encoded_corpus(
     spec: CorpusSpec, *, seed: int, checkpoint: pathlib.Path, workdir: pathlib.Path
 ) -> EncodedVideos:
-    """The videos of `spec` and `seed` as latents of the checkpoint's VAE.
+    """The videos of `spec` and `seed`, encoded by the checkpoint's VAE.
 
-    What an earlier run left in the work directory is used; UserError if that is something else. Of
-    several processes each encodes all for itself, to the same numbers, and the first keeps them.
+    The corpus in the work directory is used if there is one. Otherwise every process encodes all
+    videos, with identical results, and the first process saves them.
+
+    Raises:
+      UserError: if the saved corpus is damaged or was made with other settings.
     """
-    kept, origin = workdir / CORPUS, origin_of(spec, seed, checkpoint)
-    if kept.exists():
-        return _read(kept, origin)
-    parts = encode_videos(
+    path, origin = workdir / CORPUS, origin_of(spec, seed, checkpoint)
+    if path.exists():
+        return _read(path, origin)
+    encoded = encode_videos(
         load_model(checkpoint, "vae"),
         videos=spec.videos,
         chunks=spec.chunks,
@@ -48,24 +57,24 @@ def encoded_corpus(
         batch=_BATCH,
     )
     total = -(-spec.videos // _BATCH)
-    found = list(track(parts, "encoding", total=total, disable=not first_process()))
+    batches = list(track(encoded, "encoding", total=total, disable=not first_process()))
     fields: dict[str, Any] = {
-        field.name: np.concatenate([getattr(part, field.name) for part in found])
+        field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(EncodedVideos)
     }
     if first_process():
-        save_corpus(kept, EncodedVideos(**fields), origin)
+        save_corpus(path, EncodedVideos(**fields), origin)
     return EncodedVideos(**fields)
 
 
 def origin_of(spec: CorpusSpec, seed: int, checkpoint: pathlib.Path) -> dict[str, Any]:
-    """What a corpus depends on: settings, seed, and the weights of the VAE (their fingerprints)."""
-    made = dataclasses.asdict(spec) | {"seed": seed, "vae": weights_of(checkpoint, "vae")}
-    return json.loads(json.dumps(made))  # tuples become lists, as they will be when read
+    """Everything that a corpus depends on: settings, seed and checksums of the VAE's weights."""
+    origin = dataclasses.asdict(spec) | {"seed": seed, "vae": weights_of(checkpoint, "vae")}
+    return json.loads(json.dumps(origin))  # tuples become lists, as in a saved corpus
 
 
 def save_corpus(path: pathlib.Path, videos: EncodedVideos, origin: dict[str, Any]) -> None:
-    """Writes a corpus and what it was made of, whole or not at all."""
+    """Writes a corpus and its origin atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, **vars(videos), origin=json.dumps(origin))
@@ -73,16 +82,17 @@ def save_corpus(path: pathlib.Path, videos: EncodedVideos, origin: dict[str, Any
 
 
 def _read(path: pathlib.Path, origin: dict[str, Any]) -> EncodedVideos:
-    remedy = "give another --workdir, or remove that file to have it made anew"
+    """The corpus at `path`; UserError if it is damaged or has another origin."""
+    remedy = "give another --workdir, or remove that file to encode the videos again"
     try:
-        with np.load(path) as held:
-            columns = {k: held[k] for k in held}
-            made = json.loads(str(columns.pop("origin", "{}")))
+        with np.load(path) as archive:
+            columns = {k: archive[k] for k in archive}
+            saved = json.loads(str(columns.pop("origin", "{}")))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged ({error}); {remedy}") from error
     for name, wanted in origin.items():
-        if made.get(name) != wanted:
+        if saved.get(name) != wanted:
             raise UserError(
-                f"{path}: made with {name} = {made.get(name)}, this run has {wanted}; {remedy}"
+                f"{path}: made with {name} = {saved.get(name)}, this run has {wanted}; {remedy}"
             )
     return EncodedVideos(**columns)

@@ -1,4 +1,4 @@
-"""Makes the demo's files: the video as it is sampled, a strip of its frames, a report."""
+"""Generation of the demo's files: a video, written while it is sampled, a strip and a report."""
 
 import dataclasses
 import itertools
@@ -17,17 +17,23 @@ from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.script import ShotScript
 from longlive_jax.sampling.stream import Stream
 from longlive_jax.small_world import HEIGHT, WIDTH
-from longlive_jax.small_world.demo_script import as_json, judge, plain, strangers
+from longlive_jax.small_world.demo_script import json_safe, judge, unknown_prompts, verdict_json
 from longlive_jax.spec import UserError
 from longlive_jax.typing import UInt8
 
 SCALE = 6
-"""Enlargement of the video, for eyes; the judge reads the frames as they were made."""
+"""Default enlargement of the video file; the judge reads the original frames."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """Where everything was put."""
+class DemoFiles:
+    """Paths of the demo's files.
+
+    Attributes:
+      video: enlarged video.
+      strip: frames of each shot with its prompt.
+      report: settings, durations and verdict as JSON.
+    """
 
     video: Path
     strip: Path
@@ -35,98 +41,138 @@ class Files:
 
 
 @dataclasses.dataclass
-class Clock:
-    """Seconds of each stage; `lap` closes the stage that has been running since the last call."""
+class StageTimer:
+    """Durations of consecutive stages.
+
+    Attributes:
+      stages: seconds per stage.
+      at: time of the last lap, by `time.perf_counter`.
+    """
 
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     at: float = dataclasses.field(default_factory=time.perf_counter)
 
     def lap(self, stage: str) -> None:
+        """Adds the time since the last lap to `stage`."""
         now = time.perf_counter()
         self.stages[stage] = round(self.stages.get(stage, 0.0) + now - self.at, 3)
         self.at = now
 
 
 def check_world(pipe: Pipeline) -> None:
-    """UserError unless the pipeline makes frames that the judge can read."""
+    """Raises UserError unless the pipeline generates frames of the small world's size."""
     if tuple(pipe.spec.size) != (HEIGHT, WIDTH):
         raise UserError(
-            f"the demo shows the small world, {HEIGHT}x{WIDTH} pixels; this checkpoint makes "
-            f"{pipe.spec.size[0]}x{pipe.spec.size[1]}. Use `longlive sample` for it"
+            f"the demo needs a small-world checkpoint of {HEIGHT}x{WIDTH} pixels, this one has "
+            f"{pipe.spec.size[0]}x{pipe.spec.size[1]}; use `longlive sample` for it"
         )
 
 
-def film(
+def make_demo(
     pipe: Pipeline,
     script: ShotScript,
     out: Path,
     *,
-    clock: Clock,
+    timer: StageTimer,
     scale: int = SCALE,
     on_chunk: Callable[[int], None] | None = None,
-) -> tuple[Files, dict[str, Any]]:
-    """Samples `script` and writes video.mp4, strip.png and report.json into `out`.
+) -> tuple[DemoFiles, dict[str, Any]]:
+    """Samples a script and writes video.mp4, strip.png and report.json into `out`.
 
-    `on_chunk` hears of the frames of every chunk. Returns the paths and the report. An interrupt
-    leaves the finished chunks as a playable video.
+    An interrupt leaves the finished chunks as a playable video.
+
+    Args:
+      pipe: small-world pipeline.
+      script: shots to sample.
+      out: output directory.
+      timer: timer for the durations in the report.
+      scale: enlargement of the video file.
+      on_chunk: called with the number of frames of every finished chunk.
+
+    Returns:
+      The paths and the report.
     """
-    files = Files(out / "video.mp4", out / "strip.png", out / "report.json")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the same remarks are in the report
-        stream = pipe.stream(script)
-    chunks: list[np.ndarray] = []
-    with Mp4Writer(files.video, fps=pipe.spec.fps) as video:
-        for frames in _timed(stream, clock):
-            chunks.append(frames)
-            video.append(enlarged(frames, scale))
-            clock.lap("writing")
-            if on_chunk is not None:
-                on_chunk(len(frames))
-    whole = np.concatenate(chunks)
-    edges = [0, *stream.plan.cut_frames(0), len(whole)]
-    bounds = list(itertools.pairwise(edges))
+    files = DemoFiles(out / "video.mp4", out / "strip.png", out / "report.json")
+    stream = _stream(pipe, script)
+    chunks = _write_video(stream, files.video, pipe.spec.fps, scale, timer, on_chunk)
+    frames = np.concatenate(chunks)
+    bounds = list(itertools.pairwise([0, *stream.plan.cut_frames(0), len(frames)]))
     prompts = [shot.prompt for shot in script.shots]
-    strip(files.strip, [whole[start:stop] for start, stop in bounds], prompts)
-    clock.lap("writing")
-    verdict = judge(whole, prompts, bounds)
-    clock.lap("judging")
+    strip(files.strip, [frames[start:stop] for start, stop in bounds], prompts)
+    timer.lap("writing")
+    verdict = judge(frames, prompts, bounds)
+    timer.lap("judging")
     report = {
-        **_facts(pipe, len(whole), len(chunks[0]), clock),
+        **_facts(pipe, len(frames), len(chunks[0]), timer),
         "enlarged": scale,
-        "seed": script.seed,
-        "shots": [
-            {"prompt": prompt, "first_frame": start, "end_frame": stop}
-            for prompt, (start, stop) in zip(prompts, bounds, strict=True)
-        ],
+        **_shots(script, bounds),
         "notes": list(stream.notes),
-        "judge": as_json(verdict),
-        "not_judged": strangers(prompts),
+        "judge": verdict_json(verdict),
+        "not_judged": unknown_prompts(prompts),
     }
     files.report.write_text(json.dumps(report, indent=1) + "\n")
     return files, report
 
 
-def _timed(stream: Stream, clock: Clock) -> Iterator[UInt8[np.ndarray, "f h w 3"]]:
-    """The chunks of the only video of a stream; the clock runs while one is waited for."""
+def _stream(pipe: Pipeline, script: ShotScript) -> Stream:
+    """A stream of the script, without its warnings: the report has the same notes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipe.stream(script)
+
+
+def _write_video(
+    stream: Stream,
+    path: Path,
+    fps: float,
+    scale: int,
+    timer: StageTimer,
+    on_chunk: Callable[[int], None] | None,
+) -> list[UInt8[np.ndarray, "f h w 3"]]:
+    """Samples the chunks of a stream and writes each when it is finished."""
+    chunks = []
+    with Mp4Writer(path, fps=fps) as video:
+        for frames in _timed(stream, timer):
+            chunks.append(frames)
+            video.append(enlarge(frames, scale))
+            timer.lap("writing")
+            if on_chunk is not None:
+                on_chunk(len(frames))
+    return chunks
+
+
+def _timed(stream: Stream, timer: StageTimer) -> Iterator[UInt8[np.ndarray, "f h w 3"]]:
+    """Yields the chunks of a stream of one video, and times how long each takes."""
     stage = "first chunk, with compilation"
     for frames in stream:
-        clock.lap(stage)
+        timer.lap(stage)
         stage = "later chunks"
         yield frames[0]
 
 
-def _facts(pipe: Pipeline, frames: int, first: int, clock: Clock) -> dict[str, Any]:
-    """Length, settings and times; frames a second after the first chunk."""
-    later = clock.stages.get("later chunks")
+def _facts(pipe: Pipeline, frames: int, first: int, timer: StageTimer) -> dict[str, Any]:
+    """Length, settings and durations for the report; frames per second after the first chunk."""
+    later = timer.stages.get("later chunks")
     return {
         "frames": frames,
         "seconds": round(frames / pipe.spec.fps, 2),
-        "sampling": plain(dataclasses.asdict(pipe.spec)),
-        "stages": dict(clock.stages),
+        "sampling": json_safe(dataclasses.asdict(pipe.spec)),
+        "stages": dict(timer.stages),
         "frames_per_second": round((frames - first) / later, 1) if later else None,
     }
 
 
-def enlarged(frames: UInt8[np.ndarray, "f h w 3"], scale: int) -> UInt8[np.ndarray, "f H W 3"]:
-    """Every pixel as a square of `scale` by `scale`."""
+def _shots(script: ShotScript, bounds: list[tuple[int, int]]) -> dict[str, Any]:
+    """Seed, and prompt and frame range of every shot, for the report; `end_frame` is exclusive."""
+    return {
+        "seed": script.seed,
+        "shots": [
+            {"prompt": shot.prompt, "first_frame": start, "end_frame": stop}
+            for shot, (start, stop) in zip(script.shots, bounds, strict=True)
+        ],
+    }
+
+
+def enlarge(frames: UInt8[np.ndarray, "f h w 3"], scale: int) -> UInt8[np.ndarray, "f H W 3"]:
+    """Frames with every pixel repeated as a square of `scale` x `scale` pixels."""
     return frames.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,4 +1,4 @@
-"""What the demo shows, and what the judge makes of it in plain words."""
+"""The demo's scripts, and the judge's verdict as text and JSON."""
 
 import dataclasses
 import math
@@ -15,44 +15,44 @@ from longlive_jax.small_world.words import Scene, parse_caption
 from longlive_jax.typing import UInt8
 
 CHUNKS = 16
-"""253 frames at 24 a second: ten and a half seconds."""
+"""Length of the demo: 253 frames, 10.5 seconds at 24 frames per second."""
 
 
-def held_out_story(seed: int, *, chunks: int = CHUNKS, shots: int = 4) -> ShotScript:
-    """A script of captions that training never showed, in which one subject leaves and returns."""
+def held_out_script(seed: int, *, chunks: int = CHUNKS, shots: int = 4) -> ShotScript:
+    """A random script of held-out captions in which the first subject leaves and returns."""
     rng = np.random.default_rng(seed)
     limits = (max(1, chunks // shots - 1), chunks // shots + 1)
     while True:
         spec = sample_spec(
-            rng, chunks=chunks, split="held_out", shot_chunks=limits, shots=shots, cast=2
+            rng, chunks=chunks, split="held_out", shot_chunks=limits, shots=shots, max_subjects=2
         )
         if _returning(spec):
-            shots_ = tuple(Shot(shot.caption, chunks=shot.chunks) for shot in spec.shots)
-            return ShotScript(shots_, seed=seed, name="demo")
+            script_shots = tuple(Shot(shot.caption, chunks=shot.chunks) for shot in spec.shots)
+            return ShotScript(script_shots, seed=seed, name="demo")
 
 
-def story_of(prompts: Sequence[str], seed: int, *, chunks: int = CHUNKS) -> ShotScript:
-    """The user's own shots, equally long, together at least as long as the built-in story."""
+def script_from_prompts(prompts: Sequence[str], seed: int, *, chunks: int = CHUNKS) -> ShotScript:
+    """A script of equally long shots with these prompts, at least `chunks` chunks in total."""
     each = -(-chunks // len(prompts))
     return ShotScript(tuple(Shot(p, chunks=each) for p in prompts), seed=seed, name="demo")
 
 
 def _returning(spec: VideoSpec) -> bool:
-    """Whether the first subject is away for a whole shot and comes back later."""
+    """Whether the first subject is absent for at least one shot and returns later."""
     first = spec.shots[0].subject
     away = [shot.subject != first for shot in spec.shots]
     return True in away and False in away[away.index(True) :]
 
 
-def strangers(prompts: Sequence[str]) -> list[str]:
-    """Why the judge cannot judge, one line for every prompt that is no caption of its world."""
-    found = []
+def unknown_prompts(prompts: Sequence[str]) -> list[str]:
+    """One error message for every prompt that is not a small-world caption."""
+    errors = []
     for prompt in prompts:
         try:
             parse_caption(prompt)
         except ValueError as error:
-            found.append(str(error))
-    return found
+            errors.append(str(error))
+    return errors
 
 
 def judge(
@@ -60,70 +60,84 @@ def judge(
     prompts: Sequence[str],
     bounds: Sequence[tuple[int, int]],
 ) -> VideoVerdict | None:
-    """The verdict on a video of these shots; None if a prompt is no caption of the small world."""
-    if strangers(prompts):
+    """The verdict on a video of these shots; None if a prompt is not a small-world caption."""
+    if unknown_prompts(prompts):
         return None
     return judge_video(to_pixels(frames), prompts, bounds)
 
 
-def in_words(verdict: VideoVerdict) -> Iterator[str]:
-    """One line a shot, then cuts, returning subjects and the sum."""
+def verdict_lines(verdict: VideoVerdict) -> Iterator[str]:
+    """The verdict as text: one line per shot, wrong cuts, and counts of what is correct."""
+    # Details.
     for number, shot in enumerate(verdict.shots, 1):
-        yield f"shot {number}: {shot.caption}: {_opinion(shot)}"
+        yield f"Shot {number}: {shot.caption}: {_mistakes(shot)}."
     for number, cut in enumerate(verdict.cuts, 1):
         if not cut.exact:
-            where = "is not visible" if cut.found is None else f"shows on frame {cut.found}"
-            yield f"cut {number} {where}; it belongs on frame {cut.expected}"
-    if verdict.cuts and all(cut.exact for cut in verdict.cuts):
-        yield f"all {len(verdict.cuts)} cuts fall on their frames"
+            where = "is not visible" if cut.frame is None else f"is on frame {cut.frame}"
+            yield f"Cut {number} {where}; the script has it on frame {cut.expected}."
     if verdict.extra_cuts:
-        yield f"the picture jumps without a cut on frames {', '.join(map(str, verdict.extra_cuts))}"
-    for back in verdict.returns:
-        yield f"shot {back.again + 1} brings back the subject of shot {back.first + 1}: " + (
-            "same mark and size" if back.held else _lost(back.same_mark, back.same_size)
-        )
-    right = sum(shot.all_right for shot in verdict.shots)
-    yield f"{right} of {len(verdict.shots)} shots show everything their captions say"
+        yield f"Cuts that are not in the script: frames {', '.join(map(str, verdict.extra_cuts))}."
+    # Counts.
+    shots, cuts, returns = verdict.shots, verdict.cuts, verdict.returns
+    yield f"Captions: {sum(shot.caption_correct for shot in shots)}/{len(shots)} correct."
+    if cuts:
+        yield f"Cuts: {sum(cut.exact for cut in cuts)}/{len(cuts)} on the right frame."
+    constant = sum(shot.identity_held for shot in shots)
+    yield f"Identity: {constant}/{len(shots)} shots keep shape, colour, marker and size constant."
+    if returns:
+        same = sum(back.same_identity for back in returns)
+        yield f"Identity: {same}/{len(returns)} returning subjects keep their marker and size."
 
 
-def _opinion(shot: ShotVerdict) -> str:
-    meant: Scene = parse_caption(shot.caption)
-    wrong = [
-        f"{kind} is {shot.shown[kind] or 'unclear'} instead of {getattr(meant, kind)}"
-        for kind, right in shot.right.items()
-        if not right
+def _mistakes(shot: ShotVerdict) -> str:
+    """The attributes that differ from the caption, or "correct"."""
+    expected: Scene = parse_caption(shot.caption)
+    mistakes = [
+        f"{kind} is {shot.observed[kind] or 'unclear'} instead of {getattr(expected, kind)}"
+        for kind, correct in shot.correct.items()
+        if not correct
     ]
-    if not shot.identity_held:
-        wrong.append("the subject changes within the shot")
-    return ", ".join(wrong) or "right"
+    return ", ".join(mistakes) or "correct"
 
 
-def _lost(same_mark: bool, same_size: bool) -> str:
-    lost = [word for word, same in (("mark", same_mark), ("size", same_size)) if not same]
-    return f"another {' and '.join(lost)}"
-
-
-def plain(value: Any) -> Any:
-    """The same in what JSON has: lists for tuples, null for what is no number."""
+def json_safe(value: Any) -> Any:
+    """The value in types that JSON has: lists for tuples, null for non-finite numbers."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_safe(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-def as_json(verdict: VideoVerdict | None) -> dict | None:
-    """Numbers and words of a verdict."""
+def verdict_json(verdict: VideoVerdict | None) -> dict | None:
+    """The entry `judge` of the demo's report.json; None without a verdict."""
     if verdict is None:
         return None
-    return plain(
+    return json_safe(
         {
-            **dataclasses.asdict(verdict),
+            **dataclasses.asdict(verdict, dict_factory=_with_report_keys),
             "drift": verdict.drift,
-            "shots_all_right": sum(shot.all_right for shot in verdict.shots),
+            "shots_all_right": sum(shot.caption_correct for shot in verdict.shots),
             "cuts_exact": sum(cut.exact for cut in verdict.cuts),
-            "words": list(in_words(verdict)),
+            "words": list(verdict_lines(verdict)),
         }
     )
+
+
+_REPORT_KEYS = {
+    "observed": "shown",
+    "correct": "right",
+    "marker": "mark",
+    "frame": "found",
+    "same_marker": "same_mark",
+    "segments": "pieces",
+    "segments_correct": "pieces_right",
+}
+"""Fields of verdicts -> their keys in report.json, where the two differ."""
+
+
+def _with_report_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Dictionary factory of `dataclasses.asdict` for verdicts."""
+    return {_REPORT_KEYS.get(name, name): value for name, value in fields}

@@ -1,4 +1,7 @@
-"""Pixels of the small world: one shape with a centre mark on a plain ground, wrapped around."""
+"""Rasterization of the small world: a shape with a centre marker on a plain background.
+
+Frames are tori: a shape that leaves at one border enters at the opposite one.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,34 @@ from longlive_jax.typing import Float, Int
 
 HEIGHT, WIDTH = 64, 64
 SPEED = 1.5
-"""Pixels per frame of everything that moves."""
+"""Speed of moving subjects in pixels per frame."""
 FPS = 24
 RADII = (13.0, 15.5, 18.0)
-"""Radii that a subject can have, in pixels."""
-MARK_RADIUS = 0.34
-"""Radius of the centre mark in units of the subject's radius."""
+"""Possible radii of a subject, in pixels."""
+MARKER_RADIUS = 0.34
+"""Radius of the centre marker in units of the subject's radius."""
 RAMP = 3.0
-"""Width in pixels of the soft edge: what lets a small VAE reach 32 dB without looking blurred."""
+"""Width of the soft edge in pixels: wide enough for a small VAE to reach 32 dB, without blur."""
 
-_BLOCK = 16  # frames drawn at once: their temporaries stay in a core's cache
+_BLOCK = 16  # frames drawn together, so that temporaries fit into a core's cache
 
 
 def levels(table) -> Float[np.ndarray, "n 3"]:
-    """The colours of a table (name -> 8-bit RGB) as float32 in [-1, 1], in its order."""
+    """The colours of a table (name -> 8-bit RGB) in its order, float32 in [-1, 1]."""
     return np.asarray(list(table.values()), np.float32) / np.float32(127.5) - 1
 
 
 def distance(shape: int, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Signed distance in pixels to the outline of SHAPES[shape] centred at 0; negative inside.
+    """Signed distance in pixels to the outline of a shape centred at 0; negative inside.
 
-    x [..., w], y [..., h, 1] and radius broadcast. Outside corners the distance is that of the
-    nearest edge's line, which keeps corners sharp.
+    Outside of corners it is the distance to the line through the nearest edge, which keeps corners
+    sharp.
+
+    Args:
+      shape: index into SHAPES.
+      x: horizontal coordinates [..., 1, w] in pixels.
+      y: vertical coordinates [..., h, 1] in pixels.
+      radius: radius in pixels; broadcasts with x and y.
     """
     name = SHAPES[shape]
     if name == "circle":
@@ -54,13 +63,18 @@ def coverage(
     *,
     ramp: float = RAMP,
 ) -> tuple[Float[np.ndarray, "n h w"], Float[np.ndarray, "n h w"]]:
-    """How much of each pixel the subject covers, and how much its mark; float32 in [0, 1].
+    """Coverage of each pixel by the subject and by its marker, float32 in [0, 1].
 
-    x, y: centres in pixels, any real number; the frame wraps around.
+    Args:
+      shape: index into SHAPES per frame.
+      radius: radius in pixels per frame.
+      x: horizontal centre in pixels per frame; any real number, as frames wrap around.
+      y: vertical centre in pixels per frame; any real number.
+      ramp: width of the soft edge in pixels.
     """
     n = len(shape)
     outline = np.empty((n, HEIGHT, WIDTH), np.float32)
-    mark = np.empty_like(outline)
+    marker = np.empty_like(outline)
     dx = _wrapped(np.arange(WIDTH) - x[:, None], WIDTH)[:, None, :]
     dy = _wrapped(np.arange(HEIGHT) - y[:, None], HEIGHT)[:, :, None]
     radius = np.asarray(radius, np.float32)[:, None, None]
@@ -71,25 +85,25 @@ def coverage(
             a, b, r = dx[pick], dy[pick], radius[pick]
             edge = distance(kind, a, b, r)
             outline[pick] = _soft(edge, ramp)
-            mark[pick] = _soft(np.sqrt(a * a + b * b) - np.float32(MARK_RADIUS) * r, ramp)
-    return outline, mark
+            marker[pick] = _soft(np.sqrt(a * a + b * b) - np.float32(MARKER_RADIUS) * r, ramp)
+    return outline, marker
 
 
 def compose(
     outline: Float[np.ndarray, "n h w"],
-    mark: Float[np.ndarray, "n h w"],
+    marker: Float[np.ndarray, "n h w"],
     background: Float[np.ndarray, "n 3"],
     colour: Float[np.ndarray, "n 3"],
-    mark_colour: Float[np.ndarray, "n 3"],
+    marker_colour: Float[np.ndarray, "n 3"],
 ) -> Float[np.ndarray, "n h w 3"]:
-    """Lay subject over ground and mark over subject; float32 in [-1, 1]."""
+    """Blends subject over background and marker over subject; float32 in [-1, 1]."""
     out = np.empty((*outline.shape, 3), np.float32)
     for at in range(0, len(out), _BLOCK):
         part = slice(at, at + _BLOCK)
-        cover, top = outline[part], mark[part]
+        cover, top = outline[part], marker[part]
         for channel in range(3):
             ground, body, dot = (
-                c[part, channel, None, None] for c in (background, colour, mark_colour)
+                c[part, channel, None, None] for c in (background, colour, marker_colour)
             )
             plane = ground + (body - ground) * cover
             plane += (dot - plane) * top
@@ -98,10 +112,11 @@ def compose(
 
 
 def _wrapped(offset: np.ndarray, period: int) -> np.ndarray:
-    """Offsets folded into [-period / 2, period / 2): the nearest copy on the torus."""
+    """Offsets wrapped into [-period / 2, period / 2): those to the nearest copy on the torus."""
     half = period / 2
     return ((offset + half) % period - half).astype(np.float32)
 
 
 def _soft(edge: np.ndarray, ramp: float) -> np.ndarray:
+    """Coverage in [0, 1] for signed distances to an edge that is `ramp` pixels wide."""
     return np.clip(np.float32(0.5) - edge * np.float32(1 / ramp), 0, 1)

@@ -1,9 +1,9 @@
-"""How often sampled videos of the small world show what their captions say.
+"""Measures how often videos of the small world show what their held-out captions say.
 
-Captions are combinations of attributes that training never showed. A `Film` turns descriptions of
-videos into pixels: by drawing them, by drawing and reconstructing them with the VAE, or by
-sampling them from their captions alone. All three are judged alike, so the first two are the
-ceilings of the third: what the judge gets wrong, and what the VAE loses.
+A `VideoSource` turns descriptions into pixels: by rendering them (ground truth), by a round trip of
+the rendering through the VAE, or by sampling from the captions alone. The same judge evaluates all
+three, so the first two are upper bounds for the third: ground truth shows the judge's own error,
+and reconstruction the VAE's.
 """
 
 import dataclasses
@@ -31,28 +31,33 @@ from longlive_jax.small_world import (
     render,
     sample_spec,
 )
-from longlive_jax.small_world.judge import VideoVerdict, judge_video, summary, wilson
+from longlive_jax.small_world.judge import VideoVerdict, judge_video
+from longlive_jax.small_world.metrics import rate, summary
 from longlive_jax.typing import Array, Params, UInt8
 
-type Film = Callable[[Sequence[VideoSpec], Sequence[int]], Iterable[np.ndarray]]
-"""Videos of equal length with their seeds, to consecutive pieces `[b, f, h, w, 3]` of their frames,
-uint8 or float in [-1, 1]."""
+type VideoSource = Callable[[Sequence[VideoSpec], Sequence[int]], Iterable[np.ndarray]]
+"""Maps b descriptions of equal length and b seeds to consecutive chunks of frames.
 
-type Tick = Callable[[float, int], None]
-"""Told how many videos are done, in parts of a video too, and out of how many."""
+A chunk has shape [b, f, h, w, 3], and is uint8 or float in [-1, 1].
+"""
+
+type ProgressCallback = Callable[[float, int], None]
+"""Called with the number of finished videos, which may be fractional, and their total number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Footage:
-    """Held-out videos to be made and judged.
+class EvaluationSet:
+    """A seeded set of held-out video descriptions to generate and judge.
 
     Attributes:
-      least_shots: as many videos are drawn as are needed for so many shots, then a batch is filled.
-      chunks: length of every video.
-      shot_chunks: fewest and most chunks of a shot.
-      shots: fewest and most shots of a video, drawn evenly; None: whatever the lengths allow.
-      cast: most subjects of a video; the fewer, the more often one returns.
-      seed: of the descriptions and of the sampler's noise.
+      least_shots: minimum number of shots; videos are added until it is reached and the last
+        batch is full.
+      chunks: chunks per video.
+      shot_chunks: minimum and maximum chunks per shot.
+      shots: minimum and maximum shots per video, sampled uniformly; None for any number that
+        `shot_chunks` allows.
+      cast: maximum number of distinct subjects per video; with fewer, they return more often.
+      seed: seed of the descriptions and of the sampling noise.
     """
 
     least_shots: int = 200
@@ -65,15 +70,15 @@ class Footage:
     def __post_init__(self) -> None:
         if self.least_shots < 1 or self.chunks < 1:
             raise ValueError(
-                f"least_shots {self.least_shots} and chunks {self.chunks} must be at least 1"
+                f"least_shots and chunks must be >= 1, got {self.least_shots} and {self.chunks}"
             )
 
     def specs(self, batch: int) -> list[VideoSpec]:
-        """The descriptions, a whole number of batches; the same for the same settings."""
+        """The descriptions, in number a multiple of `batch`; deterministic for given settings."""
         rng = np.random.default_rng(self.seed)
-        found: list[VideoSpec] = []
+        specs: list[VideoSpec] = []
         count = 0
-        while count < self.least_shots or len(found) % batch:
+        while count < self.least_shots or len(specs) % batch:
             shots = None if self.shots is None else int(rng.integers(*self.shots, endpoint=True))
             spec = sample_spec(
                 rng,
@@ -81,33 +86,42 @@ class Footage:
                 split="held_out",
                 shot_chunks=self.shot_chunks,
                 shots=shots,
-                cast=self.cast,
+                max_subjects=self.cast,
             )
-            found.append(spec)
+            specs.append(spec)
             count += len(spec.shots)
-        return found
+        return specs
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One judged video, for looking at: its frames by shot, and what they should show."""
+    """One judged video for visual inspection.
+
+    Attributes:
+      shots: frames of each shot.
+      captions: caption of each shot.
+    """
 
     shots: tuple[UInt8[np.ndarray, "f h w 3"], ...]
     captions: tuple[str, ...]
 
 
 def script_of(spec: VideoSpec, seed: int = 0) -> ShotScript:
-    """The script whose chunks, cuts and prompts are those of `spec`."""
+    """The shot script with the chunks, cuts and captions of `spec`."""
     return ShotScript(tuple(Shot(s.caption, chunks=s.chunks) for s in spec.shots), seed=seed)
 
 
-def truth(specs: Sequence[VideoSpec], _seeds: Sequence[int]) -> Iterator[np.ndarray]:
-    """The film of what was meant: the judge's own ceiling."""
+def ground_truth(specs: Sequence[VideoSpec], _seeds: Sequence[int]) -> Iterator[np.ndarray]:
+    """Video source that renders the descriptions; its accuracy is that of the judge."""
     yield np.stack([render(spec) for spec in specs])
 
 
-class Sampled:
-    """The film that a pipeline makes of the captions alone."""
+class SampledVideos:
+    """Video source that samples from the captions alone.
+
+    Args:
+      pipe: pipeline to sample with.
+    """
 
     def __init__(self, pipe: Pipeline):
         self._pipe = pipe
@@ -117,8 +131,12 @@ class Sampled:
         yield from self._pipe.stream(scripts)
 
 
-class Reconstruction:
-    """The film after a round trip through the VAE, and how far its pixels are from the truth."""
+class VAEReconstruction:
+    """Video source that passes the ground truth through the VAE, and records the pixel errors.
+
+    Args:
+      vae: autoencoder to evaluate.
+    """
 
     def __init__(self, vae: VAE):
         graphdef = nnx.graphdef(vae)
@@ -127,73 +145,80 @@ class Reconstruction:
         self._later = CHUNK_LATENTS * vae.cfg.temporal_stride
 
         @jax.jit
-        def again(params: Params, frames: Array, tails: tuple):
+        def reconstruct(params: Params, frames: Array, tails: tuple):
             model = with_params(graphdef, params)
             latents, encoder = encode_chunk(model, frames, tails[0])
             pixels, decoder = decode_chunk(model, latents, tails[1])
             return jnp.clip(pixels, -1, 1), (encoder, decoder)
 
-        self._again = again
+        self._reconstruct = reconstruct
         self.errors: list[np.ndarray] = []
 
     def __call__(self, specs: Sequence[VideoSpec], seeds: Sequence[int]) -> Iterator[np.ndarray]:
-        for video in truth(specs, seeds):
+        for video in ground_truth(specs, seeds):
             tails: tuple = (None, None)
             for at in (0, *range(self._first, video.shape[1], self._later)):
-                piece = video[:, at : at + self._later if at else self._first]
-                pixels, tails = self._again(self._params, piece, tails)
+                chunk = video[:, at : at + self._later if at else self._first]
+                pixels, tails = self._reconstruct(self._params, chunk, tails)
                 frames = np.asarray(pixels)
-                self.errors.append(np.square(frames - piece).mean((2, 3, 4)))
+                self.errors.append(np.square(frames - chunk).mean((2, 3, 4)))
                 yield frames
 
     def fidelity(self) -> dict[str, float]:
-        """Peak signal-to-noise ratios in dB: of all pixels together, and of the worst frame."""
-        errors = np.concatenate([piece.reshape(-1) for piece in self.errors])
+        """PSNR in dB over all pixels, and of the worst frame."""
+        errors = np.concatenate([chunk.reshape(-1) for chunk in self.errors])
         return {"psnr": psnr(errors.mean()), "psnr_worst_frame": psnr(errors.max())}
 
 
 def psnr(mean_square: float) -> float:
-    """dB for a mean square error of pixels in [-1, 1], whose range is 2."""
+    """Peak signal-to-noise ratio in dB, from the mean squared error of pixels in [-1, 1]."""
     return float(10 * np.log10(4 / max(float(mean_square), 1e-12)))
 
 
 def measure(
-    film: Film, footage: Footage, *, batch: int, tick: Tick | None = None
+    source: VideoSource,
+    evaluation_set: EvaluationSet,
+    *,
+    batch: int,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[dict, Example]:
-    """Makes and judges the footage.
+    """Generates and judges the videos of an evaluation set.
 
     Returns:
-      Rates and quality as `judge.summary` gives them, returning subjects split by where they were
-      first seen, and times; plus the first video to look at.
+      The results, and the first video as an example. The results are those of `metrics.summary`,
+      identity rates of returning subjects by first appearance (`returns`), the most frequent
+      mistakes (`mistakes`), the number of shots (`shots`), and durations (`times`).
     """
-    specs = footage.specs(batch)
-    frames = frame_count(footage.chunks)
+    specs = evaluation_set.specs(batch)
+    frames = frame_count(evaluation_set.chunks)
     verdicts: list[VideoVerdict] = []
     examples: list[Example] = []
-    making: list[float] = []
+    generation: list[float] = []
     judging = 0.0
 
-    def done(more: float) -> None:
-        if tick is not None:
-            tick(len(verdicts) / 2 + more / 2, len(specs))
+    def report_progress(num_generated: float) -> None:
+        if on_progress is not None:
+            on_progress(len(verdicts) / 2 + num_generated / 2, len(specs))
 
     for at, group in _batches(specs, batch):
-        begin, pieces = time.perf_counter(), []
-        for piece in film(group, [footage.seed * 100_003 + at + i for i in range(batch)]):
-            pieces.append(to_uint8(piece))
-            done(at + batch * sum(p.shape[1] for p in pieces) / frames)
-        videos = np.concatenate(pieces, axis=1)
-        made = time.perf_counter()
+        # 1. Generate a batch, chunk by chunk.
+        start, chunks = time.perf_counter(), []
+        for chunk in source(group, [evaluation_set.seed * 100_003 + at + i for i in range(batch)]):
+            chunks.append(to_uint8(chunk))
+            report_progress(at + batch * sum(c.shape[1] for c in chunks) / frames)
+        videos = np.concatenate(chunks, axis=1)
+        generated = time.perf_counter()
+        # 2. Judge its videos.
         for spec, video in zip(group, videos, strict=True):
             verdicts.append(judge_video(to_pixels(video), spec.captions, frame_bounds(spec)))
-            done(at + batch)
+            report_progress(at + batch)
         if not examples:
             examples.append(_example(videos[0], group[0]))
-        making.append(made - begin)
-        judging += time.perf_counter() - made
+        generation.append(generated - start)
+        judging += time.perf_counter() - generated
     result = {**summary(verdicts), "returns": _returns(verdicts), "mistakes": _mistakes(verdicts)}
     result["shots"] = sum(len(spec.shots) for spec in specs)
-    result["times"] = _times(making, judging, batch * frames)
+    result["times"] = _times(generation, judging, batch * frames)
     return result, examples[0]
 
 
@@ -207,10 +232,10 @@ def _example(frames: np.ndarray, spec: VideoSpec) -> Example:
 
 
 def _returns(verdicts: Sequence[VideoVerdict]) -> dict[str, dict]:
-    """How often a returning subject keeps mark and size, by where it was first seen.
+    """Rates at which returning subjects keep marker and size, by shot of first appearance.
 
-    The first chunk of the video is the global sink, so only a subject of the first shot can be
-    remembered for ever.
+    The first chunk of a video is the global sink, so only subjects of the first shot stay in the
+    sampler's context throughout.
     """
     backs = [back for verdict in verdicts for back in verdict.returns]
     split = {
@@ -219,7 +244,7 @@ def _returns(verdicts: Sequence[VideoVerdict]) -> dict[str, dict]:
     }
     return {
         name: {
-            "mark": rate(sum(back.same_mark for back in group), len(group)),
+            "mark": rate(sum(back.same_marker for back in group), len(group)),
             "size": rate(sum(back.same_size for back in group), len(group)),
         }
         for name, group in split.items()
@@ -227,30 +252,24 @@ def _returns(verdicts: Sequence[VideoVerdict]) -> dict[str, dict]:
 
 
 def _mistakes(verdicts: Sequence[VideoVerdict], most: int = 10) -> dict[str, int]:
-    """What is wrong most often: attribute, what the caption says, and what is seen instead."""
-    found: Counter[str] = Counter()
+    """Counts of the `most` frequent mistakes, keyed "attribute: observed for expected"."""
+    counts: Counter[str] = Counter()
     for shot in (shot for verdict in verdicts for shot in verdict.shots):
         scene = parse_caption(shot.caption)
-        for kind, right in shot.right.items():
-            if not right:
-                meant, seen = getattr(scene, kind), shot.shown[kind] or "nothing clear"
-                found[f"{kind}: {seen} for {meant}"] += 1
-    return dict(found.most_common(most))
+        for kind, correct in shot.correct.items():
+            if not correct:
+                expected, observed = getattr(scene, kind), shot.observed[kind] or "nothing clear"
+                counts[f"{kind}: {observed} for {expected}"] += 1
+    return dict(counts.most_common(most))
 
 
-def rate(right: int, n: int) -> dict:
-    """A share with its 95 % Wilson interval, in the form of `judge.summary`."""
-    low, high = wilson(right, n)
-    return {"rate": right / n if n else None, "n": n, "low": low, "high": high}
-
-
-def _times(making: list[float], judging: float, frames: int) -> dict:
-    """Seconds, and frames per second of the batches after the first one, which compiles."""
-    later = making[1:]
+def _times(generation: list[float], judging: float, frames: int) -> dict:
+    """Durations in seconds, and frames per second without the first batch, which compiles."""
+    later = generation[1:]
     return {
-        "first_batch": round(making[0], 2),
-        "all_batches": round(sum(making), 2),
+        "first_batch": round(generation[0], 2),
+        "all_batches": round(sum(generation), 2),
         "judging": round(judging, 2),
         "frames_per_second": round(len(later) * frames / sum(later), 1) if later else None,
-        "video_seconds": round(len(making) * frames / FPS, 1),
+        "video_seconds": round(len(generation) * frames / FPS, 1),
     }

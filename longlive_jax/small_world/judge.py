@@ -1,107 +1,139 @@
-"""Does a video show what its captions say? Decided from pixels, without any learned model.
+"""Checks whether a video shows what its captions say, from pixels and without a learned model.
 
-`judge_video` takes a video, one caption per shot and the shots' frame bounds, so it judges
-generated, reconstructed and true videos alike. `summary` turns many verdicts into rates with
-their 95 % Wilson intervals.
+`judge_video` takes a video, one caption per shot and the frame range of each shot, so it applies to
+generated, reconstructed and ground-truth videos. `metrics.summary` aggregates verdicts into rates.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from longlive_jax.small_world import words
 from longlive_jax.small_world.drawing import HEIGHT, SPEED, WIDTH
 from longlive_jax.small_world.reading import UNCLEAR, FrameReadings, read_frames
-from longlive_jax.small_world.words import BACKGROUNDS, COLOURS, MARKS, MOTIONS, SHAPES
+from longlive_jax.small_world.words import BACKGROUNDS, COLOURS, MARKERS, MOTIONS, SHAPES
 from longlive_jax.typing import Float
 
 ATTRIBUTES = ("shape", "colour", "background", "motion")
 
-_TABLES = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "mark": MARKS}
-_LAG = 4  # frames: a step over one latent, so that jitter between a latent's frames cancels
-_STEADY = 0.9  # share of a shot's frames that have to agree for its identity to hold
+_TABLES = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "marker": MARKERS}
+_LAG = 4  # frames of one latent; over this lag, jitter between a latent's frames cancels
+_MIN_AGREEMENT = 0.9  # share of a shot's frames that must agree on the subject's identity
 _SIZE_TOLERANCE = 1.0  # pixels of radius
-_CUT_FLOOR = 0.04  # least mean absolute change over a cut; the least true one is near 0.1
-_CUT_CONTRAST = 3.0  # ... and so many times the median change around it
-_LEAP = 8.0  # pixels from one frame to the next: no motion of the world, so a cut
-_SHORTEST_PIECE = 12  # frames: a shorter rest of a shot in a quarter is not judged
+_CUT_FLOOR = 0.04  # smallest mean absolute change at a cut; in ground-truth videos it is >= ~0.1
+_CUT_CONTRAST = 3.0  # smallest ratio of the change at a cut to the median change around it
+_JUMP = 8.0  # pixels per frame; faster than any motion of the world, hence a cut
+_MIN_SEGMENT = 12  # frames; shorter segments of a shot within a quarter are not judged
 
 
 @dataclasses.dataclass(frozen=True)
 class ShotVerdict:
-    """What one shot shows, beside what its caption says.
+    """Comparison of one shot with its caption.
 
-    shown: attribute -> word, or None where most frames do not show it clearly.
-    right: attribute -> shown as the caption says. mark and radius: the subject's unspoken
-    identity as seen. identity_held: shape, colour, mark and size stay the same in the shot.
+    Attributes:
+      caption: caption without the cut prefix.
+      start: first frame.
+      stop: frame after the last one.
+      observed: word per attribute; None unless more than half of the frames agree on one.
+      correct: per attribute, whether the observed word is that of the caption.
+      marker: observed centre marker, or None.
+      radius: median radius of the subject in pixels; NaN if no frame shows a shape.
+      velocity: median velocity (x, y) in pixels per frame; NaN if there is no common motion.
+      identity_held: whether shape, colour, marker and size stay the same throughout the shot.
     """
 
     caption: str
     start: int
     stop: int
-    shown: dict[str, str | None]
-    right: dict[str, bool]
-    mark: str | None
+    observed: dict[str, str | None]
+    correct: dict[str, bool]
+    marker: str | None
     radius: float
     velocity: tuple[float, float]
     identity_held: bool
 
     @property
-    def all_right(self) -> bool:
-        return all(self.right.values())
+    def caption_correct(self) -> bool:
+        """Whether all four attributes are as in the caption."""
+        return all(self.correct.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class CutVerdict:
-    """A cut that should show first on frame `expected`; found is None if there is none near."""
+    """Timing of one cut.
+
+    Attributes:
+      expected: first frame of the new shot according to the script.
+      frame: first frame of the new shot in the video; None if no cut is visible near it.
+    """
 
     expected: int
-    found: int | None
+    frame: int | None
 
     @property
     def exact(self) -> bool:
-        return self.found == self.expected
+        """Whether the cut is on the expected frame."""
+        return self.frame == self.expected
 
 
 @dataclasses.dataclass(frozen=True)
 class ReturnVerdict:
-    """Whether the subject of shot `first` comes back in shot `again` with its mark and size."""
+    """Identity of a subject that returns after a shot with another subject.
+
+    Attributes:
+      first: index of the subject's first shot.
+      again: index of the shot in which it returns.
+      same_marker: whether both shots have the same, clearly visible marker.
+      same_size: whether both shots have the same radius, within 1 pixel.
+    """
 
     first: int
     again: int
-    same_mark: bool
+    same_marker: bool
     same_size: bool
 
     @property
-    def held(self) -> bool:
-        return self.same_mark and self.same_size
+    def same_identity(self) -> bool:
+        """Whether both marker and size are the same."""
+        return self.same_marker and self.same_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Quarter:
-    """Means over one quarter of a video's frames, and how many pieces of shots are all right.
+    """Quality and caption accuracy over one quarter of a video's frames.
 
-    error, overlap and sharpness as in `FrameReadings`.
+    A segment is the part of a shot that lies within the quarter.
+
+    Attributes:
+      error: mean pixel error (see `FrameReadings`).
+      overlap: mean overlap with the fitted outline (see `FrameReadings`).
+      sharpness: mean relative sharpness (see `FrameReadings`).
+      segments: number of judged segments.
+      segments_correct: number of segments that show all that their caption says.
     """
 
     error: float
     overlap: float
     sharpness: float
-    pieces: int
-    pieces_right: int
+    segments: int
+    segments_correct: int
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoVerdict:
-    """Everything the judge says of one video.
+    """Verdict on one video.
 
-    extra_cuts: frames where the subject leaps or the background changes although the script has no
-    cut (one that is found on a wrong frame counts under `cuts`, not here).
+    Attributes:
+      shots: one verdict per shot.
+      cuts: one verdict per cut of the script.
+      returns: one verdict per return of an earlier subject.
+      extra_cuts: frames where the subject jumps or the background changes without a cut in the
+        script. A cut on the wrong frame counts under `cuts`, not here.
+      quarters: quality and caption accuracy, from the first quarter of the video to the last.
     """
 
     shots: tuple[ShotVerdict, ...]
@@ -112,7 +144,7 @@ class VideoVerdict:
 
     @property
     def drift(self) -> float:
-        """Pixel error of the last quarter less that of the first; 0 is a video that keeps up."""
+        """Pixel error of the last quarter minus that of the first; 0 means no drift."""
         return self.quarters[-1].error - self.quarters[0].error
 
 
@@ -121,16 +153,16 @@ def judge_video(
     captions: Sequence[str],
     bounds: Sequence[tuple[int, int]],
 ) -> VideoVerdict:
-    """Judge a float video in [-1, 1] against its script.
+    """Judges a video against its captions and cuts.
 
     Args:
-        video: HEIGHT x WIDTH pixels.
-        captions: one per shot; the cut prefix may stand before them.
-        bounds: (first, one past last) frame of each shot, in order and without gaps.
+      video: floats in [-1, 1], HEIGHT x WIDTH pixels.
+      captions: one caption per shot, with or without the cut prefix.
+      bounds: frame range (start, stop) of each shot, in order and without gaps.
 
     Raises:
-        ValueError: for a caption outside the small world, bounds that do not tile the video or do
-            not match the captions, and whatever `read_frames` refuses.
+      ValueError: if a caption is outside the small world, if the bounds do not tile the video or
+        do not match the captions in number, or if `read_frames` rejects the video.
     """
     scenes = [words.parse_caption(text) for text in captions]
     bounds = _check_bounds(bounds, len(captions), len(video))
@@ -153,15 +185,16 @@ def _check_bounds(bounds, captions: int, frames: int) -> list[tuple[int, int]]:
     spans = [(int(start), int(stop)) for start, stop in bounds]
     if len(spans) != captions or not spans:
         raise ValueError(
-            f"{captions} captions for {len(spans)} shot bounds; give as many of each, at least one"
+            f"got {captions} captions and {len(spans)} shot bounds; give one of each per shot, and "
+            "at least one shot"
         )
     edges = [0, *(stop for _, stop in spans)]
     if edges[-1] != frames or any(
         start != edge or stop <= start for (start, stop), edge in zip(spans, edges, strict=False)
     ):
         raise ValueError(
-            f"shot bounds {spans} do not tile the {frames} frames of the video; they have to "
-            f"begin at 0, follow each other without gaps and end at {frames}"
+            f"shot bounds {spans} do not tile the {frames} frames of the video; they must "
+            f"begin at 0, have no gaps and end at {frames}"
         )
     return spans
 
@@ -169,26 +202,27 @@ def _check_bounds(bounds, captions: int, frames: int) -> list[tuple[int, int]]:
 def _judge_shot(
     frames: FrameReadings, caption: str, scene: words.Scene, span: tuple[int, int]
 ) -> ShotVerdict:
+    """Verdict on the frames of `span`, whose caption describes `scene`."""
     part = slice(*span)
-    shown = {k: _most(getattr(frames, k)[part], _TABLES[k]) for k in ATTRIBUTES[:3]}
+    observed = {k: _majority(getattr(frames, k)[part], _TABLES[k]) for k in ATTRIBUTES[:3]}
     velocity = _velocity(frames, span)
-    shown["motion"] = _motion(velocity)
+    observed["motion"] = _motion(velocity)
     clear = frames.shape[part] != UNCLEAR
     radius = float(np.median(frames.radius[part][clear])) if clear.any() else float("nan")
     return ShotVerdict(
         caption=caption,
         start=span[0],
         stop=span[1],
-        shown=shown,
-        right={k: shown[k] == getattr(scene, k) for k in ATTRIBUTES},
-        mark=_most(frames.mark[part], MARKS),
+        observed=observed,
+        correct={k: observed[k] == getattr(scene, k) for k in ATTRIBUTES},
+        marker=_majority(frames.marker[part], MARKERS),
         radius=radius,
         velocity=velocity or (float("nan"), float("nan")),
         identity_held=_identity_held(frames, part),
     )
 
 
-def _most(readings: np.ndarray, table) -> str | None:
+def _majority(readings: np.ndarray, table) -> str | None:
     """The word that more than half of the frames show, or None."""
     counts = np.bincount(readings[readings != UNCLEAR], minlength=len(table))
     best = int(counts.argmax())
@@ -196,7 +230,7 @@ def _most(readings: np.ndarray, table) -> str | None:
 
 
 def _velocity(frames: FrameReadings, span: tuple[int, int]) -> tuple[float, float] | None:
-    """Median velocity (x, y) in pixels per frame; None if unclear or not one common motion."""
+    """Median velocity (x, y) in pixels per frame; None if unclear or without a common motion."""
     start, stop = span
     lag = min(_LAG, stop - start - 1)
     if lag < 1:
@@ -205,7 +239,7 @@ def _velocity(frames: FrameReadings, span: tuple[int, int]) -> tuple[float, floa
     clear = (frames.shape[early] != UNCLEAR) & (frames.shape[late] != UNCLEAR)
     if 2 * clear.sum() <= len(clear):
         return None
-    dx, dy = _moved(frames, early, late)
+    dx, dy = _displacement(frames, early, late)
     vx, vy = float(np.median(dx[clear])), float(np.median(dy[clear]))
     agree = np.hypot(dx - vx, dy - vy) < SPEED * lag / 2
     if 2 * (agree & clear).sum() <= len(clear):
@@ -213,15 +247,17 @@ def _velocity(frames: FrameReadings, span: tuple[int, int]) -> tuple[float, floa
     return vx / lag, vy / lag
 
 
-def _moved(frames: FrameReadings, early: slice, late: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Shortest way (x, y) on the torus from the subject's place in one frame to another."""
+def _displacement(
+    frames: FrameReadings, early: slice, late: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shortest displacement (x, y) of the subject on the torus between two series of frames."""
     dx = (frames.x[late] - frames.x[early] + WIDTH / 2) % WIDTH - WIDTH / 2
     dy = (frames.y[late] - frames.y[early] + HEIGHT / 2) % HEIGHT - HEIGHT / 2
     return dx, dy
 
 
 def _motion(velocity: tuple[float, float] | None) -> str | None:
-    """The motion whose velocity is within half a speed of what was seen."""
+    """The motion whose velocity differs by less than SPEED / 2 from the observed one, or None."""
     if velocity is None:
         return None
     for word, direction in MOTIONS.items():
@@ -232,39 +268,40 @@ def _motion(velocity: tuple[float, float] | None) -> str | None:
 
 
 def _identity_held(frames: FrameReadings, part: slice) -> bool:
-    for kind in ("shape", "colour", "mark"):
+    """Whether shape, colour, marker and size are the same throughout the frames."""
+    for kind in ("shape", "colour", "marker"):
         readings = getattr(frames, kind)[part]
         counts = np.bincount(readings[readings != UNCLEAR], minlength=1)
-        if counts.max() < _STEADY * len(readings):
+        if counts.max() < _MIN_AGREEMENT * len(readings):
             return False
-    sizes = [np.median(piece) for piece in np.array_split(frames.radius[part], 4) if len(piece)]
+    sizes = [np.median(radii) for radii in np.array_split(frames.radius[part], 4) if len(radii)]
     return bool(max(sizes) - min(sizes) <= _SIZE_TOLERANCE)
 
 
 def _judge_cut(frames: FrameReadings, bounds: list[tuple[int, int]], shot: int) -> CutVerdict:
-    """The sharpest change between the middles of the two shots, if it stands out."""
+    """The largest change between the middles of the two shots, if it exceeds both thresholds."""
     (before, cut), (_, after) = bounds[shot - 1], bounds[shot]
     low, high = (before + cut) // 2 + 1, max((cut + after) // 2, cut + 1)
     window = frames.change[low:high]
     peak = int(window.argmax())
     floor = max(_CUT_FLOOR, _CUT_CONTRAST * float(np.median(window)))
-    if len(window) < 3:  # too short to compare with its surroundings
+    if len(window) < 3:  # too short for a median around the cut
         floor = _CUT_FLOOR
     return CutVerdict(cut, low + peak if window[peak] >= floor else None)
 
 
 def _extra_cuts(frames: FrameReadings, cuts: Sequence[CutVerdict]) -> tuple[int, ...]:
-    """Frames where the subject leaps or the ground turns into another, away from known cuts."""
-    dx, dy = _moved(frames, slice(None, -1), slice(1, None))
+    """Frames where the subject jumps or the background changes, other than the known cuts."""
+    dx, dy = _displacement(frames, slice(None, -1), slice(1, None))
     clear, plain = frames.shape != UNCLEAR, frames.background != UNCLEAR
-    leap = (np.hypot(dx, dy) > _LEAP) & clear[1:] & clear[:-1]
-    turn = (np.diff(frames.background) != 0) & plain[1:] & plain[:-1]
-    known = {cut.found for cut in cuts}
-    return tuple(int(k) for k in np.flatnonzero(leap | turn) + 1 if k not in known)
+    jumps = (np.hypot(dx, dy) > _JUMP) & clear[1:] & clear[:-1]
+    changes = (np.diff(frames.background) != 0) & plain[1:] & plain[:-1]
+    known = {cut.frame for cut in cuts}
+    return tuple(int(k) for k in np.flatnonzero(jumps | changes) + 1 if k not in known)
 
 
 def _judge_returns(shots: Sequence[ShotVerdict], scenes: Sequence[words.Scene]):
-    """Compare every reappearance after a cut away with the subject's first shot."""
+    """Compares every shot in which a subject returns with the subject's first shot."""
     first: dict[tuple[str, str], int] = {}
     for k, scene in enumerate(scenes):
         subject = (scene.shape, scene.colour)
@@ -276,89 +313,25 @@ def _judge_returns(shots: Sequence[ShotVerdict], scenes: Sequence[words.Scene]):
         yield ReturnVerdict(
             start,
             k,
-            then.mark is not None and then.mark == now.mark,
+            then.marker is not None and then.marker == now.marker,
             bool(abs(then.radius - now.radius) <= _SIZE_TOLERANCE),
         )
 
 
 def _judge_quarters(frames: FrameReadings, scenes, bounds):
+    """Yields a `Quarter` for each quarter of the frames."""
     edges = [round(len(frames) * k / 4) for k in range(5)]
     for low, high in itertools.pairwise(edges):
         part = slice(min(low, len(frames) - 1), max(high, low + 1))
         verdicts = [
-            _judge_shot(frames, "", scene, (max(start, low), min(stop, high))).all_right
+            _judge_shot(frames, "", scene, (max(start, low), min(stop, high))).caption_correct
             for scene, (start, stop) in zip(scenes, bounds, strict=True)
-            if min(stop, high) - max(start, low) >= min(_SHORTEST_PIECE, stop - start)
+            if min(stop, high) - max(start, low) >= min(_MIN_SEGMENT, stop - start)
         ]
         yield Quarter(
             error=float(frames.error[part].mean()),
             overlap=float(frames.overlap[part].mean()),
             sharpness=float(frames.sharpness[part].mean()),
-            pieces=len(verdicts),
-            pieces_right=sum(verdicts),
+            segments=len(verdicts),
+            segments_correct=sum(verdicts),
         )
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a rate; (0, 1) when nothing was counted."""
-    if n == 0:
-        return 0.0, 1.0
-    rate, scale = right / n, 1 + z * z / n
-    middle = rate + z * z / (2 * n)
-    spread = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return float(max(0.0, (middle - spread) / scale)), float(min(1.0, (middle + spread) / scale))
-
-
-def summary(verdicts: Sequence[VideoVerdict]) -> dict:
-    """Rates over all videos as plain numbers, ready for JSON.
-
-    Every rate is {"rate", "n", "low", "high"} with rate None for n = 0. `quarters` lists error,
-    overlap, sharpness and the rate of shot pieces that are all right, from the first quarter of
-    the videos to the last; `last_to_first` is the ratio of that rate, last to first; `drift` the
-    growth of the pixel error between the same two; `extra_cuts` a plain count.
-
-    Raises ValueError for no verdicts.
-    """
-    if not verdicts:
-        raise ValueError("no verdicts to summarise; judge at least one video")
-    shots = [shot for verdict in verdicts for shot in verdict.shots]
-    cuts = [cut for verdict in verdicts for cut in verdict.cuts]
-    returns = [back for verdict in verdicts for back in verdict.returns]
-    columns = list(zip(*(verdict.quarters for verdict in verdicts), strict=True))
-    quarters: list[dict[str, Any]] = [
-        {
-            **{k: float(np.mean([getattr(q, k) for q in column])) for k in _QUALITY},
-            "all_right": _rate_of(
-                sum(q.pieces_right for q in column), sum(q.pieces for q in column)
-            ),
-        }
-        for column in columns
-    ]
-    first, last = (quarters[k]["all_right"]["rate"] for k in (0, -1))
-    return {
-        **{k: _rate(shots, lambda shot, k=k: shot.right[k]) for k in ATTRIBUTES},
-        "all_right": _rate(shots, lambda shot: shot.all_right),
-        "identity_held": _rate(shots, lambda shot: shot.identity_held),
-        "cut_exact": _rate(cuts, lambda cut: cut.exact),
-        "cut_found": _rate(cuts, lambda cut: cut.found is not None),
-        "return_held": _rate(returns, lambda back: back.held),
-        "return_mark": _rate(returns, lambda back: back.same_mark),
-        "return_size": _rate(returns, lambda back: back.same_size),
-        "extra_cuts": sum(len(verdict.extra_cuts) for verdict in verdicts),
-        "drift": float(np.mean([verdict.drift for verdict in verdicts])),
-        "last_to_first": last / first if first and last is not None else None,
-        "quarters": quarters,
-        "videos": len(verdicts),
-    }
-
-
-_QUALITY = ("error", "overlap", "sharpness")
-
-
-def _rate(items: Sequence, test: Callable[..., bool]) -> dict:
-    return _rate_of(sum(bool(test(item)) for item in items), len(items))
-
-
-def _rate_of(right: int, n: int) -> dict:
-    low, high = wilson(right, n)
-    return {"rate": right / n if n else None, "n": n, "low": low, "high": high}

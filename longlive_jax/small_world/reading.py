@@ -1,9 +1,9 @@
-"""Read the scene off each frame of a small-world video, from its pixels alone.
+"""Per-frame readings of small-world videos: the scene in each frame, measured from its pixels.
 
-Every frame is explained as one shape with a centre mark on a plain ground. Position, size and
-shape come from matched filters whose three colours are free, so that blur, noise or a wrong colour
-do not decide what shape it is; colours are then averaged well inside the fitted regions. The
-frame is a torus, so a subject on the border is as easy as one in the middle.
+The model of a frame is one shape with a centre marker on a plain background. Position, size and
+shape come from matched filters with three free colours, so blur, noise or a wrong colour do not
+affect the shape reading. Colours are then averaged well inside the fitted regions. Frames are tori,
+so a subject at the border is read as well as one in the middle.
 """
 
 from __future__ import annotations
@@ -15,37 +15,45 @@ import numpy as np
 
 from longlive_jax.small_world import drawing
 from longlive_jax.small_world.drawing import HEIGHT, WIDTH
-from longlive_jax.small_world.words import BACKGROUNDS, COLOURS, MARKS, SHAPES
+from longlive_jax.small_world.words import BACKGROUNDS, COLOURS, MARKERS, SHAPES
 from longlive_jax.typing import Float, Int
 
 UNCLEAR = -1
-"""The reading of an attribute that no known value explains."""
+"""Reading of an attribute that matches no known value."""
 
-_CROP = 48  # pixels: every template fits in it, offsets included
-_OFFSETS = np.arange(-2.0, 2.5)
-_RADII = np.arange(11.0, 21.0)
-_LEAST_EXPLAINED = 0.5  # share of a frame's variance, below which there is no shape
-_FARTHEST = 0.65  # Euclidean distance of an RGB in [-1, 1] to the nearest known colour
-_PLAIN = (0.25, 0.4)  # a ground is plain if this share of pixels is within this of its median
-_BATCH = 64  # frames
+_CROP = 48  # pixels; contains every template, offsets included
+_OFFSETS = np.arange(-2.0, 2.5)  # pixels, in x and y
+_RADII = np.arange(11.0, 21.0)  # pixels
+_MIN_EXPLAINED = 0.5  # explained share of a frame's variance, below which it has no shape
+_MAX_COLOUR_DISTANCE = 0.65  # Euclidean, RGB in [-1, 1], to the nearest known colour
+_PLAIN_DISTANCE = 0.25  # largest difference of a channel between a plain background and its median
+_PLAIN_SHARE = 0.4  # smallest share of pixels within that distance
+_BATCH = 64  # frames read together
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameReadings:
-    """One entry per frame.
+    """Readings of a video, one entry per frame. Pixel values are in [-1, 1].
 
-    shape, colour, mark, background: index into SHAPES, COLOURS, MARKS, BACKGROUNDS, or UNCLEAR.
-    x, y, radius: of the subject, in pixels. explained: share of variance the fit explains.
-    overlap: intersection over union of the subject's pixels with the fitted outline.
-    error: root mean square difference to the clean drawing of the scene that was read, in units
-    of pixel values in [-1, 1]. sharpness: energy of pixel differences relative to that drawing's.
-    change: mean absolute difference of 4 x 4 pixel means, which noise hardly moves, to the frame
-    before (0 for the first).
+    Attributes:
+      shape: index into SHAPES, or UNCLEAR.
+      colour: index into COLOURS, or UNCLEAR.
+      marker: index into MARKERS, or UNCLEAR.
+      background: index into BACKGROUNDS, or UNCLEAR.
+      x: horizontal centre of the subject in pixels.
+      y: vertical centre of the subject in pixels.
+      radius: radius of the subject in pixels.
+      explained: share of the frame's variance that the fitted template explains.
+      overlap: intersection over union of the subject's pixels and the fitted outline.
+      error: root mean square difference from a clean rendering of the scene that was read.
+      sharpness: energy of pixel differences, relative to that rendering.
+      change: mean absolute difference from the previous frame (0 for the first frame), between
+        means over 4 x 4 pixels, which are robust to noise.
     """
 
     shape: Int[np.ndarray, " f"]
     colour: Int[np.ndarray, " f"]
-    mark: Int[np.ndarray, " f"]
+    marker: Int[np.ndarray, " f"]
     background: Int[np.ndarray, " f"]
     x: Float[np.ndarray, " f"]
     y: Float[np.ndarray, " f"]
@@ -61,21 +69,21 @@ class FrameReadings:
 
 
 def read_frames(video: Float[np.ndarray, "f h w 3"]) -> FrameReadings:
-    """Read every frame of a float video in [-1, 1], HEIGHT x WIDTH pixels.
+    """Reads every frame of a video: floats in [-1, 1], HEIGHT x WIDTH pixels.
 
-    Raises ValueError for another size, for no frames and for pixels that are not finite.
+    Raises:
+      ValueError: if the video has another size, no frames, integer pixels or non-finite pixels.
     """
     video = np.asarray(video)
     if video.ndim != 4 or video.shape[1:] != (HEIGHT, WIDTH, 3) or not len(video):
         raise ValueError(
-            f"the judge reads [f, {HEIGHT}, {WIDTH}, 3] with at least one frame, "
-            f"not {list(video.shape)}"
+            f"video must have shape [f, {HEIGHT}, {WIDTH}, 3] with f >= 1, got {list(video.shape)}"
         )
     if not np.issubdtype(video.dtype, np.floating):
-        raise ValueError(f"pixels are {video.dtype}; give floats in [-1, 1]")
+        raise ValueError(f"pixels must be floats in [-1, 1], got {video.dtype}")
     if not np.isfinite(video).all():
         bad = int(np.count_nonzero(~np.isfinite(video)))
-        raise ValueError(f"{bad} pixel values are not finite: the video is broken, not just wrong")
+        raise ValueError(f"{bad} pixel values are not finite; the generator has diverged")
     video = video.astype(np.float32, copy=False)
     parts = [_read(video[at : at + _BATCH]) for at in range(0, len(video), _BATCH)]
     merged = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -85,32 +93,40 @@ def read_frames(video: Float[np.ndarray, "f h w 3"]) -> FrameReadings:
 
 
 def _read(video: np.ndarray) -> dict[str, np.ndarray]:
+    """Fields of `FrameReadings` for a batch of frames, with `coarse` in place of `change`."""
+    # 1. Fit shape, size and position to what differs from the background.
     ground = np.median(video[:, ::2, ::2].reshape(len(video), -1, 3), axis=1)
     away = np.abs(video - ground[:, None, None]).max(-1)
     row, column = _locate(away)
     shape, radius, y, x, explained = _fit(video, row, column)
     outline, dot = drawing.coverage(shape, radius, x, y)
+
+    # 2. Average colours inside the fitted regions and match them to the known ones.
     inside = ((outline >= 0.999) & (dot <= 0.001)).astype(np.float32)
     body = _mean_over(video, inside)
     centre = _mean_over(video, (dot >= 0.999).astype(np.float32))
+    background, background_distance = _nearest(ground, BACKGROUNDS)
+    colour, colour_distance = _nearest(body, COLOURS)
+    marker, marker_distance = _nearest(centre, MARKERS)
 
-    background, ground_off = _nearest(ground, BACKGROUNDS)
-    colour, colour_off = _nearest(body, COLOURS)
-    mark, mark_off = _nearest(centre, MARKS)
+    # 3. Compare with a clean rendering of that scene.
     clean = drawing.compose(
         outline,
         dot,
         drawing.levels(BACKGROUNDS)[background],
         drawing.levels(COLOURS)[colour],
-        drawing.levels(MARKS)[mark],
+        drawing.levels(MARKERS)[marker],
     )
-    seen = explained >= _LEAST_EXPLAINED
-    plain = (away < _PLAIN[0]).mean((1, 2)) >= _PLAIN[1]
+    has_shape = explained >= _MIN_EXPLAINED
+    is_plain = (away < _PLAIN_DISTANCE).mean((1, 2)) >= _PLAIN_SHARE
+    has_colour = has_shape & (colour_distance < _MAX_COLOUR_DISTANCE)
+    has_marker = has_shape & (marker_distance < _MAX_COLOUR_DISTANCE)
+    has_background = is_plain & (background_distance < _MAX_COLOUR_DISTANCE)
     return {
-        "shape": np.where(seen, shape, UNCLEAR),
-        "colour": np.where(seen & (colour_off < _FARTHEST), colour, UNCLEAR),
-        "mark": np.where(seen & (mark_off < _FARTHEST), mark, UNCLEAR),
-        "background": np.where(plain & (ground_off < _FARTHEST), background, UNCLEAR),
+        "shape": np.where(has_shape, shape, UNCLEAR),
+        "colour": np.where(has_colour, colour, UNCLEAR),
+        "marker": np.where(has_marker, marker, UNCLEAR),
+        "background": np.where(has_background, background, UNCLEAR),
         "x": x % WIDTH,
         "y": y % HEIGHT,
         "radius": radius,
@@ -123,14 +139,14 @@ def _read(video: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _locate(away: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rough centre (row, column) of the subject, from each pixel's distance to the ground."""
+    """Approximate centre (row, column) of the subject, from pixel distances to the background."""
     weight = np.clip(away - 0.15, 0, 1)
     blurred = np.fft.irfft2(np.fft.rfft2(weight) * _disc(), s=(HEIGHT, WIDTH))
     best = blurred.reshape(len(away), -1).argmax(1)
     row, column = (best // WIDTH).astype(float), (best % WIDTH).astype(float)
-    for _ in range(2):  # the brightest disc is off for lopsided shapes; move to the centroid
-        dy = _nearby(np.arange(HEIGHT) - row[:, None], HEIGHT)
-        dx = _nearby(np.arange(WIDTH) - column[:, None], WIDTH)
+    for _ in range(2):  # the best disc is off-centre for asymmetric shapes; move to the centroid
+        dy = _wrapped(np.arange(HEIGHT) - row[:, None], HEIGHT)
+        dx = _wrapped(np.arange(WIDTH) - column[:, None], WIDTH)
         near = weight * (dy[:, :, None] ** 2 + dx[:, None, :] ** 2 < (_CROP / 2) ** 2)
         total = np.maximum(near.sum((1, 2)), 1e-6)
         row += (near.sum(2) * dy).sum(1) / total
@@ -140,13 +156,13 @@ def _locate(away: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _disc() -> np.ndarray:
-    """Fourier transform of a disc about the size of a subject, centred on pixel (0, 0)."""
-    one = np.zeros(1)
-    outline, _ = drawing.coverage(np.zeros(1, int), np.full(1, 13.0), one, one)
+    """Fourier transform of a disc of about a subject's size, centred on pixel (0, 0)."""
+    origin = np.zeros(1)
+    outline, _ = drawing.coverage(np.zeros(1, int), np.full(1, 13.0), origin, origin)
     return np.fft.rfft2(outline[0])
 
 
-def _nearby(offset: np.ndarray, period: int) -> np.ndarray:
+def _wrapped(offset: np.ndarray, period: int) -> np.ndarray:
     return (offset + period / 2) % period - period / 2
 
 
@@ -154,8 +170,8 @@ def _nearby(offset: np.ndarray, period: int) -> np.ndarray:
 def _templates() -> np.ndarray:
     """Matched filters [2, shape * radius * y * x, crop * crop], whitened per template.
 
-    The two filters of a template span body and mark once the frame's mean is taken off, so the
-    sum of their squared responses is the variance that the best three colours explain.
+    After subtraction of the frame's mean, the two filters of a template span body and marker. The
+    sum of their squared responses is the variance that the three best colours explain.
     """
     grid = np.meshgrid(np.arange(len(SHAPES)), _RADII, _OFFSETS, _OFFSETS, indexing="ij")
     shape, radius, dy, dx = (g.reshape(-1) for g in grid)
@@ -172,7 +188,8 @@ def _templates() -> np.ndarray:
 
 
 def _fit(video: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Shape, radius, y, x and explained share of the best template of each frame."""
+    """Shape, radius, y, x and explained variance share of each frame's best template."""
+    # Crops around the approximate centres, without the frame's mean.
     frames = len(video)
     top, left = np.round(row).astype(int), np.round(column).astype(int)
     span = np.arange(_CROP) - _CROP // 2
@@ -181,11 +198,13 @@ def _fit(video: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.nda
     mean = video.mean((1, 2))
     crop = video[np.arange(frames)[:, None, None], rows[:, :, None], columns[:, None, :]]
     crop = (crop - mean[:, None, None]).reshape(frames, -1, 3).transpose(0, 2, 1)
+    # Responses of all templates, and the best one.
     first, second = (crop.reshape(frames * 3, -1) @ part.T for part in _templates())
     power = (first**2 + second**2).reshape(frames, 3, -1).sum(1)
     power = power.reshape(frames, len(SHAPES), len(_RADII), len(_OFFSETS), len(_OFFSETS))
     total = np.square(video - mean[:, None, None]).sum((1, 2, 3))
     best = np.unravel_index(power.reshape(frames, -1).argmax(1), power.shape[1:])
+    # Refine radius and position between the grid's points.
     fine = [
         axis[best[k]] + _peak(power, best, k) * (axis[1] - axis[0])
         for k, axis in ((1, _RADII), (2, _OFFSETS), (3, _OFFSETS))
@@ -195,7 +214,7 @@ def _fit(video: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.nda
 
 
 def _peak(power: np.ndarray, best: tuple[np.ndarray, ...], axis: int) -> np.ndarray:
-    """Vertex, in grid steps, of the parabola through the best template and its neighbours."""
+    """Offset, in grid steps, of the parabola's vertex through the best template's neighbours."""
     size = power.shape[axis + 1]
 
     def at(step: int) -> np.ndarray:
@@ -210,28 +229,34 @@ def _peak(power: np.ndarray, best: tuple[np.ndarray, ...], axis: int) -> np.ndar
 
 
 def _mean_over(video: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Mean colour [f, 3] of the pixels with a weight [f, h, w] of 1; 0 where there are none."""
     frames = len(video)
     total = weight.reshape(frames, 1, -1) @ video.reshape(frames, -1, 3)
     return total[:, 0] / np.maximum(weight.sum((1, 2)), 1)[:, None]
 
 
 def _nearest(rgb: np.ndarray, table) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the nearest colour of a table, and the Euclidean distance to it."""
+    """Index of the nearest colour in a table, and the Euclidean distance to it."""
     gap = np.linalg.norm(rgb[:, None] - drawing.levels(table), axis=-1)
     return gap.argmin(1), gap.min(1)
 
 
 def _overlap(video, outline, dot, ground, body) -> np.ndarray:
-    """Intersection over union; the mark may look like the ground, so it counts as found."""
-    axis = body - ground  # nearer to the body than to the ground: past the middle of this axis
+    """Intersection over union of subject and outline.
+
+    The subject's pixels are those nearer to the body's colour than to the background's, and the
+    marker, which may have the background's colour.
+    """
+    axis = body - ground
     middle = (axis * (body + ground)).sum(-1) / 2
     along = (video.reshape(len(video), -1, 3) @ axis[:, :, None])[..., 0]
-    found = (along > middle[:, None]).reshape(outline.shape) | (dot > 0)
-    drawn = outline > 0.5
-    union = (found | drawn).sum((1, 2))
-    return (found & drawn).sum((1, 2)) / np.maximum(union, 1)
+    subject = (along > middle[:, None]).reshape(outline.shape) | (dot > 0)
+    fitted = outline > 0.5
+    union = (subject | fitted).sum((1, 2))
+    return (subject & fitted).sum((1, 2)) / np.maximum(union, 1)
 
 
 def _edge_energy(video: np.ndarray) -> np.ndarray:
+    """Sum of squared differences between neighbouring pixels, per frame."""
     across = np.square(np.diff(video, axis=2)).sum((1, 2, 3))
     return across + np.square(np.diff(video, axis=1)).sum((1, 2, 3))

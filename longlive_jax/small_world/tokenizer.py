@@ -1,4 +1,4 @@
-"""The small world's SentencePiece model: every word of its captions is one piece."""
+"""SentencePiece model of the small world, with one piece per word of its captions."""
 
 import io
 import re
@@ -11,38 +11,41 @@ from longlive_jax.models.umt5.tokenizer import EOS, PAD, Tokenizer, clean
 from longlive_jax.small_world.words import all_captions
 
 TEXT_LENGTH = 16
-"""Tokens of a prompt: the cut prefix, the longest caption, the end mark, and some to spare."""
+"""Tokens per prompt: enough for cut prefix, longest caption, full stop and end of sequence."""
 
 UNKNOWN = 2
-"""Piece of words outside the world; also what the text encoder sees in place of a hidden word."""
+"""Id of words outside the vocabulary; also replaces masked words in text-encoder training."""
 
 _PUNCTUATION = re.compile(r"([^\w\s]+)(?=\s|$)")
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark of a word's beginning
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's symbol for the start of a word
 
 
 def words_of(captions: Iterable[str]) -> list[str]:
-    """The distinct words of captions in lower case, then their punctuation marks, each sorted."""
+    """The distinct lower-case words of captions, sorted, then their punctuation marks, sorted."""
     text = (_PUNCTUATION.sub(r" \1", clean(caption).lower()).split() for caption in captions)
-    found = {word for words in text for word in words}
-    return sorted(found, key=lambda word: (bool(_PUNCTUATION.fullmatch(word)), word))
+    distinct = {word for words in text for word in words}
+    return sorted(distinct, key=lambda word: (bool(_PUNCTUATION.fullmatch(word)), word))
 
 
 def train_tokenizer(captions: Iterable[str]) -> bytes:
-    """A SentencePiece model whose pieces are the words of `captions`.
+    """Trains a SentencePiece model whose pieces are the words of `captions`.
 
-    Numbers: padding 0, end mark 1, unknown 2, then `words_of` in order. Case is folded.
-    The same words give the same bytes.
-    A run of unknown words is one unknown piece, which the text encoder learns to guess from its
-    context, so a foreign adjective does not break a prompt.
+    Ids: 0 padding, 1 end of sequence, 2 unknown, then `words_of(captions)` in order. Case is
+    folded, and the same words give the same bytes. Consecutive unknown words become one unknown
+    piece. The text encoder learns to infer it from its context, so an adjective outside the
+    vocabulary does not break a prompt.
+
+    Returns:
+      The serialized model.
 
     Raises:
-      ValueError: no captions.
+      ValueError: if there are no captions.
     """
     words = words_of(captions)
     if not words:
         raise ValueError("no captions to train a tokenizer on; give at least one word")
-    # Declared pieces are matched before anything is learnt, longest first, so that nothing is left
-    # to learn and the vocabulary holds exactly these words, without pieces of words.
+    # User-defined symbols are matched first, longest first. Nothing is left to learn, so the
+    # vocabulary consists of exactly these words, without subwords.
     pieces = [word if _PUNCTUATION.fullmatch(word) else _SPACE + word for word in words]
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
@@ -63,5 +66,5 @@ def train_tokenizer(captions: Iterable[str]) -> bytes:
 
 
 def world_tokenizer() -> Tokenizer:
-    """The tokenizer of the small world's captions and cut prefix; `.model` holds its bytes."""
+    """The tokenizer of the small world's captions and cut prefix; `.model` is its serialization."""
     return Tokenizer(train_tokenizer([CUT_PREFIX, *all_captions()]))

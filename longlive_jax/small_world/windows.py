@@ -1,8 +1,8 @@
-"""Training data of the small world's DiT: videos as latents, and windows of them as episodes.
+"""Training windows of the small world's DiT, cut from encoded videos.
 
-Videos are encoded once, whole, so a window's latents carry the VAE's causal past exactly as they do
-when a video is sampled. An episode is cut from a video the way the sampler would see it: the global
-sink, the shot sink, the recent chunks, then the chunks to denoise.
+Every video is encoded once and from its start, so the latents of a window depend on the VAE's
+causal past exactly as in sampling. A window consists of what the sampler attends to (the global
+sink, the shot sink and the recent chunks), followed by the chunks to denoise.
 """
 
 import concurrent.futures
@@ -25,48 +25,57 @@ from pallas_kernels.tokens import EMPTY
 
 @dataclasses.dataclass(frozen=True)
 class EncodedVideos:
-    """Latents of many videos of equal length, and which prompt every chunk has."""
+    """Latents of n videos with k chunks each, and their prompts.
 
-    latents: Float[np.ndarray, "n f h w c"]  # float16 at rest
-    prompt: Int[np.ndarray, "n k"]  # row of `prompt_table()`
+    Attributes:
+      latents: latent frames, float16.
+      prompt: row of `prompt_table()` per chunk.
+      shot: index of the shot per chunk.
+    """
+
+    latents: Float[np.ndarray, "n f h w c"]
+    prompt: Int[np.ndarray, "n k"]
     shot: Int[np.ndarray, "n k"]
 
 
 def prompt_table() -> tuple[str, ...]:
-    """Every prompt a chunk can have: captions, captions after a cut, and the empty one (last)."""
+    """All prompts of chunks: captions, captions with the cut prefix, and last the empty prompt."""
     plain = words.all_captions()
     return (*plain, *(CUT_PREFIX + text for text in plain), "")
 
 
 def chunk_prompts(spec: VideoSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt row and shot index of every chunk; the first chunk after a cut has the prefix."""
+    """Prompt row and shot index of every chunk, int32 [k] each.
+
+    The first chunk after a cut has the cut prefix in its prompt.
+    """
     plain = words.all_captions()
     prompt, shot = [], []
-    for i, one in enumerate(spec.shots):
-        row = plain.index(one.caption)
+    for i, shot_spec in enumerate(spec.shots):
+        row = plain.index(shot_spec.caption)
         first = row + len(plain) * (i > 0)
-        prompt += [first] + [row] * (one.chunks - 1)
-        shot += [i] * one.chunks
+        prompt += [first] + [row] * (shot_spec.chunks - 1)
+        shot += [i] * shot_spec.chunks
     return np.array(prompt, np.int32), np.array(shot, np.int32)
 
 
 def encode_videos(
     vae: VAE, *, videos: int, chunks: int, shot_chunks: tuple[int, int], seed: int, batch: int = 8
 ) -> Iterator[EncodedVideos]:
-    """Draws, renders and encodes `videos` training videos, `batch` at a time."""
+    """Samples, renders and encodes `videos` training videos, and yields them `batch` at a time."""
     encode_batch = jax.jit(lambda frames: encode(vae, frames, chunk_frames=CHUNK_LATENTS + 1))
     rng = np.random.default_rng(seed)
 
-    def drawn() -> tuple[list[VideoSpec], np.ndarray]:
+    def render_batch() -> tuple[list[VideoSpec], np.ndarray]:
         specs = [sample_spec(rng, chunks=chunks, shot_chunks=shot_chunks) for _ in range(batch)]
         return specs, np.stack([render(spec) for spec in specs])
 
-    with concurrent.futures.ThreadPoolExecutor(1) as painter:  # draws while the VAE works
-        following = painter.submit(drawn)
+    with concurrent.futures.ThreadPoolExecutor(1) as renderer:  # renders while the VAE encodes
+        pending = renderer.submit(render_batch)
         for done in range(batch, videos + batch, batch):
-            specs, frames = following.result()
+            specs, frames = pending.result()
             if done < videos:
-                following = painter.submit(drawn)
+                pending = renderer.submit(render_batch)
             z = encode_batch(jnp.asarray(frames))
             prompt, shot = (np.stack(x) for x in zip(*map(chunk_prompts, specs), strict=True))
             yield EncodedVideos(np.asarray(z, np.float16), prompt, shot)
@@ -74,15 +83,17 @@ def encode_videos(
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-    """Shape of an episode and the sampler's window that it imitates, in chunks.
+    """Shape of a training window, which imitates the sampler's attention window.
 
     Attributes:
-      targets: consecutive chunks to denoise, beside the video's first one.
-      window: chunks that a chunk may see, itself and sinks included.
-      phase: frames added to temporal positions at every cut.
-      far: most frames by which the rest of a video is moved away from its global sink; the recent
-        chunks are moved from their shot sink by up to a quarter of it. So videos of seconds teach
-        distances of minutes.
+      batch: windows per batch.
+      targets: consecutive chunks to denoise, in addition to the video's first chunk.
+      window: chunks that a chunk attends to, including itself and the sinks.
+      global_sinks: chunks in the global sink, 0 or 1.
+      shot_rope_offset: latent frames added to temporal positions at every cut.
+      far: maximum random gap, in latent frames, between the global sink and the rest of the
+        video. The recent chunks are also moved away from their shot sink, by up to far / 4.
+        In this way videos of seconds train distances of minutes.
     """
 
     batch: int = 16
@@ -95,24 +106,31 @@ class WindowSpec:
     def __post_init__(self) -> None:
         if self.global_sinks not in (0, 1):
             raise ValueError(
-                f"episodes.global_sinks is {self.global_sinks}; an episode carries the video's "
-                "first chunk or none, so give 0 or 1"
+                f"windows.global_sinks must be 0 or 1, got {self.global_sinks}: the global sink is "
+                "the video's first chunk"
             )
 
     @property
     def context_chunks(self) -> int:
-        """Of an episode: both sinks, and what the targets can see before them."""
+        """Number of context chunks: both sinks, and the chunks before the last target."""
         return 2 + (self.window - 1) + (self.targets - 1)
 
     @property
     def target_chunks(self) -> int:
-        """Of an episode, the video's first included."""
+        """Number of target chunks, including the video's first."""
         return 1 + self.targets
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowBatches(Sequence):
-    """Batch i of the run as a function of i; entries as in `TeacherForcingBatch`."""
+    """Training batches as a function of their index, with the fields of `TeacherForcingBatch`.
+
+    Attributes:
+      videos: videos to cut windows from.
+      spec: shape of the windows.
+      steps: number of batches.
+      seed: random seed.
+    """
 
     videos: EncodedVideos
     spec: WindowSpec
@@ -124,21 +142,25 @@ class WindowBatches(Sequence):
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, int(i)))
-        rows = [self._episode(rng) for _ in range(self.spec.batch)]
+        rows = [self._window(rng) for _ in range(self.spec.batch)]
         return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
 
-    def _episode(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _window(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A random window of a random video."""
+        # 1. Choose the video and the target chunks.
         spec, m = self.spec, CHUNK_LATENTS
         video = int(rng.integers(len(self.videos.latents)))
         shot, prompt = self.videos.shot[video], self.videos.prompt[video]
         first = int(rng.integers(1, len(shot) - spec.targets + 1))
         target = np.array([0, *range(first, first + spec.targets)])
-        window_start, sink = (column[video] for column in self._windows)
+        # 2. Collect the chunks that the sampler would attend to.
+        window_start, sink = (column[video] for column in self._attention_windows)
         recent = range(first - spec.window + 1, first + spec.targets - 1)
         context = _distinct([0, int(sink[first]), *recent])
         order = np.concatenate([context, target])
-        there = np.maximum(order, 0)
-        frames = (there[:, None] * m + np.arange(m)).reshape(-1)
+        # 3. Gather their latents; EMPTY chunks carry those of chunk 0 and are never attended to.
+        chunks = np.maximum(order, 0)
+        frames = (chunks[:, None] * m + np.arange(m)).reshape(-1)
         latents = self.videos.latents[video][frames].astype(np.float32)
         cut = m * len(context)
         return {
@@ -146,15 +168,15 @@ class WindowBatches(Sequence):
             "target": latents[cut:],
             "mask": np.ones(m * len(target), np.float32),
             "chunk_index": order.astype(np.int32),
-            "start": self._positions(rng, there, shot, first),
-            "window_start": window_start[there],
-            "sink": sink[there],
-            "prompt": prompt[there],
+            "start": self._positions(rng, chunks, shot, first),
+            "window_start": window_start[chunks],
+            "sink": sink[chunks],
+            "prompt": prompt[chunks],
         }
 
     @functools.cached_property
-    def _windows(self) -> tuple[np.ndarray, np.ndarray]:
-        """`window_start` and `sink` of every chunk of every video."""
+    def _attention_windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """`window_start` and `sink` [n, k] of every chunk of every video."""
         cuts = np.diff(self.videos.shot, prepend=0) > 0
         spec = self.spec
         columns = windows(jnp.asarray(cuts), window=spec.window, global_sinks=spec.global_sinks)
@@ -162,6 +184,7 @@ class WindowBatches(Sequence):
         return window_start, sink
 
     def _positions(self, rng, order: np.ndarray, shot: np.ndarray, first: int) -> np.ndarray:
+        """Temporal start positions of the chunks, with random gaps after the sinks."""
         spec = self.spec
         start = order * CHUNK_LATENTS + spec.shot_rope_offset * shot[order]
         start += (order > 0) * rng.integers(spec.far + 1) * (rng.random() < 0.5)
@@ -171,8 +194,8 @@ class WindowBatches(Sequence):
 
 
 def _distinct(chunks: list[int]) -> np.ndarray:
-    """The same chunks with repeats and those before the video replaced by EMPTY."""
-    found: list[int] = []
+    """The chunks, with repeated and negative indices replaced by EMPTY."""
+    distinct: list[int] = []
     for chunk in chunks:
-        found.append(EMPTY if chunk < 0 or chunk in found else chunk)
-    return np.array(found)
+        distinct.append(EMPTY if chunk < 0 or chunk in distinct else chunk)
+    return np.array(distinct)

@@ -1,7 +1,7 @@
-"""What the small world can show and say: attributes, captions, the held-out combinations.
+"""Attributes and captions of the small world, and its train / held-out split.
 
 A caption names four attributes: shape, colour, background and motion. `caption` and
-`parse_caption` are inverse to each other, so whatever is written can be checked in pixels.
+`parse_caption` are inverses of each other, so every caption can be checked against pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BACKGROUNDS = MappingProxyType(
         "mint": (165, 235, 205),
     }
 )
-MARKS = MappingProxyType({"white": (255, 255, 255), "black": (0, 0, 0), "cyan": (0, 220, 230)})
+MARKERS = MappingProxyType({"white": (255, 255, 255), "black": (0, 0, 0), "cyan": (0, 220, 230)})
 MOTIONS = MappingProxyType(
     {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 )
@@ -46,7 +46,17 @@ VOCABULARY = tuple(dict.fromkeys((*_FILLERS, *COLOURS, *SHAPES, *MOTIONS, *BACKG
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The four attributes that a caption names; each is a key of the tables above."""
+    """The four attributes that a caption names.
+
+    Attributes:
+      shape: element of SHAPES.
+      colour: key of COLOURS.
+      background: key of BACKGROUNDS.
+      motion: key of MOTIONS.
+
+    Raises:
+      ValueError: if an attribute is unknown.
+    """
 
     shape: str
     colour: str
@@ -54,16 +64,19 @@ class Scene:
     motion: str
 
     def __post_init__(self) -> None:
-        for kind, known in _KNOWN.items():
-            _check(getattr(self, kind), kind, known)
+        for kind, choices in _CHOICES.items():
+            _check(getattr(self, kind), kind, choices)
 
 
-_KNOWN = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
+_CHOICES = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
 
 
-def _check(word: str, kind: str, known) -> str:
-    if word not in known:
-        raise ValueError(f"unknown {kind} {word!r} in the small world; known: {', '.join(known)}")
+def _check(word: str, kind: str, choices) -> str:
+    """The word itself; ValueError unless it is one of the choices."""
+    if word not in choices:
+        raise ValueError(
+            f"unknown {kind} {word!r} in a small-world caption; use one of {', '.join(choices)}"
+        )
     return word
 
 
@@ -72,7 +85,7 @@ def _article(word: str) -> str:
 
 
 def caption(scene) -> str:
-    """The sentence for anything with the attributes of a `Scene`, such as a `Shot`."""
+    """The caption of a `Scene`, or of anything with its attributes, such as a `ShotSpec`."""
     verb = "stays still" if scene.motion == "still" else f"moves {scene.motion}"
     return (
         f"{_article(scene.colour)} {scene.shape} {verb} on {_article(scene.background)} background"
@@ -80,19 +93,23 @@ def caption(scene) -> str:
 
 
 def parse_caption(text: str) -> Scene:
-    """Read a caption back; case, a final full stop and the cut prefix do not matter.
+    """Parses a caption; case, a final full stop and the cut prefix are ignored.
 
-    Raises ValueError that names the first word which does not fit, and what may stand there.
+    Raises:
+      ValueError: if the text is not a caption; the message names the first word that does not
+        fit and the words allowed in its place.
     """
+    # 1. Strip the cut prefix and the full stop.
     plain = text.strip()
     if plain.lower().startswith(CUT_PREFIX.strip().lower()):
         plain = plain[len(CUT_PREFIX.strip()) :]
     words = re.findall(r"\S+", plain.lower().strip().removesuffix("."))
     if len(words) != 9:
         raise ValueError(
-            f"{text!r} has {len(words)} words, a small-world caption has 9, such as "
+            f"{text!r} has {len(words)} words; a small-world caption has 9, such as "
             f"{'a red circle moves left on a white background'!r}"
         )
+    # 2. Check the fixed words, then the attributes.
     article, colour, shape, verb, motion, on, article2, background, last = words
     for word, allowed in (
         (article, ("a", "an")),
@@ -104,7 +121,9 @@ def parse_caption(text: str) -> Scene:
         _check(word, "word", allowed)
     _check(motion, "motion", MOTIONS)
     if (verb == "stays") != (motion == "still"):
-        raise ValueError(f"{verb + ' ' + motion!r}: a subject 'stays still' or 'moves' somewhere")
+        raise ValueError(
+            f"{verb + ' ' + motion!r} is not a motion; use 'stays still' or 'moves' and a direction"
+        )
     return Scene(
         _check(shape, "shape", SHAPES),
         _check(colour, "colour", COLOURS),
@@ -114,22 +133,25 @@ def parse_caption(text: str) -> Scene:
 
 
 def held_out(shape: str, colour: str, background: str, motion: str) -> bool:
-    """True for the 72 of 720 combinations that training never shows.
+    """Whether a combination is one of the 72 of 720 that are excluded from training.
 
-    A fixed linear rule: every shape-and-colour pair keeps 3 of its 30 combinations back, and
-    every pair of attribute values still occurs in training.
+    The rule is linear and fixed. It excludes 3 of the 30 combinations of every shape-colour pair,
+    and every pair of attribute values still occurs in training.
+
+    Raises:
+      ValueError: if an attribute is unknown.
     """
     index = [
-        tuple(_KNOWN[kind]).index(_check(word, kind, _KNOWN[kind]))
-        for kind, word in zip(_KNOWN, (shape, colour, background, motion), strict=True)
+        tuple(_CHOICES[kind]).index(_check(word, kind, _CHOICES[kind]))
+        for kind, word in zip(_CHOICES, (shape, colour, background, motion), strict=True)
     ]
     return (7 * index[0] + 5 * index[1] + 3 * index[2] + 2 * index[3]) % 10 == 0
 
 
 def all_scenes(split: str | None = None) -> tuple[Scene, ...]:
-    """Every combination, or only those of split "train" or "held_out", in a fixed order."""
+    """All combinations of a split ("train" or "held_out"; None for both), in a fixed order."""
     check_split(split)
-    scenes = (Scene(*words) for words in itertools.product(*_KNOWN.values()))
+    scenes = (Scene(*words) for words in itertools.product(*_CHOICES.values()))
     return tuple(s for s in scenes if split is None or in_split(s, split))
 
 
@@ -139,14 +161,14 @@ def all_captions(split: str | None = None) -> tuple[str, ...]:
 
 
 def check_split(split: str | None) -> None:
-    """Raise ValueError unless split is None, "train" or "held_out"."""
+    """Raises ValueError unless split is None, "train" or "held_out"."""
     if split not in (None, "train", "held_out"):
-        raise ValueError(f"split {split!r} is neither 'train' nor 'held_out' (None: both)")
+        raise ValueError(f"split must be 'train', 'held_out' or None (both), got {split!r}")
 
 
 def in_split(scene, split: str | None) -> bool:
-    """Whether a scene (or shot) may be shown in this split; None allows every one."""
+    """Whether a scene or shot belongs to a split; everything belongs to None."""
     if split is None:
         return True
-    held = held_out(scene.shape, scene.colour, scene.background, scene.motion)
-    return held == (split == "held_out")
+    is_held_out = held_out(scene.shape, scene.colour, scene.background, scene.motion)
+    return is_held_out == (split == "held_out")

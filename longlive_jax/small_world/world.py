@@ -1,9 +1,9 @@
 """Seeded, captioned multi-shot videos of moving shapes, drawn in numpy.
 
-Frames follow the layout of a causal VAE with temporal ratio 4: the first chunk of n latents is
-1 + 4 (n - 1) raw frames long, every later one 4 n. A subject keeps what its caption does not
-say (size and centre mark) through a shot and whenever it returns: that is the identity that a
-generator has to remember.
+Frames follow the layout of a causal VAE with temporal stride 4: the first chunk of n latents has
+1 + 4 (n - 1) raw frames, every later chunk 4 n. A subject's identity is what its caption does not
+mention: its size and the marker at its centre. Both stay the same through a shot and whenever the
+subject returns, so a generator must carry them through its context.
 """
 
 from __future__ import annotations
@@ -16,34 +16,49 @@ import numpy as np
 
 from longlive_jax.small_world import drawing, words
 from longlive_jax.small_world.drawing import HEIGHT, SPEED, WIDTH
-from longlive_jax.small_world.words import BACKGROUNDS, COLOURS, MARKS, MOTIONS, SHAPES
+from longlive_jax.small_world.words import BACKGROUNDS, COLOURS, MARKERS, MOTIONS, SHAPES
 from longlive_jax.typing import Float
 
 CHUNK_LATENTS = 4
-TEMPORAL_RATIO = 4
+TEMPORAL_STRIDE = 4
 GRID = 8
-"""Pixels between the places where a subject can be when a chunk begins. So few of them, and the
-three sizes, make a world that a small model can learn in an hour; between them things still move
-smoothly."""
-_LEAST_JUMP = 16.0  # pixels: a cut always moves the subject, or it could not be seen
+"""Grid spacing in pixels of subject positions at the start of a chunk.
+
+The coarse grid and the three sizes keep the domain small enough for a small model to learn in an
+hour. Motion between grid positions is still smooth.
+"""
+_MIN_JUMP = 16.0  # pixels that a subject moves at a cut, so that every cut is visible
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One actor. Within a video no two share shape and colour, so a caption identifies it.
+    """A coloured shape. Shape and colour together are unique within a video.
 
-    radius in pixels and mark (a key of MARKS) are its unspoken identity.
+    Attributes:
+      shape: element of SHAPES.
+      colour: key of COLOURS.
+      radius: size in pixels; not mentioned in captions.
+      marker: key of MARKERS, the colour of the centre marker; not mentioned in captions.
     """
 
     shape: str
     colour: str
     radius: float
-    mark: str
+    marker: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Shot:
-    """chunks of one subject on one background; x, y: centre in pixels at its first frame."""
+class ShotSpec:
+    """One subject moving over one background.
+
+    Attributes:
+      subject: the subject.
+      background: key of BACKGROUNDS.
+      motion: key of MOTIONS.
+      x: horizontal centre of the subject in the first frame, in pixels.
+      y: vertical centre of the subject in the first frame, in pixels.
+      chunks: length.
+    """
 
     subject: Subject
     background: str
@@ -67,9 +82,9 @@ class Shot:
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpec:
-    """A whole video: its shots in order, with a cut before each but the first."""
+    """A video: its shots in order, with a cut before every shot but the first."""
 
-    shots: tuple[Shot, ...]
+    shots: tuple[ShotSpec, ...]
 
     @property
     def chunks(self) -> int:
@@ -82,19 +97,19 @@ class VideoSpec:
 
 
 def frame_count(chunks: int, chunk_latents: int = CHUNK_LATENTS) -> int:
-    """Raw frames of the first `chunks` chunks (0 for none)."""
-    return TEMPORAL_RATIO * chunks * chunk_latents - (TEMPORAL_RATIO - 1) if chunks else 0
+    """Number of raw frames in the first `chunks` chunks; 0 for 0 chunks."""
+    return TEMPORAL_STRIDE * chunks * chunk_latents - (TEMPORAL_STRIDE - 1) if chunks else 0
 
 
 def chunk_count(frames: int, chunk_latents: int = CHUNK_LATENTS) -> int:
-    """The least number of chunks that holds so many raw frames."""
-    return -(-(frames + TEMPORAL_RATIO - 1) // (TEMPORAL_RATIO * chunk_latents))
+    """Smallest number of chunks that holds `frames` raw frames."""
+    return -(-(frames + TEMPORAL_STRIDE - 1) // (TEMPORAL_STRIDE * chunk_latents))
 
 
 def frame_bounds(
     spec: VideoSpec, chunk_latents: int = CHUNK_LATENTS
 ) -> tuple[tuple[int, int], ...]:
-    """(first, one past last) raw frame of every shot."""
+    """Raw-frame range (start, stop) of every shot; `stop` is exclusive."""
     ends = np.cumsum([0, *(shot.chunks for shot in spec.shots)])
     edges = [frame_count(int(end), chunk_latents) for end in ends]
     return tuple(itertools.pairwise(edges))
@@ -107,52 +122,53 @@ def sample_spec(
     split: str | None = "train",
     shot_chunks: tuple[int, int] = (3, 6),
     shots: int | None = None,
-    cast: int = 3,
+    max_subjects: int = 3,
     chunk_latents: int = CHUNK_LATENTS,
 ) -> VideoSpec:
-    """Draw a video of `chunks` chunks.
+    """Samples the description of a random video.
 
     Args:
-        rng: the only source of randomness.
-        chunks: length of the video; `chunk_count` turns frames into chunks.
-        split: "train" or "held_out": every shot's combination comes from it; None: from both.
-        shot_chunks: least and most chunks of a shot. A video shorter than the least is one shot.
-        shots: exact number of shots; drawn among the possible ones when None.
-        cast: most subjects in one video, at least 2; later shots often bring one back.
-        chunk_latents: latents of a chunk, so that a cut knows where the last subject has got to.
+      rng: the only source of randomness.
+      chunks: length of the video; `chunk_count` converts frames to chunks.
+      split: "train" or "held_out", the split of every shot's combination; None for both.
+      shot_chunks: minimum and maximum chunks per shot; a shorter video is one shot.
+      shots: exact number of shots; None draws one of the possible numbers.
+      max_subjects: maximum number of distinct subjects, at least 2; subjects often return.
+      chunk_latents: latent frames per chunk; they set how far a subject has moved at a cut.
 
     Raises:
-        ValueError: if no number of shots within the limits adds up to `chunks`.
+      ValueError: if `split` or `max_subjects` is invalid, or no shots add up to `chunks`.
     """
     words.check_split(split)
-    if cast < 2:
-        raise ValueError(f"cast {cast} is too small: cuts between subjects need at least 2")
-    lengths = _lengths(rng, chunks, shot_chunks, shots)
-    made: list[Shot] = []
-    known: list[Subject] = []
+    if max_subjects < 2:
+        raise ValueError(f"max_subjects must be >= 2 for cuts between subjects, got {max_subjects}")
+    shot_lengths = _shot_lengths(rng, chunks, shot_chunks, shots)
+    video: list[ShotSpec] = []
+    subjects: list[Subject] = []
     at = 0
-    for length in lengths:
-        last = made[-1] if made else None
-        subject, background, motion = _next_scene(rng, last, known, split, cast)
-        x, y = _place(rng, motion, opening=last is None)
-        if last:
+    for length in shot_lengths:
+        last = video[-1] if video else None
+        subject, background, motion = _next_scene(rng, last, subjects, split, max_subjects)
+        x, y = _start_position(rng, motion, opening=last is None)
+        if last:  # resample the position until the cut is visible
             begin = frame_count(at - last.chunks, chunk_latents)
-            ahead = _position(last, frame_count(at, chunk_latents) - begin)
-            while _distance(ahead, (x, y)) < _LEAST_JUMP:
-                x, y = _place(rng, motion)
-        if subject not in known:
-            known.append(subject)
-        made.append(Shot(subject, background, motion, x, y, length))
+            ahead = _position_after(last, frame_count(at, chunk_latents) - begin)
+            while _distance(ahead, (x, y)) < _MIN_JUMP:
+                x, y = _start_position(rng, motion)
+        if subject not in subjects:
+            subjects.append(subject)
+        video.append(ShotSpec(subject, background, motion, x, y, length))
         at += length
-    return VideoSpec(tuple(made))
+    return VideoSpec(tuple(video))
 
 
 def render(
     spec: VideoSpec, chunk_latents: int = CHUNK_LATENTS, *, frames: slice = slice(None)
 ) -> Float[np.ndarray, "f h w 3"]:
-    """Draw a video, or the given range of its frames at the cost of that range alone.
+    """Renders a video, or a range of its frames at the cost of that range alone.
 
-    Returns float32 in [-1, 1], HEIGHT x WIDTH pixels.
+    Returns:
+      Pixels, float32 in [-1, 1], HEIGHT x WIDTH.
     """
     bounds = frame_bounds(spec, chunk_latents)
     index = np.arange(bounds[-1][1])[frames]
@@ -164,14 +180,15 @@ def render(
 def vae_clips(
     rng: np.random.Generator, batch: int, frames: int, cut_probability: float = 0.5
 ) -> tuple[Float[np.ndarray, "b f h w 3"], Float[np.ndarray, "b f h w"]]:
-    """Short clips for training a VAE: training combinations, at random phases of their motion.
+    """Renders short clips of training combinations, with random sizes and positions, for a VAE.
 
-    A clip has one cut with `cut_probability`, on a frame where a latent begins (1, 5, 9, ...).
+    With probability `cut_probability` a clip has one cut, at the first frame of a latent (1, 5,
+    9, ...).
 
     Returns:
-        video float32 in [-1, 1]; coverage by the subject, float32 in [0, 1].
+      Video, float32 in [-1, 1], and the subject's coverage of every pixel, float32 in [0, 1].
     """
-    starts = np.arange(1, frames, TEMPORAL_RATIO)
+    starts = np.arange(1, frames, TEMPORAL_STRIDE)
     has_cut = (rng.random(batch) < cut_probability) & (len(starts) > 0)
     cut = np.where(has_cut, rng.choice(starts, batch) if len(starts) else 0, frames)
     rows = _random_rows(rng, 2 * batch).reshape(batch, 2, -1)
@@ -185,17 +202,17 @@ def vae_clips(
     )
 
 
-# A row holds shape, colour, background, motion, mark (indices), radius, x, y, first frame.
+# Columns of a row: shape, colour, background, motion, marker (indices), radius, x, y, first frame.
 
 
-def _row(shot: Shot, first: int) -> tuple[float, ...]:
+def _row(shot: ShotSpec, first: int) -> tuple[float, ...]:
     subject = shot.subject
     return (
         SHAPES.index(subject.shape),
         list(COLOURS).index(subject.colour),
         list(BACKGROUNDS).index(shot.background),
         list(MOTIONS).index(shot.motion),
-        list(MARKS).index(subject.mark),
+        list(MARKERS).index(subject.marker),
         subject.radius,
         shot.x,
         shot.y,
@@ -204,8 +221,8 @@ def _row(shot: Shot, first: int) -> tuple[float, ...]:
 
 
 def _draw(rows: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Video and coverage of one row and frame number per frame."""
-    shape, colour, background, motion, mark = rows[:, :5].astype(int).T
+    """Video and coverage, given one row and one frame number per frame."""
+    shape, colour, background, motion, marker = rows[:, :5].astype(int).T
     radius, x, y, first = rows[:, 5:].T
     step = SPEED * np.asarray(list(MOTIONS.values()))[motion] * (index - first)[:, None]
     outline, dot = drawing.coverage(shape, radius, x + step[:, 0], y + step[:, 1])
@@ -214,7 +231,7 @@ def _draw(rows: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         dot,
         drawing.levels(BACKGROUNDS)[background],
         drawing.levels(COLOURS)[colour],
-        drawing.levels(MARKS)[mark],
+        drawing.levels(MARKERS)[marker],
     )
     return video, outline
 
@@ -236,7 +253,7 @@ def _random_rows(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.column_stack(
         [
             scenes[rng.integers(len(scenes), size=n)],
-            rng.integers(len(MARKS), size=n),
+            rng.integers(len(MARKERS), size=n),
             rng.uniform(min(drawing.RADII), max(drawing.RADII), n),
             rng.uniform(0, WIDTH, n),
             rng.uniform(0, HEIGHT, n),
@@ -245,13 +262,13 @@ def _random_rows(rng: np.random.Generator, n: int) -> np.ndarray:
     )
 
 
-def _lengths(rng, chunks: int, limits: tuple[int, int], shots: int | None) -> list[int]:
-    """Random shot lengths within the limits that add up to chunks."""
+def _shot_lengths(rng, chunks: int, limits: tuple[int, int], shots: int | None) -> list[int]:
+    """Random shot lengths within the limits that add up to `chunks`."""
     low, high = limits
     if not 1 <= low <= high or chunks < 1:
         raise ValueError(
-            f"shots of {low} to {high} chunks in a video of {chunks}: need 1 <= least <= most "
-            "and at least one chunk"
+            f"shot_chunks must satisfy 1 <= min <= max, got ({low}, {high}); chunks must be >= 1, "
+            f"got {chunks}"
         )
     if chunks < low and shots in (None, 1):
         return [chunks]
@@ -260,22 +277,22 @@ def _lengths(rng, chunks: int, limits: tuple[int, int], shots: int | None) -> li
         possible = [k for k in possible if k == shots]
     if not possible:
         raise ValueError(
-            f"{'no number of' if shots is None else shots} shots of {low} to {high} chunks add "
+            f"{'no number of' if shots is None else shots} shots of {low} to {high} chunks can add "
             f"up to {chunks} chunks; widen shot_chunks or change chunks"
         )
-    left, lengths = chunks, []
+    remaining, lengths = chunks, []
     for after in reversed(range(int(rng.choice(possible)))):
-        least, most = max(low, left - after * high), min(high, left - after * low)
-        lengths.append(int(rng.integers(least, most + 1)))
-        left -= lengths[-1]
+        shortest, longest = max(low, remaining - after * high), min(high, remaining - after * low)
+        lengths.append(int(rng.integers(shortest, longest + 1)))
+        remaining -= lengths[-1]
     return [lengths[i] for i in rng.permutation(len(lengths))]
 
 
-def _next_scene(rng, last: Shot | None, known: list, split, cast: int) -> tuple:
-    """Subject, background and motion: one of them differs from the last shot, or several."""
+def _next_scene(rng, last: ShotSpec | None, subjects: list, split, max_subjects: int) -> tuple:
+    """Random subject, background and motion; at least one of them differs from the last shot."""
     while True:
         if last is None or rng.random() < 0.6:
-            subject = _choose_subject(rng, last.subject if last else None, known, cast)
+            subject = _choose_subject(rng, last.subject if last else None, subjects, max_subjects)
         else:
             subject = last.subject
         background, motion = (last.background, last.motion) if last else (None, None)
@@ -289,38 +306,38 @@ def _next_scene(rng, last: Shot | None, known: list, split, cast: int) -> tuple:
             return subject, background, motion
 
 
-def _choose_subject(rng, current: Subject | None, known: list, cast: int) -> Subject:
-    """One seen before (not the current one), or a new one with its own shape and colour."""
-    others = [s for s in known if s != current]
-    if others and (len(known) >= cast or rng.random() < 0.5):
+def _choose_subject(rng, current: Subject | None, subjects: list, max_subjects: int) -> Subject:
+    """An earlier subject other than the current one, or a new one with unused shape and colour."""
+    others = [s for s in subjects if s != current]
+    if others and (len(subjects) >= max_subjects or rng.random() < 0.5):
         return others[rng.integers(len(others))]
-    taken = {(s.shape, s.colour) for s in known}
+    used = {(s.shape, s.colour) for s in subjects}
     while True:
         shape, colour = _pick(rng, SHAPES), _pick(rng, COLOURS)
-        if (shape, colour) not in taken:
-            return Subject(shape, colour, _pick(rng, drawing.RADII), _pick(rng, MARKS))
+        if (shape, colour) not in used:
+            return Subject(shape, colour, _pick(rng, drawing.RADII), _pick(rng, MARKERS))
 
 
-def _place(rng, motion: str, opening: bool = False) -> tuple[float, float]:
-    """Centre at a shot's first frame, on the grid.
+def _start_position(rng, motion: str, opening: bool = False) -> tuple[float, float]:
+    """Random grid position of the centre in a shot's first frame.
 
-    A video's first chunk lacks a few frames; its subject is where these would have taken it, so
-    that all later chunks begin on the grid too.
+    The first chunk of a video is TEMPORAL_STRIDE - 1 frames shorter than the others. In an opening
+    shot the position is advanced by these frames, so that all later chunks also start on the grid.
     """
-    lead = SPEED * (TEMPORAL_RATIO - 1) * opening
+    lead = SPEED * (TEMPORAL_STRIDE - 1) * opening
     ahead = MOTIONS[motion]
     x, y = (GRID * int(rng.integers(size // GRID)) for size in (WIDTH, HEIGHT))
     return (x + lead * ahead[0]) % WIDTH, (y + lead * ahead[1]) % HEIGHT
 
 
-def _position(shot: Shot, frames: int) -> tuple[float, float]:
-    """Centre so many frames after the shot's first, not folded."""
+def _position_after(shot: ShotSpec, frames: int) -> tuple[float, float]:
+    """Centre `frames` frames after the first frame of the shot, not wrapped around."""
     ahead = MOTIONS[shot.motion]
     return shot.x + SPEED * frames * ahead[0], shot.y + SPEED * frames * ahead[1]
 
 
 def _distance(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """Length of the shortest way between two places on the torus."""
+    """Shortest distance between two positions on the torus."""
     across, down = (
         (p - q + size / 2) % size - size / 2
         for p, q, size in zip(a, b, (WIDTH, HEIGHT), strict=True)

@@ -1,4 +1,4 @@
-"""A checkpoint of the small world's kind with random weights: everything runs, nothing is right."""
+"""A small-world checkpoint with tiny models and random weights."""
 
 import pytest
 from flax import nnx
@@ -14,7 +14,7 @@ from longlive_jax.small_world.tokenizer import world_tokenizer
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    """Checkpoint directory; chunks of 4 latents at 64x64 pixels, 2 steps."""
+    """Checkpoint directory; chunks of 4 latent frames at 64x64 pixels, 2 sampling steps."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     tokenizer = world_tokenizer()
     vae = VAEConfig(

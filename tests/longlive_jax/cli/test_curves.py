@@ -1,4 +1,4 @@
-"""Several trainings in one picture."""
+"""Training curves of several runs in one figure."""
 
 import json
 
@@ -6,7 +6,7 @@ from longlive_jax.cli.app import run
 from longlive_jax.io.pictures import read_image
 
 
-def test_runs_are_drawn_together(tmp_path, capsys):
+def test_several_runs_are_plotted_together(tmp_path, capsys):
     for name, losses in (("a", [3.0, 2.0]), ("b", [3.0, 1.0])):
         folder = tmp_path / name
         folder.mkdir()
@@ -18,6 +18,6 @@ def test_runs_are_drawn_together(tmp_path, capsys):
     assert read_image(str(out), (64, 64)).std() > 0.01
 
 
-def test_a_folder_without_numbers_is_named(tmp_path, capsys):
+def test_a_directory_without_metrics_is_reported(tmp_path, capsys):
     assert run(["curves", str(tmp_path)]) == 2
     assert "no metrics.jsonl" in capsys.readouterr().err

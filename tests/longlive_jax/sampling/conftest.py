@@ -22,7 +22,7 @@ from longlive_jax.sampling.drivers import (
 )
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.settings import SampleSpec
-from tests.tiny import TINY, lively, tiny_parts, write_tiny
+from tests.tiny import TINY, activate_outputs, tiny_parts, write_tiny
 
 
 def state_dict_params(tensors):
@@ -112,7 +112,7 @@ class Toy:
             in_channels=4, out_channels=4,
         )  # fmt: skip
         model = DiT(self.config, rngs=nnx.Rngs(0))
-        self.graphdef, self.params = nnx.graphdef(model), lively(params_of(model))
+        self.graphdef, self.params = nnx.graphdef(model), activate_outputs(params_of(model))
         self.sampler = Sampler(self.graphdef)
         self.policy = policy
         texts = jax.random.normal(jax.random.key(9), (4, 6, 12))

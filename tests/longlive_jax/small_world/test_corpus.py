@@ -1,4 +1,4 @@
-"""A corpus is encoded once, kept whole, and never taken for another one."""
+"""Encoding, saving and validation of the corpus of encoded videos."""
 
 import dataclasses
 import shutil
@@ -20,16 +20,17 @@ def encoded(workdir, spec=SPEC, *, seed=0, checkpoint=None):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def saved(tmp_path_factory):
+    """Work directory with a saved corpus, and that corpus."""
     workdir = tmp_path_factory.mktemp("corpus")
     return workdir, encoded(workdir)
 
 
-def test_what_is_kept_is_read_back_in_place_of_encoding(kept, monkeypatch):
-    workdir, made = kept
+def test_a_saved_corpus_is_read_instead_of_encoded(saved, monkeypatch):
+    workdir, videos = saved
     monkeypatch.setattr(corpus, "encode_videos", None)
     again = encoded(workdir)
-    for name, column in vars(made).items():
+    for name, column in vars(videos).items():
         np.testing.assert_array_equal(getattr(again, name), column)
     assert [path.name for path in workdir.iterdir()] == [CORPUS]
 
@@ -42,30 +43,31 @@ def test_what_is_kept_is_read_back_in_place_of_encoding(kept, monkeypatch):
         ({}, 1, "made with seed = 0, this run has 1"),
     ],
 )
-def test_another_corpus_is_refused(kept, changes, seed, message):
+def test_a_corpus_of_other_settings_is_rejected(saved, changes, seed, message):
     with pytest.raises(UserError) as error:
-        encoded(kept[0], dataclasses.replace(SPEC, **changes), seed=seed)
+        encoded(saved[0], dataclasses.replace(SPEC, **changes), seed=seed)
     assert message in str(error.value) and "another --workdir" in str(error.value)
 
 
-def test_a_corpus_of_another_vae_is_refused(kept, tmp_path):
+def test_a_corpus_of_another_vae_is_rejected(saved, tmp_path):
     other = tmp_path / "checkpoint"
     shutil.copytree(builtin_checkpoint(), other)
     manifest = other / "longlive.json"
     manifest.write_text(manifest.read_text().replace("decoder.conv_in.bias", "renamed"))
     with pytest.raises(UserError, match="made with vae = "):
-        encoded(kept[0], checkpoint=other)
+        encoded(saved[0], checkpoint=other)
 
 
-@pytest.mark.parametrize("damage", ["cut", "other"])
-def test_a_damaged_corpus_is_said_to_be(kept, tmp_path, damage):
-    whole = (kept[0] / CORPUS).read_bytes()
-    (tmp_path / CORPUS).write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"no archive")
+@pytest.mark.parametrize("damage", ["truncated", "other"])
+def test_a_damaged_corpus_is_reported(saved, tmp_path, damage):
+    intact = (saved[0] / CORPUS).read_bytes()
+    damaged = intact[: len(intact) // 2] if damage == "truncated" else b"no archive"
+    (tmp_path / CORPUS).write_bytes(damaged)
     with pytest.raises(UserError, match=r"corpus\.npz: damaged"):
         encoded(tmp_path)
 
 
-def test_a_corpus_that_does_not_say_what_it_is_of_is_refused(kept, tmp_path):
-    np.savez(tmp_path / CORPUS, **vars(kept[1]))
+def test_a_corpus_without_an_origin_is_rejected(saved, tmp_path):
+    np.savez(tmp_path / CORPUS, **vars(saved[1]))
     with pytest.raises(UserError, match="made with videos = None"):
         encoded(tmp_path)

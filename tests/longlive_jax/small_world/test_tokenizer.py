@@ -1,3 +1,5 @@
+"""Pieces and ids of the small world's tokenizer."""
+
 import pytest
 
 from longlive_jax.captions import CUT_PREFIX
@@ -17,31 +19,32 @@ def tokenizer():
     return world_tokenizer()
 
 
-def bare(pieces):
+def words(pieces):
+    """Pieces without SentencePiece's symbol for the start of a word."""
     return [piece.removeprefix("\u2581") for piece in pieces]
 
 
 def test_every_word_of_the_world_is_one_piece(tokenizer):
     for word in VOCABULARY:
-        assert bare(tokenizer.pieces(word)) == [word]
+        assert words(tokenizer.pieces(word)) == [word]
     for caption in all_captions():
-        assert bare(tokenizer.pieces(caption)) == caption.split()
+        assert words(tokenizer.pieces(caption)) == caption.split()
 
 
 def test_prefix_and_full_stop(tokenizer):
-    pieces = bare(tokenizer.pieces(CUT_PREFIX + "a red circle."))
+    pieces = words(tokenizer.pieces(CUT_PREFIX + "a red circle."))
     assert pieces == ["the", "scene", "transitions", ".", "a", "red", "circle", "."]
 
 
-def test_nothing_in_the_world_is_unknown_or_too_long(tokenizer):
+def test_no_caption_has_unknown_words_or_is_too_long(tokenizer):
     prompts = [CUT_PREFIX + caption + "." for caption in all_captions()]
     ids, mask = tokenizer.encode(prompts, TEXT_LENGTH)
     assert not (ids == UNKNOWN).any()
     assert not tokenizer.truncations(prompts, TEXT_LENGTH)
-    assert mask.sum(1).max() == 15  # 4 of the prefix, 9 words, full stop, end mark
+    assert mask.sum(1).max() == 15  # 4 of the prefix, 9 words, full stop, end of sequence
 
 
-def test_different_captions_have_different_numbers(tokenizer):
+def test_different_captions_have_different_ids(tokenizer):
     ids, _ = tokenizer.encode(all_captions(), TEXT_LENGTH)
     assert len({row.tobytes() for row in ids}) == len(all_captions())
 
@@ -50,30 +53,30 @@ def test_case_does_not_matter(tokenizer):
     assert tokenizer.pieces("A RED Circle") == tokenizer.pieces("a red circle")
 
 
-def test_foreign_words_are_unknown_and_leave_the_others_alone(tokenizer):
+def test_words_outside_the_vocabulary_are_unknown_and_do_not_affect_others(tokenizer):
     ids, mask = tokenizer.encode(["a shiny red circle, moves 左 left"], TEXT_LENGTH)
     known, _ = tokenizer.encode(["a red circle moves left"], TEXT_LENGTH)
-    kept = [i for i in ids[0][mask[0]] if i != UNKNOWN]
-    assert kept == [i for i in known[0] if i]
-    assert mask.sum() == len(kept) + 3
+    known_ids = [i for i in ids[0][mask[0]] if i != UNKNOWN]
+    assert known_ids == [i for i in known[0] if i]
+    assert mask.sum() == len(known_ids) + 3
 
 
-def test_the_empty_prompt_is_the_end_mark(tokenizer):
+def test_the_empty_prompt_is_the_end_of_sequence(tokenizer):
     ids, mask = tokenizer.encode([""], TEXT_LENGTH)
     assert ids[0, 0] == 1 and mask.sum() == 1
 
 
-def test_same_words_same_bytes(tokenizer):
+def test_the_model_depends_on_the_words_only(tokenizer):
     captions = [CUT_PREFIX, *all_captions()]
     assert train_tokenizer(reversed(captions)) == tokenizer.model
 
 
-def test_other_worlds():
-    words = words_of(["A cube, on top.", "an up-left cone"])
-    assert words == ["a", "an", "cone", "cube", "on", "top", "up-left", ",", "."]
+def test_other_captions():
+    vocabulary = words_of(["A cube, on top.", "an up-left cone"])
+    assert vocabulary == ["a", "an", "cone", "cube", "on", "top", "up-left", ",", "."]
     tokenizer = Tokenizer(train_tokenizer(["A cube, on top.", "an up-left cone"]))
-    assert tokenizer.vocab_size == 3 + len(words)
-    assert bare(tokenizer.pieces("an up-left cube, on top")) == [
+    assert tokenizer.vocab_size == 3 + len(vocabulary)
+    assert words(tokenizer.pieces("an up-left cube, on top")) == [
         "an", "up-left", "cube", ",", "on", "top"
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no captions"):

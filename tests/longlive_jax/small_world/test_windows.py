@@ -1,4 +1,4 @@
-"""Episodes of a hand-made video, and what their targets see against the sampler's windows."""
+"""Training windows: their columns, and their attention compared with the sampler's windows."""
 
 import chex
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from longlive_jax.small_world.windows import (
 )
 from longlive_jax.small_world.world import (
     CHUNK_LATENTS,
-    Shot,
+    ShotSpec,
     Subject,
     VideoSpec,
     sample_spec,
@@ -26,39 +26,40 @@ from pallas_kernels.tokens import EMPTY, make, visible
 SPEC = WindowSpec(batch=48, targets=2, window=4, global_sinks=1, shot_rope_offset=8, far=0)
 
 
-def hand_made():
+def example_video():
     """Three shots of 3, 4 and 5 chunks; the last returns to the first subject."""
     circle = Subject("circle", "red", 12.0, "white")
     cross = Subject("cross", "blue", 10.0, "black")
     return VideoSpec(
         (
-            Shot(circle, "black", "left", 30.0, 30.0, 3),
-            Shot(cross, "black", "left", 60.0, 30.0, 4),
-            Shot(circle, "white", "up", 30.0, 30.0, 5),
+            ShotSpec(circle, "black", "left", 30.0, 30.0, 3),
+            ShotSpec(cross, "black", "left", 60.0, 30.0, 4),
+            ShotSpec(circle, "white", "up", 30.0, 30.0, 5),
         )
     )
 
 
 def encoded(*specs):
-    """Latents that say which video and frame they are: 100 a video, 1 a frame."""
+    """Videos whose latents encode their origin: 100 times the video index plus the frame index."""
     prompt, shot = (np.stack(x) for x in zip(*map(chunk_prompts, specs), strict=True))
     number = 100 * np.arange(len(specs))[:, None] + np.arange(shot.shape[1] * CHUNK_LATENTS)
     ones = np.ones((1, 1, 2, 2, 1), np.float16)
     return EncodedVideos(number[:, :, None, None, None].astype(np.float16) * ones, prompt, shot)
 
 
-def episodes(*specs, spec=SPEC, seed=0):
-    """The first batch's episodes, one dictionary each."""
+def example_windows(*specs, spec=SPEC, seed=0):
+    """The windows of the first batch, one dictionary each."""
     batch = WindowBatches(encoded(*specs), spec, 4, seed)[0]
     return [{k: v[i] for k, v in batch.items()} for i in range(spec.batch)]
 
 
-def starting_at(first, found):
-    return next(e for e in found if e["chunk_index"][-SPEC.targets] == first)
+def starting_at(first, candidates):
+    """The first window whose targets start at chunk `first`."""
+    return next(w for w in candidates if w["chunk_index"][-SPEC.targets] == first)
 
 
 def test_prompts_of_chunks():
-    spec = hand_made()
+    spec = example_video()
     row, shot = chunk_prompts(spec)
     a, b, c = spec.captions
     assert shot.tolist() == 3 * [0] + 4 * [1] + 5 * [2]
@@ -68,56 +69,56 @@ def test_prompts_of_chunks():
     assert prompt_table()[-1] == ""
 
 
-def test_columns_of_an_episode():
-    got = starting_at(8, episodes(hand_made()))
-    row, _ = chunk_prompts(hand_made())
-    # Global sink, shot sink, recent chunks (7 is the shot sink already); then the targets.
+def test_columns_of_a_window():
+    got = starting_at(8, example_windows(example_video()))
+    row, _ = chunk_prompts(example_video())
+    # Global sink, shot sink, recent chunks (7 is already the shot sink), then the targets.
     assert got["chunk_index"].tolist() == [0, 7, 5, 6, EMPTY, 8, 0, 8, 9]
-    there = np.maximum(got["chunk_index"], 0)
+    chunks = np.maximum(got["chunk_index"], 0)
     assert got["window_start"].tolist() == [0, 6, 3, 5, 0, 6, 0, 6, 7]
     assert got["sink"].tolist() == [EMPTY, 3, 3, 3, EMPTY, 7, EMPTY, 7, 7]
     assert got["start"].tolist() == [0, 44, 28, 32, 0, 48, 0, 48, 52]
-    np.testing.assert_array_equal(got["prompt"], row[there])
-    frames = (there[:, None] * CHUNK_LATENTS + np.arange(CHUNK_LATENTS)).reshape(-1)
+    np.testing.assert_array_equal(got["prompt"], row[chunks])
+    frames = (chunks[:, None] * CHUNK_LATENTS + np.arange(CHUNK_LATENTS)).reshape(-1)
     np.testing.assert_array_equal(got["context"][:, 0, 0, 0], frames[: 6 * CHUNK_LATENTS])
     np.testing.assert_array_equal(got["target"][:, 0, 0, 0], frames[6 * CHUNK_LATENTS :])
     assert got["context"].dtype == np.float32 and got["mask"].tolist() == [1.0] * 12
 
 
-def test_there_is_nothing_before_the_video():
-    got = starting_at(1, episodes(hand_made()))
+def test_chunks_before_the_video_are_empty():
+    got = starting_at(1, example_windows(example_video()))
     assert got["chunk_index"].tolist() == [0, EMPTY, EMPTY, EMPTY, EMPTY, 1, 0, 1, 2]
 
 
 @pytest.mark.parametrize(("targets", "window"), [(2, 4), (5, 3)])
-def test_targets_see_exactly_what_the_sampler_sees(targets, window):
-    """All of it is in the context, once, whatever the cuts."""
+def test_targets_attend_to_what_the_sampler_attends_to(targets, window):
+    """The context has every chunk that they attend to exactly once, for any cuts."""
     rng = np.random.default_rng(1)
     specs = [sample_spec(rng, chunks=20, shot_chunks=(1, 7)) for _ in range(4)]
-    wanted = [sampler_sets(one, window) for one in specs]
+    expected = [sampler_sets(video, window) for video in specs]
     spec = WindowSpec(batch=24, targets=targets, window=window, global_sinks=1, far=0)
     context = targets + window
-    for one in episodes(*specs, spec=spec):
-        chunk = one["chunk_index"]
+    for row in example_windows(*specs, spec=spec):
+        chunk = row["chunk_index"]
         noisy = np.arange(len(chunk)) >= context
         pos = np.zeros((len(chunk), 3), np.int32)
         tokens = make(
             pos,
             chunk,
             noisy,
-            window_start=one["window_start"],
-            sink=one["sink"],
+            window_start=row["window_start"],
+            sink=row["sink"],
             global_sinks=spec.global_sinks,
         )
-        seen = visible(tokens, tokens)[context:]
-        np.testing.assert_array_equal(seen[:, context:], np.eye(targets + 1, dtype=bool))
-        past = [sorted(chunk[:context][row]) for row in seen[:, :context]]
-        video = int(one["target"].flat[0]) // 100
-        assert past == [wanted[video][now] for now in chunk[context:]]
+        mask = visible(tokens, tokens)[context:]
+        np.testing.assert_array_equal(mask[:, context:], np.eye(targets + 1, dtype=bool))
+        past = [sorted(chunk[:context][attended]) for attended in mask[:, :context]]
+        video = int(row["target"].flat[0]) // 100
+        assert past == [expected[video][now] for now in chunk[context:]]
 
 
 def sampler_sets(spec, window):
-    """The past chunks that the sampler shows to every chunk of a video."""
+    """The past chunks that the sampler attends to, for every chunk of a video."""
     cuts = np.diff(chunk_prompts(spec)[1], prepend=0) > 0
     columns = windows(jnp.asarray(cuts), window=window, global_sinks=1)
     window_start, sink = (np.asarray(x).tolist() for x in columns)
@@ -127,36 +128,36 @@ def sampler_sets(spec, window):
     ]
 
 
-def test_distances_grow_but_order_stays():
-    far = episodes(hand_made(), spec=WindowSpec(batch=48, targets=2, far=320))
-    moved = set()
-    for one in far:
-        chunk, start = one["chunk_index"], one["start"]
+def test_positions_have_random_gaps_and_stay_ordered():
+    far = example_windows(example_video(), spec=WindowSpec(batch=48, targets=2, far=320))
+    gaps = set()
+    for row in far:
+        chunk, start = row["chunk_index"], row["start"]
         near = np.maximum(chunk, 0) * CHUNK_LATENTS
-        near += SPEC.shot_rope_offset * chunk_prompts(hand_made())[1][np.maximum(chunk, 0)]
+        near += SPEC.shot_rope_offset * chunk_prompts(example_video())[1][np.maximum(chunk, 0)]
         shift = start - near
         late = (chunk >= chunk[-2] - SPEC.window + 1) & (chunk > 0)
-        assert len(set(shift[late])) == 1  # recent chunks and targets keep their distances
+        assert len(set(shift[late])) == 1  # recent chunks and targets move together
         order = np.argsort(chunk[chunk >= 0], kind="stable")
         assert (np.diff(start[chunk >= 0][order]) >= 0).all()
-        moved.add(int(shift[-1] - shift[0]))
-    assert 0 in moved and max(moved) > 100
+        gaps.add(int(shift[-1] - shift[0]))
+    assert 0 in gaps and max(gaps) > 100
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    videos = encoded(hand_made())
-    one, other = (WindowBatches(videos, SPEC, 4, 0) for _ in range(2))
-    assert len(one) == 4
-    chex.assert_trees_all_equal(one[2], other[2])
-    for different in (one[3], WindowBatches(videos, SPEC, 4, 1)[2]):
-        assert not np.array_equal(one[2]["chunk_index"], different["chunk_index"])
+    videos = encoded(example_video())
+    first, second = (WindowBatches(videos, SPEC, 4, 0) for _ in range(2))
+    assert len(first) == 4
+    chex.assert_trees_all_equal(first[2], second[2])
+    for different in (first[3], WindowBatches(videos, SPEC, 4, 1)[2]):
+        assert not np.array_equal(first[2]["chunk_index"], different["chunk_index"])
 
 
-def test_more_global_sinks_than_an_episode_carries_are_refused():
-    with pytest.raises(ValueError, match="give 0 or 1"):
+def test_more_than_one_global_sink_is_rejected():
+    with pytest.raises(ValueError, match="must be 0 or 1, got 2"):
         WindowSpec(global_sinks=2)
 
 
-def test_a_window_without_room_is_refused():
+def test_a_window_that_is_too_small_is_rejected():
     with pytest.raises(ValueError, match="use at least 3"):
-        episodes(hand_made(), spec=WindowSpec(window=2))
+        example_windows(example_video(), spec=WindowSpec(window=2))

@@ -1,3 +1,5 @@
+"""Captions of the small world and its held-out split."""
+
 import dataclasses
 import itertools
 
@@ -7,7 +9,7 @@ from longlive_jax import small_world as sw
 from longlive_jax.captions import CUT_PREFIX
 
 
-def test_captions_read_like_sentences():
+def test_captions_are_sentences():
     assert (
         sw.caption(sw.Scene("circle", "red", "white", "left"))
         == "a red circle moves left on a white background"
@@ -18,7 +20,7 @@ def test_captions_read_like_sentences():
     )
 
 
-def test_parse_inverts_every_caption():
+def test_parsing_inverts_every_caption():
     scenes = sw.all_scenes()
     assert len(scenes) == len(set(sw.all_captions())) == 720
     for scene in scenes:
@@ -40,7 +42,7 @@ def test_parse_inverts_every_caption():
         ("", "has 0 words"),
     ],
 )
-def test_other_sentences_are_refused(text, message):
+def test_other_sentences_are_rejected(text, message):
     with pytest.raises(ValueError, match=message):
         sw.parse_caption(text)
 
@@ -58,7 +60,7 @@ def test_colours_and_backgrounds_cannot_be_confused():
         assert sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) >= 75**2, (a, b)
 
 
-def test_a_tenth_is_held_out_and_every_pair_is_still_trained_on():
+def test_a_tenth_is_held_out_and_training_has_every_pair_of_attributes():
     train, held = sw.all_scenes("train"), sw.all_scenes("held_out")
     assert len(held) == 72 and not set(train) & set(held)
     assert all(sw.held_out(*dataclasses.astuple(scene)) for scene in held)
@@ -72,10 +74,10 @@ def test_a_tenth_is_held_out_and_every_pair_is_still_trained_on():
         }
 
 
-def test_unknown_words_and_splits_are_refused():
+def test_unknown_words_and_splits_are_rejected():
     with pytest.raises(ValueError, match="unknown colour 'teal'"):
         sw.held_out("circle", "teal", "white", "left")
     with pytest.raises(ValueError, match="unknown shape 'blob'"):
         sw.Scene("blob", "red", "white", "left")
-    with pytest.raises(ValueError, match="split 'test'"):
+    with pytest.raises(ValueError, match=r"split must be .*, got 'test'"):
         sw.all_scenes("test")

@@ -10,7 +10,7 @@ from longlive_jax.models.params import params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from tests.longlive_jax.data.clips.models import TEXT_DIM, Z_DIM, write_encoders
 from tests.longlive_jax.data.clips.videos import write_sample
-from tests.tiny import lively
+from tests.tiny import activate_outputs
 
 DIT = DiTConfig(
     dim=64, ffn_dim=64, freq_dim=8, text_dim=TEXT_DIM, text_len=48, heads=4, layers=2,
@@ -37,7 +37,7 @@ def places(tmp_path_factory):
     """A checkpoint with all parts, and clips of four chunks that its encoders made."""
     folder = tmp_path_factory.mktemp("clips")
     checkpoint = write_encoders(folder / "checkpoint")
-    params = lively(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
+    params = activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
     save_component(checkpoint, "dit", params, DIT)
     for name, *lengths in (("a", 40), ("b", 18, 16), ("c", 30, 20), ("d", 33), ("e", 31, 9)):
         write_sample(folder / "videos", name, *lengths)

@@ -50,7 +50,7 @@ from tests.longlive_jax.training.recycled import (
     spec_of,
     uniform_mask,
 )
-from tests.tiny import lively
+from tests.tiny import activate_outputs
 
 
 def test_nothing_is_random_but_the_rolls():
@@ -183,7 +183,7 @@ def test_a_loss_that_recycles():
     batch, key = episode(jax.random.key(4)), jax.random.key(5)
 
     def init(key):
-        return lively(params_of(DiT(DIT, rngs=nnx.Rngs(key))))
+        return activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(key))))
 
     def step(run):
         def judged(params, batch, used):

@@ -35,7 +35,7 @@ from longlive_jax.training.objectives.teacher_forcing import (
     teacher_forcing_loss,
 )
 from pallas_kernels.tokens import EMPTY
-from tests.tiny import lively
+from tests.tiny import activate_outputs
 
 CFG = DiTConfig(
     dim=128, ffn_dim=128, freq_dim=16, text_dim=8, text_len=16, heads=4, layers=2,
@@ -55,7 +55,7 @@ NEAREST = QuantPolicy(
 
 
 def init(key):
-    return lively(params_of(DiT(CFG, rngs=nnx.Rngs(key))))
+    return activate_outputs(params_of(DiT(CFG, rngs=nnx.Rngs(key))))
 
 
 def episode() -> TeacherForcingBatch:

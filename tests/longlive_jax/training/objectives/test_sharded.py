@@ -28,7 +28,7 @@ from longlive_jax.training.objectives.teacher_forcing import (
     teacher_forcing_loss,
 )
 from pallas_kernels.tokens import EMPTY
-from tests.tiny import lively
+from tests.tiny import activate_outputs
 
 CFG = DiTConfig(
     dim=64, ffn_dim=96, freq_dim=16, text_dim=8, text_len=4, heads=8, layers=2,
@@ -39,7 +39,7 @@ MESHES = [(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 
 
 
 def init(key):
-    return lively(params_of(DiT(CFG, rngs=nnx.Rngs(key))))
+    return activate_outputs(params_of(DiT(CFG, rngs=nnx.Rngs(key))))
 
 
 def episode(per_chunk: bool) -> TeacherForcingBatch:
