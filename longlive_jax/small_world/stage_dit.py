@@ -141,18 +141,9 @@ class DiTStage(RunSpec):
             recycling=self.recycling,
         )
         quant = quantized(self.quant, shapes, specs, mesh, self._rows(tokens))
-        group = Group(
-            init=init,
-            loss=self._sharded(loss, mesh, quant.specs(specs, shapes)),
-            tx=self.optimizer(),
-            ema=self.ema,
-            rules=rules.DIT,
-            prepare=quant.prepare,
-            microbatch_weight=self._num_loss_frames,
-        )
-        buffers = buffer_state(
-            self.recycling, (world.CHUNK_LATENTS, *videos.latents.shape[2:]), self.mesh
-        )
+        group = self._group(init, self._sharded(loss, mesh, quant.specs(specs, shapes)), quant)
+        chunk_shape = (world.CHUNK_LATENTS, *videos.latents.shape[2:])
+        buffers = buffer_state(self.recycling, chunk_shape, self.mesh)
         return Task(
             trainer=self.trainer({"dit": group}, mesh, buffers),
             batches=global_batches(feed_in_order(batches), mesh, BATCH_SPECS),
@@ -166,6 +157,23 @@ class DiTStage(RunSpec):
             about=About(
                 {"batch": self.windows.batch}, (quant.describe(shapes),), self._cost(tokens)
             ),
+        )
+
+    def _group(
+        self,
+        init: Callable[[Array], Params],
+        loss: TeacherForcingLoss,
+        quant: QuantizedTraining,
+    ) -> Group:
+        """The DiT and how it is trained."""
+        return Group(
+            init=init,
+            loss=loss,
+            tx=self.optimizer(),
+            ema=self.ema,
+            rules=rules.DIT,
+            prepare=quant.prepare,
+            microbatch_weight=self._num_loss_frames,
         )
 
     def _setup(self, graphdef: nnx.GraphDef[DiT], empty_prompt: int, chunk_tokens: int) -> ARSetup:
