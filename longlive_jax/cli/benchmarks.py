@@ -87,7 +87,7 @@ class Benchmark:
         cls = pkgutil.resolve_name(self.spec)
         spec: Any = build(cls, {**self.defaults(), **given}, path="bench")
         if args.out is not None:
-            from longlive_jax.io.video import check_writable
+            from longlive_jax.io.paths import check_writable
 
             check_writable(args.out.parent)
         # 3. Run and report.

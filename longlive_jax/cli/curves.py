@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default="out/curves.png", type=Path, help="PNG file to write")
     args = parser.parse_args(argv)
 
-    from longlive_jax.io.video import check_writable
+    from longlive_jax.io.paths import check_writable
     from longlive_jax.training.metrics import plot_curves, read_records
 
     runs = {}

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
 
     from longlive_jax.cli.progress import ChunkBar
     from longlive_jax.io.builtin import builtin_checkpoint
-    from longlive_jax.io.video import check_writable
+    from longlive_jax.io.paths import check_writable
     from longlive_jax.sampling.pipeline import Pipeline
     from longlive_jax.small_world.demo import SCALE, StageTimer, check_world, make_demo
     from longlive_jax.small_world.demo_script import held_out_script, script_from_prompts

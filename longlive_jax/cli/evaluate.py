@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     from longlive_jax.bench.timing import machine
     from longlive_jax.cli.progress import ShareBars
     from longlive_jax.io.builtin import builtin_checkpoint
-    from longlive_jax.io.video import check_writable
+    from longlive_jax.io.paths import check_writable
     from longlive_jax.small_world.cases import PARTS, EvaluateSpec, check_parts, evaluate
     from longlive_jax.small_world.report import metric_name, target_results
 

@@ -1,4 +1,4 @@
-"""`longlive export --source=DIR --out=DIR2`: our checkpoint to safetensors."""
+"""`longlive export --source=DIR --out=DIR2`: exports our checkpoint to safetensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ from longlive_jax.spec import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exports and lists the files."""
+    """Exports the checkpoint and lists the files."""
     args = _parser().parse_args(argv)
     if args.shard_gb <= 0:
-        raise UserError(f"--shard_gb={args.shard_gb}: must be larger than 0")
-    from longlive_jax.interop.export import export  # imports JAX; --help should not wait for it
+        raise UserError(f"--shard_gb must be > 0, got {args.shard_gb}")
+    from longlive_jax.interop.export import export  # imports JAX, which would slow down --help
 
     with byte_progress() as bar:
         task = bar.add_task("reading", total=None)
@@ -22,8 +22,8 @@ def main(argv: Sequence[str]) -> int:
             args.out,
             args.naming,
             shard_bytes=int(args.shard_gb * 1e9),
-            progress=lambda what, at, total: bar.update(
-                task, description=what, completed=at, total=total
+            progress=lambda name, done, total: bar.update(
+                task, description=name, completed=done, total=total
             ),
         )
     for file in files:
@@ -32,9 +32,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("export", "Our checkpoint directory to safetensors.")
+    parser = Parser("export", "Exports our checkpoint directory to safetensors.")
     parser.add_argument("--source", type=Path, required=True, help="checkpoint directory")
-    parser.add_argument("--out", type=Path, required=True, help="new folder")
-    parser.add_argument("--naming", choices=("original", "diffusers"), default="original")
-    parser.add_argument("--shard_gb", type=float, default=5.0, help="largest file, in 10^9 bytes")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "--naming",
+        choices=("original", "diffusers"),
+        default="original",
+        help="names of weights and files (default: original)",
+    )
+    parser.add_argument(
+        "--shard_gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)"
+    )
     return parser

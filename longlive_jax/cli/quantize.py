@@ -1,7 +1,7 @@
 """`longlive quantize --checkpoint=DIR --out=DIR2 [--policy=nvfp4|fp8] [--lora=FILE]`.
 
-Packs the DiT of a checkpoint directory, layer by layer, for inference: W4A4 in NVFP4, or FP8 for
-GPUs without FP4 units. `longlive sample --checkpoint=DIR2` runs it as it is.
+Packs the DiT of a checkpoint directory for inference, layer by layer: NVFP4 (W4A4), or FP8 for
+GPUs without FP4 tensor cores. `longlive sample --checkpoint=DIR2` samples from the result.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from longlive_jax.cli.app import Parser
-from longlive_jax.cli.convert import TYPES, byte_progress
+from longlive_jax.cli.convert import DTYPES, byte_progress
 from longlive_jax.spec import UserError
 
 SOURCES = ("params", "ema")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Packs, and says by which rules and what it saves."""
+    """Packs the checkpoint, and prints the formats and the sizes before and after."""
     args = _parser().parse_args(argv)
+    # These import JAX, which would slow down --help.
     from longlive_jax.interop.quantize_checkpoint import quantize_checkpoint
-    from longlive_jax.io.builtin import builtin_checkpoint  # these import JAX; --help does not wait
+    from longlive_jax.io.builtin import builtin_checkpoint
     from longlive_jax.quant.policy import named
 
+    # 1. Pack.
     try:
         policy = named(args.policy)
     except ValueError as error:
@@ -29,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = args.checkpoint or builtin_checkpoint()
     with byte_progress() as bar:
         task = bar.add_task("reading", total=None)
-        done = quantize_checkpoint(
+        report = quantize_checkpoint(
             checkpoint,
             args.out,
             policy,
@@ -37,23 +39,27 @@ def main(argv: Sequence[str]) -> int:
             lora=_lora(args),
             dtype=args.dtype,
             overwrite=args.overwrite,
-            progress=lambda what, at, total: bar.update(
-                task, description=what, completed=at, total=total
+            progress=lambda name, done, total: bar.update(
+                task, description=name, completed=done, total=total
             ),
         )
-    print(done.record.describe())
-    kernels, sizes = len(done.record.kernels), (done.before / 1e6, done.after / 1e6)
-    print(f"{kernels} stacks of matrices; dit: {sizes[0]:,.1f} MB before, {sizes[1]:,.1f} MB after")
+    # 2. Report.
+    print(report.record.describe())
+    before, after = report.bytes_before / 1e6, report.bytes_after / 1e6
+    print(
+        f"{len(report.record.kernels)} kernels packed (each with all its layers); "
+        f"dit: {before:,.1f} MB before, {after:,.1f} MB after"
+    )
     print(f"wrote {args.out}")
     return 0
 
 
 def _weights(args: Any, checkpoint: Path) -> Any:
-    """Weights of a run's last save in place of the checkpoint's; None for the checkpoint's own."""
+    """The weights of a training run's last checkpoint, or None for those of `--checkpoint`."""
     if (args.workdir is None) != (args.source is None):
         raise UserError(
-            "--source says which weights of a training run's save (params or ema), and --workdir "
-            "which run; give both or none (a checkpoint that a run has exported is its average)"
+            "--workdir (a training run) and --source (params or ema) must be given together; "
+            "without both, the weights of --checkpoint are packed (a run exports its EMA)"
         )
     if args.workdir is None:
         return None
@@ -63,32 +69,48 @@ def _weights(args: Any, checkpoint: Path) -> Any:
 
 
 def _lora(args: Any) -> Any:
-    from longlive_jax.interop.quantize_checkpoint import Lora
+    """The LoRA to apply, or None."""
+    from longlive_jax.interop.quantize_checkpoint import LoraSpec
 
     if args.lora is not None:
-        return Lora(args.lora, args.lora_mode, args.lora_alpha)
+        return LoraSpec(args.lora, args.lora_mode, args.lora_alpha)
     if args.lora_alpha is not None:
-        raise UserError("--lora_alpha belongs to a LoRA; name it with --lora=FILE")
+        raise UserError("--lora_alpha needs a LoRA; pass --lora=FILE")
     return None
 
 
 def _parser() -> Parser:
     parser = Parser("quantize", __doc__ or "")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint directory; default: built in")
+    # Input, output and formats.
+    parser.add_argument(
+        "--checkpoint", type=Path, help="checkpoint directory (default: the built-in one)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="packed checkpoint directory")
-    parser.add_argument("--policy", default="nvfp4", help="nvfp4 (default), fp8, nvfp4_train")
-    parser.add_argument("--workdir", type=Path, help="take the weights of this run's last save")
-    parser.add_argument("--source", choices=SOURCES, help="which of them: params, or their average")
-    parser.add_argument("--lora", type=Path, help="a LoRA file for the DiT")
+    parser.add_argument("--policy", default="nvfp4", help="nvfp4 (default), fp8 or nvfp4_train")
+    parser.add_argument(
+        "--workdir", type=Path, help="pack the weights of this training run's last checkpoint"
+    )
+    parser.add_argument(
+        "--source", choices=SOURCES, help="weights of that run: params, or ema (their EMA)"
+    )
+    # LoRA.
+    parser.add_argument("--lora", type=Path, help="LoRA file for the DiT")
     parser.add_argument(
         "--lora_mode",
         choices=("merge", "branch"),
         default="merge",
-        help="merge it before packing, or keep it beside the packed kernels in high precision",
+        help="merge: add the LoRA to the kernels before packing (default); branch: store it next "
+        "to the packed kernels, in high precision",
     )
     parser.add_argument("--lora_alpha", type=float, help="alpha of the LoRA (default: its rank)")
+    # Everything else.
     parser.add_argument(
-        "--dtype", choices=TYPES, default="bfloat16", help="of all that is not packed"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="dtype of all parameters that are not packed (default: bfloat16)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out already has")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace components that --out already has"
+    )
     return parser

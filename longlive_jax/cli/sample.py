@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     settings = config.to_dict()
     reject_unknown(settings, ("checkpoint", "sample"), "config")
     scripts = _scripts(args)
-    from longlive_jax.io.video import check_writable
+    from longlive_jax.io.paths import check_writable
     from longlive_jax.sampling.pipeline import Pipeline
 
     out = check_writable(args.out)

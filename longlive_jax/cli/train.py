@@ -77,7 +77,7 @@ def _mesh(spec: Any) -> Any:
 def _places(args: Any) -> tuple[Path, Path]:
     """Work directory and checkpoint directory, checked before anything is computed."""
     from longlive_jax.io.checkpoint import CheckpointWriter
-    from longlive_jax.io.video import check_writable
+    from longlive_jax.io.paths import check_writable
 
     workdir, out = check_writable(args.workdir), check_writable(args.out)
     if out.resolve() in (workdir.resolve(), *workdir.resolve().parents):

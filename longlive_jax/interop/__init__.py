@@ -1,1 +1,1 @@
-"""Foreign checkpoints: PyTorch, safetensors, diffusers and LongLive files, read and written."""
+"""Import and export of PyTorch, safetensors, diffusers and LongLive checkpoints."""

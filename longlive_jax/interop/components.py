@@ -1,4 +1,4 @@
-"""What a checkpoint can consist of: names of weights, and settings read off shapes."""
+"""The components of a checkpoint: their key tables, and configs derived from shapes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -8,38 +8,50 @@ from flax import nnx
 
 from longlive_jax.interop import keys_dit, keys_lora, keys_umt5, keys_vae
 from longlive_jax.interop.keytable import KeyTable
-from longlive_jax.io.arrays import Path, Shape, flatten
+from longlive_jax.io.arrays import Shape, TreePath, flatten
 from longlive_jax.models.params import abstract
 from longlive_jax.models.umt5 import UMT5, UMT5Config
 from longlive_jax.models.vae import VAE, VAEConfig
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.spec import UserError
 
-__all__ = ["COMPONENTS", "Component", "expected_shapes", "identify"]
+__all__ = [
+    "COMPONENTS",
+    "RUN_FIELDS",
+    "Component",
+    "expected_shapes",
+    "identify",
+    "saved_settings",
+]
 
 Hints = Mapping[str, Any]
-# how a run computes, not what the weights are
+"""Settings from a config.json next to the weights, and from command-line options."""
 RUN_FIELDS = ("dtype", "stream_dtype", "param_dtype", "reference_bf16")
+"""Config fields that say how a run computes; they do not describe the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One part of a checkpoint.
+    """One component of a checkpoint: "dit", "vae", "umt5" or "lora".
 
     Attributes:
-      namings: "original" and "diffusers" to the key table for a file's keys.
-      settings: from shapes and hints (a config.json beside the file, options) to a config.
-      make: a model of that config; None for a part that is no model of its own.
+      name: name of the component.
+      namings: for "original" and "diffusers", the function from a file's keys to the key table.
+      settings: function from parameter shapes and hints to the config.
+      make: function from the config to the model; None for LoRA, which has no model of its own.
     """
 
     name: str
     namings: Mapping[str, Callable[[Iterable[str]], KeyTable]]
-    settings: Callable[[Mapping[Path, Shape], Hints], Any]
+    settings: Callable[[Mapping[TreePath, Shape], Hints], Any]
     make: Callable[[Any], nnx.Module] | None
 
 
-def expected_shapes(component: Component, config: Any) -> dict[Path, Shape] | None:
-    """Shapes of all parameters of the component's model, without allocating it."""
+def expected_shapes(component: Component, config: Any) -> dict[TreePath, Shape] | None:
+    """Shapes of all parameters of the component's model, without allocating them.
+
+    None if the component has no model.
+    """
     make = component.make
     if make is None:
         return None
@@ -48,7 +60,10 @@ def expected_shapes(component: Component, config: Any) -> dict[Path, Shape] | No
 
 
 def identify(keys: Iterable[str], where: str) -> tuple[Component, KeyTable]:
-    """The component and naming that know most of the keys; UserError if none knows half."""
+    """The component and the key table that match most of the keys.
+
+    Raises UserError, naming the file `where`, if no table matches at least half of them.
+    """
     keys = list(keys)
     candidates = [
         (table.score(keys), component, table)
@@ -58,37 +73,40 @@ def identify(keys: Iterable[str], where: str) -> tuple[Component, KeyTable]:
     score, component, table = max(candidates, key=lambda item: item[0])
     if not keys or 2 * score < len(keys):
         raise UserError(
-            f"{where}: no weights of a Wan2.2 DiT, VAE, UMT5 encoder or LoRA; it holds "
-            f"{len(keys)} tensors{': ' + ', '.join(keys[:4]) if keys else ''}"
+            f"{where}: no weights of a Wan2.2 DiT, VAE, UMT5 encoder or LoRA; the file has "
+            f"{len(keys)} tensors{': ' + ', '.join(keys[:4]) if keys else ''}; choose another file"
         )
     return component, table
 
 
 def saved_settings(config: Any) -> dict[str, Any]:
-    """The fields of a config that describe weights."""
+    """The fields of a config that describe the weights, for the manifest."""
     if not dataclasses.is_dataclass(config):
         return dict(config)
     fields = (f.name for f in dataclasses.fields(config) if f.name not in RUN_FIELDS)
     return {name: getattr(config, name) for name in fields}
 
 
-def _agree(found: Mapping[str, Any], hints: Hints, names: Mapping[str, str], what: str) -> None:
-    """UserError if a config.json contradicts the shapes; `names` maps its fields to ours."""
-    wrong = [
-        f"{theirs} {hints[theirs]} instead of {found[ours]}"
+def _check_hints(
+    settings: Mapping[str, Any], hints: Hints, names: Mapping[str, str], what: str
+) -> None:
+    """Raises UserError if config.json contradicts the shapes; `names` maps its fields to ours."""
+    conflicts = [
+        f"{theirs} {hints[theirs]} instead of {settings[ours]}"
         for theirs, ours in names.items()
-        if hints.get(theirs) is not None and hints[theirs] != found[ours]
+        if hints.get(theirs) is not None and hints[theirs] != settings[ours]
     ]
-    if wrong:
+    if conflicts:
         raise UserError(
-            f"{what}: config.json does not fit the weights: {', '.join(wrong)} "
-            "(a file of another model, or layers that are missing)"
+            f"{what}: config.json does not match the weights: {', '.join(conflicts)}; use the "
+            "config.json of this model, and all of its layers"
         )
 
 
-def _dit(shapes: Mapping[Path, Shape], hints: Hints) -> DiTConfig:
+def _dit(shapes: Mapping[TreePath, Shape], hints: Hints) -> DiTConfig:
+    # 1. Settings that follow from shapes.
     dim = shapes["patch_embedding", "kernel"][1]
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "dim": dim,
         "ffn_dim": shapes["blocks", "ffn", "up", "kernel"][-1],
         "freq_dim": shapes["time_embedding", "fc1", "kernel"][0],
@@ -97,43 +115,45 @@ def _dit(shapes: Mapping[Path, Shape], hints: Hints) -> DiTConfig:
         "in_channels": shapes["patch_embedding", "kernel"][0] // 4,
         "out_channels": shapes["head", "linear", "kernel"][1] // 4,
     }
+    # 2. They must agree with config.json, if that is a DiT's.
     if not {"ffn_dim", "num_layers"} <= set(hints):
         hints = {k: v for k, v in hints.items() if k in ("heads", "text_len")}
     same = {name: name for name in ("dim", "ffn_dim", "freq_dim", "text_dim")}
     theirs = {"in_dim": "in_channels", "out_dim": "out_channels", "num_layers": "layers"}
     theirs |= {name: name for name in ("in_channels", "out_channels")}
-    _agree(found, hints, same | theirs, "DiT")
+    _check_hints(settings, hints, same | theirs, "DiT")
+    # 3. Settings that only hints give, or Wan's values.
     heads = hints.get("heads") or hints.get("num_heads") or hints.get("num_attention_heads")
     if heads is None and dim % 128:
         raise UserError(
-            f"DiT: the weights do not tell the number of heads (width {dim} is no multiple of "
-            "128); put its config.json beside the file or say --heads=N"
+            f"DiT: the number of heads is unknown, since the width {dim} is not a multiple of "
+            "128; put the model's config.json next to the file, or pass --heads=N"
         )
     text_len, eps = hints.get("text_len") or 512, hints.get("eps") or 1e-6
-    return DiTConfig(**found, heads=heads or dim // 128, text_len=text_len, eps=eps)
+    return DiTConfig(**settings, heads=heads or dim // 128, text_len=text_len, eps=eps)
 
 
-def _vae(shapes: Mapping[Path, Shape], hints: Hints) -> VAEConfig:
-    found = keys_vae.config_of(shapes)
+def _vae(shapes: Mapping[TreePath, Shape], hints: Hints) -> VAEConfig:
+    settings = keys_vae.config_of(shapes)
     if hints.get("latents_mean") and hints.get("latents_std"):
         mean, std = tuple(hints["latents_mean"]), tuple(hints["latents_std"])
-        _agree(found, hints, {"z_dim": "z_dim", "base_dim": "encoder_dim"}, "VAE")
-    elif found["z_dim"] == VAEConfig.z_dim:
+        _check_hints(settings, hints, {"z_dim": "z_dim", "base_dim": "encoder_dim"}, "VAE")
+    elif settings["z_dim"] == VAEConfig.z_dim:
         mean, std = VAEConfig.latent_mean, VAEConfig.latent_std
     else:
-        mean, std = (0.0,) * found["z_dim"], (1.0,) * found["z_dim"]
-    return VAEConfig(**found, latent_mean=mean, latent_std=std)
+        mean, std = (0.0,) * settings["z_dim"], (1.0,) * settings["z_dim"]
+    return VAEConfig(**settings, latent_mean=mean, latent_std=std)
 
 
-def _umt5(shapes: Mapping[Path, Shape], hints: Hints) -> UMT5Config:
+def _umt5(shapes: Mapping[TreePath, Shape], hints: Hints) -> UMT5Config:
     try:
         config = keys_umt5.config_of(shapes)
     except ValueError as error:
-        raise error.__cause__ or error from error  # the KeyError that says what is missing
+        raise error.__cause__ or error from error  # the KeyError that names the missing array
     if "d_model" not in hints:
         return config
     names = {"d_model": "dim", "d_ff": "ffn_dim", "num_heads": "heads", "num_layers": "layers"}
-    _agree(dataclasses.asdict(config), hints, names, "UMT5")
+    _check_hints(dataclasses.asdict(config), hints, names, "UMT5")
     return dataclasses.replace(
         config,
         max_distance=hints.get("relative_attention_max_distance", config.max_distance),
@@ -141,18 +161,23 @@ def _umt5(shapes: Mapping[Path, Shape], hints: Hints) -> UMT5Config:
     )
 
 
-def _lora(shapes: Mapping[Path, Shape], hints: Hints) -> dict[str, Any]:
+def _lora(shapes: Mapping[TreePath, Shape], hints: Hints) -> dict[str, Any]:
     ranks = {shape[2] if path[-1] == "a" else shape[1] for path, shape in shapes.items()}
     if len(ranks) != 1:
-        raise UserError(f"LoRA: adapters of different ranks ({sorted(ranks)}); only one is read")
-    halves: dict[Path, set[str]] = {path[:-1]: set() for path in shapes}
+        raise UserError(
+            f"LoRA: all adapters must have the same rank, got {sorted(ranks)}; choose another file"
+        )
+    factors: dict[TreePath, set[str]] = {path[:-1]: set() for path in shapes}
     for path in shapes:
-        halves[path[:-1]].add(path[-1])
-    lonely = [".".join(path) for path, sides in halves.items() if sides != {"a", "b"}]
-    if lonely:
-        raise UserError(f"LoRA: only one of lora_A and lora_B for {', '.join(lonely[:8])}")
+        factors[path[:-1]].add(path[-1])
+    incomplete = [".".join(path) for path, names in factors.items() if names != {"a", "b"}]
+    if incomplete:
+        raise UserError(
+            f"LoRA: lora_A or lora_B is missing for {', '.join(incomplete[:8])}; copy or download "
+            "the file again"
+        )
     rank = ranks.pop()
-    targets = sorted(".".join(path) for path in halves)
+    targets = sorted(".".join(path) for path in factors)
     return {"rank": rank, "alpha": hints.get("lora_alpha") or rank, "targets": targets}
 
 

@@ -1,13 +1,14 @@
-"""Our checkpoint directory back to safetensors, under the original or the diffusers names.
+"""Exports our checkpoint directory to safetensors, in the original or diffusers naming.
 
-A packed DiT becomes `model_4o6.pt`, the layout in which LongLive-2.0 releases it.
+A packed DiT is written as `model_4o6.pt`, the format of LongLive-2.0's release.
 """
 
+import contextlib
 import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,23 @@ import numpy as np
 from longlive_jax.interop import keys_vae, released
 from longlive_jax.interop.components import COMPONENTS
 from longlive_jax.interop.keytable import KeyTable, Leaf
-from longlive_jax.interop.safetensors_file import DEFAULT_SHARD_BYTES, Outgoing, write_safetensors
+from longlive_jax.interop.safetensors_file import (
+    DEFAULT_SHARD_BYTES,
+    OutputTensor,
+    write_safetensors,
+)
 from longlive_jax.interop.torch_writer import write_torch
 from longlive_jax.io.arrays import ArrayReader
-from longlive_jax.io.checkpoint import TOKENIZER, is_part, open_component, read_manifest
-from longlive_jax.io.packed_kernels import Record, record_of
+from longlive_jax.io.checkpoint import TOKENIZER, is_packed_array, open_component, read_manifest
+from longlive_jax.io.packed_kernels import QuantizationRecord, read_quantization
+from longlive_jax.io.progress import ProgressCallback, no_progress
 from longlive_jax.spec import UserError
 
-__all__ = ["NAMINGS", "export"]
+__all__ = ["NAMINGS", "RELEASED_FILE", "export", "slice_shape"]
 
 NAMINGS = ("original", "diffusers")
-PACKED = "model_4o6.pt"
-# component -> folder and stem of its files
-PLACES = {
+RELEASED_FILE = "model_4o6.pt"
+FILES = {
     "original": {
         "dit": (".", "diffusion_pytorch_model"),
         "vae": (".", "Wan2.2_VAE"),
@@ -42,12 +47,11 @@ PLACES = {
         "lora": ("lora", "adapter_model"),
     },
 }
-TOKENIZER_PLACE = {
+"""Folder and file stem of each component, by naming."""
+TOKENIZER_FILE = {
     "original": "google/umt5-xxl/spiece.model",
     "diffusers": "tokenizer/spiece.model",
 }
-
-Progress = Callable[[str, int, int], None]
 
 
 def export(
@@ -56,58 +60,78 @@ def export(
     naming: str,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: Progress = lambda what, done, total: None,
+    progress: ProgressCallback = no_progress,
 ) -> list[Path]:
-    """Writes every component of the checkpoint directory `source` into the new folder `out`.
+    """Writes all components of the checkpoint directory `source` to the new folder `out`.
 
-    Bits are kept: converting `out` gives the same arrays again. Memory stays at one tensor. Returns
-    the files of weights. Raises UserError if `out` exists and is not empty, or if a component
-    cannot be said in that naming (a packed one has the original only); `out` appears only when
-    everything is written.
+    Values are copied bit for bit: converting `out` gives the same arrays. Memory is bounded by one
+    tensor. `out` is renamed into place at the end, so it is complete or missing.
+
+    Args:
+      naming: "original" or "diffusers"; a packed DiT has the original naming only.
+      shard_bytes: largest size of a safetensors file.
+      progress: callback after every tensor.
+
+    Returns:
+      The files with weights.
+
+    Raises UserError if `out` exists and is not empty, or if a component has no equivalent in this
+    naming.
     """
+    # 1. Check, and plan all tensors.
     if naming not in NAMINGS:
-        raise UserError(f"naming {naming!r}; choose {' or '.join(NAMINGS)}")
+        raise UserError(f"naming must be {' or '.join(NAMINGS)}, got {naming!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; choose a new folder")
     names = [n for n in read_manifest(source)["components"] if n in COMPONENTS]
-    packing = record_of(source) if "dit" in names else None
-    if packing is not None:
-        _check_releasable(source, packing, naming)
+    record = read_quantization(source) if "dit" in names else None
+    if record is not None:
+        _check_releasable(source, record, naming)
     opened = {name: open_component(source, name) for name in names}
-    jobs = {name: _outgoing(name, naming, *opened[name]) for name in names}
+    components = {name: _output_tensors(name, naming, *opened[name]) for name in names}
+    # 2. Write.
+    with _atomic_folder(out) as temporary:
+        for name, (_, config) in opened.items():
+            _write_config(temporary / FILES[naming][name][0], naming, name, config)
+        written = _write_weights(temporary, naming, components, record, shard_bytes, progress)
+        _copy_tokenizer(source, temporary / TOKENIZER_FILE[naming])
+    return [out / path.relative_to(temporary) for path in written]
+
+
+@contextlib.contextmanager
+def _atomic_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `out`, or removed if the block fails."""
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     try:
-        for name, (_, config) in opened.items():
-            _write_config(temporary / PLACES[naming][name][0], naming, name, config)
-        written = _write_weights(temporary, naming, jobs, packing, shard_bytes, progress)
-        _copy_tokenizer(source, temporary / TOKENIZER_PLACE[naming])
+        yield temporary
         if out.is_dir():
             out.rmdir()
         temporary.replace(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return [out / path.relative_to(temporary) for path in written]
 
 
 def _write_weights(
     out: Path,
     naming: str,
-    jobs: Mapping[str, Mapping[str, Outgoing]],
-    packing: Record | None,
+    components: Mapping[str, Mapping[str, OutputTensor]],
+    record: QuantizationRecord | None,
     shard_bytes: int,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> list[Path]:
-    """The tensors of every component, in its folder of `out`; the files they are in."""
-    total = sum(tensor.nbytes for tensors in jobs.values() for tensor in tensors.values())
-    count, written = _counter(total, progress), []
-    for name, tensors in jobs.items():
-        folder, stem = PLACES[naming][name]
+    """Writes the tensors of every component and returns the files; `record`: of a packed DiT."""
+    total = sum(tensor.nbytes for tensors in components.values() for tensor in tensors.values())
+    count, written = _byte_counter(total, progress), []
+    for name, tensors in components.items():
+        folder, stem = FILES[naming][name]
         report = functools.partial(count, name)
-        if name == "dit" and packing is not None:
-            written.append(out / PACKED)
-            write_torch(written[-1], released.whole(tensors, packing), progress=report)
+        if name == "dit" and record is not None:
+            written.append(out / RELEASED_FILE)
+            write_torch(written[-1], released.checkpoint_dict(tensors, record), progress=report)
         else:
             written += write_safetensors(
                 out / folder, stem, tensors, shard_bytes=shard_bytes, progress=report
@@ -115,21 +139,22 @@ def _write_weights(
     return written
 
 
-def _check_releasable(source: Path, packing: Record, naming: str) -> None:
-    """UserError for packed kernels that the released layout cannot hold."""
-    forms = {(kernel.kind, kernel.tile) for kernel in packing.kernels.values()}
-    why = ""
+def _check_releasable(source: Path, record: QuantizationRecord, naming: str) -> None:
+    """Raises UserError for packed kernels that the released format cannot represent."""
+    formats = {(kernel.kind, kernel.tile) for kernel in record.kernels.values()}
+    problem = ""
     if naming != "original":
-        why = f"packed kernels have no names in naming {naming!r}; say --naming=original"
-    elif forms != {("nvfp4", 1)} or len(set(packing.kernels.values())) > 1:
-        why = f"the released layout holds NVFP4 in 1x16 blocks, this is {packing.describe()}"
-    elif packing.branch_lora:
-        why = f"the released layout has no place for the LoRA {packing.branch_lora} beside"
-    if why:
-        raise UserError(f"{source}: {why}; or export the checkpoint it was packed from")
+        problem = f"packed kernels have no names in the {naming} naming; pass --naming=original"
+    elif formats != {("nvfp4", 1)} or len(set(record.kernels.values())) > 1:
+        problem = f"the released format is NVFP4 in 1x16 blocks, this is {record.describe()}"
+    elif record.branch_lora:
+        problem = f"the released format cannot store the LoRA branch {record.branch_lora}"
+    if problem:
+        raise UserError(f"{source}: {problem}; or export the checkpoint it was packed from")
 
 
-def _counter(total: int, progress: Progress) -> Callable[[str, int], None]:
+def _byte_counter(total: int, progress: ProgressCallback) -> Callable[[str, int], None]:
+    """A callback (name, size) that reports the running sum of sizes to `progress`."""
     done = 0
 
     def count(name: str, size: int) -> None:
@@ -146,52 +171,55 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(source / TOKENIZER, target)
 
 
-def _outgoing(
+def _output_tensors(
     name: str, naming: str, reader: ArrayReader, config: Mapping[str, Any]
-) -> dict[str, Outgoing]:
+) -> dict[str, OutputTensor]:
+    """The tensors of a component by key; raises UserError if its arrays are not in the table."""
     table = _table(name, naming, config)
     try:
         leaves = table.backward({path: spec.shape for path, spec in reader.specs.items()})
     except ValueError as error:
         raise UserError(f"{reader.folder}: {error}") from error
-    tensors: dict[str, Outgoing] = {}
+    tensors: dict[str, OutputTensor] = {}
     for leaf in leaves:
-        if is_part(leaf.path):
-            tensors |= _packed(reader, leaf) if leaf.path[-1] == "codes" else {}
+        if is_packed_array(leaf.path):
+            tensors |= _released_tensors(reader, leaf) if leaf.path[-1] == "codes" else {}
             continue
         dtype = reader.specs[leaf.path].dtype
-        shape = leaf.extract(np.broadcast_to(np.zeros((), np.uint8), piece_shape(leaf))).shape
+        shape = leaf.to_tensor(np.broadcast_to(np.zeros((), np.uint8), slice_shape(leaf))).shape
         for i, key in enumerate(leaf.keys):
             layer = i if leaf.rule.stacked else None
             make = functools.partial(_make, reader, leaf, layer)
-            tensors[key] = Outgoing(shape, dtype, make)
-    # files list layer after layer, as the model runs
+            tensors[key] = OutputTensor(shape, dtype, make)
+    # Natural order: block 10 after block 9.
     return dict(sorted(tensors.items(), key=lambda item: _natural(item[0])))
 
 
-def _packed(reader: ArrayReader, codes: Leaf) -> dict[str, Outgoing]:
-    """The tensors of one packed kernel in all layers, found by its codes `[layers, n, k/2]`."""
-    _, rows, half = codes.shape
-    tensors: dict[str, Outgoing] = {}
+def _released_tensors(reader: ArrayReader, codes: Leaf) -> dict[str, OutputTensor]:
+    """The tensors of a packed kernel in all layers, given the leaf of its codes `[l, n, k/2]`."""
+    _, rows, half_columns = codes.shape
+    tensors: dict[str, OutputTensor] = {}
     for layer, key in enumerate(codes.keys):
 
-        def read(part: str, layer: int = layer) -> np.ndarray:
-            return reader.read((*codes.path[:-1], part), layer)
+        def read(name: str, layer: int = layer) -> np.ndarray:
+            return reader.read((*codes.path[:-1], name), layer)
 
-        tensors |= released.tensors_of(released.module_of(key), (rows, 2 * half), read)
+        shape = (rows, 2 * half_columns)
+        tensors |= released.to_released(released.module_name(key), shape, read)
     return tensors
 
 
-def piece_shape(leaf: Leaf) -> tuple[int, ...]:
-    """Shape of one layer of a stacked leaf, or of the whole leaf."""
+def slice_shape(leaf: Leaf) -> tuple[int, ...]:
+    """Shape of one layer of a leaf, or of all of it if it is not stacked."""
     return leaf.shape[1:] if leaf.rule.stacked else leaf.shape
 
 
 def _make(reader: ArrayReader, leaf: Leaf, layer: int | None) -> np.ndarray:
-    return leaf.extract(reader.read(leaf.path, layer))
+    return leaf.to_tensor(reader.read(leaf.path, layer))
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
+    """A sort key that orders the numbers in a state-dict key by value."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in key.split(".")]
 
 
@@ -205,8 +233,10 @@ def _table(name: str, naming: str, config: Mapping[str, Any]) -> KeyTable:
 
 
 def _write_config(folder: Path, naming: str, name: str, config: Mapping[str, Any]) -> None:
-    """The folder, and the config.json that goes with the weights; the original VAE, UMT5 and LoRA
-    have none."""
+    """Creates the folder of a component and writes its config.json.
+
+    In the original naming, VAE, UMT5 and LoRA have no config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if naming == "original":
         fields = _original_dit(config) if name == "dit" else {}
@@ -248,8 +278,10 @@ def _diffusers_dit(config: Mapping[str, Any]) -> dict[str, Any]:
 def _diffusers_vae(config: Mapping[str, Any]) -> dict[str, Any]:
     blocks, decoder = config["res_blocks"], config.get("decoder_res_blocks")
     if config.get("decoder_mult") is not None or decoder not in (None, blocks + 1):
-        raise UserError("VAE: diffusers has no setting for a decoder that is not the encoder's "
-                        "mirror; export it with --naming=original")  # fmt: skip
+        raise UserError(
+            "VAE: diffusers cannot describe a decoder that does not mirror the encoder; export it "
+            "with --naming=original"
+        )
     return {
         "_class_name": "AutoencoderKLWan",
         "attn_scales": [],
@@ -289,7 +321,7 @@ def _diffusers_umt5(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _adapter(config: Mapping[str, Any]) -> dict[str, Any]:
+def _lora(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"lora_rank": config["rank"], "lora_alpha": config["alpha"]}
 
 
@@ -297,5 +329,5 @@ _DIFFUSERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "dit": _diffusers_dit,
     "vae": _diffusers_vae,
     "umt5": _diffusers_umt5,
-    "lora": _adapter,
+    "lora": _lora,
 }

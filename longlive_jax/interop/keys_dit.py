@@ -1,7 +1,9 @@
-"""Key tables of the DiT: original Wan naming (also LongLive's packed one), and diffusers'."""
+"""Key tables of the DiT: Wan's own naming, including LongLive's packed kernels, and diffusers'."""
 
 from longlive_jax.interop import released
 from longlive_jax.interop.keytable import KeyRule, KeyTable
+
+__all__ = ["DIFFUSERS", "ORIGINAL"]
 
 
 def _linear(key: str, path: str) -> list[KeyRule]:
@@ -18,8 +20,9 @@ def _patch() -> list[KeyRule]:
     ]
 
 
-def _packable(key: str, path: str) -> list[KeyRule]:
-    return [*_linear(key, path), *released.rules(key, path)]
+def _quantizable(key: str, path: str) -> list[KeyRule]:
+    """Rules of a linear layer that LongLive's packed checkpoints store in NVFP4."""
+    return [*_linear(key, path), *released.key_rules(key, path)]
 
 
 _BLOCK = "blocks.{layer}"
@@ -37,12 +40,12 @@ ORIGINAL = KeyTable(
         KeyRule("head.modulation", "head.modulation", "drop_first"),
         *_linear("head.head", "head.linear"),
         KeyRule(f"{_BLOCK}.modulation", "blocks.modulation", "drop_first"),
-        *_packable(f"{_BLOCK}.{_ATTENTION}.{{m:q|k|v|o}}", "blocks.{attn}.{m}"),
+        *_quantizable(f"{_BLOCK}.{_ATTENTION}.{{m:q|k|v|o}}", "blocks.{attn}.{m}"),
         KeyRule(f"{_BLOCK}.{_ATTENTION}.norm_{{m:q|k}}.weight", "blocks.{attn}.norm_{m}.scale"),
         KeyRule(f"{_BLOCK}.norm3.weight", "blocks.norm3.scale"),
         KeyRule(f"{_BLOCK}.norm3.bias", "blocks.norm3.bias"),
-        *_packable(f"{_BLOCK}.ffn.0", "blocks.ffn.up"),
-        *_packable(f"{_BLOCK}.ffn.2", "blocks.ffn.down"),
+        *_quantizable(f"{_BLOCK}.ffn.0", "blocks.ffn.up"),
+        *_quantizable(f"{_BLOCK}.ffn.2", "blocks.ffn.down"),
     ],
 )
 

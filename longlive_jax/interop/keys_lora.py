@@ -1,12 +1,14 @@
-"""Names of low-rank adapters of the DiT, as PEFT writes them.
+"""Key table of LoRA adapters for the DiT, as written by PEFT.
 
-In our tree an adapter sits where the kernel it changes sits: `blocks.self_attn.q.{a, b}` with
-a `[layers, in, r]` and b `[layers, r, out]`, so that kernel + a @ b * alpha / r is the merged one.
+In our tree, an adapter is a sibling of the kernel that it adapts: `blocks.self_attn.q.{a, b}` with
+a `[layers, in, r]` and b `[layers, r, out]`. The merged kernel is `kernel + a @ b * alpha / r`.
 """
 
 from longlive_jax.interop.keytable import KeyRule, KeyTable
 
-PREFIX = "base_model.model."
+__all__ = ["PEFT", "PEFT_PREFIX"]
+
+PEFT_PREFIX = "base_model.model."
 
 _MODULES = (
     ("{attn:self_attn|cross_attn}.{m:q|k|v|o}", "{attn}.{m}"),
@@ -18,7 +20,7 @@ PEFT = KeyTable(
     "LoRA, PEFT naming",
     tuple(
         KeyRule(
-            f"{PREFIX}blocks.{{layer}}.{theirs}.lora_{side}.weight",
+            f"{PEFT_PREFIX}blocks.{{layer}}.{theirs}.lora_{side}.weight",
             f"blocks.{ours}.{side.lower()}",
             "linear",
         )

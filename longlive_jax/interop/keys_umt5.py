@@ -1,11 +1,13 @@
-"""Names of the UMT5 encoder's weights: Wan's own file, and transformers' (used by diffusers)."""
+"""Key tables of the UMT5 encoder: Wan's own naming, and transformers' (used by diffusers)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from longlive_jax.interop.keytable import KeyRule, KeyTable
-from longlive_jax.io.arrays import Path, Shape
+from longlive_jax.io.arrays import Shape, TreePath
 from longlive_jax.models.umt5.config import UMT5Config
+
+__all__ = ["ORIGINAL", "TRANSFORMERS", "config_of"]
 
 ORIGINAL = KeyTable(
     "UMT5 encoder, Wan naming",
@@ -41,17 +43,20 @@ TRANSFORMERS = KeyTable(
         KeyRule(f"{_FEED_FORWARD}.DenseReluDense.wo.weight", "blocks.ffn.fc2.kernel", "linear"),
         KeyRule("encoder.final_layer_norm.weight", "norm.scale"),
     ),
-    # the same tensor as shared.weight, written a second time by some versions
+    # A copy of shared.weight, which some versions of transformers write too.
     ignore=("encoder.embed_tokens.weight",),
 )
 
 
-def config_of(shapes: Mapping[Path, Shape], **settings: Any) -> UMT5Config:
-    """The configuration whose parameters have these shapes (paths as in the parameter tree).
+def config_of(shapes: Mapping[TreePath, Shape], **settings: Any) -> UMT5Config:
+    """The config of an encoder whose parameters have the given shapes.
 
-    Shapes tell everything but `max_distance` and `eps`, which are the same in every published UMT5,
-    and the dtypes; `settings` are further fields. Raises ValueError if the arrays that tell are not
-    there.
+    Args:
+      shapes: shapes by path in the parameter tree.
+      **settings: values of the fields that do not follow from shapes: dtypes, `max_distance` and
+        `eps` (the latter two are the same in all published UMT5 models).
+
+    Raises ValueError if one of the arrays that determine the config is missing.
     """
     try:
         vocab_size, dim = shapes["token_embedding", "embedding"]
@@ -59,7 +64,9 @@ def config_of(shapes: Mapping[Path, Shape], **settings: Any) -> UMT5Config:
         ffn_dim = shapes["blocks", "ffn", "fc1", "kernel"][-1]
         _, buckets, heads = shapes["blocks", "pos_embedding", "embedding"]
     except KeyError as error:
-        raise ValueError(f"not a UMT5 encoder: it has no {'/'.join(error.args[0])}") from error
+        raise ValueError(
+            f"not the weights of a UMT5 encoder: {'/'.join(error.args[0])} is missing"
+        ) from error
     return UMT5Config(
         vocab_size,
         dim,

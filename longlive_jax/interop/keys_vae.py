@@ -1,9 +1,11 @@
-"""Names of the causal VAE's weights: Wan's own file, and diffusers' (LightVAE uses them too)."""
+"""Key tables of the causal VAE: Wan's own naming, and diffusers' (also used by LightVAE)."""
 
 from collections.abc import Iterable, Mapping
 
 from longlive_jax.interop.keytable import KeyRule, KeyTable
-from longlive_jax.io.arrays import Path, Shape
+from longlive_jax.io.arrays import Shape, TreePath
+
+__all__ = ["DIFFUSERS", "ORIGINAL", "config_of", "original", "original_for"]
 
 _SIDE = "{side:encoder|decoder}"
 
@@ -16,7 +18,7 @@ def _conv(key: str, path: str, transform: str) -> list[KeyRule]:
 
 
 def _resnet(key: str, path: str, names: Mapping[str, str]) -> list[KeyRule]:
-    """A residual block whose parts are called `names[ours]` in the file."""
+    """Rules of a residual block; `names` maps our layer names to those of the file."""
     rules = [
         KeyRule(f"{key}.{names[norm]}.gamma", f"{path}.{norm}.gamma", "gamma3d")
         for norm in ("norm1", "norm2")
@@ -42,8 +44,12 @@ def _resample(key: str, path: str) -> list[KeyRule]:
 
 
 def original(encoder_blocks: int = 2, decoder_blocks: int = 3) -> KeyTable:
-    """Wan's naming. A stage is one list there, so the resampler's number is the count of blocks."""
-    parts = {
+    """Key table in Wan's naming.
+
+    Wan numbers the residual blocks and the resampler of a stage in one list, so the resampler's
+    index is the number of blocks, `encoder_blocks` or `decoder_blocks`.
+    """
+    names = {
         "norm1": "residual.0",
         "conv1": "residual.2",
         "norm2": "residual.3",
@@ -55,8 +61,8 @@ def original(encoder_blocks: int = 2, decoder_blocks: int = 3) -> KeyTable:
         *_conv(f"{_SIDE}.head.2", "{side}.conv_out", "conv3d"),
         KeyRule(f"{_SIDE}.head.0.gamma", "{side}.norm_out.gamma", "gamma3d"),
         *_attention(f"{_SIDE}.middle.1", "{side}.mid.attn"),
-        *_resnet(f"{_SIDE}.middle.0", "{side}.mid.res0", parts),
-        *_resnet(f"{_SIDE}.middle.2", "{side}.mid.res1", parts),
+        *_resnet(f"{_SIDE}.middle.0", "{side}.mid.res0", names),
+        *_resnet(f"{_SIDE}.middle.2", "{side}.mid.res1", names),
         *_conv("conv1", "quant_conv", "pointwise3d"),
         *_conv("conv2", "post_quant_conv", "pointwise3d"),
     ]
@@ -65,23 +71,24 @@ def original(encoder_blocks: int = 2, decoder_blocks: int = 3) -> KeyTable:
         ("decoder", "upsamples", "up", decoder_blocks),
     ):
         stage, path = f"{side}.{word}.{{s}}.{word}", f"{side}.stages.{{s}}"
-        rules += _resnet(f"{stage}.{{r}}", f"{path}.resnets.{{r}}", parts)
+        rules += _resnet(f"{stage}.{{r}}", f"{path}.resnets.{{r}}", names)
         rules += _resample(f"{stage}.{blocks}", f"{path}.{ours}")
     return KeyTable("VAE, Wan naming", tuple(rules))
 
 
 def original_for(keys: Iterable[str]) -> KeyTable:
-    """Wan's naming with the counts of blocks that a file's keys show."""
+    """Key table in Wan's naming, with the numbers of blocks read from a file's keys."""
     blocks = {"downsamples": 0, "upsamples": 0}
     for key in keys:
-        parts = key.split(".")
-        if len(parts) > 5 and parts[1] in blocks and parts[5] == "residual" and parts[4].isdigit():
-            blocks[parts[1]] = max(blocks[parts[1]], int(parts[4]) + 1)
+        # encoder.downsamples.{stage}.downsamples.{block}.residual...
+        words = key.split(".")
+        if len(words) > 5 and words[1] in blocks and words[5] == "residual" and words[4].isdigit():
+            blocks[words[1]] = max(blocks[words[1]], int(words[4]) + 1)
     return original(blocks["downsamples"] or 2, blocks["upsamples"] or 3)
 
 
 def _diffusers() -> KeyTable:
-    parts = {
+    names = {
         "norm1": "norm1",
         "conv1": "conv1",
         "norm2": "norm2",
@@ -92,7 +99,7 @@ def _diffusers() -> KeyTable:
         *_conv(f"{_SIDE}.{{m:conv_in|conv_out}}", "{side}.{m}", "conv3d"),
         KeyRule(f"{_SIDE}.norm_out.gamma", "{side}.norm_out.gamma", "gamma3d"),
         *_attention(f"{_SIDE}.mid_block.attentions.0", "{side}.mid.attn"),
-        *_resnet(f"{_SIDE}.mid_block.resnets.{{r:0|1}}", "{side}.mid.res{r}", parts),
+        *_resnet(f"{_SIDE}.mid_block.resnets.{{r:0|1}}", "{side}.mid.res{r}", names),
         *_conv("{m:quant_conv|post_quant_conv}", "{m}", "pointwise3d"),
     ]
     for side, word, sampler, ours in (
@@ -100,9 +107,9 @@ def _diffusers() -> KeyTable:
         ("decoder", "up_blocks", "upsampler", "up"),
     ):
         stage, path = f"{side}.{word}.{{s}}", f"{side}.stages.{{s}}"
-        rules += _resnet(f"{stage}.resnets.{{r}}", f"{path}.resnets.{{r}}", parts)
+        rules += _resnet(f"{stage}.resnets.{{r}}", f"{path}.resnets.{{r}}", names)
         rules += _resample(f"{stage}.{sampler}", f"{path}.{ours}")
-    # LightVAE's training left projection heads behind that no decoder uses
+    # Projection heads from LightVAE's training, which the decoder does not use.
     ignore = ("dynamic_feature_projection_heads.{rest:.*}",)
     return KeyTable("VAE, diffusers naming", tuple(rules), ignore)
 
@@ -111,11 +118,11 @@ ORIGINAL = original()
 DIFFUSERS = _diffusers()
 
 
-def config_of(shapes: Mapping[Path, Shape]) -> dict:
-    """Settings of `VAEConfig` that shapes tell (paths as in the parameter tree).
+def config_of(shapes: Mapping[TreePath, Shape]) -> dict:
+    """The fields of `VAEConfig` that follow from the shapes, by path in the parameter tree.
 
-    Latent statistics are not among them. Raises KeyError with the path of an array that is needed
-    and not there.
+    The latent statistics are not among them. Raises KeyError with the path of an array that is
+    needed and missing.
     """
     stages = 1 + max((int(p[2]) for p in shapes if p[:2] == ("encoder", "stages")), default=3)
     down = [_stage(shapes, "encoder", s) for s in range(stages)]
@@ -124,7 +131,7 @@ def config_of(shapes: Mapping[Path, Shape]) -> dict:
     decoder_dim = up[0][0]
     mult = tuple(width // encoder_dim for width, _ in down)
     decoder_mult = tuple(width // decoder_dim for width, _ in up)
-    timed = tuple(
+    temporal_down = tuple(
         ("encoder", "stages", str(s), "down", "time_conv", "kernel") in shapes
         for s in range(stages - 1)
     )
@@ -136,12 +143,12 @@ def config_of(shapes: Mapping[Path, Shape]) -> dict:
         "decoder_mult": None if decoder_mult == mult else decoder_mult,
         "res_blocks": down[0][1],
         "decoder_res_blocks": None if up[0][1] == down[0][1] + 1 else up[0][1],
-        "temporal_down": timed,
+        "temporal_down": temporal_down,
     }
 
 
-def _stage(shapes: Mapping[Path, Shape], side: str, stage: int) -> tuple[int, int]:
+def _stage(shapes: Mapping[TreePath, Shape], side: str, stage: int) -> tuple[int, int]:
     """Width and number of residual blocks of a stage."""
-    head = (side, "stages", str(stage), "resnets")
-    numbers = {int(path[4]) for path in shapes if path[:4] == head}
-    return shapes[(*head, "0", "conv1", "bias")][0], 1 + max(numbers, default=0)
+    prefix = (side, "stages", str(stage), "resnets")
+    indices = {int(path[4]) for path in shapes if path[:4] == prefix}
+    return shapes[(*prefix, "0", "conv1", "bias")][0], 1 + max(indices, default=0)

@@ -1,15 +1,15 @@
-"""Key tables: one list of rules turns a PyTorch state dict into a parameter tree and back.
+"""Key tables: lists of rules that map a PyTorch state dict to a parameter tree and back.
 
 A rule pairs a *key template* with a *path template*. Both are literal text with fields in braces:
 ``blocks.{layer}.self_attn.{m:q|k|v|o}.weight`` <-> ``blocks.self_attn.{m}.kernel``. A field without
-a pattern matches a whole number. The field ``layer`` is special: it never appears in the path, the
-tensors of all layers are stacked along a new leading axis instead. The third part of a rule names
-an invertible change of axes (``TRANSFORMS``), so that a table reads both ways:
+a pattern matches an integer. The field ``layer`` is special: it never appears in the path; the
+tensors of all layers are stacked along a new leading axis instead. The third field of a rule names
+an invertible change of axes (``TRANSFORMS``), so a table works in both directions:
 
     leaves = table.forward({"blocks.0.self_attn.q.weight": (64, 64), ...}, expected=shapes)
-    pieces = table.backward({("blocks", "self_attn", "q", "kernel"): (2, 64, 64), ...})
+    leaves = table.backward({("blocks", "self_attn", "q", "kernel"): (2, 64, 64), ...})
 
-Both collect every missing, extra, duplicate and misshapen key and raise once (``KeyReport``).
+Both collect all missing, extra, duplicate and misshapen keys and raise one error (``KeyReport``).
 """
 
 from __future__ import annotations
@@ -17,89 +17,38 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from longlive_jax.io.arrays import Path, Shape
+from longlive_jax.interop.transforms import TRANSFORMS, transformed_shape
+from longlive_jax.io.arrays import Shape, TreePath
 from longlive_jax.spec import UserError
+
+__all__ = [
+    "TRANSFORMS",
+    "KeyReport",
+    "KeyRule",
+    "KeyTable",
+    "Leaf",
+    "TableMatch",
+]
 
 _FIELD = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 _LAYER = "layer"
 
 
 @dataclasses.dataclass(frozen=True)
-class Transform:
-    """A change of axes and its inverse; both return views where numpy can."""
-
-    forward: Callable[[np.ndarray], np.ndarray]
-    inverse: Callable[[np.ndarray], np.ndarray]
-    rank: int | None = None  # of the PyTorch tensor; None: any
-
-
-def _permute(*axes: int) -> Transform:
-    back = tuple(int(i) for i in np.argsort(axes))
-    return Transform(lambda x: x.transpose(axes), lambda x: x.transpose(back), len(axes))
-
-
-def _squeezed(*unit_axes: int, transpose: bool = False) -> Transform:
-    """Drop axes of length one (they must be one), then swap the two that remain if asked."""
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        x = np.squeeze(x, axis=unit_axes)
-        return x.T if transpose else x
-
-    def inverse(x: np.ndarray) -> np.ndarray:
-        return np.expand_dims(x.T if transpose else x, unit_axes)
-
-    rank = len(unit_axes) + (2 if transpose else 1)
-    return Transform(forward, inverse, rank)
-
-
-def _patch_in(x: np.ndarray) -> np.ndarray:
-    """Conv3d weight [e, c, 1, 2, 2] -> [(ph pw c), e]."""
-    e, c, frames, rows, columns = x.shape
-    if (frames, rows, columns) != (1, 2, 2):
-        raise ValueError(f"patch size {(frames, rows, columns)}; only (1, 2, 2) is supported")
-    return x.transpose(2, 3, 4, 1, 0).reshape(4 * c, e)
-
-
-def _patch_out(x: np.ndarray) -> np.ndarray:
-    """The inverse of `_patch_in`."""
-    return x.reshape(1, 2, 2, x.shape[0] // 4, x.shape[1]).transpose(4, 3, 0, 1, 2)
-
-
-def _time_in(x: np.ndarray) -> np.ndarray:
-    """Conv3d weight [o, i, t, 1, 1] -> [t, i, o]."""
-    return np.squeeze(x, axis=(3, 4)).transpose(2, 1, 0)
-
-
-def _time_out(x: np.ndarray) -> np.ndarray:
-    """The inverse of `_time_in`."""
-    return x.transpose(2, 1, 0)[..., None, None]
-
-
-TRANSFORMS: dict[str, Transform] = {
-    "identity": Transform(lambda x: x, lambda x: x),
-    "linear": _permute(1, 0),  # [out, in] -> [in, out]
-    "conv2d": _permute(2, 3, 1, 0),  # OIHW -> HWIO
-    "conv3d": _permute(2, 3, 4, 1, 0),  # OIDHW -> DHWIO
-    "pointwise2d": _squeezed(2, 3, transpose=True),  # [out, in, 1, 1] -> [in, out]
-    "pointwise3d": _squeezed(2, 3, 4, transpose=True),  # [out, in, 1, 1, 1] -> [in, out]
-    "time_conv": Transform(_time_in, _time_out, 5),  # [out, in, t, 1, 1] -> [t, in, out]
-    "patch_embedding": Transform(_patch_in, _patch_out, 5),
-    "gamma2d": _squeezed(1, 2),  # [c, 1, 1] -> [c]
-    "gamma3d": _squeezed(1, 2, 3),  # [c, 1, 1, 1] -> [c]
-    # [1, n, e] -> [n, e]
-    "drop_first": Transform(lambda x: np.squeeze(x, axis=0), lambda x: x[None], 3),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class KeyRule:
-    """One line of a table: a key template, a path template, and the name of a transform.
+    """One row of a key table.
 
-    `optional`: another form of a weight that some files have; it is never missed.
+    Attributes:
+      key: template of the state-dict keys.
+      path: template of the dotted parameter path.
+      transform: change of axes, a name in `TRANSFORMS`.
+      optional: whether a file may lack these keys, such as an alternative form of a weight.
+
+    Raises ValueError for an unknown transform, and if the fields of the two templates differ.
     """
 
     key: str
@@ -119,35 +68,35 @@ class KeyRule:
 
     @property
     def stacked(self) -> bool:
-        """Whether the leaf has a leading layer axis."""
+        """Whether the tensors of all layers are stacked along a leading axis."""
         return "{layer}" in self.key
 
     @functools.cached_property
     def key_regex(self) -> re.Pattern[str]:
-        """Matches the keys of this rule; named groups are the fields."""
+        """Pattern of this rule's keys; its named groups are the fields."""
         return re.compile(_regex(self.key, {}))
 
     @functools.cached_property
     def path_regex(self) -> re.Pattern[str]:
-        """Matches the dotted paths of this rule; field patterns come from the key template."""
+        """Pattern of this rule's dotted paths, with the field patterns of the key template."""
         return re.compile(_regex(self.path, dict(_FIELD.findall(self.key))))
 
-    def path_of(self, fields: Mapping[str, str]) -> Path:
-        """The tree path for field values."""
+    def path_of(self, fields: Mapping[str, str]) -> TreePath:
+        """The parameter path for the given field values."""
         return tuple(_fill(self.path, fields).split("."))
 
     def key_of(self, fields: Mapping[str, str]) -> str:
-        """The state-dict key for field values (with `layer` among them if stacked)."""
+        """The state-dict key for the given field values, including `layer` if stacked."""
         return _fill(self.key, fields)
 
 
 def _regex(template: str, patterns: Mapping[str, str]) -> str:
-    out, at = [], 0
+    pieces, end = [], 0
     for field in _FIELD.finditer(template):
         name, pattern = field[1], field[2] or patterns.get(field[1]) or r"\d+"
-        out += [re.escape(template[at : field.start()]), f"(?P<{name}>{pattern})"]
-        at = field.end()
-    return "".join([*out, re.escape(template[at:])]) + r"\Z"
+        pieces += [re.escape(template[end : field.start()]), f"(?P<{name}>{pattern})"]
+        end = field.end()
+    return "".join([*pieces, re.escape(template[end:])]) + r"\Z"
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:
@@ -156,7 +105,14 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
 
 @dataclasses.dataclass
 class KeyReport:
-    """Everything wrong with a set of keys, raised once."""
+    """All problems with the keys of a state dict, raised as one error.
+
+    Attributes:
+      missing: keys that the model needs and the state dict lacks.
+      extra: keys that no rule matches.
+      duplicate: keys of a parameter that another key already gives.
+      misshapen: keys of tensors that have the wrong shape.
+    """
 
     missing: list[str] = dataclasses.field(default_factory=list)
     extra: list[str] = dataclasses.field(default_factory=list)
@@ -164,98 +120,113 @@ class KeyReport:
     misshapen: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: KeyReport) -> None:
-        """Takes over what another report found."""
+        """Appends the problems of another report."""
         for field in dataclasses.fields(self):
             getattr(self, field.name).extend(getattr(other, field.name))
 
     def check(self, what: str, *, limit: int = 8) -> None:
-        """Raise UserError naming counts and the first `limit` of each kind, if there are any."""
+        """Raises UserError if there are problems: their number and the first `limit` by kind."""
         kinds = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if not any(kinds.values()):
             return
-        parts = []
-        for kind, found in kinds.items():
-            if found:
-                more = f", and {len(found) - limit} more" if len(found) > limit else ""
-                parts.append(f"{len(found)} {kind}: {', '.join(found[:limit])}{more}")
-        raise UserError(f"{what} does not fit: " + "; ".join(parts))
+        texts = []
+        for kind, keys in kinds.items():
+            if keys:
+                more = f", and {len(keys) - limit} more" if len(keys) > limit else ""
+                texts.append(f"{len(keys)} {kind}: {', '.join(keys[:limit])}{more}")
+        raise UserError(f"{what}: keys do not match: " + "; ".join(texts))
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter array and the state-dict tensors it is made of."""
+    """One parameter array and the state-dict tensors it consists of.
 
-    path: Path
+    Attributes:
+      path: path of the parameter.
+      rule: rule that matched.
+      keys: state-dict keys: one per layer if stacked, else a single one.
+      shape: shape of the parameter, including the layer axis if stacked.
+    """
+
+    path: TreePath
     rule: KeyRule
-    keys: tuple[str, ...]  # one per layer if stacked, else one
-    shape: Shape  # with the layer axis if stacked
+    keys: tuple[str, ...]
+    shape: Shape
 
-    def place(self, tensor: np.ndarray) -> np.ndarray:
-        """One tensor of the state dict in the axis order of this leaf (without layer axis)."""
+    def to_param(self, tensor: np.ndarray) -> np.ndarray:
+        """A state-dict tensor in the axis order of the parameter, without the layer axis."""
         return TRANSFORMS[self.rule.transform].forward(tensor)
 
-    def extract(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `place`."""
+    def to_tensor(self, value: np.ndarray) -> np.ndarray:
+        """The state-dict tensor of a parameter (or one of its layers): inverse of `to_param`."""
         return TRANSFORMS[self.rule.transform].inverse(value)
 
 
 @dataclasses.dataclass(frozen=True)
-class Collected:
-    """What a table made of a set of keys, sound or not.
+class TableMatch:
+    """The result of matching the keys of a state dict with a table, valid or not.
 
     Attributes:
-      leaves: the sound ones.
-      shapes: of all leaves, as if gaps between layers were filled.
-      paths: of all leaves that have at least one key.
+      leaves: leaves that are complete and consistent.
+      shapes: shapes of all leaves by path, counting missing layers as present.
+      paths: paths of all leaves that have at least one key.
+      report: problems, not raised yet.
     """
 
     leaves: list[Leaf]
-    shapes: dict[Path, Shape]
-    paths: set[Path]
+    shapes: dict[TreePath, Shape]
+    paths: set[TreePath]
     report: KeyReport
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyTable:
-    """Rules of one component in one naming; `ignore`: templates of keys that carry no weight."""
+    """The rules of one component in one naming.
+
+    Attributes:
+      name: name for messages and provenance.
+      rules: rows of the table; the first one that matches a key applies.
+      ignore: templates of known keys that are not parameters of the model.
+    """
 
     name: str
     rules: Sequence[KeyRule]
     ignore: Sequence[str] = ()
 
     def match(self, key: str) -> tuple[KeyRule, dict[str, str]] | None:
-        """The first rule that the key fits, with its field values."""
+        """The first rule that matches the key, with its field values, or None."""
         for rule in self.rules:
-            if found := rule.key_regex.match(key):
-                return rule, found.groupdict()
+            if matched := rule.key_regex.match(key):
+                return rule, matched.groupdict()
         return None
 
     def score(self, keys: Iterable[str]) -> int:
-        """How many of the keys this table knows; used to tell what a file holds."""
+        """The number of keys that a rule matches, used to identify a file's component."""
         return sum(self.match(key) is not None for key in keys)
 
     def ignores(self, key: str) -> bool:
-        """Whether the key is known and carries no weight."""
+        """Whether the key is known and not a parameter of the model."""
         return any(re.match(_regex(template, {}), key) for template in self.ignore)
 
     def forward(
-        self, shapes: Mapping[str, Shape], *, expected: Mapping[Path, Shape] | None = None
+        self, shapes: Mapping[str, Shape], *, expected: Mapping[TreePath, Shape] | None = None
     ) -> list[Leaf]:
-        """Leaves for a state dict given by its shapes, in order of appearance.
+        """Leaves for a state dict, given its shapes by key, in the order of the keys.
 
-        With `expected` (path -> shape of the model's parameters) every leaf must be there in that
-        shape and no other. Raises UserError with the whole `KeyReport`.
+        With `expected`, the model's parameter shapes by path, the leaves must be exactly these.
+        Raises UserError with the full `KeyReport`.
         """
-        found = self.collect(shapes)
+        match = self.match_keys(shapes)
         if expected is not None:
-            self.compare(found, expected)
-        found.report.check(self.name)
-        return found.leaves
+            self.compare(match, expected)
+        match.report.check(self.name)
+        return match.leaves
 
-    def collect(self, shapes: Mapping[str, Shape]) -> Collected:
-        """What `forward` finds before it judges: the report is not raised."""
+    def match_keys(self, shapes: Mapping[str, Shape]) -> TableMatch:
+        """Matches the keys of a state dict, given its shapes; problems are reported, not raised."""
+        # 1. Group the keys by path and layer.
         report = KeyReport()
-        found: dict[Path, tuple[KeyRule, dict[int, str]]] = {}
+        groups: dict[TreePath, tuple[KeyRule, dict[int, str]]] = {}
         for key in shapes:
             if self.ignores(key):
                 continue
@@ -264,108 +235,108 @@ class KeyTable:
                 report.extra.append(key)
                 continue
             rule, fields = matched
-            layers = found.setdefault(rule.path_of(fields), (rule, {}))[1]
+            layers = groups.setdefault(rule.path_of(fields), (rule, {}))[1]
             layer = int(fields.get(_LAYER, 0))
             if layer in layers:
                 report.duplicate.append(f"{key} (same leaf as {layers[layer]})")
             else:
                 layers[layer] = key
-        depth = max((1 + max(m) for r, m in found.values() if r.stacked), default=0)
-        made, provisional = [], {}
-        for path, (rule, members) in found.items():
-            leaf, shape = self._leaf(path, rule, members, depth, shapes, report)
-            made += [leaf] if leaf is not None else []
+        # 2. Make the leaves; all stacked leaves must have the same number of layers.
+        depth = max((1 + max(keys) for rule, keys in groups.values() if rule.stacked), default=0)
+        leaves, leaf_shapes = [], {}
+        for path, (rule, layer_keys) in groups.items():
+            leaf, shape = self._leaf(path, rule, layer_keys, depth, shapes, report)
+            leaves += [leaf] if leaf is not None else []
             if shape is not None:
-                provisional[path] = shape
-        return Collected(made, provisional, set(found), report)
+                leaf_shapes[path] = shape
+        return TableMatch(leaves, leaf_shapes, set(groups), report)
 
-    def _leaf(self, path, rule, members, depth, shapes, report) -> tuple[Leaf | None, Shape | None]:
-        """The leaf if it is sound, and its shape as far as it can be told."""
-        # a layer number far beyond the number of tensors is damage, not a model
-        limit = min(depth, 4 * len(members) + 64) if rule.stacked else 0
-        gaps = [i for i in range(limit) if i not in members]
+    def _leaf(
+        self,
+        path: TreePath,
+        rule: KeyRule,
+        layer_keys: Mapping[int, str],
+        depth: int,
+        shapes: Mapping[str, Shape],
+        report: KeyReport,
+    ) -> tuple[Leaf | None, Shape | None]:
+        """The leaf if it is valid, and its shape if any of its tensors has one."""
+        # 1. Missing layers. A layer number far beyond the number of tensors is damage.
+        layers = min(depth, 4 * len(layer_keys) + 64) if rule.stacked else 0
+        gaps = [i for i in range(layers) if i not in layer_keys]
         report.missing += [self._key_at(rule, path, i) for i in gaps]
-        keys = tuple(members[i] for i in sorted(members))
-        placed = {}
+        # 2. Shapes, which must be the same in every layer.
+        keys = tuple(layer_keys[i] for i in sorted(layer_keys))
+        param_shapes = {}
         for key in keys:
             try:
-                placed[key] = transformed_shape(rule.transform, shapes[key])
+                param_shapes[key] = transformed_shape(rule.transform, shapes[key])
             except ValueError as error:
                 report.misshapen.append(f"{key} {tuple(shapes[key])} ({error})")
-        if not placed:
+        if not param_shapes:
             return None, None
-        first = next(iter(placed.values()))
-        odd = [key for key in placed if placed[key] != first]
-        report.misshapen += [f"{key} {placed[key]} instead of {first}" for key in odd]
-        shape = (limit, *first) if rule.stacked else first
-        sound = len(placed) == len(keys) and not odd and not gaps and limit in (0, depth)
-        return (Leaf(path, rule, keys, shape) if sound else None), shape
+        first = next(iter(param_shapes.values()))
+        odd = [key for key in param_shapes if param_shapes[key] != first]
+        report.misshapen += [f"{key} {param_shapes[key]} instead of {first}" for key in odd]
+        # 3. The leaf.
+        shape = (layers, *first) if rule.stacked else first
+        valid = len(param_shapes) == len(keys) and not odd and not gaps and layers in (0, depth)
+        return (Leaf(path, rule, keys, shape) if valid else None), shape
 
-    def _key_at(self, rule: KeyRule, path: Path, layer: int) -> str:
-        found = rule.path_regex.match(".".join(path))
-        fields = found.groupdict() if found else {}
+    def _key_at(self, rule: KeyRule, path: TreePath, layer: int) -> str:
+        matched = rule.path_regex.match(".".join(path))
+        fields = matched.groupdict() if matched else {}
         return rule.key_of(fields | {_LAYER: str(layer)})
 
-    def compare(self, found: Collected, expected: Mapping[Path, Shape]) -> None:
-        """Adds to the report what the model's parameters lack or do not know."""
-        report = found.report
-        for leaf in found.leaves:
+    def compare(self, match: TableMatch, expected: Mapping[TreePath, Shape]) -> None:
+        """Adds to the report where the leaves differ from the model's parameters."""
+        report = match.report
+        for leaf in match.leaves:
             want = expected.get(leaf.path)
             if want is None:
                 report.extra += leaf.keys
             elif tuple(want) != leaf.shape:
                 report.misshapen.append(f"{leaf.keys[0]} {leaf.shape} instead of {tuple(want)}")
         for path, shape in expected.items():
-            if path not in found.paths:
+            if path not in match.paths:
                 report.missing += self._keys_or_path(path, shape)
 
-    def unmatched(self, found: Collected) -> list[str]:
-        """Key templates of the rules that none of the keys fit, optional ones apart."""
-        used = [".".join(path) for path in found.paths]
+    def unmatched(self, match: TableMatch) -> list[str]:
+        """Key templates of the rules, except optional ones, that no key matched."""
+        paths = [".".join(path) for path in match.paths]
         rules = (rule for rule in self.rules if not rule.optional)
-        return [r.key for r in rules if not any(r.path_regex.match(path) for path in used)]
+        return [r.key for r in rules if not any(r.path_regex.match(path) for path in paths)]
 
-    def _keys_or_path(self, path: Path, shape: Shape) -> list[str]:
+    def _keys_or_path(self, path: TreePath, shape: Shape) -> list[str]:
         try:
-            return list(self._outgoing(path, shape).keys)
+            return list(self._leaf_of_param(path, shape).keys)
         except KeyError:
             return ["/".join(path)]
 
-    def _outgoing(self, path: Path, shape: Shape) -> Leaf:
+    def _leaf_of_param(self, path: TreePath, shape: Shape) -> Leaf:
+        """The leaf of a parameter by its path; KeyError if no rule matches it."""
         for rule in self.rules:
-            if found := rule.path_regex.match(".".join(path)):
+            if matched := rule.path_regex.match(".".join(path)):
                 layers = range(shape[0]) if rule.stacked else [0]
-                keys = (rule.key_of(found.groupdict() | {_LAYER: str(i)}) for i in layers)
+                keys = (rule.key_of(matched.groupdict() | {_LAYER: str(i)}) for i in layers)
                 return Leaf(path, rule, tuple(keys), tuple(shape))
         raise KeyError(path)
 
-    def backward(self, shapes: Mapping[Path, Shape]) -> list[Leaf]:
-        """Leaves for a parameter tree given by its shapes; `Leaf.extract` makes the tensors.
+    def backward(self, shapes: Mapping[TreePath, Shape]) -> list[Leaf]:
+        """Leaves for a parameter tree, given its shapes by path; `Leaf.to_tensor` converts values.
 
-        Raises UserError naming every path no rule knows and every key written twice.
+        Raises UserError naming every path that no rule matches and every key that occurs twice.
         """
         report, leaves = KeyReport(), []
-        seen: set[str] = set()
+        keys: set[str] = set()
         for path, shape in shapes.items():
             try:
-                leaf = self._outgoing(path, shape)
+                leaf = self._leaf_of_param(path, shape)
             except KeyError:
                 report.extra.append("/".join(path))
                 continue
-            report.duplicate += [key for key in leaf.keys if key in seen]
-            seen.update(leaf.keys)
+            report.duplicate += [key for key in leaf.keys if key in keys]
+            keys.update(leaf.keys)
             leaves.append(leaf)
         report.check(self.name)
         return leaves
-
-
-def transformed_shape(transform: str, shape: Shape) -> Shape:
-    """The shape after a named transform, without touching data; ValueError if it cannot apply."""
-    change = TRANSFORMS[transform]
-    if change.rank is not None and len(shape) != change.rank:
-        raise ValueError(f"needs {change.rank} axes, has {len(shape)}")
-    if transform == "patch_embedding":
-        if tuple(shape[2:]) != (1, 2, 2):
-            raise ValueError(f"patch size {shape[2:]}; only (1, 2, 2) is supported")
-        return (4 * shape[1], shape[0])
-    return change.forward(np.broadcast_to(np.zeros((), np.uint8), shape)).shape

@@ -1,9 +1,9 @@
-"""A reader of the pickle stream inside PyTorch checkpoints that cannot run anything.
+"""Parser for the pickle streams in PyTorch checkpoints, which cannot execute code.
 
-Nothing is imported, looked up or called. A stream is a list of opcodes; those on the allow-list
-are carried out on plain containers, a reference to a global stays a name, and the only calls that
-mean anything are the few that PyTorch writes for tensors (`CALLS`). Everything else is refused.
-Sizes are bounded: no container can nest or grow beyond what the stream itself spells out.
+Nothing is imported, looked up or called. A stream is a list of opcodes. Those on the allow-list
+act on plain containers, a reference to a global stays a name, and the only calls with an effect
+are the few that PyTorch writes for tensors and containers. Everything else is refused. Sizes are
+bounded: no container can nest deeper or grow larger than the stream itself spells out.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ MAX_INTEGER_BYTES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """The name of something a stream refers to; never resolved."""
+    """The name of a global that a stream refers to; it is never resolved."""
 
     name: str
 
@@ -36,16 +36,16 @@ class TensorCall:
 
 
 class StateDict(dict):
-    """A dictionary that remembers keys written twice."""
+    """A dictionary that records the keys that were set more than once."""
 
     def __init__(self):
         super().__init__()
         self.duplicates: list[str] = []
 
     def put(self, key: Any, value: Any) -> None:
-        """Sets a key of a plain type; ValueError for any other type."""
+        """Sets a key; raises ValueError if its type is not a plain one."""
         if not isinstance(key, str | int | float | bool | type(None)):
-            raise ValueError(f"a dictionary key of type {type(key).__name__}")
+            raise ValueError(f"a dictionary key must be plain data, got {type(key).__name__}")
         if key in self:
             self.duplicates.append(str(key))
         self[key] = value
@@ -77,14 +77,14 @@ KNOWN = DTYPES | STORAGES | TENSOR_CALLS | PARAMETER_CALLS | CONTAINER_CALLS
 
 
 def read_pickle(stream: BinaryIO, where: str, *, persistent: Callable[[Any], Any]) -> Any:
-    """The value of one pickle at the stream's position.
+    """The value of the pickle at the stream's position.
 
     Args:
-      stream: positioned at the pickle; left behind its STOP opcode.
-      where: name of the file for messages.
-      persistent: turns a persistent id (a plain tuple) into a value.
+      stream: stream at the start of a pickle; afterwards it is just after the STOP opcode.
+      where: file name for messages.
+      persistent: function from a persistent id (a plain tuple) to its value.
 
-    Raises UserError for a damaged stream and for anything that is neither a tensor nor plain data.
+    Raises UserError for a damaged stream, and for anything but tensors and plain data.
     """
     machine = _Machine(where, persistent)
     try:
@@ -94,11 +94,13 @@ def read_pickle(stream: BinaryIO, where: str, *, persistent: Callable[[Any], Any
     except UserError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{where}: is damaged ({error}); copy or download it again") from error
+        raise UserError(
+            f"{where}: is damaged ({error}); copy or download the file again"
+        ) from error
 
 
 class _Machine:
-    """The stack and the memo of one stream."""
+    """The pickle machine of one stream: its stack and memo."""
 
     def __init__(self, where: str, persistent: Callable[[Any], Any]):
         self.where, self.persistent = where, persistent
@@ -106,34 +108,34 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
-        """Carries out one opcode."""
+        """Executes one opcode; raises UserError if it is not on the allow-list."""
         if name in _LITERALS:
             self.stack.append(_literal(argument))
         elif name in _ACTIONS:
             _ACTIONS[name](self, argument)
         else:
-            raise UserError(f"{self.where}: pickle opcode {name} is not read{_REMEDY}")
+            raise UserError(f"{self.where}: pickle opcode {name} is refused{_REMEDY}")
 
     def result(self) -> Any:
-        """What STOP found on the stack."""
+        """The value of the stream: the only one on the stack."""
         if len(self.stack) != 1:
-            raise ValueError(f"{len(self.stack)} values left over")
+            raise ValueError(f"the stream must end with 1 value, got {len(self.stack)}")
         return self.pop()
 
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise ValueError("a mark where a value belongs")
+            raise ValueError("a mark instead of a value")
         return value
 
-    def to_mark(self) -> list[Any]:
-        at = len(self.stack) - 1
-        while self.stack[at] is not _MARK:  # IndexError at the bottom is caught above
-            at -= 1
-            if at < 0:
+    def pop_to_mark(self) -> list[Any]:
+        index = len(self.stack) - 1
+        while self.stack[index] is not _MARK:  # `read_pickle` catches IndexError (empty stack)
+            index -= 1
+            if index < 0:
                 raise ValueError("no mark on the stack")
-        values = self.stack[at + 1 :]
-        del self.stack[at:]
+        values = self.stack[index + 1 :]
+        del self.stack[index:]
         return values
 
     def push_global(self, name: str) -> None:
@@ -158,52 +160,52 @@ class _Machine:
         if name == "torch.device":
             return ":".join(map(str, args))
         if name == "collections.OrderedDict" and len(args) <= 1:
-            made = StateDict()
+            state = StateDict()
             for key, value in args[0] if args else ():
-                made.put(key, value)
-            return made
+                state.put(key, value)
+            return state
         raise UserError(f"{self.where}: a call of {name} is refused{_REMEDY}")
 
     def set_items(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, StateDict) or len(pairs) % 2:
-            raise ValueError("items for something that is no dictionary")
+            raise ValueError("items are set on something that is not a dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             target.put(key, value)
 
     def append(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise ValueError("elements for something that is no list")
+            raise ValueError("elements are appended to something that is not a list")
         self.stack[-1].extend(values)
 
     def build(self, _: Any) -> None:
-        # state_dict() carries its version numbers as an attribute of the OrderedDict
+        # The only accepted attribute is `_metadata`: the version numbers of a state_dict().
         state, target = self.pop(), self.stack[-1]
-        plain = isinstance(target, StateDict) and isinstance(state, StateDict)
-        if not plain or set(state) - {"_metadata"}:
+        is_plain = isinstance(target, StateDict) and isinstance(state, StateDict)
+        if not is_plain or set(state) - {"_metadata"}:
             raise UserError(f"{self.where}: setting attributes of an object is refused{_REMEDY}")
 
     def stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise ValueError("a global without a name")
+            raise ValueError("a global has no name")
         self.push_global(f"{module}.{name}")
 
-    def last_two(self, _: Any) -> None:
+    def set_item(self, _: Any) -> None:
         value, key = self.pop(), self.pop()
         self.set_items([key, value])
 
-    def take(self, count: int) -> tuple:
+    def pop_many(self, count: int) -> tuple:
         values = [self.pop() for _ in range(count)]
         return tuple(reversed(values))
 
-    def remember(self, index: int) -> None:
+    def memoize(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
 
-_REMEDY = "; only tensors and plain containers are read, and nothing of the file was executed"
+_REMEDY = "; only tensors and plain containers are read, and nothing in the file was executed"
 
-# opcodes that push their own argument
+# Opcodes that push their own argument.
 _LITERALS = frozenset({
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "BINUNICODE8",
     "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
@@ -219,17 +221,17 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_DICT": lambda m, a: m.stack.append(StateDict()),
     "EMPTY_LIST": lambda m, a: m.stack.append([]),
     "EMPTY_TUPLE": lambda m, a: m.stack.append(()),
-    "TUPLE": lambda m, a: m.stack.append(tuple(m.to_mark())),
-    "TUPLE1": lambda m, a: m.stack.append(m.take(1)),
-    "TUPLE2": lambda m, a: m.stack.append(m.take(2)),
-    "TUPLE3": lambda m, a: m.stack.append(m.take(3)),
+    "TUPLE": lambda m, a: m.stack.append(tuple(m.pop_to_mark())),
+    "TUPLE1": lambda m, a: m.stack.append(m.pop_many(1)),
+    "TUPLE2": lambda m, a: m.stack.append(m.pop_many(2)),
+    "TUPLE3": lambda m, a: m.stack.append(m.pop_many(3)),
     "APPEND": lambda m, a: m.append([m.pop()]),
-    "APPENDS": lambda m, a: m.append(m.to_mark()),
-    "SETITEM": _Machine.last_two,
-    "SETITEMS": lambda m, a: m.set_items(m.to_mark()),
-    "BINPUT": _Machine.remember,
-    "LONG_BINPUT": _Machine.remember,
-    "MEMOIZE": lambda m, a: m.remember(len(m.memo)),
+    "APPENDS": lambda m, a: m.append(m.pop_to_mark()),
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": lambda m, a: m.set_items(m.pop_to_mark()),
+    "BINPUT": _Machine.memoize,
+    "LONG_BINPUT": _Machine.memoize,
+    "MEMOIZE": lambda m, a: m.memoize(len(m.memo)),
     "BINGET": lambda m, a: m.stack.append(m.memo[a]),
     "LONG_BINGET": lambda m, a: m.stack.append(m.memo[a]),
     "GLOBAL": lambda m, a: m.push_global(a.replace(" ", ".", 1)),
@@ -242,22 +244,27 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 
 def _literal(argument: Any) -> Any:
     if isinstance(argument, int) and argument.bit_length() > 8 * MAX_INTEGER_BYTES:
-        raise ValueError(f"an integer of {argument.bit_length()} bits")
+        limit = 8 * MAX_INTEGER_BYTES
+        raise ValueError(f"an integer must have <= {limit} bits, got {argument.bit_length()}")
     return argument
 
 
 def walk(value: Any, leaf: Callable[[Any], Any], where: str) -> Any:
     """A copy of a plain value with every `TensorCall` replaced by `leaf(call)`.
 
-    Bounded in depth and in nodes, since memoised references can spell out an exponentially large
-    or an endless value in a few bytes. Raises UserError beyond the bounds.
+    Depth and number of nodes are bounded, since memoised references can encode an exponentially
+    large or infinite value in a few bytes. Raises UserError beyond the limits.
     """
-    left = [MAX_NODES]
+    remaining = MAX_NODES
 
     def visit(node: Any, depth: int) -> Any:
-        left[0] -= 1
-        if depth > MAX_DEPTH or left[0] < 0:
-            raise UserError(f"{where}: nested too deeply or too large to be a checkpoint")
+        nonlocal remaining
+        remaining -= 1
+        if depth > MAX_DEPTH or remaining < 0:
+            raise UserError(
+                f"{where}: not a checkpoint: nested deeper than {MAX_DEPTH} levels or more than "
+                f"{MAX_NODES} values"
+            )
         if isinstance(node, TensorCall):
             return leaf(node)
         if isinstance(node, StateDict):

@@ -1,14 +1,14 @@
-"""A checkpoint directory to a packed one: the DiT layer by layer, the rest as it is.
+"""Packs the DiT of a checkpoint directory layer by layer, and copies the other components.
 
-Memory holds one matrix of one layer, and the scales of its layers; weights in full precision are
-not written. What can be wrong is found before the first byte.
+Memory holds one matrix of one layer, and the scales of all its layers. Unpacked copies of the
+kernels are not written. Everything that can be wrong is checked before the first byte is written.
 """
 
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path as FilePath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal, Protocol
 
 import jax
@@ -17,195 +17,229 @@ import numpy as np
 
 from longlive_jax import __version__
 from longlive_jax.interop.convert import Adapters
-from longlive_jax.io.arrays import ArrayFiller, ArraySpec, Path, Shape, nest
+from longlive_jax.io.arrays import ArraySpec, ArrayWriter, Shape, TreePath, nest
 from longlive_jax.io.checkpoint import (
-    QUANTIZATION,
+    QUANTIZATION_KEY,
     TOKENIZER,
     CheckpointWriter,
-    is_part,
+    is_packed_array,
     open_component,
     read_manifest,
 )
-from longlive_jax.io.packed_kernels import Kernel, Record, arrays_of, dense, part_specs, record_of
+from longlive_jax.io.packed_kernels import (
+    KernelFormat,
+    QuantizationRecord,
+    dense_shapes,
+    packed_arrays,
+    packed_specs,
+    read_quantization,
+)
+from longlive_jax.io.progress import ProgressCallback, no_progress
 from longlive_jax.quant.packed import pack
 from longlive_jax.quant.policy import Format, QuantPolicy
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array
 
-__all__ = ["Lora", "Packing", "Weights", "quantize_checkpoint"]
+__all__ = ["ArraySource", "LoraSpec", "QuantizationReport", "quantize_checkpoint"]
 
 COMPONENT = "dit"
-Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
 
-class Weights(Protocol):
-    """Arrays by path, read layer by layer: an `ArrayReader`, or a save of a run that trains."""
+class ArraySource(Protocol):
+    """Arrays by path, read layer by layer: an `ArrayReader`, or the weights of a training run."""
 
     @property
-    def specs(self) -> Mapping[Path, ArraySpec]:
-        """Shapes and types."""
+    def specs(self) -> Mapping[TreePath, ArraySpec]:
+        """Shapes and dtypes by path."""
 
-    def read(self, path: Path) -> np.ndarray:
-        """An array."""
+    def read(self, path: TreePath) -> np.ndarray:
+        """The array at a path."""
 
-    def layers(self, path: Path) -> Iterator[np.ndarray]:
-        """Its slices along the leading axis."""
+    def layers(self, path: TreePath) -> Iterator[np.ndarray]:
+        """The slices of an array along its leading axis."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    """A LoRA file and what becomes of it: "merge" into the kernels before they are packed, or a
-    "branch" beside them in high precision."""
+class LoraSpec:
+    """A LoRA file and how to apply it.
 
-    path: FilePath
+    Attributes:
+      path: LoRA file.
+      mode: "merge" it into the kernels before packing, or store it as a "branch" next to the
+        packed kernels, in high precision.
+      alpha: alpha of the LoRA; its rank if None.
+    """
+
+    path: Path
     mode: Literal["merge", "branch"] = "merge"
     alpha: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
-    """What was written: the record, and bytes of the DiT before and after."""
+class QuantizationReport:
+    """What was written.
 
-    record: Record
-    before: int
-    after: int
+    Attributes:
+      record: quantization record of the DiT.
+      bytes_before: size of the DiT in the source.
+      bytes_after: size of the DiT in the output.
+    """
+
+    record: QuantizationRecord
+    bytes_before: int
+    bytes_after: int
 
 
 def quantize_checkpoint(
-    source: FilePath,
-    out: FilePath,
+    source: Path,
+    out: Path,
     policy: QuantPolicy,
     *,
-    weights: Weights | None = None,
-    lora: Lora | None = None,
+    weights: ArraySource | None = None,
+    lora: LoraSpec | None = None,
     dtype: str = "bfloat16",
     overwrite: bool = False,
-    progress: Progress = lambda what, done, total: None,
-) -> Packing:
-    """Writes the checkpoint directory `source` to `out` with the kernels of the DiT packed.
+    progress: ProgressCallback = no_progress,
+) -> QuantizationReport:
+    """Copies the checkpoint directory `source` to `out` with the DiT's kernels packed.
+
+    A packed checkpoint is accepted if it was packed by the same policy and a LoRA branch is added.
 
     Args:
-      policy: which kernels, and how.
-      weights: of the DiT, in place of the checkpoint's own.
-      lora: to be merged, or kept beside.
-      dtype: of all other floating-point arrays of the DiT.
+      policy: kernels to pack, and their formats.
+      weights: weights of the DiT instead of the checkpoint's own.
+      lora: LoRA to merge, or to add as a branch.
+      dtype: dtype of the DiT's other floating-point arrays.
       overwrite: replace components that `out` already has.
+      progress: callback after every array.
 
-    A checkpoint that is packed already is taken as it is if the policy is its own and a LoRA comes
-    beside it. Raises UserError for a checkpoint that is missing, foreign, damaged or packed by
-    other rules, for a policy or a LoRA that does not fit it, and if `out` is taken; `out` is
-    untouched then.
+    Raises UserError if the checkpoint is missing, damaged, or packed by another policy, if the
+    policy or the LoRA does not match it, or if `out` has these components. `out` is then unchanged.
     """
     if out.resolve() == source.resolve():
         raise UserError(f"--out={out} is the checkpoint itself; choose another folder")
+    # 1. Plan.
     reader, settings = open_component(source, COMPONENT)
-    job = _job(source, weights or reader, policy, lora, np.dtype(jnp.dtype(dtype)))
+    plan = _plan(source, weights or reader, policy, lora, np.dtype(jnp.dtype(dtype)))
+    # 2. Write.
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         _copy_others(source, writer, overwrite=overwrite)
         provenance = read_manifest(source)["provenance"].get(COMPONENT, {})
-        filler = writer.component(
+        array_writer = writer.add_component(
             COMPONENT,
-            job.specs,
+            plan.specs,
             settings,
             provenance={"packed_by": f"longlive-jax {__version__}", "from": provenance},
-            quantization=job.record,
+            quantization=plan.record,
         )
-        done, total = 0, _bytes(job.weights.specs)
-        for path, spec in job.weights.specs.items():
-            job.write(filler, path)
-            done += spec.nbytes
-            progress(COMPONENT, done, total)
-        job.write_branches(filler)
+        plan.write(array_writer, progress)
         writer.commit()
-    return Packing(job.record, total, _bytes(job.specs))
+    return QuantizationReport(plan.record, _nbytes(plan.weights.specs), _nbytes(plan.specs))
 
 
-def _bytes(specs: Mapping[Path, ArraySpec]) -> int:
+def _nbytes(specs: Mapping[TreePath, ArraySpec]) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-def _copy_others(source: FilePath, writer: CheckpointWriter, *, overwrite: bool) -> None:
-    """All that is not the DiT, file by file, and the settings for sampling."""
+def _copy_others(source: Path, writer: CheckpointWriter, *, overwrite: bool) -> None:
+    """Copies the files of all other components, the sampling settings and the tokenizer."""
     manifest = read_manifest(source)
     for name in manifest["components"]:
         if name != COMPONENT:
             shutil.copytree(source / name, writer.stage(name))
             for group in ("components", "arrays", "provenance"):
                 writer.manifest[group][name] = manifest[group].get(name, {})
-    known = {"format", "components", "arrays", "provenance", QUANTIZATION}
+    known = {"format", "components", "arrays", "provenance", QUANTIZATION_KEY}
     writer.manifest |= {k: v for k, v in manifest.items() if k not in known}
     if (source / TOKENIZER).is_file() and (overwrite or not (writer.folder / TOKENIZER).exists()):
-        writer.tokenizer(source / TOKENIZER)
+        writer.add_tokenizer(source / TOKENIZER)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """Arrays of a DiT, and what each becomes."""
+class _Plan:
+    """The arrays of a DiT and how each is written.
 
-    weights: Weights
-    formats: Mapping[Path, Format]  # of kernels that are yet to be packed
+    Attributes:
+      weights: arrays of the source.
+      formats: formats of the kernels to pack; empty if they are packed already.
+      adapters: LoRA, or None.
+      merge: whether the LoRA is merged; otherwise it becomes a branch.
+      specs: specs of the arrays to be written.
+      record: quantization record to be written.
+    """
+
+    weights: ArraySource
+    formats: Mapping[TreePath, Format]
     adapters: Adapters | None
     merge: bool
-    specs: Mapping[Path, ArraySpec]
-    record: Record
+    specs: Mapping[TreePath, ArraySpec]
+    record: QuantizationRecord
 
-    def write(self, filler: ArrayFiller, path: Path) -> None:
-        """Writes what becomes of one array."""
-        if path in self.formats:
-            self._write_packed(filler, path)
-        else:
-            value = self.weights.read(path).astype(self.specs[path].dtype, copy=False)
-            filler.fill(path, [value], stacked=False)
+    def write(self, writer: ArrayWriter, progress: ProgressCallback) -> None:
+        """Writes all arrays."""
+        done, total = 0, _nbytes(self.weights.specs)
+        for path, spec in self.weights.specs.items():
+            if path in self.formats:
+                self._write_packed(writer, path)
+            else:
+                value = self.weights.read(path).astype(self.specs[path].dtype, copy=False)
+                writer.write(path, [value], stacked=False)
+            done += spec.nbytes
+            progress(COMPONENT, done, total)
+        self._write_branches(writer)
 
-    def _write_packed(self, filler: ArrayFiller, path: Path) -> None:
-        """Codes as they come; the other parts are small and wait."""
+    def _write_packed(self, writer: ArrayWriter, path: TreePath) -> None:
+        """Packs a kernel: codes are written layer by layer, the small other arrays at the end."""
         form = self.formats[path]
-        rest: dict[str, list[np.ndarray]] = {}
+        layers: dict[str, list[np.ndarray]] = {}
 
         def codes() -> Iterator[np.ndarray]:
             for layer, kernel in enumerate(self.weights.layers(path)):
                 if self.merge and self.adapters is not None:
                     kernel = self.adapters.merged(path, layer, kernel)
-                parts = _packed(jnp.asarray(kernel), form)
-                for name, value in parts.items():
-                    rest.setdefault(name, []).append(np.asarray(value))
-                yield rest["codes"].pop()
+                for name, value in _pack(jnp.asarray(kernel), form).items():
+                    layers.setdefault(name, []).append(np.asarray(value))
+                yield layers["codes"].pop()
 
-        filler.fill((*path, "codes"), codes(), stacked=True)
-        for name, pieces in rest.items():
+        writer.write((*path, "codes"), codes(), stacked=True)
+        for name, values in layers.items():
             if name != "codes":
-                filler.fill((*path, name), pieces, stacked=True)
+                writer.write((*path, name), values, stacked=True)
 
-    def write_branches(self, filler: ArrayFiller) -> None:
-        """Writes both halves of every LoRA that stays beside its kernel."""
+    def _write_branches(self, writer: ArrayWriter) -> None:
+        """Writes both factors of every LoRA branch."""
         if self.adapters is None or self.merge:
             return
         for path in self.adapters.leaves:
-            stored = (*path[:-1], "kernel", path[-1])
-            pieces = (x.astype(self.specs[stored].dtype) for x in self.adapters.layers(path))
-            filler.fill(stored, pieces, stacked=True)
+            target = (*path[:-1], "kernel", path[-1])
+            layers = (x.astype(self.specs[target].dtype) for x in self.adapters.layers(path))
+            writer.write(target, layers, stacked=True)
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def _packed(kernel: Array, form: Format) -> dict[str, Array]:
-    return arrays_of(pack(kernel, form))
+def _pack(kernel: Array, form: Format) -> dict[str, Array]:
+    return packed_arrays(pack(kernel, form))
 
 
-def _job(
-    source: FilePath,
-    weights: Weights,
+def _plan(
+    source: Path,
+    weights: ArraySource,
     policy: QuantPolicy,
-    lora: Lora | None,
+    lora: LoraSpec | None,
     dtype: np.dtype,
-) -> _Job:
-    shapes = dense({path: spec.shape for path, spec in weights.specs.items()})
+) -> _Plan:
+    """Checks policy, packed kernels and LoRA against each other; UserError if they conflict."""
+    # 1. Formats of the kernels.
+    shapes = dense_shapes({path: spec.shape for path, spec in weights.specs.items()})
     formats = _formats(source, policy, shapes)
-    record = Record(policy.name, {"/".join(p): Kernel.of(form) for p, form in formats.items()})
-    packed = record_of(source)
+    kernels = {"/".join(path): KernelFormat.of(form) for path, form in formats.items()}
+    record = QuantizationRecord(policy.name, kernels)
+    current = read_quantization(source)
+    if current is not None:
+        _check_repack(source, current, record, lora)
+        record, formats = current, {}
+    # 2. LoRA.
     merge = lora is not None and lora.mode == "merge"
-    if packed is not None:
-        record = _again(source, packed, record, lora)
-        formats = {}
     adapters = None if lora is None else Adapters.open(lora.path, alpha=lora.alpha)
     if adapters is not None and lora is not None:
         adapters.check(shapes)
@@ -215,57 +249,65 @@ def _job(
             if merge
             else dataclasses.replace(record, branch_lora=name, branch_scale=adapters.scale)
         )
+    # 3. Arrays to be written.
     specs = _specs(weights, formats, dtype)
     if adapters is not None and not merge:
         specs |= _branch_specs(adapters, record, dtype)
-    return _Job(weights, formats, adapters, merge, specs, record)
+    return _Plan(weights, formats, adapters, merge, specs, record)
 
 
 def _formats(
-    source: FilePath, policy: QuantPolicy, shapes: Mapping[Path, Shape]
-) -> dict[Path, Format]:
-    """The policy's formats by path; UserError where it does not fit."""
+    source: Path, policy: QuantPolicy, shapes: Mapping[TreePath, Shape]
+) -> dict[TreePath, Format]:
+    """The policy's formats by path; raises UserError if it does not match the model."""
     tree = nest({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
     try:
         formats = policy.formats(tree)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     if not formats:
-        raise UserError(f"policy {policy.name} packs nothing; say --policy=nvfp4 or fp8")
+        raise UserError(f"policy {policy.name} packs nothing; pass --policy=nvfp4 or fp8")
     return {tuple(name.split("/")): form for name, form in formats.items()}
 
 
-def _again(source: FilePath, packed: Record, wanted: Record, lora: Lora | None) -> Record:
-    """The record of a checkpoint that is packed already; UserError unless it can stay so."""
-    if packed.kernels != wanted.kernels:
+def _check_repack(
+    source: Path,
+    current: QuantizationRecord,
+    requested: QuantizationRecord,
+    lora: LoraSpec | None,
+) -> None:
+    """Raises UserError unless the packed kernels can stay and a first LoRA branch is added."""
+    if current.kernels != requested.kernels:
         raise UserError(
-            f"{source} is packed by {packed.describe()}, not by {wanted.describe()}; quantize the "
-            "checkpoint it was made from"
+            f"{source} is packed by {current.describe()}, not by {requested.describe()}; quantize "
+            "the checkpoint it was made from"
         )
-    if lora is None or lora.mode != "branch" or packed.branch_lora:
+    if lora is None or lora.mode != "branch" or current.branch_lora:
         raise UserError(
-            f"{source} is packed already ({packed.describe()}); only a LoRA beside it can be added "
-            "(--lora=FILE --lora_mode=branch), once"
+            f"{source} is packed already ({current.describe()}); only one LoRA branch can be added "
+            "to it (--lora=FILE --lora_mode=branch)"
         )
-    return packed
 
 
 def _specs(
-    weights: Weights, formats: Mapping[Path, Format], dtype: np.dtype
-) -> dict[Path, ArraySpec]:
-    specs: dict[Path, ArraySpec] = {}
+    weights: ArraySource, formats: Mapping[TreePath, Format], dtype: np.dtype
+) -> dict[TreePath, ArraySpec]:
+    """Specs of the arrays to be written, without LoRA branches."""
+    specs: dict[TreePath, ArraySpec] = {}
     for path, spec in weights.specs.items():
         if path in formats:
-            parts = part_specs(Kernel.of(formats[path]), spec.shape)
-            specs |= {(*path, name): part for name, part in parts.items()}
+            arrays = packed_specs(KernelFormat.of(formats[path]), spec.shape)
+            specs |= {(*path, name): array for name, array in arrays.items()}
         else:
-            floating = jnp.issubdtype(spec.dtype, jnp.floating) and not is_part(path)
-            specs[path] = ArraySpec(spec.shape, dtype if floating else spec.dtype)
+            can_cast = jnp.issubdtype(spec.dtype, jnp.floating) and not is_packed_array(path)
+            specs[path] = ArraySpec(spec.shape, dtype if can_cast else spec.dtype)
     return specs
 
 
-def _branch_specs(adapters: Adapters, record: Record, dtype: np.dtype) -> dict[Path, ArraySpec]:
-    """Where both halves of every LoRA go; UserError beside a kernel that is not packed."""
+def _branch_specs(
+    adapters: Adapters, record: QuantizationRecord, dtype: np.dtype
+) -> dict[TreePath, ArraySpec]:
+    """Specs of the LoRA branches; UserError for an adapter of a kernel that is not packed."""
     specs = {}
     for path, leaf in adapters.leaves.items():
         kernel = (*path[:-1], "kernel")

@@ -1,9 +1,9 @@
-"""safetensors files, single or sharded: lazily read, and written in a stream.
+"""safetensors files, single or sharded: read lazily and written tensor by tensor.
 
-The `safetensors` library judges every file (its header, sizes and overlaps). The bytes are read by
-range here, because the library maps files into memory and a map counts as resident: converting
-20 GB would look like, and on small machines behave like, 20 GB. For the same reason shards are
-written tensor by tensor, where the library wants all tensors of a shard at once.
+The `safetensors` library validates every file (header, sizes and overlaps). The bytes are read
+here by range, because the library memory-maps files and mapped pages count as resident memory:
+converting 20 GB would need 20 GB. Shards are written here tensor by tensor, because the library
+needs all tensors of a shard in memory.
 """
 
 import collections
@@ -23,7 +23,7 @@ import safetensors
 from longlive_jax.interop.tensors import LazyTensor, pread
 from longlive_jax.spec import UserError
 
-__all__ = ["Outgoing", "read_index", "read_safetensors", "write_safetensors"]
+__all__ = ["OutputTensor", "read_index", "read_safetensors", "write_safetensors"]
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -42,53 +42,68 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100 * 2**20
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
-    """The tensors of one file; UserError if it is damaged."""
+    """The tensors of one file by name; raises UserError if the file is damaged."""
     path = Path(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             known = set(file.keys())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: a damaged safetensors file ({error}); download it again"
+            f"{path}: damaged safetensors file ({error}); copy or download it again"
         ) from error
     (length,) = struct.unpack("<Q", pread(path, 0, 8))
     if length > MAX_HEADER_BYTES:
-        raise UserError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-    header, twice = _header(pread(path, 8, length), path)
-    if twice or set(header) != known:
-        raise UserError(f"{path}: tensors named twice: {', '.join(sorted(twice)[:8])}")
+        raise UserError(
+            f"{path}: safetensors header of {length} bytes, the limit is {MAX_HEADER_BYTES}; copy "
+            "or download the file again"
+        )
+    header, duplicates = _header(pread(path, 8, length), path)
+    if duplicates or set(header) != known:
+        raise UserError(
+            f"{path}: duplicate tensors: {_summary(sorted(duplicates))}; copy or download the file "
+            "again"
+        )
     return {name: _lazy(path, 8 + length, name, entry) for name, entry in header.items()}
 
 
 def _header(text: bytearray, path: Path) -> tuple[dict, list[str]]:
-    twice: list[str] = []
+    """The JSON header without metadata, and the keys that occur more than once."""
+    duplicates: list[str] = []
 
-    def unique(pairs: list[tuple[str, object]]) -> dict:
+    def collect(pairs: list[tuple[str, object]]) -> dict:
         counts = collections.Counter(key for key, _ in pairs)
-        twice.extend(key for key, count in counts.items() if count > 1)
+        duplicates.extend(key for key, count in counts.items() if count > 1)
         return dict(pairs)
 
     try:
-        header = json.loads(bytes(text), object_pairs_hook=unique)
+        header = json.loads(bytes(text), object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: an unreadable safetensors header ({error})") from error
+        raise UserError(
+            f"{path}: unreadable safetensors header ({error}); copy or download the file again"
+        ) from error
     header.pop("__metadata__", None)
-    return header, twice
+    return header, duplicates
 
 
 def _lazy(path: Path, base: int, name: str, entry: dict) -> LazyTensor:
     if entry["dtype"] not in DTYPES:
-        raise UserError(f"{path}: {name} has element type {entry['dtype']}, which is not read")
+        raise UserError(
+            f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}"
+        )
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: {name} has {end - begin} bytes for {shape} of {dtype}")
+        raise UserError(
+            f"{path}: {name} has {end - begin} bytes, expected "
+            f"{math.prod(shape) * dtype.itemsize} for {shape} {dtype}; copy or download the file "
+            "again"
+        )
     return LazyTensor(shape, dtype, functools.partial(_read, path, base + begin, shape, dtype))
 
 
@@ -98,53 +113,67 @@ def _read(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> n
 
 
 def read_index(path: str | os.PathLike) -> dict[str, LazyTensor]:
-    """The tensors of a sharded checkpoint, given its `*.safetensors.index.json`.
+    """The tensors of a sharded checkpoint by name, given its `*.safetensors.index.json`.
 
-    Every missing shard, and every tensor that is missing, unlisted, or in two shards, is named in
-    one UserError.
+    Raises one UserError that names all missing shards and all tensors that are missing, unlisted,
+    or in two shards.
     """
+    # 1. The index. Shards must be in its folder.
     path = Path(path)
     try:
         index = json.loads(path.read_text())
         listed: dict[str, str] = dict(index["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a safetensors index ({error!r})") from error
+        raise UserError(
+            f"{path}: not a safetensors index ({error!r}); copy or download it again"
+        ) from error
     shards = sorted(set(map(str, listed.values())))
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
-        raise UserError(f"{path}: names shards outside its folder: {', '.join(outside[:4])}")
+        raise UserError(
+            f"{path}: names shards outside its folder ({', '.join(outside[:4])}); put all shards "
+            "next to the index"
+        )
     absent = [shard for shard in shards if not (path.parent / shard).is_file()]
-    problems = [f"{len(absent)} missing shards: {_some(absent)}"] if absent else []
-    tensors, twice = _gather(path.parent / s for s in shards if s not in absent)
-    lost = [k for k, s in listed.items() if k not in tensors and s not in absent]
+    problems = [f"{len(absent)} missing shards: {_summary(absent)}"] if absent else []
+    # 2. The shards.
+    tensors, duplicate = _read_shards(path.parent / s for s in shards if s not in absent)
+    missing = [k for k, s in listed.items() if k not in tensors and s not in absent]
     unlisted = [k for k in tensors if k not in listed]
-    for found, what in ((lost, "missing"), (unlisted, "unlisted"), (twice, "duplicate")):
-        if found:
-            problems.append(f"{len(found)} {what} tensors: {_some(found)}")
+    for names, kind in ((missing, "missing"), (unlisted, "unlisted"), (duplicate, "duplicate")):
+        if names:
+            problems.append(f"{len(names)} {kind} tensors: {_summary(names)}")
     if problems:
-        raise UserError(f"{path}: " + "; ".join(problems))
+        raise UserError(f"{path}: " + "; ".join(problems) + "; copy or download the files again")
     return tensors
 
 
-def _gather(shards: Iterable[Path]) -> tuple[dict[str, LazyTensor], list[str]]:
+def _read_shards(shards: Iterable[Path]) -> tuple[dict[str, LazyTensor], list[str]]:
+    """The tensors of all shards by name, and the names that are in two of them."""
     tensors: dict[str, LazyTensor] = {}
-    twice: list[str] = []
+    duplicates: list[str] = []
     for shard in shards:
         for name, tensor in read_safetensors(shard).items():
             if name in tensors:
-                twice.append(name)
+                duplicates.append(name)
             tensors[name] = tensor
-    return tensors, twice
+    return tensors, duplicates
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def _summary(names: list[str], limit: int = 8) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 @dataclasses.dataclass(frozen=True)
-class Outgoing:
-    """A tensor to be written: shape, type, and a function that makes it in its turn."""
+class OutputTensor:
+    """A tensor to be written, which is computed when it is its turn.
+
+    Attributes:
+      shape: shape of the tensor.
+      dtype: element type.
+      make: function that computes the values.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -152,56 +181,69 @@ class Outgoing:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_safetensors(
     folder: Path,
     stem: str,
-    tensors: Mapping[str, Outgoing],
+    tensors: Mapping[str, OutputTensor],
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[int], None] = lambda size: None,
 ) -> list[Path]:
-    """Writes `stem.safetensors`, or numbered shards with an index if one file would be too large.
+    """Writes `stem.safetensors`, or numbered shards and an index if one file would be too large.
 
-    Memory stays at one tensor. `progress` is called with the bytes of every tensor written.
+    Memory is bounded by one tensor.
+
+    Args:
+      folder: folder to write to.
+      stem: file name without shard number and suffix.
+      tensors: tensors by name.
+      shard_bytes: largest size of a file's tensors; a larger tensor gets a shard of its own.
+      progress: callback with the size in bytes of every tensor that was written.
+
+    Returns:
+      The files with tensors.
     """
-    shards: list[dict[str, Outgoing]] = [{}]
+    # 1. Assign tensors to shards.
+    shards: list[dict[str, OutputTensor]] = [{}]
     for name, tensor in tensors.items():
-        full = sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes
-        if full and shards[-1]:
+        is_full = sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes
+        if is_full and shards[-1]:
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
         path = folder / f"{stem}.safetensors"
-        _write_one(path, shards[0], progress)
+        _write_file(path, shards[0], progress)
         return [path]
+    # 2. Shards and index.
     paths: list[Path] = []
-    placed: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         path = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_one(path, shard, progress)
+        _write_file(path, shard, progress)
         paths.append(path)
-        placed |= dict.fromkeys(shard, path.name)
+        weight_map |= dict.fromkeys(shard, path.name)
     total = sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return paths
 
 
-def _write_one(
-    path: Path, tensors: Mapping[str, Outgoing], progress: Callable[[int], None]
+def _write_file(
+    path: Path, tensors: Mapping[str, OutputTensor], progress: Callable[[int], None]
 ) -> None:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    begin = 0
     for name, tensor in tensors.items():
-        span = [at, at + tensor.nbytes]
+        span = [begin, begin + tensor.nbytes]
         shape = list(tensor.shape)
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": span}
-        at = span[1]
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": span}
+        begin = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():

@@ -1,4 +1,4 @@
-"""What lies at a path: state dicts of other libraries, found, unwrapped and with plain names."""
+"""Finds the state dicts at a path, unwraps them and normalises their keys."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longlive_jax.interop import released
-from longlive_jax.interop.keys_lora import PREFIX
+from longlive_jax.interop.keys_lora import PEFT_PREFIX
 from longlive_jax.interop.keytable import KeyReport
 from longlive_jax.interop.safetensors_file import read_index, read_safetensors
 from longlive_jax.interop.tensors import LazyTensor
@@ -20,11 +20,11 @@ __all__ = ["Source", "find_sources", "find_tokenizer", "open_file"]
 SUBFOLDERS = ("transformer", "vae", "text_encoder")
 TOKENIZERS = ("spiece.model", "tokenizer.model")
 TOKENIZER_FOLDERS = (".", "tokenizer", "google/umt5-xxl")
-INDEX = ".safetensors.index.json"
-TORCH = (".pt", ".pth", ".bin")
+INDEX_SUFFIX = ".safetensors.index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors$")
-# words that wrappers of training frameworks put between the parts of a name
+# Components that FSDP, activation checkpointing and torch.compile insert into module names.
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
 )
@@ -32,128 +32,150 @@ _WRAPPERS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One state dict: plain names to tensors, and what config.json beside it says."""
+    """One state dict.
+
+    Attributes:
+      path: file, or index of a sharded checkpoint.
+      tensors: tensors by normalised key.
+      hints: contents of the config.json in the same folder, or {}.
+      entry: name of the state dict in a file of several, such as "generator_ema", or "".
+      report: keys that collide and values that are not tensors.
+      quantization: metadata of packed NVFP4 kernels, or None if there are none.
+    """
 
     path: Path
     tensors: Mapping[str, LazyTensor]
     hints: Mapping[str, Any]
-    part: str  # which of several state dicts in the file, for the record
-    report: KeyReport  # of names that collide and values that are no tensors
-    packed: released.Packed | None = None  # rules of matrices in NVFP4
+    entry: str
+    report: KeyReport
+    quantization: released.ReleasedHeader | None = None
 
 
 def find_sources(path: Path, *, use_ema: bool = False) -> list[Source]:
-    """The state dicts in a file or a folder (also of diffusers' layout); UserError if none."""
+    """The state dicts in a file, a folder, or a folder in diffusers' layout.
+
+    `use_ema` takes the EMA weights of PyTorch files (`generator_ema`). Raises UserError if there
+    are no weights, or if a file cannot be read.
+    """
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_file():
-        return [open_file(_whole(path), use_ema=use_ema)]
+        return [open_file(_index_or_file(path), use_ema=use_ema)]
     folders = [path / name for name in SUBFOLDERS if (path / name).is_dir()] or [path]
     files = [file for folder in folders for file in _files(folder)]
     if not files:
         raise UserError(
-            f"{path}: holds no weights; expected safetensors (with or without an index), .pt or "
+            f"{path}: contains no weights; expected safetensors (with or without an index), .pt or "
             f".pth files, or the folders {', '.join(SUBFOLDERS)}"
         )
-    return [open_file(file, use_ema=use_ema and file.suffix in TORCH) for file in files]
+    return [open_file(file, use_ema=use_ema and file.suffix in TORCH_SUFFIXES) for file in files]
 
 
 def find_tokenizer(path: Path) -> Path | None:
-    """The SentencePiece model in a folder of weights, if there is one."""
-    places = (path / folder / name for folder in TOKENIZER_FOLDERS for name in TOKENIZERS)
-    return next((place for place in places if place.is_file()), None)
+    """The SentencePiece model in a folder of weights, or None."""
+    candidates = (path / folder / name for folder in TOKENIZER_FOLDERS for name in TOKENIZERS)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _whole(path: Path) -> Path:
-    """The index of the checkpoint that a shard belongs to, else the path itself."""
+def _index_or_file(path: Path) -> Path:
+    """The index of the sharded checkpoint that a file belongs to, or else the file itself."""
     shard = _SHARD.match(path.name)
-    index = path.with_name(f"{shard[1]}{INDEX}") if shard else path
+    index = path.with_name(f"{shard[1]}{INDEX_SUFFIX}") if shard else path
     return index if index.is_file() else path
 
 
 def _files(folder: Path) -> list[Path]:
-    names = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    found = {_whole(p) for p in names if p.suffix == ".safetensors"}
-    found |= {p for p in names if p.name.endswith(INDEX) or p.suffix in TORCH}
-    return sorted(found)
+    """The checkpoints in a folder, a sharded one represented by its index."""
+    paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = {_index_or_file(p) for p in paths if p.suffix == ".safetensors"}
+    files |= {p for p in paths if p.name.endswith(INDEX_SUFFIX) or p.suffix in TORCH_SUFFIXES}
+    return sorted(files)
 
 
 def open_file(path: Path, *, use_ema: bool = False) -> Source:
-    """One file (or the index of several) as a state dict with plain names.
+    """A file, or the index of a sharded checkpoint, as a state dict with normalised keys.
 
-    Raises UserError for an unreadable file and for packed weights of another kind than LongLive's.
+    Raises UserError for an unreadable file, for `use_ema` without EMA weights, and for packed
+    weights in another format than LongLive's.
     """
+    # 1. The state dict.
     state: Mapping[str, Any]
-    around: Any = None
+    contents: Any = None
     try:
-        if path.name.endswith(INDEX):
-            state, part = read_index(path), ""
+        if path.name.endswith(INDEX_SUFFIX):
+            state, entry = read_index(path), ""
         elif path.suffix == ".safetensors":
-            state, part = read_safetensors(path), ""
+            state, entry = read_safetensors(path), ""
         else:
-            around = read_torch(path)
-            state, part = _unwrap(around, path, use_ema)
+            contents = read_torch(path)
+            state, entry = _unwrap(contents, path, use_ema)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if use_ema and part != "generator_ema":
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); check the file and its permissions"
+        ) from error
+    if use_ema and entry != "generator_ema":
         raise UserError(f"{path}: has no generator_ema; leave out --use_ema")
-    packed = released.header_of(around, str(path)) if released.is_packed(state) else None
-    tensors, report = _plain(state)
-    if packed is not None:
-        tensors = released.parts_of(tensors, str(path))
-    return Source(path, tensors, _hints(path.parent), part, report, packed)
+    # 2. Packed kernels.
+    header = released.read_header(contents, str(path)) if released.is_packed(state) else None
+    tensors, report = _normalise_keys(state)
+    if header is not None:
+        tensors = released.from_released(tensors, str(path))
+    return Source(path, tensors, _hints(path.parent), entry, report, header)
 
 
 def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], str]:
-    """The state dict inside the containers that training code saves, and its name there."""
-    wanted = ("generator_ema",) if use_ema else ("generator_lora", "generator")
-    names = (*wanted, "model", "state_dict", "gen_model")
-    part = ""
+    """The state dict inside the dictionaries that training code saves, and its key there."""
+    generators = ("generator_ema",) if use_ema else ("generator_lora", "generator")
+    names = (*generators, "model", "state_dict", "gen_model")
+    entry = ""
     for _ in range(4):
         if not isinstance(value, dict):
             break
         if any(isinstance(v, LazyTensor) for v in value.values()):
-            return value, part
+            return value, entry
         name = next((n for n in names if isinstance(value.get(n), dict)), None)
         if name is None:
             break
-        value, part = value[name], part or name
-    inside = (
+        value, entry = value[name], entry or name
+    # There are no tensors under any of these names.
+    contents = (
         ", ".join(map(str, list(value)[:8])) if isinstance(value, dict) else type(value).__name__
     )
-    hint = "; say --use_ema" if isinstance(value, dict) and "generator_ema" in value else ""
-    raise UserError(f"{path}: no weights under {', '.join(names)}; it holds {inside}{hint}")
+    hint = "; pass --use_ema" if isinstance(value, dict) and "generator_ema" in value else ""
+    raise UserError(f"{path}: no weights under {', '.join(names)}; it contains {contents}{hint}")
 
 
-def _plain(state: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], KeyReport]:
-    plain: dict[str, LazyTensor] = {}
+def _normalise_keys(state: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], KeyReport]:
+    tensors: dict[str, LazyTensor] = {}
     report = KeyReport(duplicate=list(getattr(state, "duplicates", [])))
     for key, value in state.items():
-        name = _plain_name(str(key))
+        name = _normalise_key(str(key))
         if not isinstance(value, LazyTensor):
-            report.extra.append(f"{key} (no tensor)")
-        elif name in plain:
-            report.duplicate.append(f"{key} (again {name})")
+            report.extra.append(f"{key} (not a tensor)")
+        elif name in tensors:
+            report.duplicate.append(f"{key} (same key as {name})")
         else:
-            plain[name] = value
-    return plain, report
+            tensors[name] = value
+    return tensors, report
 
 
-def _plain_name(key: str) -> str:
+def _normalise_key(key: str) -> str:
+    """A key without wrapper modules and prefixes; adapters keep PEFT's prefix."""
     key = _WRAPPERS.sub("", key)
-    adapter = ".lora_A." in key or ".lora_B." in key
-    bare = key.removeprefix(PREFIX).removeprefix("model.")
-    return PREFIX + bare.replace(".default.weight", ".weight") if adapter else bare
+    is_adapter = ".lora_A." in key or ".lora_B." in key
+    name = key.removeprefix(PEFT_PREFIX).removeprefix("model.")
+    return PEFT_PREFIX + name.replace(".default.weight", ".weight") if is_adapter else name
 
 
 def _hints(folder: Path) -> dict[str, Any]:
+    """The contents of config.json in a folder, or {}."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
     try:
         hints = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from error
+        raise UserError(f"{path}: not valid JSON ({error}); copy it again or remove it") from error
     if not isinstance(hints, dict):
-        raise UserError(f"{path}: expected a JSON object")
+        raise UserError(f"{path}: expected a JSON object, got {type(hints).__name__}")
     return hints

@@ -1,4 +1,4 @@
-"""A tensor in a file: shape and type now, bytes when asked for."""
+"""Lazily read tensors: shape and dtype are known, the values are read on demand."""
 
 import dataclasses
 import math
@@ -14,7 +14,13 @@ __all__ = ["LazyTensor", "pread"]
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """Shape and dtype are known; `read()` returns a fresh C-contiguous array each time."""
+    """A tensor in a file.
+
+    Attributes:
+      shape: shape of the tensor.
+      dtype: element type.
+      read: function that reads the values into a new C-contiguous array.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -22,15 +28,15 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of what `read` returns."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def pread(path: str | os.PathLike, offset: int, size: int) -> bytearray:
-    """`size` bytes at `offset`, or UserError when the file ends before.
+    """Reads `size` bytes at `offset`; raises UserError if the file is too short.
 
-    A plain read and no memory map: mapped pages would count as resident memory of the process
-    until the whole file is in it.
+    The file is not memory-mapped, since mapped pages count as resident memory of the process and
+    would grow to the size of the file.
     """
     buffer = bytearray(size)
     view, done = memoryview(buffer), 0
@@ -40,7 +46,7 @@ def pread(path: str | os.PathLike, offset: int, size: int) -> bytearray:
             count = file.readinto(view[done:])
             if not count:
                 raise UserError(
-                    f"{path}: ends {size - done} bytes early; copy or download it again"
+                    f"{path}: ends {size - done} bytes early; copy or download the file again"
                 )
             done += count
     return buffer

@@ -1,12 +1,12 @@
-"""Checkpoints written by `torch.save`, read without PyTorch and without unpickling.
+"""Reader for `torch.save` checkpoints, without PyTorch and without unpickling.
 
 A `.pt`/`.pth` file is a zip archive of uncompressed members: a pickle stream that describes the
-containers and tensors (`pickles` reads it and executes nothing) and one member of raw bytes per
-storage. Tensors stay in the file until `LazyTensor.read`, which reads just their byte range. The
-older format (a row of pickle streams followed by the storages) is read in the same way.
+containers and tensors (`pickles` parses it and executes nothing), and one member of raw bytes per
+storage. Tensors stay in the file until `LazyTensor.read`, which reads only their byte range. The
+legacy format, a sequence of pickle streams followed by the storages, is read in the same way.
 
 Every tensor is checked against its storage, and every storage against the file, before the first
-byte of data is read: declared sizes are never believed.
+byte of data is read: no declared size is trusted.
 """
 
 import dataclasses
@@ -70,12 +70,19 @@ _NUMPY = {
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """A run of elements; `dtype` is None for untyped storages, which count bytes."""
+    """A contiguous sequence of elements in a file.
+
+    Attributes:
+      key: name of the storage in the file.
+      dtype: element type, or None for untyped storages, whose elements are bytes.
+      count: number of elements.
+      start: first element within the bytes of `key` (for views in the legacy format).
+    """
 
     key: str
     dtype: np.dtype | None
     count: int
-    start: int = 0  # elements into the bytes of `key` (views of the legacy format)
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -83,39 +90,47 @@ class _Storage:
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """The saved value with every tensor as a `LazyTensor`: usually a (nested) dictionary.
+    """The saved value, usually a nested dictionary, with every tensor as a `LazyTensor`.
 
-    Raises UserError if the file is no checkpoint, is damaged, or holds anything beyond tensors and
-    plain containers; nothing of the file is executed in any case.
+    Nothing in the file is ever executed. Raises UserError if the file is not a checkpoint, is
+    damaged, or contains anything but tensors and plain containers.
     """
     path = Path(path)
     with open(path, "rb") as file:
         head = file.read(len(LEGACY_MAGIC))
     if not head:
-        raise UserError(f"{path}: is empty; copy or download it again")
+        raise UserError(f"{path}: is empty; copy or download the file again")
     if head.startswith(b"PK"):
         return _read_zip(path)
     if head == LEGACY_MAGIC:
         return _read_legacy(path)
     if head.startswith(b"\x80"):
-        raise UserError(f"{path}: is a bare pickle and no torch.save checkpoint; it is not read")
-    raise UserError(f"{path}: is no PyTorch checkpoint (it starts with {bytes(head[:8])!r})")
+        raise UserError(
+            f"{path}: is a bare pickle, not a torch.save checkpoint; only the latter are read"
+        )
+    raise UserError(
+        f"{path}: is not a PyTorch checkpoint (it starts with {bytes(head[:8])!r}); choose a .pt, "
+        ".pth or .safetensors file"
+    )
 
 
 def _read_zip(path: Path) -> Any:
+    # 1. The pickle stream, and the byte order if the archive names one.
     members = _members(path)
     pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
         raise UserError(
-            f"{path}: a zip archive with {len(pickles)} data.pkl; no torch.save checkpoint"
+            f"{path}: not a torch.save checkpoint: the zip archive has {len(pickles)} data.pkl "
+            "members instead of 1"
         )
     root = pickles[0][: -len("data.pkl")]
     if f"{root}byteorder" in members:
         order = bytes(pread(path, *_bounded(path, members[f"{root}byteorder"], 64)))
         if order.strip() != b"little":
-            raise UserError(f"{path}: byte order {order!r}; only little-endian files are read")
+            raise UserError(f"{path}: byte order must be b'little', got {order!r}; save it again")
     stream = io.BytesIO(pread(path, *_bounded(path, members[pickles[0]], MAX_PICKLE_BYTES)))
-    used: dict[str, int] = {}
+    # 2. Its value; every storage must be a member that is large enough.
+    offsets: dict[str, int] = {}
 
     def persistent(pid: Any) -> _Storage:
         storage = _storage(pid)
@@ -124,21 +139,30 @@ def _read_zip(path: Path) -> Any:
         offset, size = members[f"{root}data/{storage.key}"]
         if storage.nbytes > size:
             raise ValueError(f"storage {storage.key!r} has {size} of {storage.nbytes} bytes")
-        used[storage.key] = offset
+        offsets[storage.key] = offset
         return storage
 
     value = read_pickle(stream, str(path), persistent=persistent)
-    return _with_tensors(value, path, lambda storage: used[storage.key])
+    return _with_tensors(value, path, lambda storage: offsets[storage.key])
 
 
 def _bounded(path: Path, span: tuple[int, int], limit: int) -> tuple[int, int]:
+    """The span (offset, size), if its size is within the limit; else raises UserError."""
     if span[1] > limit:
-        raise UserError(f"{path}: a description of {span[1]} bytes; at most {limit} are read")
+        raise UserError(
+            f"{path}: metadata of {span[1]} bytes, the limit is {limit}; the file is damaged or "
+            "not a checkpoint"
+        )
     return span
 
 
 def _members(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of the bytes of each member; UserError for anything but a sound archive."""
+    """Offset and size of the data of each member.
+
+    Raises UserError for a damaged archive, and for members that are compressed, encrypted,
+    repeated, overlapping or outside the file.
+    """
+    # 1. The directory of the archive.
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -147,7 +171,10 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
             f"{path}: a damaged or truncated zip archive ({error}); copy or download it again"
         ) from error
     if len(infos) > MAX_MEMBERS:
-        raise UserError(f"{path}: {len(infos)} members; at most {MAX_MEMBERS} are read")
+        raise UserError(
+            f"{path}: {len(infos)} members, the limit is {MAX_MEMBERS}; not a checkpoint"
+        )
+    # 2. Its members.
     size, members = path.stat().st_size, {}
     with open(path, "rb") as file:
         for info in infos:
@@ -159,14 +186,14 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
                 raise UserError(f"{path}: member {info.filename!r} has two different sizes")
             start = _data_offset(file, info.header_offset)
             if start is None or start + info.file_size > size:
-                raise UserError(f"{path}: member {info.filename!r} lies outside the file")
+                raise UserError(f"{path}: member {info.filename!r} is outside the file")
             members[info.filename] = (start, info.file_size)
-    _no_overlaps(path, members)
+    _check_no_overlaps(path, members)
     return members
 
 
 def _data_offset(file: io.BufferedReader, header: int) -> int | None:
-    """Where a member's bytes begin: behind its local header, which is padded for alignment."""
+    """Offset of a member's data, after its padded local header; None if there is no such header."""
     if header < 0:
         return None
     file.seek(header)
@@ -177,31 +204,33 @@ def _data_offset(file: io.BufferedReader, header: int) -> int | None:
     return header + 30 + name + extra
 
 
-def _no_overlaps(path: Path, members: dict[str, tuple[int, int]]) -> None:
-    end, before = 0, ""
+def _check_no_overlaps(path: Path, members: dict[str, tuple[int, int]]) -> None:
+    end, previous = 0, ""
     for name, (start, size) in sorted(members.items(), key=lambda item: item[1]):
         if start < end:
-            raise UserError(f"{path}: members {before!r} and {name!r} share bytes")
-        end, before = start + size, name
+            raise UserError(f"{path}: members {previous!r} and {name!r} overlap")
+        end, previous = start + size, name
 
 
 def _storage(pid: Any) -> _Storage:
-    """A persistent id ('storage', type, key, location, count[, view]) as a storage."""
+    """The storage of a persistent id ('storage', type, key, location, count[, view])."""
+    # 1. Type, key and size.
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-        raise ValueError("a persistent id that is no storage")
+        raise ValueError("a persistent id is not a storage")
     _, kind, key, _, count = pid[:5]
     if not isinstance(kind, Global) or not isinstance(key, str) or not _is_size(count):
-        raise ValueError("a storage without type, key or size")
+        raise ValueError("a storage has no type, key or size")
     name = kind.name.rpartition(".")[2].removesuffix("Storage").lower()
     if not kind.name.endswith("Storage") or (name != "untyped" and name not in _NUMPY):
-        raise ValueError(f"storage type {kind.name}")
+        raise ValueError(f"unknown storage type {kind.name}")
     dtype = None if name == "untyped" else np.dtype(_NUMPY[name])
+    # 2. A view of the storage, in the legacy format.
     if len(pid) == 6 and pid[5] is not None:
         view = pid[5]
         if not (isinstance(view, tuple) and len(view) == 3 and all(map(_is_size, view[1:]))):
-            raise ValueError("a storage view without offset and size")
+            raise ValueError("a storage view has no offset or size")
         if view[1] + view[2] > count:
-            raise ValueError(f"a view beyond the end of storage {key!r}")
+            raise ValueError(f"a view goes beyond the end of storage {key!r}")
         return _Storage(key, dtype, view[2], view[1])
     return _Storage(key, dtype, count)
 
@@ -211,92 +240,114 @@ def _is_size(value: Any) -> bool:
 
 
 def _with_tensors(value: Any, path: Path, offset_of: Callable[[_Storage], int]) -> Any:
+    """The value with every tensor call replaced by a `LazyTensor`."""
+
     def leaf(call: TensorCall) -> LazyTensor:
         try:
             return _tensor(call, path, offset_of)
         except (ValueError, TypeError, IndexError) as error:
-            raise UserError(f"{path}: a tensor that cannot be ({error})") from error
+            raise UserError(
+                f"{path}: invalid tensor ({error}); copy or download the file again"
+            ) from error
 
     return walk(value, leaf, str(path))
 
 
 def _tensor(call: TensorCall, path: Path, offset_of: Callable[[_Storage], int]) -> LazyTensor:
-    """Checks a rebuild call against its storage. Arguments: storage, offset, size, stride, ..."""
+    """The tensor of a rebuild call (storage, offset, shape, strides, ...), which is checked.
+
+    Raises ValueError, TypeError or IndexError if the arguments are malformed or the tensor extends
+    beyond its storage.
+    """
+    # 1. Element type.
     storage, offset, shape, strides = call.args[:4]
     if not isinstance(storage, _Storage):
         raise ValueError("no storage")
     dtype = storage.dtype
     if call.name.endswith("_v3"):
-        named = call.args[6]
+        dtype_name = call.args[6]
         dtype = (
-            np.dtype(_NUMPY[named.name.removeprefix("torch.")])
-            if isinstance(named, Global)
+            np.dtype(_NUMPY[dtype_name.name.removeprefix("torch.")])
+            if isinstance(dtype_name, Global)
             else None
         )
     if dtype is None:
         raise ValueError("no element type")
+    # 2. Shape, strides and offset, counted in elements of the storage.
     sizes_ok = (
         isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
     )
     if not sizes_ok or not all(map(_is_size, (offset, *shape, *strides))) or len(shape) > MAX_AXES:
-        raise ValueError("shape, strides or offset are no whole numbers")
+        raise ValueError("shape, strides and offset must be non-negative integers")
     available = storage.nbytes // dtype.itemsize
     count = math.prod(shape)
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if count else 0
     if offset + span > available or count > available:
-        raise ValueError(f"shape {shape} at {offset} does not fit in a storage of {available}")
-    item = dtype.itemsize
+        raise ValueError(
+            f"shape {shape} at offset {offset} exceeds its storage of {available} elements"
+        )
+    # 3. Byte range in the file.
     begin = offset_of(storage) + storage.start * (storage.dtype.itemsize if storage.dtype else 1)
-    read = functools.partial(_read, path, begin + offset * item, span, shape, strides, dtype)
+    begin += offset * dtype.itemsize
+    read = functools.partial(_read, path, begin, span, shape, strides, dtype)
     return LazyTensor(shape, dtype, read)
 
 
 def _read(path: Path, begin: int, span: int, shape, strides, dtype: np.dtype) -> np.ndarray:
     flat = np.frombuffer(pread(path, begin, span * dtype.itemsize), dtype)
-    in_bytes = tuple(s * dtype.itemsize for s in strides)
-    return np.ascontiguousarray(np.ndarray(shape, dtype, flat, 0, in_bytes)).reshape(shape)
+    byte_strides = tuple(s * dtype.itemsize for s in strides)
+    return np.ascontiguousarray(np.ndarray(shape, dtype, flat, 0, byte_strides)).reshape(shape)
 
 
 def _read_legacy(path: Path) -> Any:
-    """Five pickle streams (magic, version, system, value, storage keys), then the storages."""
+    """Reads the legacy format.
+
+    It consists of five pickle streams (magic, version, system, value, storage keys) and the
+    storages.
+    """
     size = path.stat().st_size
     stream = io.BytesIO(pread(path, 0, min(size, MAX_PICKLE_BYTES)))
     storages: dict[str, _Storage] = {}
 
     def persistent(pid: Any) -> _Storage:
         storage = _storage(pid)
-        whole = _Storage(storage.key, storage.dtype, pid[4])
-        if storages.setdefault(storage.key, whole) != whole:
-            raise ValueError(f"storage {storage.key!r} is declared twice, differently")
+        base = _Storage(storage.key, storage.dtype, pid[4])
+        if storages.setdefault(storage.key, base) != base:
+            raise ValueError(f"storage {storage.key!r} has two different declarations")
         return storage
 
     where = str(path)
     read = functools.partial(read_pickle, stream, where, persistent=persistent)
     _, version, system = read(), read(), read()
     if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise UserError(f"{path}: an unknown variant of the old torch.save format; save it again")
+        raise UserError(
+            f"{path}: unknown variant of the legacy torch.save format; save it again with a "
+            "current PyTorch"
+        )
     value, keys = read(), read()
     offsets = _legacy_offsets(path, stream.tell(), keys, storages)
     return _with_tensors(value, path, lambda storage: offsets[storage.key])
 
 
 def _legacy_offsets(
-    path: Path, at: int, keys: Any, storages: dict[str, _Storage]
+    path: Path, begin: int, keys: Any, storages: dict[str, _Storage]
 ) -> dict[str, int]:
-    """Where each storage's elements begin; each is preceded by its element count (int64)."""
+    """Offset of each storage's elements, which follow their count (int64); `begin`: the first."""
     if (
         not isinstance(keys, list)
         or set(map(str, keys)) != set(storages)
         or len(keys) != len(storages)
     ):
-        raise UserError(f"{path}: its list of storages does not match its tensors")
+        raise UserError(
+            f"{path}: its list of storages does not match its tensors; copy or download it again"
+        )
     offsets, size = {}, path.stat().st_size
     for key in keys:
-        if at + 8 > size:
+        if begin + 8 > size:
             raise UserError(f"{path}: ends before storage {key!r}; copy or download it again")
-        (count,) = struct.unpack("<q", pread(path, at, 8))
-        if count != storages[key].count or at + 8 + storages[key].nbytes > size:
-            raise UserError(f"{path}: storage {key!r} is cut short; copy or download it again")
-        offsets[key] = at + 8
-        at += 8 + storages[key].nbytes
+        (count,) = struct.unpack("<q", pread(path, begin, 8))
+        if count != storages[key].count or begin + 8 + storages[key].nbytes > size:
+            raise UserError(f"{path}: storage {key!r} is truncated; copy or download it again")
+        offsets[key] = begin + 8
+        begin += 8 + storages[key].nbytes
     return offsets

@@ -1,8 +1,8 @@
-"""Checkpoints as `torch.save` writes them, without PyTorch: plain containers and tensors.
+"""Writer for `torch.save` checkpoints of plain containers and tensors, without PyTorch.
 
-A zip archive of uncompressed members: a pickle stream of a handful of opcodes, spelt here by hand,
-and the bytes of one storage a tensor. `torch.load(weights_only=True)` reads it, and so does
-`torch_file.read_torch`. Nothing in it depends on when or where it was written.
+The file is a zip archive of uncompressed members: a pickle stream of a few opcodes, which are
+written here directly, and the bytes of one storage per tensor. `torch.load(weights_only=True)` and
+`torch_file.read_torch` can read it. The bytes do not depend on when or where it is written.
 """
 
 import io
@@ -16,12 +16,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from longlive_jax.interop.safetensors_file import Outgoing
+from longlive_jax.interop.safetensors_file import OutputTensor
 
 __all__ = ["write_torch"]
 
 ALIGNMENT = 64
-"""Of the bytes of a tensor in the file, as PyTorch has it."""
+"""Alignment in bytes of a tensor's data in the file, the same as PyTorch's."""
 
 _STORAGES = {
     np.dtype(np.float64): "DoubleStorage",
@@ -39,65 +39,71 @@ _UNTYPED = {
     np.dtype(ml_dtypes.float8_e4m3fn): "float8_e4m3fn",
     np.dtype(ml_dtypes.float8_e5m2): "float8_e5m2",
 }
-"""Types that are younger than typed storages."""
+"""Dtypes that PyTorch added after typed storages; they use untyped ones."""
 
 
 def write_torch(
     path: Path, value: Mapping[str, Any], *, progress: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Writes nested dictionaries, lists and tuples of `Outgoing` tensors and plain values.
+    """Writes nested dictionaries, lists and tuples of `OutputTensor` and plain values.
 
-    Memory stays at one tensor; `progress` is called with the bytes of every tensor written. Raises
-    TypeError for a value that is neither, before anything is written.
+    Memory is bounded by one tensor.
+
+    Args:
+      path: file to write.
+      value: contents of the checkpoint.
+      progress: callback with the size in bytes of every tensor that was written.
+
+    Raises TypeError for a value of any other type, before anything is written.
     """
-    stream = _Stream()
-    text = stream.whole(value)
+    stream = _PickleStream()
+    text = stream.encode(value)
     root = path.stem
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo(f"{root}/data.pkl"), text)
         archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), b"little")
-        for number, tensor in enumerate(stream.tensors):
-            name = f"{root}/data/{number}"
-            _member(archive, name, _aligned(file.tell(), name), tensor)
+        for index, tensor in enumerate(stream.tensors):
+            name = f"{root}/data/{index}"
+            _write_member(archive, name, _alignment_field(file.tell(), name), tensor)
             progress(tensor.nbytes)
         archive.writestr(zipfile.ZipInfo(f"{root}/version"), b"3\n")
 
 
-def _member(archive: zipfile.ZipFile, name: str, extra: bytes, tensor: Outgoing) -> None:
+def _write_member(archive: zipfile.ZipFile, name: str, extra: bytes, tensor: OutputTensor) -> None:
     array = np.ascontiguousarray(tensor.make())
     if array.size != math.prod(tensor.shape) or array.dtype != tensor.dtype:
-        found = f"{array.shape} {array.dtype}"
-        raise ValueError(f"{name}: {found}, announced {tensor.shape} {tensor.dtype}")
+        got = f"got {array.shape} {array.dtype}"
+        raise ValueError(f"{name}: {got}, expected {tensor.shape} {tensor.dtype}")
     info = zipfile.ZipInfo(name)
-    large = array.nbytes >= zipfile.ZIP64_LIMIT  # then zipfile adds a field, and aligning is moot
-    info.extra = b"" if large else extra
-    with archive.open(info, "w", force_zip64=large) as member:
+    is_large = array.nbytes >= zipfile.ZIP64_LIMIT  # zipfile then adds a field: no alignment
+    info.extra = b"" if is_large else extra
+    with archive.open(info, "w", force_zip64=is_large) as member:
         member.write(array.reshape(-1).view(np.uint8).data)
 
 
-def _aligned(at: int, name: str) -> bytes:
-    """An extra field (its name and size take four bytes) so that the data begins aligned."""
-    room = -(at + 30 + len(name.encode()) + 4) % ALIGNMENT
-    return b"FB" + struct.pack("<H", room) + b"Z" * room
+def _alignment_field(header: int, name: str) -> bytes:
+    """An extra field (its id and size take 4 bytes) that aligns the data after the header."""
+    padding = -(header + 30 + len(name.encode()) + 4) % ALIGNMENT
+    return b"FB" + struct.pack("<H", padding) + b"Z" * padding
 
 
-class _Stream:
-    """A pickle of protocol 2, without memo: what occurs twice is written twice."""
+class _PickleStream:
+    """A pickle of protocol 2 without memo: repeated values are written repeatedly."""
 
     def __init__(self) -> None:
         self.out = io.BytesIO()
-        self.tensors: list[Outgoing] = []
+        self.tensors: list[OutputTensor] = []
 
-    def whole(self, value: Any) -> bytes:
-        """The stream of one value."""
+    def encode(self, value: Any) -> bytes:
+        """The complete stream of one value."""
         self.out.write(b"\x80\x02")
         self.put(value)
         self.out.write(b".")
         return self.out.getvalue()
 
     def put(self, value: Any) -> None:
-        """Pushes a value."""
-        if isinstance(value, Outgoing):
+        """Writes the opcodes that push a value."""
+        if isinstance(value, OutputTensor):
             self._tensor(value)
         elif isinstance(value, Mapping):
             self.out.write(b"}(")
@@ -124,11 +130,14 @@ class _Stream:
     def _global(self, module: str, name: str) -> None:
         self.out.write(f"c{module}\n{name}\n".encode())
 
-    def _tensor(self, tensor: Outgoing) -> None:
-        """A call of PyTorch's rebuilder: storage, offset, size, stride, gradient, hooks[, type]."""
+    def _tensor(self, tensor: OutputTensor) -> None:
+        """Writes a call of `_rebuild_tensor`.
+
+        Its arguments are storage, offset, size, stride, requires_grad, hooks[, dtype].
+        """
         untyped = _UNTYPED.get(tensor.dtype)
         if untyped is None and tensor.dtype not in _STORAGES:
-            raise TypeError(f"PyTorch has no storage of {tensor.dtype}")
+            raise TypeError(f"PyTorch has no storage of {tensor.dtype}; convert to another dtype")
         self._global("torch._utils", f"_rebuild_tensor_v{2 if untyped is None else 3}")
         self.out.write(b"(")
         self._storage(tensor, untyped)
@@ -141,8 +150,8 @@ class _Stream:
             self._global("torch", untyped)
         self.out.write(b"tR")
 
-    def _storage(self, tensor: Outgoing, untyped: str | None) -> None:
-        """A persistent id: kind, type, name of the member, device, elements (bytes if untyped)."""
+    def _storage(self, tensor: OutputTensor, untyped: str | None) -> None:
+        """Writes a persistent id: kind, type, member, device, elements (bytes if untyped)."""
         self.out.write(b"(")
         self.put("storage")
         if untyped is None:
@@ -156,7 +165,7 @@ class _Stream:
 
 
 def _plain(value: Any) -> bytes:
-    """The opcodes that push a value of a plain type."""
+    """The opcodes that push a value of a plain type; TypeError for any other type."""
     match value:
         case None:
             return b"N"
@@ -170,4 +179,6 @@ def _plain(value: Any) -> bytes:
         case str():
             text = value.encode()
             return b"X" + struct.pack("<I", len(text)) + text
-    raise TypeError(f"a {type(value).__name__} is not written")
+    raise TypeError(
+        f"a {type(value).__name__} cannot be written; use tensors, plain values and containers"
+    )

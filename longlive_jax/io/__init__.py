@@ -1,1 +1,1 @@
-"""Disks: checkpoints, files of other libraries, videos; the only channel-first place."""
+"""Files: checkpoints in our format, videos and pictures."""

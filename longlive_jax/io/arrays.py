@@ -1,19 +1,20 @@
 """Arrays of one Orbax tree on disk, written and read slice by slice.
 
-Orbax writes the tree; TensorStore, Orbax's storage layer, then fills its arrays layer by layer.
-Handing whole arrays to Orbax costs 2.7 times the largest one in memory (measured with 0.12.8 on
-1 GiB, by `partial.save` of the experimental v1 API and from NumPy as from JAX arrays alike), which
-would be 6.6 GiB for the 5B DiT in bfloat16 and 13 GiB in float32. Filled in layers, a whole
-conversion of 3.2 GiB peaked at 1.6 GiB (`longlive_jax.bench.convert_memory`, ten layers). That
-leaves no use for v1: the tree is written with Orbax's stable API, and Orbax alone can read it.
-Orbax does not notice a flipped bit, so every array has a fingerprint: its type, shape and CRC-32.
+Orbax writes the tree structure; TensorStore, its storage layer, then writes the arrays layer by
+layer. Passing complete arrays to Orbax needs 2.7 times the memory of the largest one: 6.6 GiB for
+the 5B DiT in bfloat16, 13 GiB in float32 (measured with Orbax 0.12.8 on a 1 GiB array, NumPy or
+JAX, with `partial.save` of its experimental v1 API). Written by layers, the conversion of a
+3.2 GiB checkpoint peaked at 1.6 GiB (`longlive_jax.bench.convert_memory`, 10 layers). The files
+use Orbax's stable format, and Orbax can read them without this module.
+
+Orbax does not detect a flipped bit, so every array has a fingerprint: dtype, shape and CRC-32.
 """
 
 import dataclasses
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,39 +25,48 @@ import tensorstore as ts
 
 from longlive_jax.spec import UserError
 
-__all__ = ["ArrayFiller", "ArrayReader", "ArraySpec", "flatten", "nest"]
+__all__ = ["ArrayReader", "ArraySpec", "ArrayWriter", "Shape", "TreePath", "flatten", "nest"]
 
 CHUNK_BYTES = 64 * 2**20
+"""Largest zarr chunk."""
 COMMIT_BYTES = 256 * 2**20
+"""Bytes written before a transaction is committed."""
 
-Path = tuple[str, ...]
+TreePath = tuple[str, ...]
+"""Keys from the root of a parameter tree to an array: `("blocks", "ffn", "up", "kernel")`."""
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape and element type of an array that is not here yet."""
+    """Shape and element type of an array, without its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def nbytes(self) -> int:
-        """Size of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def flatten(tree: Mapping[Any, Any], prefix: Path = ()) -> dict[Path, Any]:
-    """Leaves of nested dictionaries by path; integer keys (lists of modules) become strings."""
-    flat: dict[Path, Any] = {}
+def flatten(tree: Mapping[Any, Any], prefix: TreePath = ()) -> dict[TreePath, Any]:
+    """Leaves of nested dictionaries by path.
+
+    Integer keys, which NNX uses for lists of modules, become strings.
+    """
+    flat: dict[TreePath, Any] = {}
     for key, value in tree.items():
         path = (*prefix, str(key))
         flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
     return flat
 
 
-def nest(flat: Mapping[Path, Any]) -> dict[Any, Any]:
-    """The inverse of `flatten`: whole numbers become integer keys again, as NNX has them."""
+def nest(flat: Mapping[TreePath, Any]) -> dict[Any, Any]:
+    """Nested dictionaries from leaves by path: the inverse of `flatten`.
+
+    Decimal keys become integers again.
+    """
     tree: dict[Any, Any] = {}
     for path, value in flat.items():
         node = tree
@@ -67,61 +77,62 @@ def nest(flat: Mapping[Path, Any]) -> dict[Any, Any]:
     return tree
 
 
-class ArrayFiller:
-    """Fills the arrays of one Orbax tree, slice by slice along the leading axis.
+class ArrayWriter:
+    """Writes the arrays of one Orbax tree, slice by slice along the leading axis.
 
-    Writes gather in a transaction that is committed every `COMMIT_BYTES` and by `flush`: memory is
-    bounded by that and by one slice, and hundreds of small arrays cost one commit.
+    Writes are collected in a transaction, which is committed every `COMMIT_BYTES` and by `flush`.
+    Memory is bounded by `COMMIT_BYTES` plus one slice; hundreds of small arrays need one commit.
     """
 
-    def __init__(self, folder: FilePath, specs: Mapping[Path, ArraySpec]):
+    def __init__(self, folder: Path, specs: Mapping[TreePath, ArraySpec]):
         self.folder, self.specs = folder, dict(specs)
         self.fingerprints: dict[str, str] = {".".join(path): "" for path in specs}
         self._transaction, self._pending = ts.Transaction(), 0
         seed = nest(dict.fromkeys(specs, np.zeros((), np.int8)))
         with _checkpointer() as checkpointer:
             checkpointer.save(folder.absolute(), _text_keys(seed))
-        # Only object stores need this marker, and it holds the path of this machine.
+        # Only object stores need this marker, and it contains a path of this machine.
         (folder / "commit_success.txt").unlink(missing_ok=True)
 
-    def fill(self, path: Path, pieces: Iterable[np.ndarray], *, stacked: bool) -> None:
-        """Writes an array from its layers (`stacked`) or from one piece.
+    def write(self, path: TreePath, slices: Iterable[np.ndarray], *, stacked: bool) -> None:
+        """Writes an array from its layers (`stacked`), or from a single slice that is all of it.
 
-        Raises ValueError if pieces do not add up to the announced array.
+        Raises ValueError if the slices do not fit the array's spec in shape, dtype or number.
         """
         spec = self.specs[path]
         store = _create(self.folder, path, spec, self._transaction, stacked=stacked)
         checksum = count = 0
-        for piece in pieces:
-            want = spec.shape[1:] if stacked else spec.shape
-            if piece.shape != want or piece.dtype != spec.dtype:
-                found = f"{piece.shape} {piece.dtype}"
-                raise ValueError(f"{path}: {found}, announced {want} {spec.dtype}")
-            piece = np.asarray(piece, order="C")
-            checksum = zlib.crc32(_bytes(piece), checksum)
-            for where, part in _parts(store, piece, count if stacked else None):
-                store[where].write(part).result()
-                self._pending += part.nbytes
+        for value in slices:
+            shape = spec.shape[1:] if stacked else spec.shape
+            if value.shape != shape or value.dtype != spec.dtype:
+                got = f"got {value.shape} {value.dtype}"
+                raise ValueError(f"{path}: {got}, expected {shape} {spec.dtype}")
+            value = np.asarray(value, order="C")
+            checksum = zlib.crc32(_bytes(value), checksum)
+            for index, block in _row_blocks(store, value, count if stacked else None):
+                store[index].write(block).result()
+                self._pending += block.nbytes
                 if self._pending >= COMMIT_BYTES:
                     self.flush()
                     store = _reopen(self.folder, path, spec, self._transaction)
             count += 1
-        if count != (spec.shape[0] if stacked else 1):
-            raise ValueError(f"{path}: {count} pieces for shape {spec.shape}")
+        expected = spec.shape[0] if stacked else 1
+        if count != expected:
+            raise ValueError(f"{path}: got {count} slices, expected {expected} for {spec.shape}")
         self.fingerprints[".".join(path)] = _fingerprint(spec.shape, spec.dtype, checksum)
 
     def flush(self) -> None:
-        """Makes everything filled so far readable."""
+        """Commits the transaction: everything written so far becomes readable."""
         self._transaction.commit_sync()
         self._transaction, self._pending = ts.Transaction(), 0
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Of this process alone: of a run in several, one writes and the others need not know."""
-    here = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    """A checkpointer for this process only: in a multi-process run, one process writes."""
+    process = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -139,34 +150,38 @@ def _parse(fingerprint: str) -> tuple[ArraySpec, str]:
     return ArraySpec(shape, np.dtype(getattr(ml_dtypes, dtype, dtype))), checksum
 
 
-def _parts(store: Any, piece: np.ndarray, layer: int | None) -> Iterator[tuple[tuple, np.ndarray]]:
-    """Where in the array, and what: a whole piece, or rows of one that is too large."""
+def _row_blocks(
+    store: Any, value: np.ndarray, layer: int | None
+) -> Iterator[tuple[tuple, np.ndarray]]:
+    """Index in the array and values: all of a slice, or blocks of rows if it is too large."""
     lead = () if layer is None else (layer,)
-    if piece.nbytes <= COMMIT_BYTES or piece.ndim == 0:
-        yield lead, piece
+    if value.nbytes <= COMMIT_BYTES or value.ndim == 0:
+        yield lead, value
         return
     rows = store.chunk_layout.write_chunk.shape[len(lead)]
-    for at in range(0, piece.shape[0], rows):
-        end = min(at + rows, piece.shape[0])  # TensorStore does not clip slices as NumPy does
-        yield (*lead, slice(at, end)), piece[at:end]
+    for start in range(0, value.shape[0], rows):
+        end = min(start + rows, value.shape[0])  # unlike NumPy, TensorStore does not clip slices
+        yield (*lead, slice(start, end)), value[start:end]
 
 
-def _kvstore(folder: FilePath, path: Path) -> dict[str, Any]:
+def _kvstore(folder: Path, path: TreePath) -> dict[str, Any]:
     base = f"file://{folder.absolute()}/"
     return {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
 
 
 def _create(
-    folder: FilePath, path: Path, spec: ArraySpec, transaction: ts.Transaction, *, stacked: bool
+    folder: Path, path: TreePath, spec: ArraySpec, transaction: ts.Transaction, *, stacked: bool
 ) -> Any:
-    """Replaces the placeholder by an array of the right shape, within the transaction."""
+    """Replaces the placeholder with an array of the right shape, within the transaction."""
+    # 1. Chunks: one layer each, or blocks of rows if a layer is larger than `CHUNK_BYTES`.
     chunks = list(spec.shape)
-    rows = 1 if stacked else 0  # the axis that is cut when a layer alone is too large
+    row_axis = 1 if stacked else 0
     if stacked:
         chunks[0] = 1
-    if len(chunks) > rows:
-        row_bytes = max(math.prod(chunks[rows + 1 :]) * spec.dtype.itemsize, 1)
-        chunks[rows] = max(1, min(chunks[rows], CHUNK_BYTES // row_bytes))
+    if len(chunks) > row_axis:
+        row_bytes = max(math.prod(chunks[row_axis + 1 :]) * spec.dtype.itemsize, 1)
+        chunks[row_axis] = max(1, min(chunks[row_axis], CHUNK_BYTES // row_bytes))
+    # 2. The zarr array.
     layout = {
         "driver": "zarr",
         "kvstore": _kvstore(folder, path),
@@ -176,14 +191,14 @@ def _create(
             "chunks": chunks,
             "compressor": {"id": "zstd", "level": 1},
         },
-        # an all-zero chunk must exist, or Orbax takes the array for incomplete
+        # Chunks of zeros must exist too: Orbax treats an array with missing chunks as incomplete.
         "store_data_equal_to_fill_value": True,
     }
     opened = ts.open(layout, create=True, delete_existing=True, transaction=transaction)
     return opened.result()
 
 
-def _reopen(folder: FilePath, path: Path, spec: ArraySpec, transaction: Any = None) -> Any:
+def _reopen(folder: Path, path: TreePath, spec: ArraySpec, transaction: Any = None) -> Any:
     layout = {
         "driver": "zarr",
         "kvstore": _kvstore(folder, path),
@@ -199,12 +214,12 @@ def _text_keys(tree: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 class ArrayReader:
-    """Reads the arrays of one tree, whole or by layer, given their fingerprints."""
+    """Reads the arrays of one tree, completely or by layer, and verifies their fingerprints."""
 
-    def __init__(self, folder: FilePath, fingerprints: Mapping[str, str]):
+    def __init__(self, folder: Path, fingerprints: Mapping[str, str]):
         self.folder = folder
-        self._checksums: dict[Path, str] = {}
-        self.specs: dict[Path, ArraySpec] = {}
+        self._checksums: dict[TreePath, str] = {}
+        self.specs: dict[TreePath, ArraySpec] = {}
         for name, fingerprint in fingerprints.items():
             path = tuple(name.split("."))
             try:
@@ -212,8 +227,12 @@ class ArrayReader:
             except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{folder}: unreadable fingerprint of {name}") from error
 
-    def read(self, path: Path, layer: int | None = None) -> np.ndarray:
-        """An array, or one slice of it along the leading axis. Only whole arrays are verified."""
+    def read(self, path: TreePath, layer: int | None = None) -> np.ndarray:
+        """An array, or its slice `layer` along the leading axis.
+
+        Raises UserError if the array is missing, unreadable, or does not match its fingerprint
+        (a single slice is not verified).
+        """
         spec = self.specs[path]
         try:
             store = _reopen(self.folder, path, spec)
@@ -221,14 +240,15 @@ class ArrayReader:
         except (ValueError, OSError) as error:
             detail = str(error).splitlines()[0][:160]
             raise UserError(
-                f"{self.folder}: {'.'.join(path)} is missing or damaged ({detail}); convert again"
+                f"{self.folder}: {'.'.join(path)} is missing or damaged ({detail}); convert the "
+                "checkpoint again"
             ) from error
         if layer is None:
             self._verify(path, zlib.crc32(_bytes(value)))
         return value
 
-    def layers(self, path: Path) -> Iterator[np.ndarray]:
-        """The slices of an array along its leading axis; verified when the last one is taken."""
+    def layers(self, path: TreePath) -> Iterator[np.ndarray]:
+        """The slices of an array along its leading axis, verified after the last one."""
         checksum = 0
         for layer in range(self.specs[path].shape[0]):
             value = np.asarray(self.read(path, layer), order="C")
@@ -236,6 +256,9 @@ class ArrayReader:
             yield value
         self._verify(path, checksum)
 
-    def _verify(self, path: Path, checksum: int) -> None:
+    def _verify(self, path: TreePath, checksum: int) -> None:
         if f"{checksum:08x}" != self._checksums[path]:
-            raise UserError(f"{self.folder}: {'.'.join(path)} has changed on disk; convert again")
+            raise UserError(
+                f"{self.folder}: {'.'.join(path)} has changed on disk (its checksum is "
+                f"{checksum:08x} instead of {self._checksums[path]}); convert the checkpoint again"
+            )

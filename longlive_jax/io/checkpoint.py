@@ -1,10 +1,10 @@
 """The checkpoint directory: one Orbax tree per component, one manifest, a tokenizer.
 
-    DIR/longlive.json          format, settings and fingerprints of the components, where from
-    DIR/{dit,vae,umt5,...}/    parameters as Orbax trees (see `arrays`), readable by Orbax alone
+    DIR/longlive.json          format, settings, array fingerprints and provenance per component
+    DIR/{dit,vae,umt5,...}/    parameters as Orbax trees (see `arrays`), readable with Orbax alone
     DIR/tokenizer.model        SentencePiece model of the text encoder
 
-Components are written beside their places and moved there at the end: a whole one or none.
+Writes are atomic: components go into temporary folders, which are renamed at the end.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,89 +22,112 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from longlive_jax.io.arrays import ArrayFiller, ArrayReader, ArraySpec, Path, flatten, nest
+from longlive_jax.io.arrays import ArrayReader, ArraySpec, ArrayWriter, TreePath, flatten, nest
 from longlive_jax.spec import UserError, nearest
 
 __all__ = [
+    "CHECKPOINT_MANIFEST",
+    "TOKENIZER",
     "CheckpointWriter",
-    "is_part",
+    "is_packed_array",
     "load_component",
     "open_component",
     "read_manifest",
     "save_component",
-    "weights_of",
+    "weights_fingerprint",
 ]
 
-FORMAT = 1
-MANIFEST = "longlive.json"
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_MANIFEST = "longlive.json"
 TOKENIZER = "tokenizer.model"
-QUANTIZATION = "quantization"
-"""Of the manifest: how components are packed (see `packed`)."""
-PARTS = ("codes", "scales", "amax", "a", "b")
-"""Arrays of a packed kernel, below its path."""
+QUANTIZATION_KEY = "quantization"
+"""Manifest key: how each component is packed (see `packed_kernels`)."""
+PACKED_ARRAYS = ("codes", "scales", "amax", "a", "b")
+"""Names of a packed kernel's arrays, below the kernel's path."""
 
 
-def is_part(path: Path) -> bool:
-    """Whether an array is part of a packed kernel: its type is no choice."""
-    return path[-2:-1] == ("kernel",) and path[-1] in PARTS
+def is_packed_array(path: TreePath) -> bool:
+    """Whether an array belongs to a packed kernel: its dtype is fixed, no cast applies to it."""
+    return path[-2:-1] == ("kernel",) and path[-1] in PACKED_ARRAYS
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a checkpoint directory; UserError if it is missing, damaged, or foreign."""
-    folder = FilePath(folder)
-    path = folder / MANIFEST
+    """The manifest of a checkpoint directory.
+
+    Raises UserError if the directory or its manifest is missing, damaged, or of another format.
+    """
+    folder = Path(folder)
+    path = folder / CHECKPOINT_MANIFEST
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such checkpoint directory")
+        raise UserError(f"{folder}: no such checkpoint directory; check the path")
     if not path.is_file():
         raise UserError(
-            f"{folder}: no checkpoint of ours ({MANIFEST} is missing); make one with "
-            f"`longlive convert --source={folder} --out=DIR`"
+            f"{folder}: not a longlive-jax checkpoint ({CHECKPOINT_MANIFEST} is missing); make one "
+            f"with `longlive convert --source={folder} --out=DIR`"
         )
+    # A valid manifest of this format.
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); convert the checkpoint again") from error
+        raise UserError(
+            f"{path}: not valid JSON ({error}); convert the checkpoint again"
+        ) from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT:
-        raise UserError(f"{path}: format {version!r}; this version reads format {FORMAT}")
+    if version != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path}: format must be {CHECKPOINT_FORMAT}, got {version!r}; convert the checkpoint "
+            "again"
+        )
     if not all(isinstance(manifest.get(k), dict) for k in ("components", "arrays", "provenance")):
-        raise UserError(f"{path}: incomplete; convert the checkpoint again")
+        raise UserError(
+            f"{path}: incomplete, it needs components, arrays and provenance; convert the "
+            "checkpoint again"
+        )
     return manifest
 
 
-def weights_of(folder: str | os.PathLike, *components: str) -> str:
-    """A fingerprint of the arrays of a checkpoint directory, all or those of some components."""
+def weights_fingerprint(folder: str | os.PathLike, *components: str) -> str:
+    """The CRC-32 (8 hex digits) over the array fingerprints of a checkpoint directory.
+
+    Covers the given `components`, or all of them if none is given.
+    """
     arrays = read_manifest(folder)["arrays"]
-    chosen = {k: v for k, v in arrays.items() if not components or k in components}
-    return f"{zlib.crc32(json.dumps(chosen, sort_keys=True).encode()):08x}"
+    selected = {k: v for k, v in arrays.items() if not components or k in components}
+    return f"{zlib.crc32(json.dumps(selected, sort_keys=True).encode()):08x}"
 
 
 class CheckpointWriter:
-    """Components written into temporary folders, which all take their places in `commit`.
+    """Writes components into temporary folders, and renames them all in `commit`.
 
-    Used as a context manager: leaving without `commit` removes every trace.
+    Use as a context manager: leaving it without `commit` removes everything that was written.
+
+    Args:
+      folder: checkpoint directory, which may exist; components are added to it.
+      overwrite: replace components that the directory already has.
+
+    Raises UserError if the directory holds files but is not a checkpoint.
     """
 
     def __init__(self, folder: str | os.PathLike, *, overwrite: bool = False):
-        self.folder = FilePath(folder)
+        self.folder = Path(folder)
         self.overwrite = overwrite
         self._existed = self.folder.is_dir()
-        self._staged: dict[str, FilePath] = {}
-        self._fillers: list[ArrayFiller] = []
-        foreign = self._existed and any(self.folder.iterdir()) and not self._own()
-        if foreign:
+        self._staged: dict[str, Path] = {}
+        self._array_writers: list[ArrayWriter] = []
+        is_foreign = self._existed and any(self.folder.iterdir()) and not self._is_checkpoint()
+        if is_foreign:
             raise UserError(f"{self.folder}: holds other files; choose an empty or new folder")
         self.manifest: dict[str, Any] = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "components": {},
             "arrays": {},
             "provenance": {},
         }
-        if self._own():
+        if self._is_checkpoint():
             self.manifest = read_manifest(self.folder)
 
-    def _own(self) -> bool:
-        return (self.folder / MANIFEST).is_file()
+    def _is_checkpoint(self) -> bool:
+        return (self.folder / CHECKPOINT_MANIFEST).is_file()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -116,64 +139,80 @@ class CheckpointWriter:
         if not self._existed and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def stage(self, name: str) -> FilePath:
-        """A temporary sibling that `commit` renames to `name`; UserError if `name` is taken."""
+    def stage(self, name: str) -> Path:
+        """A temporary path that `commit` renames to `name`.
+
+        Raises UserError if `name` exists (without `overwrite`) or the folder is not writable.
+        """
         if (self.folder / name).exists() and not self.overwrite:
-            raise UserError(f"{self.folder / name} exists; say --overwrite to replace it")
+            raise UserError(f"{self.folder / name} exists; pass --overwrite to replace it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
+            raise UserError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
         self._staged[name] = self.folder / f".{name}.writing-{os.getpid()}"
         shutil.rmtree(self._staged[name], ignore_errors=True)
         return self._staged[name]
 
-    def component(
+    def add_component(
         self,
         name: str,
-        specs: Mapping[Path, ArraySpec],
+        specs: Mapping[TreePath, ArraySpec],
         config: Any,
         *,
         provenance: Mapping[str, Any] | None = None,
         quantization: Any = None,
-    ) -> ArrayFiller:
-        """Lays out a component with zero-filled arrays; the caller fills each by path.
+    ) -> ArrayWriter:
+        """A writer for the arrays of a new component; the caller writes each of them.
 
-        `quantization`: the record of packed kernels, if there are any.
+        Args:
+          name: component name.
+          specs: shape and dtype of every array, by path.
+          config: settings: a dataclass or a mapping.
+          provenance: source of the weights, for the manifest.
+          quantization: record of the packed kernels (`QuantizationRecord`), if there are any.
         """
-        filler = ArrayFiller(self.stage(name), specs)
-        self._fillers.append(filler)
+        array_writer = ArrayWriter(self.stage(name), specs)
+        self._array_writers.append(array_writer)
         self.manifest["components"][name] = _jsonable(config)
-        self.manifest["arrays"][name] = filler.fingerprints
+        self.manifest["arrays"][name] = array_writer.fingerprints
         self.manifest["provenance"][name] = dict(provenance or {})
-        self.manifest.get(QUANTIZATION, {}).pop(name, None)
+        self.manifest.get(QUANTIZATION_KEY, {}).pop(name, None)
         if quantization is not None:
-            self.manifest.setdefault(QUANTIZATION, {})[name] = _jsonable(quantization)
-        return filler
+            self.manifest.setdefault(QUANTIZATION_KEY, {})[name] = _jsonable(quantization)
+        return array_writer
 
-    def tokenizer(self, source: FilePath) -> None:
+    def add_tokenizer(self, source: Path) -> None:
         """Copies a SentencePiece model."""
         shutil.copyfile(source, self.stage(TOKENIZER))
 
     def commit(self) -> None:
-        """Puts everything in its place; the manifest comes last."""
+        """Renames everything to its final name, the manifest last.
+
+        Raises ValueError if an array was never written.
+        """
+        # 1. Every array must be complete.
         for name, arrays in self.manifest["arrays"].items():
-            lacking = [path for path, print_ in arrays.items() if not print_]
-            if lacking:
-                raise ValueError(f"{name}: never filled: {', '.join(lacking[:8])}")
-        for filler in self._fillers:
-            filler.flush()
+            unwritten = [path for path, fingerprint in arrays.items() if not fingerprint]
+            if unwritten:
+                raise ValueError(f"{name}: arrays never written: {', '.join(unwritten[:8])}")
+        for array_writer in self._array_writers:
+            array_writer.flush()
+        # 2. Components and tokenizer.
         for name, staged in self._staged.items():
             target = self.folder / name
             if target.is_dir():
                 shutil.rmtree(target)
             staged.replace(target)
         self._staged.clear()
+        # 3. Manifest.
         text = json.dumps(self.manifest, indent=1) + "\n"
-        temporary = self.folder / f".{MANIFEST}.writing-{os.getpid()}"
+        temporary = self.folder / f".{CHECKPOINT_MANIFEST}.writing-{os.getpid()}"
         temporary.write_text(text)
-        temporary.replace(self.folder / MANIFEST)
+        temporary.replace(self.folder / CHECKPOINT_MANIFEST)
 
 
 def save_component(
@@ -185,30 +224,35 @@ def save_component(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Adds a component (nested dictionaries of arrays, and its settings) to a directory.
+    """Adds a component, given as nested dictionaries of arrays and its settings, to a directory.
 
-    Atomic. Raises UserError if the component exists (and `overwrite` is not given) or the folder
-    holds something else.
+    Atomic. Raises UserError if the component exists and `overwrite` is False, or if the folder
+    holds files but is not a checkpoint.
     """
     flat = flatten(params)
     specs = {path: ArraySpec(tuple(x.shape), np.dtype(x.dtype)) for path, x in flat.items()}
     with CheckpointWriter(folder, overwrite=overwrite) as writer:
-        filler = writer.component(name, specs, config, provenance=provenance)
+        array_writer = writer.add_component(name, specs, config, provenance=provenance)
         for path, value in flat.items():
-            filler.fill(path, [np.asarray(value)], stacked=False)
+            array_writer.write(path, [np.asarray(value)], stacked=False)
         writer.commit()
 
 
 def open_component(folder: str | os.PathLike, name: str) -> tuple[ArrayReader, dict[str, Any]]:
-    """A reader of a component's arrays, and its settings; UserError if it is not there."""
-    folder = FilePath(folder)
+    """A reader of a component's arrays, and the component's settings.
+
+    Raises UserError if the component is missing or the directory is not a checkpoint.
+    """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     if name not in manifest["components"] or name not in manifest["arrays"]:
         raise UserError(
             f"{folder}: has no component {name!r}{nearest(name, manifest['components'])}"
         )
     if not (folder / name).is_dir():
-        raise UserError(f"{folder}: incomplete, the folder {name!r} is gone; convert it again")
+        raise UserError(
+            f"{folder}: incomplete, the folder {name!r} is missing; convert the checkpoint again"
+        )
     return ArrayReader(folder / name, manifest["arrays"][name]), manifest["components"][name]
 
 
@@ -217,26 +261,33 @@ def load_component(
     name: str,
     *,
     dtype: DTypeLike | None = None,
-    put: Callable[[Path, np.ndarray], jax.Array] = lambda _, value: jnp.asarray(value),
+    put: Callable[[TreePath, np.ndarray], jax.Array] = lambda _, value: jnp.asarray(value),
 ) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """Parameters as JAX arrays in nested dictionaries, and the settings they were saved with.
+    """Parameters in nested dictionaries of JAX arrays, and the component's settings.
 
-    Every array is checked against its fingerprint. Floating-point arrays become `dtype` if given,
-    parts of packed kernels excepted; one array at a time is on the host, and `put` places it.
-    Raises UserError for a missing, foreign or damaged directory.
+    Every array is verified against its fingerprint. The host holds one array at a time.
+
+    Args:
+      folder: checkpoint directory.
+      name: component name.
+      dtype: dtype of floating-point arrays, except those of packed kernels; as stored if None.
+      put: function that moves an array, given its path, to a device.
+
+    Raises UserError if the directory is missing, not a checkpoint, or damaged.
     """
     reader, config = open_component(folder, name)
-    params: dict[Path, jax.Array] = {}
+    params: dict[TreePath, jax.Array] = {}
     for path in reader.specs:
         value = reader.read(path)
-        floating = jnp.issubdtype(value.dtype, jnp.floating) and not is_part(path)
-        if dtype is not None and floating:
+        can_cast = jnp.issubdtype(value.dtype, jnp.floating) and not is_packed_array(path)
+        if dtype is not None and can_cast:
             value = value.astype(dtype)
         params[path] = put(path, value)
     return nest(params), config
 
 
 def _jsonable(config: Any) -> Any:
+    """Dataclasses as dictionaries, tuples as lists, dtypes as their names."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = dataclasses.fields(config)
         return {f.name: _jsonable(getattr(config, f.name)) for f in fields}
@@ -246,4 +297,4 @@ def _jsonable(config: Any) -> Any:
         return [_jsonable(v) for v in config]
     if config is None or isinstance(config, str | int | float | bool):
         return config
-    return np.dtype(config).name  # element types
+    return np.dtype(config).name

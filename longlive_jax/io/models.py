@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a model: settings, parameters, and a module around them."""
+"""Loading models from a checkpoint directory."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from longlive_jax.io.arrays import flatten
 from longlive_jax.io.checkpoint import load_component, open_component
-from longlive_jax.io.packed_kernels import check, record_of, restore
+from longlive_jax.io.packed_kernels import check_packed_arrays, read_quantization, restore_packed
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.umt5 import UMT5, UMT5Config
 from longlive_jax.models.vae import VAE, VAEConfig
@@ -31,20 +31,29 @@ def load_model(
     implementation: Implementation = "auto",
     **run: Any,
 ) -> Any:
-    """The module of component `name` ("dit", "vae" or "umt5") with its parameters.
+    """The module of a component, with its parameters.
 
-    `run` sets what a run may choose, such as `dtype` of the computation; `param_dtype` casts the
-    parameters while they are read, and `implementation` is of the products of packed kernels, which
-    are loaded as they are. Raises UserError for a missing, foreign or damaged directory.
+    Args:
+      folder: checkpoint directory.
+      name: component: "dit", "vae" or "umt5".
+      param_dtype: floating-point dtype of the parameters; as stored if None. Packed kernels keep
+        their dtypes.
+      implementation: implementation of the matrix products with packed kernels.
+      **run: config fields that do not change the weights, such as the compute `dtype`.
+
+    Raises UserError if the directory is missing, not a checkpoint, or damaged.
     """
+    # 1. Settings, and the shapes that the model expects.
     make, config = MODELS[name]
     reader, settings = open_component(folder, name)
     cfg: Any = build(config, settings | run, path=f"{folder}: settings of {name}")
     graphdef, shapes = abstract(lambda: make(cfg, rngs=nnx.Rngs(0)))
-    record = record_of(folder, name)
     expected = {path: tuple(leaf.shape) for path, leaf in flatten(shapes).items()}
-    check(reader.specs, record, expected, str(folder))
+    # 2. Packed kernels, checked before an array is read.
+    record = read_quantization(folder, name)
+    check_packed_arrays(reader.specs, record, expected, str(folder))
+    # 3. Parameters.
     params, _ = load_component(folder, name, dtype=param_dtype)
     if record is not None:
-        params = restore(params, record, implementation=implementation)
+        params = restore_packed(params, record, implementation=implementation)
     return with_params(graphdef, params)

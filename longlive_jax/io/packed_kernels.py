@@ -1,12 +1,14 @@
-"""Packed kernels on disk: arrays of plain types below the kernel's path, and a record of the rules.
+"""Packed kernels on disk: plain arrays below the kernel's path, and a record of their formats.
 
-    blocks.ffn.up.kernel.codes    uint8 [layers, o, i/2], low nibble first   | float8_e4m3fn (FP8)
-    blocks.ffn.up.kernel.scales   float8_e4m3fn [layers, o, i/16]            | float32 [layers, o]
-    blocks.ffn.up.kernel.amax     float32 [layers]                           | none
-    blocks.ffn.up.kernel.{a,b}    a LoRA kept beside it, if there is one
+    array                         NVFP4                                       FP8
+    blocks.ffn.up.kernel.codes    uint8 [layers, o, i/2], low nibble first    float8_e4m3fn
+    blocks.ffn.up.kernel.scales   float8_e4m3fn [layers, o, i/16]             float32 [layers, o]
+    blocks.ffn.up.kernel.amax     float32 [layers]                            none
+    blocks.ffn.up.kernel.{a,b}    LoRA branch, if there is one                the same
 
-The manifest's `quantization` says for each component which kernels are packed and how (`Record`).
-Shapes and types are checked against it and against the model before an array is read.
+The manifest's `quantization` records which kernels of a component are packed, and how
+(`QuantizationRecord`). Shapes and dtypes are checked against this record and against the model
+before an array is read.
 """
 
 import dataclasses
@@ -18,8 +20,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from longlive_jax.io.arrays import ArraySpec, Path, Shape, flatten, nest
-from longlive_jax.io.checkpoint import PARTS, QUANTIZATION, is_part, read_manifest
+from longlive_jax.io.arrays import ArraySpec, Shape, TreePath, flatten, nest
+from longlive_jax.io.checkpoint import (
+    PACKED_ARRAYS,
+    QUANTIZATION_KEY,
+    is_packed_array,
+    read_manifest,
+)
 from longlive_jax.quant.low_rank import LowRank
 from longlive_jax.quant.packed import Fp8Kernel, PackedKernel
 from longlive_jax.quant.policy import Format
@@ -28,22 +35,30 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.nvfp4 import BLOCK, NVFP4, Rule, pack, unpack
 
 __all__ = [
-    "Record",
-    "arrays_of",
-    "check",
-    "dense",
-    "part_specs",
-    "record_of",
-    "restore",
-    "with_parts",
+    "KernelFormat",
+    "QuantizationRecord",
+    "check_packed_arrays",
+    "dense_shapes",
+    "packed_arrays",
+    "packed_specs",
+    "read_quantization",
+    "restore_packed",
+    "with_packed_shapes",
 ]
 
 F8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """How one kernel is packed: the part of a policy's `Format` that inference needs."""
+class KernelFormat:
+    """Format of one packed kernel: the fields of a policy's `Format` that inference needs.
+
+    Attributes:
+      kind: element format.
+      weights: scale rule of the kernel.
+      tile: rows that share a scale.
+      activations: scale rule of the activations it is multiplied with.
+    """
 
     kind: Literal["nvfp4", "fp8"] = "nvfp4"
     weights: Rule = "mse"
@@ -51,63 +66,65 @@ class Kernel:
     activations: Rule = "mse"
 
     @classmethod
-    def of(cls, form: Format) -> "Kernel":
-        """The same of a policy's format."""
+    def of(cls, form: Format) -> "KernelFormat":
+        """The inference part of a policy's format."""
         return cls(form.kind, form.weights, form.tile, form.activations)
 
     @property
     def form(self) -> Format:
-        """As a policy says it, without a recipe of training."""
+        """The policy's format, without a training recipe."""
         return Format(self.kind, self.weights, self.tile, self.activations)
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What a checkpoint remembers of its packing.
+class QuantizationRecord:
+    """Manifest entry on the packed kernels of a component.
 
     Attributes:
-      policy: its name, for the record; `kernels` is what counts.
-      kernels: format by path, `blocks/ffn/up/kernel`.
-      merged_lora: file name of a LoRA that is in the packed kernels.
-      branch_lora: file name of a LoRA that is beside them.
-      branch_scale: alpha / r of the latter.
-      header: plain values of the file that was read, to be written again.
+      policy: policy name, for information only; `kernels` decides.
+      kernels: format by kernel path, such as `blocks/ffn/up/kernel`.
+      merged_lora: file name of the LoRA merged into the kernels before packing, or "".
+      branch_lora: file name of the LoRA stored as branches next to the kernels, or "".
+      branch_scale: scale alpha / r of the LoRA branches.
+      header: metadata of the released file it was converted from, for the export.
     """
 
     policy: str
-    kernels: Mapping[str, Kernel]
+    kernels: Mapping[str, KernelFormat]
     merged_lora: str = ""
     branch_lora: str = ""
     branch_scale: float = 1.0
     header: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line summary for messages."""
         forms = list(dict.fromkeys(kernel.form for kernel in self.kernels.values()))
-        parts = [f"{self.policy}: {'; '.join(map(str, forms))}"]
-        parts += [f"LoRA {self.merged_lora} merged"] * bool(self.merged_lora)
-        parts += [f"LoRA {self.branch_lora} beside"] * bool(self.branch_lora)
-        return ", ".join(parts)
+        texts = [f"{self.policy}: {'; '.join(map(str, forms))}"]
+        texts += [f"LoRA {self.merged_lora} merged"] * bool(self.merged_lora)
+        texts += [f"LoRA {self.branch_lora} as a branch"] * bool(self.branch_lora)
+        return ", ".join(texts)
 
 
-def record_of(folder: str | os.PathLike, component: str = "dit") -> Record | None:
-    """How a component of a checkpoint directory is packed; None if it is not.
+def read_quantization(
+    folder: str | os.PathLike, component: str = "dit"
+) -> QuantizationRecord | None:
+    """The quantization record of a component of a checkpoint directory, or None if not packed.
 
-    Raises UserError for a record that is damaged.
+    Raises UserError if the record is damaged.
     """
-    found = read_manifest(folder).get(QUANTIZATION, {})
-    if not isinstance(found, Mapping) or component not in found:
+    records = read_manifest(folder).get(QUANTIZATION_KEY, {})
+    if not isinstance(records, Mapping) or component not in records:
         return None
     where = f"{folder}: quantization of {component}"
-    record = build(Record, found[component], path=where)
+    record = build(QuantizationRecord, records[component], path=where)
     if not isinstance(record.kernels, Mapping) or not record.kernels:
         raise UserError(f"{where}: names no kernels; quantize the checkpoint again")
-    kernels = {p: build(Kernel, k, path=f"{where}: {p}") for p, k in record.kernels.items()}
+    kernels = {p: build(KernelFormat, k, path=f"{where}: {p}") for p, k in record.kernels.items()}
     return dataclasses.replace(record, kernels=kernels)
 
 
-def part_specs(kernel: Kernel, shape: Shape) -> dict[str, ArraySpec]:
-    """Names, shapes and types of what a kernel `[*layers, i, o]` is stored as, without a LoRA."""
+def packed_specs(kernel: KernelFormat, shape: Shape) -> dict[str, ArraySpec]:
+    """Specs of the stored arrays of a packed kernel `[*layers, i, o]`, without a LoRA branch."""
     *layers, inputs, outputs = shape
     if kernel.kind == "fp8":
         return {
@@ -121,107 +138,126 @@ def part_specs(kernel: Kernel, shape: Shape) -> dict[str, ArraySpec]:
     }
 
 
-def dense(shapes: Mapping[Path, Shape]) -> dict[Path, Shape]:
-    """Shapes of the parameters, each packed kernel as the `[*layers, i, o]` it stands for."""
-    found = {path: shape for path, shape in shapes.items() if not is_part(path)}
+def dense_shapes(shapes: Mapping[TreePath, Shape]) -> dict[TreePath, Shape]:
+    """Parameter shapes with the arrays of every packed kernel replaced by its `[*layers, i, o]`."""
+    result = {path: shape for path, shape in shapes.items() if not is_packed_array(path)}
     for path, shape in shapes.items():
-        if is_part(path) and path[-1] == "codes":
+        if is_packed_array(path) and path[-1] == "codes":
             *layers, outputs, stored = shape
             inputs = 2 * stored if (*path[:-1], "amax") in shapes else stored
-            found[path[:-1]] = (*layers, inputs, outputs)
-    return found
+            result[path[:-1]] = (*layers, inputs, outputs)
+    return result
 
 
-def with_parts(expected: Mapping[Path, Shape], paths: Container[Path]) -> dict[Path, Shape]:
-    """Shapes of a model's parameters, the kernels that `paths` has the codes of as their parts."""
-    found: dict[Path, Shape] = {}
+def with_packed_shapes(
+    expected: Mapping[TreePath, Shape], paths: Container[TreePath]
+) -> dict[TreePath, Shape]:
+    """Parameter shapes with each kernel whose codes are in `paths` replaced by its NVFP4 arrays."""
+    result: dict[TreePath, Shape] = {}
     for path, shape in expected.items():
         if (*path, "codes") in paths:
-            parts = part_specs(Kernel(), shape)
-            found |= {(*path, name): spec.shape for name, spec in parts.items()}
+            specs = packed_specs(KernelFormat(), shape)
+            result |= {(*path, name): spec.shape for name, spec in specs.items()}
         else:
-            found[path] = shape
-    return found
+            result[path] = shape
+    return result
 
 
-def arrays_of(kernel: PackedKernel | Fp8Kernel) -> dict[str, jax.Array]:
-    """A packed kernel as it is stored."""
+def packed_arrays(kernel: PackedKernel | Fp8Kernel) -> dict[str, jax.Array]:
+    """The arrays in which a packed kernel is stored, by name."""
     if isinstance(kernel, Fp8Kernel):
-        found = {"codes": kernel.codes, "scales": kernel.scales}
+        arrays = {"codes": kernel.codes, "scales": kernel.scales}
     else:
         weight = kernel.weight
-        found = {"codes": pack(weight.codes), "scales": weight.scales, "amax": weight.amax}
+        arrays = {"codes": pack(weight.codes), "scales": weight.scales, "amax": weight.amax}
     if kernel.branch is not None:
-        found |= {"a": kernel.branch.a, "b": kernel.branch.b}
-    return found
+        arrays |= {"a": kernel.branch.a, "b": kernel.branch.b}
+    return arrays
 
 
-def restore(
+def restore_packed(
     params: Mapping[Any, Any],
-    record: Record,
+    record: QuantizationRecord,
     *,
     implementation: Implementation = "auto",
 ) -> dict[Any, Any]:
-    """Loaded parameters, which `check` found right, with packed kernels in place of their parts."""
+    """Loaded parameters with the stored arrays of every packed kernel joined into one module.
+
+    `check_packed_arrays` must have accepted them.
+    """
     flat = flatten(params)
     for name, kernel in record.kernels.items():
         path = tuple(name.split("/"))
-        parts = {part: flat.pop((*path, part)) for part in PARTS if (*path, part) in flat}
-        flat[path] = _kernel(parts, kernel, record.branch_scale, implementation)
+        arrays = {key: flat.pop((*path, key)) for key in PACKED_ARRAYS if (*path, key) in flat}
+        flat[path] = _kernel(arrays, kernel, record.branch_scale, implementation)
     return nest(flat)
 
 
 def _kernel(
-    parts: Mapping[str, Any], kernel: Kernel, scale: float, implementation: Implementation
+    arrays: Mapping[str, Any], kernel: KernelFormat, scale: float, implementation: Implementation
 ) -> PackedKernel | Fp8Kernel:
-    branch = LowRank(parts["a"], parts["b"], scale) if "a" in parts else None
+    branch = LowRank(arrays["a"], arrays["b"], scale) if "a" in arrays else None
     if kernel.kind == "fp8":
-        return Fp8Kernel(parts["codes"], parts["scales"], branch)
-    codes = _unpacked(parts["codes"])
-    weight = NVFP4(codes, parts["scales"], parts["amax"], kernel.weights)
+        return Fp8Kernel(arrays["codes"], arrays["scales"], branch)
+    codes = _unpack_codes(arrays["codes"])
+    weight = NVFP4(codes, arrays["scales"], arrays["amax"], kernel.weights)
     return PackedKernel(weight, branch, kernel.activations, implementation)
 
 
-_unpacked = jax.jit(unpack)
+_unpack_codes = jax.jit(unpack)
 
 
-def check(
-    specs: Mapping[Path, ArraySpec],
-    record: Record | None,
-    expected: Mapping[Path, Shape],
+def check_packed_arrays(
+    specs: Mapping[TreePath, ArraySpec],
+    record: QuantizationRecord | None,
+    expected: Mapping[TreePath, Shape],
     where: str,
 ) -> None:
-    """UserError unless all parts of the recorded kernels are there in their shapes, and no other.
+    """Checks a component's packed arrays against its quantization record.
 
-    `expected` are the shapes of the model's own parameters.
+    Args:
+      specs: specs of all stored arrays.
+      record: quantization record of the component, or None if it is not packed.
+      expected: parameter shapes of the unpacked model.
+      where: checkpoint name for messages.
+
+    Raises UserError, with the first problems, if an array of a recorded kernel is missing or has
+    another shape or dtype, or if a packed array belongs to no recorded kernel.
     """
-    wrong, parts = [], {path for path in specs if is_part(path)}
+    problems, unrecorded = [], {path for path in specs if is_packed_array(path)}
+    # 1. Every recorded kernel has its arrays.
     for name, kernel in (record.kernels if record is not None else {}).items():
         path = tuple(name.split("/"))
         if path not in expected:
-            wrong.append(f"{name} is no kernel of this model")
+            problems.append(f"{name} is not a kernel of this model")
             continue
-        for part, want in part_specs(kernel, expected[path]).items():
-            found = specs.get((*path, part))
-            if found != want:
-                said = "missing" if found is None else f"{found.dtype} {found.shape}"
-                wrong.append(f"{name}/{part} is {said} instead of {want.dtype} {want.shape}")
-        parts -= {(*path, part) for part in PARTS}
-        wrong += _wrong_branch(specs, path, expected[path])
-    wrong += [f"{'/'.join(path)} is not in the record" for path in sorted(parts)]
-    if wrong:
-        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        for key, want in packed_specs(kernel, expected[path]).items():
+            spec = specs.get((*path, key))
+            if spec != want:
+                got = "missing" if spec is None else f"{spec.dtype} {spec.shape}"
+                problems.append(f"{name}/{key} is {got} instead of {want.dtype} {want.shape}")
+        unrecorded -= {(*path, key) for key in PACKED_ARRAYS}
+        problems += _branch_problems(specs, path, expected[path])
+    # 2. Every packed array belongs to a recorded kernel.
+    problems += [f"{'/'.join(path)} is not in the record" for path in sorted(unrecorded)]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(
-            f"{where}: its arrays are not what its record of quantization says: "
-            f"{'; '.join(wrong[:4])}{more}; quantize the checkpoint again"
+            f"{where}: its arrays do not match its quantization record: "
+            f"{'; '.join(problems[:4])}{more}; quantize the checkpoint again"
         )
 
 
-def _wrong_branch(specs: Mapping[Path, ArraySpec], path: Path, shape: Shape) -> list[str]:
-    halves = [specs.get((*path, part)) for part in ("a", "b")]
-    a, b = (None if half is None else half.shape for half in halves)
+def _branch_problems(
+    specs: Mapping[TreePath, ArraySpec], path: TreePath, shape: Shape
+) -> list[str]:
+    """What is wrong with the LoRA branch of a kernel, which need not have one."""
+    factors = [specs.get((*path, key)) for key in ("a", "b")]
+    a, b = (None if spec is None else spec.shape for spec in factors)
     if a is None and b is None:
         return []
     *layers, inputs, outputs = shape
-    good = a is not None and a[:-1] == (*layers, inputs) and b == (*layers, a[-1], outputs)
-    return [] if good else [f"{'/'.join(path)} has a LoRA of shapes {a} and {b}"]
+    fits = a is not None and a[:-1] == (*layers, inputs) and b == (*layers, a[-1], outputs)
+    if fits:
+        return []
+    return [f"{'/'.join(path)} has LoRA factors of shapes {a} and {b} for a kernel {tuple(shape)}"]

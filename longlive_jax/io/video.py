@@ -1,8 +1,7 @@
-"""Video files: H.264 in MP4 written chunk by chunk, and any video PyAV decodes read back."""
+"""Video files: H.264 MP4 is written chunk by chunk; every format that PyAV decodes is read."""
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,35 +13,33 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageOps
 
+from longlive_jax.io.paths import check_writable
 from longlive_jax.io.pictures import to_pixels, to_uint8
 from longlive_jax.spec import UserError
 
+__all__ = ["BT709", "Mp4Writer", "iter_video", "read_video", "video_fps"]
+
 BT709 = 1
-"""Code of BT.709 for primaries, transfer and matrix in the H.264 headers."""
-
-
-def check_writable(folder: str | Path) -> Path:
-    """Makes `folder` if missing and proves that files can be written there; else UserError."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    return folder
+"""BT.709's code for primaries, transfer function and matrix in the H.264 headers."""
 
 
 class Mp4Writer:
-    """Appends frames to an H.264 MP4 that is playable however the program ends.
+    """Appends frames to an H.264 MP4 that stays playable even if the process is killed.
 
         with Mp4Writer("out/video.mp4") as video:
             video.append(frames)  # [f, h, w, 3], uint8 or float in [-1, 1]
 
-    While it is being written the file is called `video.part.mp4` and consists of self-contained
-    one-second fragments, so even a killed process leaves all but the last two seconds. Leaving the
-    `with` block, by an exception too, copies the packets into an ordinary seekable file and puts it
-    in place of `path` in one step. Without any frames, nothing is written.
+    The file being written is called `video.part.mp4` and consists of self-contained one-second
+    fragments, so a killed process loses at most the last two seconds. Leaving the `with` block,
+    also by an exception, copies the packets into an ordinary seekable file, which replaces `path`
+    atomically. Without frames, nothing is written.
+
+    Args:
+      path: file to write; its folder is created.
+      fps: frames per second.
+      crf: quality of libx264, 0 (lossless) to 51.
+
+    Raises UserError if the folder is not writable.
     """
 
     def __init__(self, path: str | Path, *, fps: float = 24, crf: int = 16):
@@ -68,11 +65,15 @@ class Mp4Writer:
 
     @property
     def seconds(self) -> float:
-        """Duration written so far."""
+        """Duration written so far, in seconds."""
         return float(self.frames / self.fps)
 
     def append(self, frames: np.ndarray) -> None:
-        """Encodes `[f, h, w, 3]` frames; ValueError if their size differs from the earlier ones."""
+        """Encodes frames `[f, h, w, 3]`, uint8 or float in [-1, 1].
+
+        Raises ValueError for another shape, a frame size that is odd or differs from the frames
+        before, and values that are not finite.
+        """
         pixels = to_uint8(frames)
         if pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(f"frames must be [f, h, w, 3], got {pixels.shape}")
@@ -80,9 +81,11 @@ class Mp4Writer:
             return
         if self._container is None:
             self._open(*pixels.shape[1:3])
-        held = (self._stream.height, self._stream.width)
-        if pixels.shape[1:3] != held:
-            raise ValueError(f"frames are {pixels.shape[1:3]}, the video is {held}")
+        size = (self._stream.height, self._stream.width)
+        if pixels.shape[1:3] != size:
+            raise ValueError(
+                f"frames must be {size} like the video so far, got {pixels.shape[1:3]}"
+            )
         for image in pixels:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame = rgb.reformat(
@@ -99,6 +102,7 @@ class Mp4Writer:
     def _open(self, height: int, width: int) -> None:
         if height % 2 or width % 2:
             raise ValueError(f"H.264 with 4:2:0 colour needs even sizes, got {height}x{width}")
+        # Fragmented MP4: every fragment starts at a keyframe and plays without the rest.
         self._container = av.open(
             str(self.part),
             "w",
@@ -132,7 +136,7 @@ class Mp4Writer:
 
 
 def _rewrap(part: Path, path: Path) -> None:
-    """Copies the packets of a fragmented file into a plain one at `path`, then drops `part`."""
+    """Copies the packets of a fragmented file into a plain one at `path` and deletes `part`."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
     try:
         with (
@@ -153,26 +157,26 @@ def _rewrap(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; every way to fail is a UserError."""
+    """The container and its first video stream; every failure is raised as a UserError."""
     if not Path(path).is_file():
-        raise UserError(f"video {path} does not exist")
+        raise UserError(f"video {path} does not exist; check the path")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UserError(f"{path} has no video in it")
+                raise UserError(f"{path} has no video stream; choose another file")
             yield container, container.streams.video[0]
     except (av.FFmpegError, EOFError) as error:
-        raise UserError(f"{path} is no readable video: {error}") from error
+        raise UserError(f"{path} is not a readable video: {error}") from error
 
 
 def video_fps(path: str | Path) -> float:
-    """Average frames a second of a video file."""
+    """Average frames per second of a video file."""
     with _opened(path) as (_, stream):
         return float(stream.average_rate or stream.guessed_rate or 24)
 
 
 def iter_video(path: str | Path) -> Iterator[np.ndarray]:
-    """Yields every frame as uint8 `[h, w, 3]`, in constant memory."""
+    """Yields every frame as uint8 `[h, w, 3]`; memory does not grow with the video's length."""
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         for frame in container.decode(stream):
@@ -185,15 +189,20 @@ def iter_video(path: str | Path) -> Iterator[np.ndarray]:
 def read_video(
     path: str | Path, *, fps: float | None = None, size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """A whole video as float32 `[f, h, w, 3]` in [-1, 1].
+    """All frames of a video as float32 `[f, h, w, 3]` in [-1, 1].
 
-    `fps` resamples by repeating or dropping frames (index `i * source / fps`, rounded half to
-    even); `size` (height, width) scales to cover and crops centrally. UserError if it cannot be
-    read.
+    Args:
+      path: video file.
+      fps: frame rate to resample to, by repeating or dropping frames (frame `i` is the source's
+        `i * source_fps / fps`, rounded half to even); the video's own if None.
+      size: height and width, which the frames are scaled to cover and then cropped to; the video's
+        own if None.
+
+    Raises UserError if the video cannot be read or has no frames.
     """
     frames = list(iter_video(path))
     if not frames:
-        raise UserError(f"{path} has no frames")
+        raise UserError(f"{path} has no frames; choose another file")
     if fps is not None:
         step = video_fps(path) / fps
         count = max(1, round(len(frames) / step))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.data.clips import store
-from longlive_jax.io.checkpoint import MANIFEST, read_manifest
+from longlive_jax.io.checkpoint import CHECKPOINT_MANIFEST, read_manifest
 from longlive_jax.models.vae import VAEConfig
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy
@@ -87,7 +87,7 @@ class PlanSpec:
 
 def model_of(stage: WanARStage) -> tuple[DiTConfig, str]:
     """DiT settings of the stage's checkpoint and their origin; default: Wan2.2-TI2V-5B."""
-    if (Path(stage.checkpoint) / MANIFEST).is_file():
+    if (Path(stage.checkpoint) / CHECKPOINT_MANIFEST).is_file():
         return stage.model(), stage.checkpoint
     model = DiTConfig(**{k: jnp.dtype(v) for k, v in stage.computing().items()})
     return model, f"Wan2.2-TI2V-5B (no checkpoint at {stage.checkpoint})"
@@ -117,7 +117,7 @@ def clip_of(stage: WanARStage) -> tuple[Clip, str]:
 
 def _vae_of(stage: WanARStage) -> VAEConfig:
     """VAE settings of the stage's checkpoint; default: Wan2.2."""
-    if not (Path(stage.checkpoint) / MANIFEST).is_file():
+    if not (Path(stage.checkpoint) / CHECKPOINT_MANIFEST).is_file():
         return VAEConfig()
     settings = read_manifest(stage.checkpoint)["components"].get("vae", {})
     return build(VAEConfig, settings, path=f"{stage.checkpoint}: vae")

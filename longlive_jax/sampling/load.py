@@ -14,7 +14,12 @@ from jax.typing import DTypeLike
 from longlive_jax.io.arrays import nest
 from longlive_jax.io.checkpoint import open_component
 from longlive_jax.io.models import load_model
-from longlive_jax.io.packed_kernels import Kernel, Record, dense, record_of
+from longlive_jax.io.packed_kernels import (
+    KernelFormat,
+    QuantizationRecord,
+    dense_shapes,
+    read_quantization,
+)
 from longlive_jax.models.params import params_of, with_params
 from longlive_jax.models.wan import DiT
 from longlive_jax.quant.packed import quantize_params
@@ -35,7 +40,7 @@ def load_dit(
     checkpoint; otherwise kernels are packed here, from what the checkpoint holds. `param_dtype` is
     of all other parameters. Raises UserError as above.
     """
-    formats, record = _formats(folder, quant), record_of(folder)
+    formats, record = _formats(folder, quant), read_quantization(folder)
     if record is not None:
         _check_same(folder, record, formats, quant)
         formats = {name: kernel.form for name, kernel in record.kernels.items()}
@@ -57,7 +62,7 @@ def load_dit(
 def _formats(folder: str | os.PathLike, quant: QuantSpec) -> dict[str, Format]:
     """What the policy says of this checkpoint's kernels; nothing is read but its manifest."""
     reader, _ = open_component(folder, "dit")
-    shapes = dense({path: spec.shape for path, spec in reader.specs.items()})
+    shapes = dense_shapes({path: spec.shape for path, spec in reader.specs.items()})
     tree = nest({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
     try:
         return named(quant.policy).formats(tree)
@@ -66,9 +71,12 @@ def _formats(folder: str | os.PathLike, quant: QuantSpec) -> dict[str, Format]:
 
 
 def _check_same(
-    folder: str | os.PathLike, record: Record, formats: dict[str, Format], quant: QuantSpec
+    folder: str | os.PathLike,
+    record: QuantizationRecord,
+    formats: dict[str, Format],
+    quant: QuantSpec,
 ) -> None:
-    wanted = {name: Kernel.of(form) for name, form in formats.items()}
+    wanted = {name: KernelFormat.of(form) for name, form in formats.items()}
     if wanted and wanted != dict(record.kernels):
         forms = "; ".join(map(str, dict.fromkeys(formats.values())))
         raise UserError(

@@ -9,8 +9,9 @@ from typing import Self
 import numpy as np
 
 from longlive_jax.captions import CUT_PREFIX
+from longlive_jax.io.paths import check_writable
 from longlive_jax.io.pictures import strip
-from longlive_jax.io.video import Mp4Writer, check_writable
+from longlive_jax.io.video import Mp4Writer
 from longlive_jax.sampling.timeline import Plan
 from longlive_jax.typing import Array, Float, UInt8
 

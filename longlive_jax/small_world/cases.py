@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from longlive_jax.io.checkpoint import weights_of
+from longlive_jax.io.checkpoint import weights_fingerprint
 from longlive_jax.io.models import load_model
 from longlive_jax.quant.packed import resident_bytes
 from longlive_jax.sampling.pipeline import LOADED_WITH, Pipeline
@@ -151,7 +151,7 @@ class CaseRunner:
 
     def __init__(self, checkpoint: Path, sample: Mapping[str, Any]):
         self.checkpoint = checkpoint
-        self.weights = weights_of(checkpoint)
+        self.weights = weights_fingerprint(checkpoint)
         self._sample = dict(sample)
         self._loaded: tuple[str, Pipeline] | None = None
 
@@ -167,7 +167,7 @@ class CaseRunner:
         settings = self.settings(case)
         sample = None if settings is None else dataclasses.asdict(settings)
         videos = dataclasses.asdict(case.videos)
-        weights = self.weights if case.checkpoint is None else weights_of(case.checkpoint)
+        weights = self.weights if case.checkpoint is None else weights_fingerprint(case.checkpoint)
         return {"sample": sample, "footage": videos, "batch": batch, "weights": weights}
 
     def measure(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from longlive_jax.io.checkpoint import weights_of
+from longlive_jax.io.checkpoint import weights_fingerprint
 from longlive_jax.io.models import load_model
 from longlive_jax.parallel.hosts import first_process
 from longlive_jax.small_world.windows import EncodedVideos, encode_videos
@@ -69,7 +69,10 @@ def encoded_corpus(
 
 def origin_of(spec: CorpusSpec, seed: int, checkpoint: pathlib.Path) -> dict[str, Any]:
     """Everything that a corpus depends on: settings, seed and checksums of the VAE's weights."""
-    origin = dataclasses.asdict(spec) | {"seed": seed, "vae": weights_of(checkpoint, "vae")}
+    origin = dataclasses.asdict(spec) | {
+        "seed": seed,
+        "vae": weights_fingerprint(checkpoint, "vae"),
+    }
     return json.loads(json.dumps(origin))  # tuples become lists, as in a saved corpus
 
 

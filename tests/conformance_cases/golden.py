@@ -73,7 +73,7 @@ class Model:
             value = np.asarray(flat[leaf.path])
             for layer, key in enumerate(leaf.keys):
                 if key in keys:
-                    out[key] = leaf.extract(value[layer] if leaf.rule.stacked else value)
+                    out[key] = leaf.to_tensor(value[layer] if leaf.rule.stacked else value)
         return out
 
 
@@ -87,7 +87,7 @@ def load(name: str, tensors: Mapping[str, np.ndarray], hints: Mapping[str, Any])
     component, table = identify(shapes, "weights of the golden")
     if component.name != name:
         raise ValueError(f"weights are of {component.name}, not of {name}")
-    found = table.collect(shapes)
+    found = table.match_keys(shapes)
     found.report.check(table.name)
     return assemble(component, table, tensors, component.settings(found.shapes, hints))
 
@@ -100,7 +100,7 @@ def assemble(
     leaves = table.forward(shapes, expected=expected_shapes(component, config))
     flat = {}
     for leaf in leaves:
-        parts = [leaf.place(tensors[key]) for key in leaf.keys]
+        parts = [leaf.to_param(tensors[key]) for key in leaf.keys]
         flat[leaf.path] = jnp.asarray(np.stack(parts) if leaf.rule.stacked else parts[0])
     make = component.make
     if make is None:
@@ -116,7 +116,7 @@ def zeros_for(
     out: dict[str, np.ndarray] = {}
     for leaf in table.backward(expected):
         shape = leaf.shape[1:] if leaf.rule.stacked else leaf.shape
-        out |= {key: leaf.extract(np.zeros(shape, np.float32)) for key in leaf.keys}
+        out |= {key: leaf.to_tensor(np.zeros(shape, np.float32)) for key in leaf.keys}
     return out
 
 

@@ -46,7 +46,7 @@ class _Adapted:
         tensors = golden.under("lora/")
         self.leaves = PEFT.forward({key: value.shape for key, value in tensors.items()})
         halves = {
-            leaf.path: jnp.asarray(np.stack([leaf.place(tensors[key]) for key in leaf.keys]))
+            leaf.path: jnp.asarray(np.stack([leaf.to_param(tensors[key]) for key in leaf.keys]))
             for leaf in self.leaves
         }
         scale = golden.meta["alpha"] / golden.meta["rank"]
@@ -98,5 +98,5 @@ class _Adapted:
             for layer, name in enumerate(leaf.keys):
                 if name.endswith(f".{key}.weight"):
                     branch = grads["/".join((*leaf.path[:-1], "kernel"))]
-                    return leaf.extract(np.asarray(getattr(branch, leaf.path[-1]))[layer])
+                    return leaf.to_tensor(np.asarray(getattr(branch, leaf.path[-1]))[layer])
         raise KeyError(key)

@@ -26,7 +26,7 @@ from longlive_jax.data.clips.latents import clip_latents
 from longlive_jax.data.clips.records import dtype_of, pack, unpack
 from longlive_jax.data.clips.source import read_clip
 from longlive_jax.data.clips.store import MANIFEST, Manifest, Shard, holds, write_file, write_shard
-from longlive_jax.io.video import check_writable
+from longlive_jax.io.paths import check_writable
 from longlive_jax.spec import UserError
 
 __all__ = ["EncodeSpec", "Encoders", "encode_dataset"]

@@ -1,4 +1,4 @@
-"""`longlive quantize`, and sampling from what it writes: right, or one line and nothing written."""
+"""`longlive quantize`, sampling from packed checkpoints, and one-line errors."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from longlive_jax.cli.app import run
-from longlive_jax.io.checkpoint import MANIFEST, save_component
+from longlive_jax.io.checkpoint import CHECKPOINT_MANIFEST, save_component
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.spec import UserError
@@ -15,10 +15,10 @@ from tests.random_dit import random_dit
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_world, tmp_path_factory):
-    """A whole tiny model whose DiT splits into blocks of 16."""
+    """A complete tiny model, with a DiT whose widths are multiples of 16."""
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     shutil.copytree(tiny_world, folder)
-    settings = json.loads((folder / MANIFEST).read_text())["components"]["dit"]
+    settings = json.loads((folder / CHECKPOINT_MANIFEST).read_text())["components"]["dit"]
     cfg = DiTConfig(**settings | {"dim": 32, "ffn_dim": 48, "layers": 1})
     save_component(folder, "dit", random_dit(cfg)[1], cfg, overwrite=True)
     return folder
@@ -26,6 +26,7 @@ def checkpoint(tiny_world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(checkpoint, tmp_path_factory):
+    """The same checkpoint, packed in NVFP4."""
     out = tmp_path_factory.mktemp("packed") / "checkpoint"
     assert run(["quantize", f"--checkpoint={checkpoint}", f"--out={out}"]) == 0
     return out
@@ -38,64 +39,64 @@ def script(tmp_path):
     return f"--script={path}"
 
 
-def test_it_says_by_which_rules(checkpoint, tmp_path, capsys):
+def test_formats_and_sizes_are_printed(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["quantize", f"--checkpoint={checkpoint}", f"--out={out}", "--policy=fp8"]
     assert run(command) == 0
-    said = capsys.readouterr().out
-    assert "FP8 E4M3" in said and "10 stacks of matrices" in said and f"wrote {out}" in said
+    text = capsys.readouterr().out
+    assert "FP8 E4M3" in text and "10 kernels packed" in text and f"wrote {out}" in text
 
 
-def test_a_packed_checkpoint_is_sampled_as_it_is(packed, script, tmp_path, capsys):
+def test_a_packed_checkpoint_can_be_sampled(packed, script, tmp_path, capsys):
     out = tmp_path / "video"
     assert run(["sample", f"--checkpoint={packed}", script, f"--out={out}"]) == 0
-    said = capsys.readouterr().out
-    assert "10 matrices in NVFP4 (weights mse, activations mse); quantize: xla, matmul: xla" in said
+    text = capsys.readouterr().out
+    assert "10 matrices in NVFP4 (weights mse, activations mse); quantize: xla, matmul: xla" in text
     assert (out / "video.mp4").is_file()
 
 
-def test_packed_when_loaded(checkpoint, packed):
-    """The same matrices as from the packed checkpoint, and precision stays once loaded."""
-    now = Pipeline.from_checkpoint(checkpoint, quant={"policy": "nvfp4"})
-    before = Pipeline.from_checkpoint(packed, quant={"policy": "nvfp4"})
-    assert now.served() == before.served() != ()
+def test_packing_while_loading_serves_the_same_matrices(checkpoint, packed):
+    """The precision cannot be changed afterwards."""
+    packed_now = Pipeline.from_checkpoint(checkpoint, quant={"policy": "nvfp4"})
+    packed_before = Pipeline.from_checkpoint(packed, quant={"policy": "nvfp4"})
+    assert packed_now.served() == packed_before.served() != ()
     with pytest.raises(UserError, match="quant cannot change after loading"):
-        now.with_settings(quant={"policy": "none"})
+        packed_now.with_settings(quant={"policy": "none"})
 
 
 BLACKWELL = "needs Blackwell (sm_100); this is cpu: use quant=fp8 or implementation='xla'"
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"policy": "fp8"}, "but {packed} is packed as nvfp4"),
         ({"implementation": "mosaic"}, BLACKWELL),
         ({"policy": "nvfp5"}, "did you mean 'nvfp4'?"),
     ],
 )
-def test_what_a_packed_checkpoint_cannot_do(packed, script, capsys, settings, said):
-    words = [f"--config.sample.quant.{key}={value}" for key, value in settings.items()]
-    assert run(["sample", f"--checkpoint={packed}", script, *words]) == 2
+def test_settings_that_conflict_with_a_packed_checkpoint(packed, script, capsys, settings, message):
+    overrides = [f"--config.sample.quant.{key}={value}" for key, value in settings.items()]
+    assert run(["sample", f"--checkpoint={packed}", script, *overrides]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said.format(packed=packed) in line
+    assert message.format(packed=packed) in line
 
 
 @pytest.mark.parametrize(
-    ("quant", "said"),
+    ("quant", "message"),
     [
         ({"implementation": "xla"}, "nothing is quantized"),
         ({"policy": "fp8", "implementation": "mosaic"}, "products in FP8 are XLA's"),
         ({"policy": "nvfp4", "implementation": "mosaic"}, "needs Blackwell"),
     ],
 )
-def test_what_a_plain_checkpoint_cannot_do(checkpoint, quant, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_that_conflict_with_a_plain_checkpoint(checkpoint, quant, message):
+    with pytest.raises(UserError, match=message):
         Pipeline.from_checkpoint(checkpoint, quant=quant)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["--policy=nvfp5"], "did you mean 'nvfp4'?"),
         (["--policy=none"], "packs nothing"),
@@ -105,15 +106,15 @@ def test_what_a_plain_checkpoint_cannot_do(checkpoint, quant, said):
         (["--lora=nowhere.pt"], "no such file"),
     ],
 )
-def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, words, said):
+def test_wrong_arguments_give_one_line(checkpoint, tmp_path, capsys, arguments, message):
     out = tmp_path / "out"
-    command = ["quantize", f"--checkpoint={checkpoint}", f"--out={out}", *words]
+    command = ["quantize", f"--checkpoint={checkpoint}", f"--out={out}", *arguments]
     assert run(command) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert said in lines[-1] and not out.exists()
+    assert message in lines[-1] and not out.exists()
 
 
-def test_widths_must_split_into_blocks(tiny_world, tmp_path, capsys):
+def test_widths_must_be_multiples_of_the_block_size(tiny_world, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(["quantize", f"--checkpoint={tiny_world}", f"--out={out}"]) == 2
     assert "do not split into blocks of 16" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Conversion: the fixtures' expected outputs, bit-equal round trips, and clean refusals."""
+"""Conversion: the fixtures' expected outputs, bit-exact round trips, and clean errors."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from longlive_jax.spec import UserError
 
 
 def error(got, want) -> float:
-    """Largest difference, relative to the largest value."""
+    """The largest difference, relative to the largest value."""
     return float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
 
 
@@ -32,12 +32,12 @@ def channels_last(x):
 
 
 def velocity(folder, case, *, chunk):
-    """The DiT of a checkpoint on a case with [b, c, f, h, w] latents."""
+    """Output of a checkpoint's DiT for a case with latents `[b, c, f, h, w]`."""
     dit = load_model(folder, "dit", param_dtype=np.float32)
     x = channels_last(case["x"])
     _, frames, height, width, _ = x.shape
     t = jnp.broadcast_to(case["t"].reshape(1, -1), (1, frames)).astype(jnp.float32)
-    # one chunk is bidirectional; several clean ones are block-causal
+    # A single chunk is bidirectional; several clean chunks are block-causal.
     tokens = grid(frames, height // 2, width // 2, chunk_frames=chunk, noisy=chunk >= frames)
     text = dit.text_kv(jnp.asarray(case["context"])[:, None])
     return np.moveaxis(np.asarray(dit(x, t, text, tokens)[0]), -1, 1)
@@ -45,14 +45,14 @@ def velocity(folder, case, *, chunk):
 
 @pytest.fixture(scope="module")
 def diffusers(fixtures, tmp_path_factory):
-    """The whole diffusers folder, converted."""
+    """The complete diffusers folder, converted."""
     folder = tmp_path_factory.mktemp("diffusers") / "ck"
-    done = convert(fixtures / "diffusers", folder, text_len=6)
-    assert [part.component for part in done] == ["dit", "vae", "umt5"]
+    converted = convert(fixtures / "diffusers", folder, text_len=6)
+    assert [item.component for item in converted] == ["dit", "vae", "umt5"]
     return folder
 
 
-def test_nothing_of_pytorch_is_imported(fixtures, tmp_path):
+def test_pytorch_is_not_imported(fixtures, tmp_path):
     import sys
 
     convert(fixtures / "umt5_bf16.pth", tmp_path / "ck")
@@ -67,7 +67,7 @@ def test_nothing_of_pytorch_is_imported(fixtures, tmp_path):
         ("dit_flat_bf16.pth", False),
     ],
 )
-def test_longlive_checkpoints(fixtures, tmp_path, name, use_ema):
+def test_longlive_checkpoints_have_the_expected_output(fixtures, tmp_path, name, use_ema):
     convert(fixtures / name, tmp_path / "ck", heads=2, text_len=6, use_ema=use_ema)
     case = np.load(fixtures / "dit_expected.npz")
     got = velocity(tmp_path / "ck", case, chunk=int(case["num_frame_per_block"]))
@@ -75,44 +75,44 @@ def test_longlive_checkpoints(fixtures, tmp_path, name, use_ema):
     assert error(got, case["y_blockwise_causal_fp32_weights"]) < (2e-2 if bfloat16 else 1e-4)
 
 
-def test_generator_and_flat_file_are_the_same(fixtures, tmp_path):
+def test_nested_and_flat_files_convert_to_the_same_arrays(fixtures, tmp_path):
     for name in ("dit_flat_bf16.pth", "longlive_model_bf16.pt"):
         convert(fixtures / name, tmp_path / name, heads=2)
-    prints = [
+    fingerprints = [
         read_manifest(tmp_path / name)["arrays"]["dit"]
         for name in ("dit_flat_bf16.pth", "longlive_model_bf16.pt")
     ]
-    assert prints[0] == prints[1]
+    assert fingerprints[0] == fingerprints[1]
 
 
-def test_diffusers_transformer(fixtures, diffusers):
+def test_the_diffusers_transformer_has_the_expected_output(fixtures, diffusers):
     case = np.load(fixtures / "diffusers" / "transformer_expected.npz")
     assert error(velocity(diffusers, case, chunk=3), case["y"]) < 1e-4
 
 
-def test_diffusers_vae(fixtures, diffusers):
+def test_the_diffusers_vae_has_the_expected_output(fixtures, diffusers):
     case = np.load(fixtures / "diffusers" / "vae_expected.npz")
     vae = load_model(diffusers, "vae")
     z = vae_module.encode(vae, channels_last(case["pixels"]))
     assert error(np.moveaxis(z, -1, 1), case["z"]) < 1e-4
     pixels = vae_module.decode(vae, channels_last(case["z_in"]))
-    # diffusers clamps what it decodes
+    # diffusers clamps decoded pixels
     assert error(np.clip(np.moveaxis(pixels, -1, 1), -1, 1), case["pixels_out"].clip(-1, 1)) < 1e-4
 
 
-def test_transformers_text_encoder(fixtures, diffusers):
+def test_the_transformers_text_encoder_has_the_expected_output(fixtures, diffusers):
     case = np.load(fixtures / "diffusers" / "text_encoder_expected.npz")
     umt5 = load_model(diffusers, "umt5")
     got = umt5(jnp.asarray(case["ids"], jnp.int32), jnp.asarray(case["mask"], bool))
     assert error(got, case["y"] * case["mask"][..., None]) < 1e-4
 
 
-def test_original_vae_and_umt5(fixtures, tmp_path):
-    """Both go into one checkpoint; every tensor of the files arrives."""
+def test_the_original_vae_and_umt5_go_into_one_checkpoint(fixtures, tmp_path):
+    """Every tensor of the files is converted."""
     for name in ("vae.pth", "umt5_bf16.pth"):
-        (done,) = convert(fixtures / name, tmp_path / "ck")
+        (item,) = convert(fixtures / name, tmp_path / "ck")
         tensors = read_torch(fixtures / name)
-        assert done.parameters == sum(int(np.prod(t.shape)) for t in tensors.values())
+        assert item.parameters == sum(int(np.prod(t.shape)) for t in tensors.values())
     vae, _ = load_component(tmp_path / "ck", "vae")
     want = read_torch(fixtures / "vae.pth")["encoder.downsamples.1.downsamples.2.time_conv.weight"]
     got = vae["encoder"]["stages"][1]["down"]["time_conv"]["kernel"]
@@ -121,7 +121,7 @@ def test_original_vae_and_umt5(fixtures, tmp_path):
     load_model(tmp_path / "ck", "umt5")
 
 
-def test_lora_alone_and_merged(fixtures, tmp_path):
+def test_a_lora_is_converted_alone_and_merged(fixtures, tmp_path):
     base, lora = fixtures / "longlive_model_bf16.pt", fixtures / "longlive_lora.pt"
     convert(lora, tmp_path / "ck")
     adapters, config = load_component(tmp_path / "ck", "lora", dtype=np.float32)
@@ -130,18 +130,18 @@ def test_lora_alone_and_merged(fixtures, tmp_path):
     convert(base, tmp_path / "merged", heads=2, merge_lora=lora, lora_alpha=8)
     plain, _ = load_component(tmp_path / "ck", "dit", dtype=np.float32)
     merged, _ = load_component(tmp_path / "merged", "dit", dtype=np.float32)
-    a, b = (np.asarray(adapters["blocks"]["ffn"]["up"][side]) for side in "ab")
+    a, b = (np.asarray(adapters["blocks"]["ffn"]["up"][name]) for name in "ab")
     want = np.asarray(plain["blocks"]["ffn"]["up"]["kernel"]) + 2 * a @ b
     np.testing.assert_array_equal(
         merged["blocks"]["ffn"]["up"]["kernel"],
         want.astype(ml_dtypes.bfloat16).astype(np.float32),
     )
     np.testing.assert_array_equal(merged["head"]["modulation"], plain["head"]["modulation"])
-    with pytest.raises(UserError, match="is no LoRA"):
+    with pytest.raises(UserError, match="is not a LoRA file"):
         convert(base, tmp_path / "x", heads=2, merge_lora=fixtures / "vae.pth")
 
 
-def test_lora_of_another_model(fixtures, diffusers, tmp_path):
+def test_a_lora_of_another_model_is_refused(fixtures, tmp_path):
     state = {
         k: t.read() for k, t in read_torch(fixtures / "longlive_lora.pt")["generator_lora"].items()
     }
@@ -163,23 +163,23 @@ def test_lora_of_another_model(fixtures, diffusers, tmp_path):
 
 
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
-def test_export_round_trip_is_bit_equal(diffusers, fixtures, tmp_path, naming):
+def test_converting_an_export_gives_the_same_bits(diffusers, tmp_path, naming):
     files = export(diffusers, tmp_path / "out", naming, shard_bytes=300_000)
     assert len(files) > 3
     convert(tmp_path / "out", tmp_path / "again")
-    one, two = read_manifest(diffusers), read_manifest(tmp_path / "again")
-    assert one["arrays"] == two["arrays"]
-    assert one["components"] == two["components"]
+    before, after = read_manifest(diffusers), read_manifest(tmp_path / "again")
+    assert before["arrays"] == after["arrays"]
+    assert before["components"] == after["components"]
 
 
-def test_export_gives_the_very_tensors_back(diffusers, fixtures, tmp_path):
-    """Names, shapes, types and bits of the files that were converted."""
+def test_an_export_has_the_tensors_of_the_original_files(diffusers, fixtures, tmp_path):
+    """The same names, shapes, dtypes and bits as the files that were converted."""
     export(diffusers, tmp_path / "out", "diffusers")
-    for part in ("transformer", "vae", "text_encoder"):
+    for folder in ("transformer", "vae", "text_encoder"):
         want, got = {}, {}
-        for file in (fixtures / "diffusers" / part).glob("*.safetensors"):
+        for file in (fixtures / "diffusers" / folder).glob("*.safetensors"):
             want |= load_file(file)
-        for file in (tmp_path / "out" / part).glob("*.safetensors"):
+        for file in (tmp_path / "out" / folder).glob("*.safetensors"):
             got |= load_file(file)
         assert set(got) == set(want)
         for name, value in want.items():
@@ -187,7 +187,7 @@ def test_export_gives_the_very_tensors_back(diffusers, fixtures, tmp_path):
             np.testing.assert_array_equal(got[name], value)
 
 
-def test_original_names_come_back_from_bfloat16(fixtures, tmp_path):
+def test_a_bfloat16_export_has_the_original_names_and_bits(fixtures, tmp_path):
     convert(fixtures / "longlive_model_bf16.pt", tmp_path / "ck", heads=2)
     (file,) = export(tmp_path / "ck", tmp_path / "out", "original")
     want, got = read_torch(fixtures / "dit_flat_bf16.pth"), load_file(file)
@@ -196,7 +196,7 @@ def test_original_names_come_back_from_bfloat16(fixtures, tmp_path):
         np.testing.assert_array_equal(got[name].view(np.uint16), lazy.read().view(np.uint16))
 
 
-def test_export_refuses_to_mix(diffusers, tmp_path):
+def test_export_refuses_existing_files_and_unknown_namings(diffusers, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
@@ -207,7 +207,7 @@ def test_export_refuses_to_mix(diffusers, tmp_path):
         export(diffusers, tmp_path / "other", "keras")
 
 
-def test_dtype_and_overwrite(fixtures, tmp_path):
+def test_dtype_casts_and_overwrite_replaces(fixtures, tmp_path):
     source = fixtures / "diffusers" / "text_encoder"
     convert(source, tmp_path / "ck", dtype="bfloat16")
     assert "bfloat16" in read_manifest(tmp_path / "ck")["arrays"]["umt5"]["norm.scale"]
@@ -217,7 +217,7 @@ def test_dtype_and_overwrite(fixtures, tmp_path):
     assert "float32" in read_manifest(tmp_path / "ck")["arrays"]["umt5"]["norm.scale"]
 
 
-def test_hostile_files_leave_nothing(fixtures, tmp_path, monkeypatch, capsys):
+def test_hostile_files_leave_no_files(fixtures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for path in sorted((fixtures / "hostile").iterdir()):
         assert run(["convert", f"--source={path}", f"--out={tmp_path / 'ck'}"]) == 2
@@ -225,7 +225,7 @@ def test_hostile_files_leave_nothing(fixtures, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hostile_files_leave_an_existing_checkpoint_alone(fixtures, diffusers, tmp_path):
+def test_hostile_files_do_not_change_an_existing_checkpoint(fixtures, diffusers, tmp_path):
     shutil.copytree(diffusers, tmp_path / "ck")
     before = {p: p.read_bytes() for p in (tmp_path / "ck").rglob("*") if p.is_file()}
     for path in sorted((fixtures / "hostile").iterdir()):
@@ -234,20 +234,20 @@ def test_hostile_files_leave_an_existing_checkpoint_alone(fixtures, diffusers, t
     assert {p: p.read_bytes() for p in (tmp_path / "ck").rglob("*") if p.is_file()} == before
 
 
-def test_a_read_error_half_way_leaves_nothing(fixtures, tmp_path):
+def test_a_read_error_half_way_leaves_no_files(fixtures, tmp_path):
     source = tmp_path / "model.safetensors"
     shutil.copyfile(fixtures / "diffusers" / "text_encoder" / "model.safetensors", source)
 
-    def cut(what, done, total):
+    def truncate(name, done, total):
         with open(source, "r+b") as file:
             file.truncate(9_000)
 
     with pytest.raises(UserError, match="bytes early"):
-        convert(source, tmp_path / "ck", progress=cut)
+        convert(source, tmp_path / "ck", progress=truncate)
     assert not (tmp_path / "ck").exists()
 
 
-def test_what_cannot_be_told_or_found(fixtures, tmp_path):
+def test_unknown_settings_and_missing_weights_are_refused(fixtures, tmp_path):
     with pytest.raises(UserError, match="--heads"):
         convert(fixtures / "dit_flat_bf16.pth", tmp_path / "ck")
     with pytest.raises(UserError, match="leave out --use_ema"):
@@ -258,13 +258,13 @@ def test_what_cannot_be_told_or_found(fixtures, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         convert(tmp_path / "nothing", tmp_path / "ck")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="contains no weights"):
         convert(tmp_path / "empty", tmp_path / "ck")
     with pytest.raises(UserError, match=r"20 missing: .*time_embedding"):
         convert(fixtures / "legacy_format.pth", tmp_path / "ck")
 
 
-def test_places_that_cannot_be_written(fixtures, tmp_path):
+def test_unwritable_outputs_are_refused(fixtures, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be written"):
         convert(fixtures / "umt5_bf16.pth", tmp_path / "file")
@@ -273,7 +273,7 @@ def test_places_that_cannot_be_written(fixtures, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_every_bad_key_is_reported_once(fixtures, tmp_path):
+def test_all_bad_keys_are_reported_at_once(fixtures, tmp_path):
     state = {f"model.{k}": t.read().astype(np.float32)
              for k, t in read_torch(fixtures / "dit_flat_bf16.pth").items()}  # fmt: skip
     del state["model.blocks.1.ffn.0.bias"], state["model.head.modulation"]
@@ -281,7 +281,6 @@ def test_every_bad_key_is_reported_once(fixtures, tmp_path):
     state["model.blocks.0.self_attn.q.weight"] = np.zeros((64, 63), np.float32)
     state["model._fsdp_wrapped_module.patch_embedding.bias"] = np.zeros(64, np.float32)
     path = tmp_path / "bad.pt"
-
     torch_zip(path, {k: (v.shape, "FloatStorage", v.tobytes) for k, v in state.items()})
     with pytest.raises(UserError) as caught:
         convert(path, tmp_path / "ck", heads=2)
@@ -293,7 +292,7 @@ def test_every_bad_key_is_reported_once(fixtures, tmp_path):
     assert not (tmp_path / "ck").exists()
 
 
-def test_a_config_that_contradicts_the_weights(fixtures, tmp_path):
+def test_a_config_that_contradicts_the_weights_is_refused(fixtures, tmp_path):
     folder = tmp_path / "transformer"
     shutil.copytree(fixtures / "diffusers" / "transformer", folder)
     folder.chmod(0o755)
@@ -304,8 +303,8 @@ def test_a_config_that_contradicts_the_weights(fixtures, tmp_path):
         convert(folder, tmp_path / "ck")
 
 
-def test_the_layout_of_wans_own_folder(fixtures, tmp_path):
-    """Sharded DiT, two .pth files, config.json and the tokenizer's folder side by side."""
+def test_a_folder_in_wans_layout_is_converted(fixtures, tmp_path):
+    """It has a sharded DiT, two .pth files, a config.json and the tokenizer's folder."""
     source = tmp_path / "Wan2.2-TI2V-5B"
     convert(fixtures / "diffusers" / "transformer", tmp_path / "ck")
     export(tmp_path / "ck", source, "original", shard_bytes=200_000)
@@ -313,8 +312,8 @@ def test_the_layout_of_wans_own_folder(fixtures, tmp_path):
     shutil.copyfile(fixtures / "umt5_bf16.pth", source / "models_t5_umt5-xxl-enc-bf16.pth")
     (source / "google" / "umt5-xxl").mkdir(parents=True)
     (source / "google" / "umt5-xxl" / "spiece.model").write_bytes(b"pieces")
-    done = convert(source, tmp_path / "all")
-    assert {part.component for part in done} == {"dit", "vae", "umt5"}
+    converted = convert(source, tmp_path / "all")
+    assert {item.component for item in converted} == {"dit", "vae", "umt5"}
     assert (tmp_path / "all" / "tokenizer.model").read_bytes() == b"pieces"
     assert not list((tmp_path / "all").glob(".*"))
     shutil.copyfile(fixtures / "longlive_model_bf16.pt", source / "model_bf16.pt")
@@ -322,7 +321,7 @@ def test_the_layout_of_wans_own_folder(fixtures, tmp_path):
         convert(source, tmp_path / "more")
 
 
-def test_reports_are_plain_data(diffusers):
+def test_the_manifest_has_provenance_and_no_run_settings(diffusers):
     manifest = read_manifest(diffusers)
     assert manifest["provenance"]["dit"]["naming"] == "Wan DiT (diffusers naming)"
     assert "dtype" not in manifest["components"]["dit"]

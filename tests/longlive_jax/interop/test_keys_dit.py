@@ -1,3 +1,5 @@
+"""Key tables of the DiT cover Wan2.2-TI2V-5B, in both namings."""
+
 import jax
 import pytest
 from flax import nnx
@@ -10,6 +12,7 @@ from longlive_jax.models.wan import DiT
 
 @pytest.fixture(scope="module")
 def shapes():
+    """Parameter shapes of Wan2.2-TI2V-5B."""
     cfg = variant("wan2_2_ti2v_5b")["dit"]
     _, params = abstract(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -17,7 +20,7 @@ def shapes():
 
 
 @pytest.mark.parametrize("table", [ORIGINAL, DIFFUSERS], ids=lambda table: table.name)
-def test_every_parameter_has_one_key_a_layer_and_back(table, shapes):
+def test_every_parameter_has_one_key_per_layer(table, shapes):
     leaves = table.backward(shapes)
     keys = [key for leaf in leaves for key in leaf.keys]
     assert len(keys) == len(set(keys)) == 15 + 30 * 27
@@ -26,7 +29,7 @@ def test_every_parameter_has_one_key_a_layer_and_back(table, shapes):
         assert rule.path_of(fields) in shapes
 
 
-def test_names_are_those_of_the_checkpoints(shapes):
+def test_keys_are_those_of_the_published_checkpoints(shapes):
     original = {key for leaf in ORIGINAL.backward(shapes) for key in leaf.keys}
     diffusers = {key for leaf in DIFFUSERS.backward(shapes) for key in leaf.keys}
     assert {

@@ -1,4 +1,4 @@
-"""Packing a checkpoint: the same bits as packing parameters, and nothing written when it fails."""
+"""Packing a checkpoint gives the bits of packing its parameters, and writes nothing on errors."""
 
 import json
 import shutil
@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from longlive_jax.interop.quantize_checkpoint import Lora, quantize_checkpoint
-from longlive_jax.io.checkpoint import MANIFEST, load_component, read_manifest, save_component
+from longlive_jax.interop.quantize_checkpoint import LoraSpec, quantize_checkpoint
+from longlive_jax.io.checkpoint import (
+    CHECKPOINT_MANIFEST,
+    load_component,
+    read_manifest,
+    save_component,
+)
 from longlive_jax.io.models import load_model
-from longlive_jax.io.packed_kernels import record_of
+from longlive_jax.io.packed_kernels import read_quantization
 from longlive_jax.models.params import params_of
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.quant.packed import PackedKernel, quantize_params
@@ -29,41 +34,42 @@ NVFP4 = named("nvfp4")
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A checkpoint with a DiT, something else, and settings for sampling."""
+    """A checkpoint with a DiT, another component, a tokenizer and sampling settings."""
     folder = tmp_path_factory.mktemp("dense") / "ck"
     _, params = random_dit(DIT)
     save_component(folder, "dit", params, DIT, provenance={"stage": "ar"})
     save_component(folder, "other", {"x": np.arange(3.0)}, {"kind": "other"})
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sampling": {"steps": 2}}))
+    manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text())
+    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest | {"sampling": {"steps": 2}}))
     (folder / "tokenizer.model").write_bytes(b"words")
     return folder
 
 
 @pytest.fixture(scope="module")
 def packed(dense, tmp_path_factory):
-    """The same, packed."""
+    """The same checkpoint, packed."""
     out = tmp_path_factory.mktemp("packed") / "ck"
-    done = quantize_checkpoint(dense, out, NVFP4)
-    assert done.after < 0.6 * done.before
+    report = quantize_checkpoint(dense, out, NVFP4)
+    assert report.bytes_after < 0.6 * report.bytes_before
     return out
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    """Two adapters of rank 2 and alpha 4, in PEFT's names."""
+    """A LoRA file with two adapters of rank 2 in PEFT's naming."""
     rng, tensors = np.random.default_rng(0), {}
     for layer in range(2):
-        for module, sizes in (("self_attn.q", (32, 32)), ("ffn.2", (48, 32))):
-            stem = f"base_model.model.blocks.{layer}.{module}"
-            tensors[f"{stem}.lora_A.weight"] = rng.normal(size=(2, sizes[0])).astype(np.float32)
-            tensors[f"{stem}.lora_B.weight"] = rng.normal(size=(sizes[1], 2)).astype(np.float32)
+        for module, (inputs, outputs) in (("self_attn.q", (32, 32)), ("ffn.2", (48, 32))):
+            prefix = f"base_model.model.blocks.{layer}.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = rng.normal(size=(2, inputs)).astype(np.float32)
+            tensors[f"{prefix}.lora_B.weight"] = rng.normal(size=(outputs, 2)).astype(np.float32)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     save_file(tensors, path)
     return path
 
 
 def bits(tree):
+    """The bytes of every leaf, by path."""
     return {
         jax.tree_util.keystr(keys): np.asarray(leaf).tobytes()
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -71,7 +77,7 @@ def bits(tree):
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "fp8", "nvfp4_train"])
-def test_the_same_as_packing_parameters(dense, tmp_path, name):
+def test_packing_a_checkpoint_equals_packing_its_parameters(dense, tmp_path, name):
     quantize_checkpoint(dense, tmp_path / "ck", named(name), dtype="float32")
     got = params_of(load_model(tmp_path / "ck", "dit"))
     want = quantize_params(params_of(load_model(dense, "dit")), named(name))
@@ -79,7 +85,7 @@ def test_the_same_as_packing_parameters(dense, tmp_path, name):
     assert bits(got) == bits(want)
 
 
-def test_everything_comes_along(dense, packed):
+def test_other_components_and_settings_are_copied(dense, packed):
     manifest, before = read_manifest(packed), read_manifest(dense)
     assert manifest["sampling"] == {"steps": 2}
     assert manifest["arrays"]["other"] == before["arrays"]["other"]
@@ -89,8 +95,8 @@ def test_everything_comes_along(dense, packed):
     assert manifest["provenance"]["dit"]["from"] == {"stage": "ar"}
 
 
-def test_masters_are_gone_and_rules_are_there(packed):
-    record, arrays = record_of(packed), read_manifest(packed)["arrays"]["dit"]
+def test_only_packed_kernels_and_their_formats_are_stored(packed):
+    record, arrays = read_quantization(packed), read_manifest(packed)["arrays"]["dit"]
     assert record.policy == "nvfp4" and len(record.kernels) == 10
     assert {(k.weights, k.tile, k.activations) for k in record.kernels.values()} == {
         ("mse", 1, "mse")
@@ -106,7 +112,7 @@ def test_a_lora_is_merged_before_packing(dense, lora, tmp_path):
     from longlive_jax.interop.convert import Adapters
 
     out = tmp_path / "ck"
-    quantize_checkpoint(dense, out, NVFP4, lora=Lora(lora, "merge", 4.0), dtype="float32")
+    quantize_checkpoint(dense, out, NVFP4, lora=LoraSpec(lora, "merge", 4.0), dtype="float32")
     params, adapters = params_of(load_model(dense, "dit")), Adapters.open(lora, alpha=4.0)
     for names in (("self_attn", "q"), ("ffn", "down")):
         linear = params["blocks"][names[0]][names[1]]
@@ -115,14 +121,14 @@ def test_a_lora_is_merged_before_packing(dense, lora, tmp_path):
         linear["kernel"] = jnp.stack(layers)
     got = params_of(load_model(out, "dit"))
     assert bits(got) == bits(quantize_params(params, NVFP4))
-    assert record_of(out).merged_lora == lora.name
+    assert read_quantization(out).merged_lora == lora.name
 
 
-def test_a_lora_may_stay_beside(dense, packed, lora, tmp_path):
-    """From full precision, or put beside what is packed already: the same."""
-    beside = Lora(lora, "branch", 4.0)
+def test_a_lora_can_be_stored_as_a_branch(dense, packed, lora, tmp_path):
+    """Adding it while packing, or to a packed checkpoint, gives the same bits."""
+    branch = LoraSpec(lora, "branch", 4.0)
     for name, source in (("a", dense), ("b", packed)):
-        quantize_checkpoint(source, tmp_path / name, NVFP4, lora=beside)
+        quantize_checkpoint(source, tmp_path / name, NVFP4, lora=branch)
     first, second = (params_of(load_model(tmp_path / name, "dit")) for name in "ab")
     assert bits(first) == bits(second)
     kernel = first["blocks"]["ffn"]["down"]["kernel"]
@@ -131,10 +137,11 @@ def test_a_lora_may_stay_beside(dense, packed, lora, tmp_path):
     assert bits(kernel.weight) == bits(plain.weight)
     assert first["blocks"]["ffn"]["up"]["kernel"].branch is None
     assert kernel.branch.b.shape == (2, 2, 32) and kernel.branch.a.dtype == jnp.bfloat16
-    assert record_of(tmp_path / "a").branch_lora == lora.name
+    assert read_quantization(tmp_path / "a").branch_lora == lora.name
 
 
 def narrow(folder):
+    """A checkpoint whose widths are not multiples of 16."""
     cfg = DiTConfig(
         dim=24, ffn_dim=32, freq_dim=8, text_dim=8, heads=2, layers=1, in_channels=4, out_channels=4
     )
@@ -142,23 +149,23 @@ def narrow(folder):
     return folder
 
 
-def test_mistakes_are_found_before_anything_is_written(dense, packed, lora, tmp_path):
+def test_errors_are_raised_before_anything_is_written(dense, packed, lora, tmp_path):
     out, foreign = tmp_path / "out", tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "weights.bin").write_bytes(b"x")
-    merge = Lora(lora, "merge")
+    merge = LoraSpec(lora, "merge")
     cases = {
         "split into blocks of 16": (narrow(tmp_path / "narrow"), NVFP4, None),
         "is packed by nvfp4": (packed, named("fp8"), None),
         "is packed already": (packed, NVFP4, merge),
-        "no checkpoint of ours": (foreign, NVFP4, None),
+        "not a longlive-jax checkpoint": (foreign, NVFP4, None),
         "no such checkpoint directory": (tmp_path / "nowhere", NVFP4, None),
         "packs nothing": (dense, named("none"), None),
     }
-    for said, (source, policy, adapters) in cases.items():
-        with pytest.raises(UserError, match=said):
+    for message, (source, policy, adapters) in cases.items():
+        with pytest.raises(UserError, match=message):
             quantize_checkpoint(source, out, policy, lora=adapters)
-        assert not out.exists(), said
+        assert not out.exists(), message
     with pytest.raises(UserError, match="is the checkpoint itself"):
         quantize_checkpoint(dense, dense, NVFP4)
     with pytest.raises(UserError, match="other files"):
@@ -166,20 +173,20 @@ def test_mistakes_are_found_before_anything_is_written(dense, packed, lora, tmp_
     assert [p.name for p in foreign.iterdir()] == ["weights.bin"]
 
 
-def test_a_changed_array_is_noticed_and_nothing_stays(dense, tmp_path):
+def test_a_changed_array_is_detected_and_nothing_is_written(dense, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(dense, copy)
-    manifest = json.loads((copy / MANIFEST).read_text())
-    prints = manifest["arrays"]["dit"]
+    manifest = json.loads((copy / CHECKPOINT_MANIFEST).read_text())
+    fingerprints = manifest["arrays"]["dit"]
     name = "blocks.ffn.down.kernel"
-    prints[name] = prints[name].partition(":")[0] + ":00000000"
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    fingerprints[name] = fingerprints[name].partition(":")[0] + ":00000000"
+    (copy / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"blocks\.ffn\.down\.kernel has changed on disk"):
         quantize_checkpoint(copy, tmp_path / "out", NVFP4)
     assert not (tmp_path / "out").exists()
 
 
-def forget(manifest):
+def no_record(manifest):
     del manifest["quantization"]
 
 
@@ -187,7 +194,7 @@ def other_kind(manifest):
     manifest["quantization"]["dit"]["kernels"]["blocks/ffn/up/kernel"]["kind"] = "fp8"
 
 
-def fewer(manifest):
+def one_kernel_less(manifest):
     del manifest["quantization"]["dit"]["kernels"]["blocks/ffn/up/kernel"]
 
 
@@ -200,30 +207,30 @@ def no_kernels(manifest):
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
-        (forget, "is not in the record"),
+        (no_record, "is not in the record"),
         (other_kind, "instead of float8_e4m3fn"),
-        (fewer, "blocks/ffn/up/kernel/amax is not in the record"),
+        (one_kernel_less, "blocks/ffn/up/kernel/amax is not in the record"),
         (unknown_rule, "'best' is not one of"),
         (no_kernels, "names no kernels"),
     ],
 )
-def test_a_record_that_does_not_fit(packed, tmp_path, edit, said):
-    """Found before an array is read: the folder of arrays is empty here."""
+def test_a_record_that_does_not_match_the_arrays_is_refused(packed, tmp_path, edit, message):
+    """Before an array is read: there are no array files here."""
     copy = tmp_path / "copy"
     (copy / "dit").mkdir(parents=True)
-    manifest = json.loads((packed / MANIFEST).read_text())
+    manifest = json.loads((packed / CHECKPOINT_MANIFEST).read_text())
     edit(manifest)
-    (copy / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=said):
+    (copy / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
         load_model(copy, "dit")
 
 
-def test_replacing_a_packed_component_forgets_its_record(packed, dense, tmp_path):
+def test_replacing_a_packed_component_removes_its_record(packed, dense, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(packed, copy)
     params, _ = load_component(dense, "dit")
     save_component(copy, "dit", params, DIT, overwrite=True)
-    assert record_of(copy) is None
+    assert read_quantization(copy) is None
     load_model(copy, "dit")

@@ -1,4 +1,4 @@
-"""safetensors: equal to the library's own reading, and damage named."""
+"""safetensors files: the same tensors as the library's, and damaged files refused."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from longlive_jax.interop.safetensors_file import (
-    Outgoing,
+    OutputTensor,
     read_index,
     read_safetensors,
     write_safetensors,
@@ -22,6 +22,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 @pytest.fixture
 def shards(fixtures, tmp_path):
+    """A writable copy of a sharded checkpoint."""
     folder = tmp_path / "transformer"
     shutil.copytree(fixtures / "diffusers" / "transformer", folder)
     for path in (folder, *folder.iterdir()):
@@ -29,7 +30,7 @@ def shards(fixtures, tmp_path):
     return folder
 
 
-def test_equal_to_the_library(fixtures):
+def test_tensors_equal_those_read_by_the_library(fixtures):
     path = fixtures / "diffusers" / "vae" / "diffusion_pytorch_model.safetensors"
     want, got = load_file(path), read_safetensors(path)
     assert set(got) == set(want)
@@ -37,7 +38,7 @@ def test_equal_to_the_library(fixtures):
         np.testing.assert_array_equal(lazy.read(), want[name])
 
 
-def test_written_files_are_read_by_the_library(tmp_path):
+def test_written_files_can_be_read_by_the_library(tmp_path):
     values = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.arange(4).astype(ml_dtypes.bfloat16),
@@ -45,26 +46,26 @@ def test_written_files_are_read_by_the_library(tmp_path):
         "d": np.arange(12, dtype=np.int64).reshape(3, 4).T,  # not contiguous
         "e": np.zeros((0, 2), np.float16),
     }
-    going = {k: Outgoing(v.shape, v.dtype, lambda v=v: v) for k, v in values.items()}
-    (path,) = write_safetensors(tmp_path, "one", going)
+    tensors = {k: OutputTensor(v.shape, v.dtype, lambda v=v: v) for k, v in values.items()}
+    (path,) = write_safetensors(tmp_path, "single", tensors)
     for source in (load_file(path), {k: v.read() for k, v in read_safetensors(path).items()}):
         assert set(source) == set(values)
         for name, value in source.items():
             assert value.dtype == values[name].dtype
             np.testing.assert_array_equal(value, values[name])
-    many = write_safetensors(tmp_path, "many", going, shard_bytes=40)
-    assert len(many) == 3
-    index = tmp_path / "many.safetensors.index.json"
+    paths = write_safetensors(tmp_path, "sharded", tensors, shard_bytes=40)
+    assert len(paths) == 3
+    index = tmp_path / "sharded.safetensors.index.json"
     assert json.loads(index.read_text())["metadata"]["total_size"] == 24 + 8 + 4 + 96
     for name, lazy in read_index(index).items():
         np.testing.assert_array_equal(lazy.read(), values[name])
 
 
-def test_sharded(shards):
+def test_an_index_gives_the_tensors_of_all_shards(shards):
     assert len(read_index(shards / INDEX)) == 69
 
 
-def test_every_problem_of_an_index_is_reported_at_once(shards):
+def test_all_problems_of_an_index_are_reported_at_once(shards):
     index = json.loads((shards / INDEX).read_text())
     index["weight_map"]["ghost"] = "diffusion_pytorch_model-00001-of-00003.safetensors"
     del index["weight_map"]["patch_embedding.bias"]
@@ -82,7 +83,7 @@ def test_every_problem_of_an_index_is_reported_at_once(shards):
     assert "1 duplicate tensors: patch_embedding.weight" in message
 
 
-def test_shards_stay_in_their_folder(tmp_path):
+def test_shards_outside_the_folder_are_refused(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     with pytest.raises(UserError, match="outside its folder"):
@@ -90,14 +91,15 @@ def test_shards_stay_in_their_folder(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000])
-def test_broken_indices(tmp_path, text):
+def test_broken_indices_are_refused(tmp_path, text):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
     with pytest.raises(UserError, match="not a safetensors index"):
         read_index(index)
 
 
-def written(path, header: str, data: bytes):
+def write_raw(path, header: str, data: bytes):
+    """Writes a safetensors file with any header, valid or not."""
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + data)
     return path
 
@@ -113,19 +115,19 @@ def written(path, header: str, data: bytes):
         ("not json", 0),
     ],
 )
-def test_damaged_files(tmp_path, header, size):
+def test_damaged_files_are_refused(tmp_path, header, size):
     with pytest.raises(UserError):
-        read_safetensors(written(tmp_path / "x.safetensors", header, bytes(size)))
+        read_safetensors(write_raw(tmp_path / "x.safetensors", header, bytes(size)))
 
 
-def test_names_written_twice(tmp_path):
+def test_duplicate_names_are_refused(tmp_path):
     entry = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
-    path = written(tmp_path / "x.safetensors", f'{{"a":{entry},"a":{entry}}}', bytes(8))
+    path = write_raw(tmp_path / "x.safetensors", f'{{"a":{entry},"a":{entry}}}', bytes(8))
     with pytest.raises(UserError):
         read_safetensors(path)
 
 
-def test_short_and_empty_files(tmp_path):
+def test_short_and_empty_files_are_refused(tmp_path):
     for data in (b"", b"abc", struct.pack("<Q", 2**62), struct.pack("<Q", 50) + b"{}"):
         path = tmp_path / "x.safetensors"
         path.write_bytes(data)

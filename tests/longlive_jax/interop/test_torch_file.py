@@ -1,4 +1,4 @@
-"""torch.save files: all of the fixtures right, all of the hostile ones refused."""
+"""torch.save files: all fixtures are read correctly, all hostile files are refused."""
 
 import io
 import pickle
@@ -29,6 +29,7 @@ GOOD = [
 
 
 def archive(folder: Path, stream: bytes, members: dict[str, bytes] | None = None) -> Path:
+    """A torch.save file with any pickle stream and members."""
     path = folder / "file.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as out:
         out.writestr("a/data.pkl", stream)
@@ -38,18 +39,18 @@ def archive(folder: Path, stream: bytes, members: dict[str, bytes] | None = None
 
 
 def tensor(shape=(4,), strides=(1,), offset=0, count=4, storage="FloatStorage") -> bytes:
-    """The stream of {"x": tensor} with any lie in it."""
-    words = (f"({''.join(f'K{chr(n)}' for n in numbers)}t" for numbers in (shape, strides))
-    sizes = [word.encode("latin1") for word in words]
-    number = b"\x8a\x08" + struct.pack("<q", count)
+    """The stream of {"x": tensor}, with consistent sizes or not."""
+    texts = (f"({''.join(f'K{chr(n)}' for n in numbers)}t" for numbers in (shape, strides))
+    sizes = [text.encode("latin1") for text in texts]
+    elements = b"\x8a\x08" + struct.pack("<q", count)
     pid = b"(X\x07\x00\x00\x00storagectorch\n" + storage.encode() + b"\nX\x01\x00\x00\x000"
-    pid += b"X\x03\x00\x00\x00cpu" + number + b"tQ"
+    pid += b"X\x03\x00\x00\x00cpu" + elements + b"tQ"
     call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + pid + b"K" + bytes([offset])
     call += sizes[0] + sizes[1] + b"\x89ccollections\nOrderedDict\n)RtR"
     return b"\x80\x02}X\x01\x00\x00\x00x" + call + b"s."
 
 
-def test_odd_tensors(fixtures):
+def test_tensors_of_all_dtypes_and_strides_are_read(fixtures):
     got = read_torch(fixtures / "odd_tensors.pth")
     want = np.load(fixtures / "odd_tensors_expected.npz")
     assert len(got) == len(want.files)
@@ -65,15 +66,15 @@ def test_odd_tensors(fixtures):
             np.testing.assert_array_equal(value, want[name])
 
 
-def test_legacy_format_equals_the_zip(fixtures):
+def test_the_legacy_file_has_the_tensors_of_the_zip_file(fixtures):
     old, new = (read_torch(fixtures / n) for n in ("legacy_format.pth", "dit_flat_bf16.pth"))
     assert len(old) == 5
     for name, lazy in old.items():
         np.testing.assert_array_equal(lazy.read(), new[name].read())
 
 
-def test_reading_is_the_same_in_any_order(fixtures):
-    """Files read one after the other do not mix."""
+def test_files_are_read_independently(fixtures):
+    """The contents of a file do not depend on the files that were read before."""
 
     def signature(name: str) -> list:
         rows: list = []
@@ -95,7 +96,7 @@ def test_reading_is_the_same_in_any_order(fixtures):
         assert signature(name) == want[name]
 
 
-def test_hostile_files_are_refused_and_do_nothing(fixtures, tmp_path, monkeypatch):
+def test_hostile_files_are_refused_without_side_effects(fixtures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = sorted((fixtures / "hostile").iterdir())
     assert files
@@ -124,7 +125,7 @@ def test_gadgets_of_every_protocol_are_refused(tmp_path, protocol):
 @pytest.mark.parametrize(
     "stream",
     [
-        b"\x80\x02cos\nsystem\n.",  # only a reference
+        b"\x80\x02cos\nsystem\n.",  # a reference without a call
         b"\x80\x02(ios\nsystem\n.",  # INST
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)\x81.",  # NEWOBJ
         b"\x80\x02\x82\x01.",  # an extension code
@@ -133,7 +134,7 @@ def test_gadgets_of_every_protocol_are_refused(tmp_path, protocol):
         b"\x80\x04\x8c\x05posix\x8c\x06system\x93.",  # STACK_GLOBAL
     ],
 )
-def test_forbidden_streams(tmp_path, stream):
+def test_forbidden_opcodes_and_names_are_refused(tmp_path, stream):
     with pytest.raises(UserError):
         read_torch(archive(tmp_path, stream))
 
@@ -162,7 +163,7 @@ def test_bombs_and_damage_are_refused(tmp_path, stream):
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "sizes",
     [
         {"count": 5},  # storage longer than its member
         {"count": 2**61},
@@ -170,17 +171,17 @@ def test_bombs_and_damage_are_refused(tmp_path, stream):
         {"shape": (5,)},
         {"offset": 1},
         {"shape": (2, 2), "strides": (3, 1)},
-        {"shape": (100, 100), "strides": (0, 0)},  # expands without end
+        {"shape": (100, 100), "strides": (0, 0)},  # expands a single element
         {"shape": (4,), "strides": ()},
         {"storage": "WeirdStorage"},
     ],
 )
-def test_lies_about_sizes_are_refused(tmp_path, lie):
+def test_wrong_sizes_are_refused(tmp_path, sizes):
     with pytest.raises(UserError):
-        read_torch(archive(tmp_path, tensor(**lie), {"data/0": bytes(16)}))
+        read_torch(archive(tmp_path, tensor(**sizes), {"data/0": bytes(16)}))
 
 
-def test_the_honest_tensor_is_read(tmp_path):
+def test_a_tensor_with_right_sizes_is_read(tmp_path):
     data = np.arange(4, dtype=np.float32)
     got = read_torch(archive(tmp_path, tensor(), {"data/0": data.tobytes()}))
     np.testing.assert_array_equal(got["x"].read(), data)
@@ -188,7 +189,7 @@ def test_the_honest_tensor_is_read(tmp_path):
     np.testing.assert_array_equal(read_torch(strided)["x"].read(), data.reshape(2, 2).T)
 
 
-def test_archives_that_lie(tmp_path):
+def test_archives_that_torch_would_not_write_are_refused(tmp_path):
     path = tmp_path / "twice.pt"
     with zipfile.ZipFile(path, "w") as out, pytest.warns(UserWarning):
         out.writestr("a/data.pkl", b"\x80\x02}.")
@@ -205,33 +206,33 @@ def test_archives_that_lie(tmp_path):
 
 
 def test_every_truncation_is_refused(tmp_path):
-    """At the latest when a tensor is read."""
+    """Before any tensor is read."""
     values = {f"w{i}": np.full((3, i + 1), i, np.float32) for i in range(3)}
-    path = tmp_path / "whole.pt"
+    path = tmp_path / "model.pt"
     torch_zip(path, {k: (v.shape, "FloatStorage", v.tobytes) for k, v in values.items()})
-    whole = path.read_bytes()
+    data = path.read_bytes()
     for name, lazy in read_torch(path).items():
         np.testing.assert_array_equal(lazy.read(), values[name])
-    for size in range(0, len(whole) - 1, 7):
-        path.write_bytes(whole[:size])
+    for size in range(0, len(data) - 1, 7):
+        path.write_bytes(data[:size])
         with pytest.raises(UserError):
             read_torch(path)
 
 
-def test_the_legacy_format_does_not_trust_its_header(fixtures, tmp_path):
-    whole = (fixtures / "legacy_format.pth").read_bytes()
+def test_truncated_and_hostile_legacy_files_are_refused(fixtures, tmp_path):
+    data = (fixtures / "legacy_format.pth").read_bytes()
     path = tmp_path / "old.pth"
-    for size in (20, 100, 500, 2000, len(whole) - 1):
-        path.write_bytes(whole[:size])
+    for size in (20, 100, 500, 2000, len(data) - 1):
+        path.write_bytes(data[:size])
         with pytest.raises(UserError):
             read_torch(path)
-    evil = whole[:15] + b"\x80\x02M\xe9\x03." + b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00a\x85R."
-    path.write_bytes(evil)
+    hostile = data[:15] + b"\x80\x02M\xe9\x03." + b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00a\x85R."
+    path.write_bytes(hostile)
     with pytest.raises(UserError, match=r"os\.system"):
         read_torch(path)
 
 
-def test_duplicate_keys_are_remembered():
+def test_duplicate_keys_are_recorded():
     stream = b"".join(torch_pickle({})).replace(
         b"}(u", b"}(X\x01\x00\x00\x00aK\x01X\x01\x00\x00\x00aK\x02u"
     )

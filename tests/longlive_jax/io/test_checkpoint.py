@@ -1,4 +1,4 @@
-"""The checkpoint directory: whole or absent, readable by Orbax, and damage noticed."""
+"""The checkpoint directory: atomic writes, compatibility with Orbax, and detection of damage."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from longlive_jax.io.arrays import ArrayFiller, ArraySpec, flatten, nest
+from longlive_jax.io.arrays import ArraySpec, ArrayWriter, flatten, nest
 from longlive_jax.io.checkpoint import (
     CheckpointWriter,
     load_component,
@@ -31,11 +31,12 @@ PARAMS = {
 
 @pytest.fixture
 def saved(tmp_path):
+    """A checkpoint with one component."""
     save_component(tmp_path / "ck", "dit", PARAMS, {"dim": 4}, provenance={"source": "test"})
     return tmp_path / "ck"
 
 
-def test_round_trip(saved):
+def test_components_survive_a_round_trip(saved):
     params, config = load_component(saved, "dit")
     assert config == {"dim": 4}
     assert read_manifest(saved)["provenance"]["dit"] == {"source": "test"}
@@ -46,18 +47,18 @@ def test_round_trip(saved):
         np.testing.assert_array_equal(np.asarray(got), value)
 
 
-def test_cast_touches_floating_point_only(saved):
+def test_only_floating_point_arrays_are_cast(saved):
     params, _ = load_component(saved, "dit", dtype=ml_dtypes.bfloat16)
     assert params["blocks"]["kernel"].dtype == ml_dtypes.bfloat16
     assert params["count"].dtype == np.int32
 
 
-def test_nothing_tells_where_it_was_saved(saved):
+def test_no_file_contains_the_path_it_was_saved_to(saved):
     for path in saved.rglob("*"):
         assert path.is_dir() or str(saved).encode() not in path.read_bytes(), path
 
 
-def test_orbax_alone_reads_it(saved):
+def test_orbax_can_read_a_component(saved):
     with ocp.PyTreeCheckpointer() as checkpointer:
         got = checkpointer.restore(saved / "dit")
     np.testing.assert_array_equal(got["blocks"]["kernel"], PARAMS["blocks"]["kernel"])
@@ -65,13 +66,12 @@ def test_orbax_alone_reads_it(saved):
     np.testing.assert_array_equal(got["zeros"], PARAMS["zeros"])
 
 
-def test_orbax_restores_it_sharded_and_cast(saved):
-    """What a trainer with a mesh does."""
+def test_orbax_can_restore_a_component_sharded_and_cast(saved):
+    """As a trainer with a mesh does."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    abstract = {
-        "blocks": {"kernel": jax.ShapeDtypeStruct((2, 3, 4), ml_dtypes.bfloat16, sharding=split)}
-    }
+    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    kernel = jax.ShapeDtypeStruct((2, 3, 4), ml_dtypes.bfloat16, sharding=sharding)
+    abstract = {"blocks": {"kernel": kernel}}
     arguments = ocp.args.PyTreeRestore(
         item=abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -79,11 +79,11 @@ def test_orbax_restores_it_sharded_and_cast(saved):
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
         got = checkpointer.restore(saved / "dit", args=arguments)["blocks"]["kernel"]
-    assert got.sharding.is_equivalent_to(split, 3)
+    assert got.sharding.is_equivalent_to(sharding, 3)
     np.testing.assert_array_equal(np.asarray(got, np.float32), PARAMS["blocks"]["kernel"])
 
 
-def test_nesting():
+def test_nest_inverts_flatten():
     tree = {"a": {0: 1, 1: {"b": 2}}}
     assert nest(flatten(tree)) == tree
 
@@ -95,7 +95,7 @@ def test_configs_are_written_as_json(tmp_path):
     assert config["dim_mult"] == [1, 2, 4, 4]
 
 
-def test_components_are_added_and_not_replaced_by_accident(saved):
+def test_components_are_added_and_only_replaced_with_overwrite(saved):
     save_component(saved, "vae", {"a": np.ones(2)}, {})
     assert set(read_manifest(saved)["components"]) == {"dit", "vae"}
     with pytest.raises(UserError, match="--overwrite"):
@@ -105,57 +105,57 @@ def test_components_are_added_and_not_replaced_by_accident(saved):
     assert sorted(p.name for p in saved.iterdir()) == ["dit", "longlive.json", "vae"]
 
 
-def test_a_failure_leaves_nothing(tmp_path, saved):
+def test_a_failure_leaves_no_files(tmp_path, saved):
     specs = {("a",): ArraySpec((2, 2), np.dtype(np.float32))}
     with pytest.raises(RuntimeError), CheckpointWriter(tmp_path / "new") as writer:
-        writer.component("dit", specs, {})
-        raise RuntimeError("a full disk, say")
+        writer.add_component("dit", specs, {})
+        raise RuntimeError("disk full")
     assert not (tmp_path / "new").exists()
     before = sorted(saved.rglob("*"))
-    with pytest.raises(ValueError, match="never filled: a"), CheckpointWriter(saved) as writer:
-        writer.component("vae", specs, {})
+    with pytest.raises(ValueError, match="never written: a"), CheckpointWriter(saved) as writer:
+        writer.add_component("vae", specs, {})
         writer.commit()
     assert sorted(saved.rglob("*")) == before
     assert set(read_manifest(saved)["components"]) == {"dit"}
 
 
-def test_pieces_must_add_up(tmp_path):
-    filler = ArrayFiller(tmp_path / "x", {("a",): ArraySpec((2, 3), np.dtype(np.float32))})
-    with pytest.raises(ValueError, match="1 pieces"):
-        filler.fill(("a",), [np.zeros(3, np.float32)], stacked=True)
-    with pytest.raises(ValueError, match="announced"):
-        filler.fill(("a",), [np.zeros(4, np.float32)] * 2, stacked=True)
+def test_slices_must_match_the_spec(tmp_path):
+    writer = ArrayWriter(tmp_path / "x", {("a",): ArraySpec((2, 3), np.dtype(np.float32))})
+    with pytest.raises(ValueError, match="got 1 slices, expected 2"):
+        writer.write(("a",), [np.zeros(3, np.float32)], stacked=True)
+    with pytest.raises(ValueError, match=r"got \(4,\) float32, expected \(3,\) float32"):
+        writer.write(("a",), [np.zeros(4, np.float32)] * 2, stacked=True)
 
 
-def test_layers_larger_than_a_commit_are_written_in_rows(tmp_path, monkeypatch):
+def test_layers_larger_than_a_commit_are_written_in_blocks_of_rows(tmp_path, monkeypatch):
     from longlive_jax.io import arrays
 
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 100)
     monkeypatch.setattr(arrays, "COMMIT_BYTES", 250)
     value = np.arange(3 * 37 * 5, dtype=np.float32).reshape(3, 37, 5)
     specs = {("s",): ArraySpec(value.shape, value.dtype), ("w",): ArraySpec((37, 5), value.dtype)}
-    filler = ArrayFiller(tmp_path / "x", specs)
-    filler.fill(("s",), list(value), stacked=True)
-    filler.fill(("w",), [value[1]], stacked=False)
-    filler.flush()
-    reader = arrays.ArrayReader(tmp_path / "x", filler.fingerprints)
+    writer = ArrayWriter(tmp_path / "x", specs)
+    writer.write(("s",), list(value), stacked=True)
+    writer.write(("w",), [value[1]], stacked=False)
+    writer.flush()
+    reader = arrays.ArrayReader(tmp_path / "x", writer.fingerprints)
     np.testing.assert_array_equal(reader.read(("s",)), value)
     np.testing.assert_array_equal(reader.read(("s",), 2), value[2])
     np.testing.assert_array_equal(reader.read(("w",)), value[1])
 
 
-def test_a_flipped_bit_is_noticed(saved):
+def test_changed_values_are_detected(saved):
     reader, _ = open_component(saved, "dit")
     changed = (np.arange(24, dtype=np.float32) + 1).reshape(2, 3, 4)
-    other = ArrayFiller(saved / "other", {("blocks", "kernel"): reader.specs["blocks", "kernel"]})
-    other.fill(("blocks", "kernel"), [changed], stacked=False)
+    other = ArrayWriter(saved / "other", {("blocks", "kernel"): reader.specs["blocks", "kernel"]})
+    other.write(("blocks", "kernel"), [changed], stacked=False)
     other.flush()
     reader.folder = saved / "other"
     with pytest.raises(UserError, match=r"blocks\.kernel has changed on disk"):
         reader.read(("blocks", "kernel"))
 
 
-def test_missing_foreign_and_damaged_directories(saved, tmp_path):
+def test_missing_foreign_and_damaged_directories_are_refused(saved, tmp_path):
     with pytest.raises(UserError, match="no such checkpoint directory"):
         load_component(tmp_path / "nowhere", "dit")
     (tmp_path / "foreign").mkdir()
@@ -176,13 +176,13 @@ def test_missing_foreign_and_damaged_directories(saved, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1}'])
-def test_damaged_manifests(saved, text):
+def test_damaged_manifests_are_refused(saved, text):
     (saved / "longlive.json").write_text(text)
     with pytest.raises(UserError, match=r"longlive\.json"):
         load_component(saved, "dit")
 
 
-def test_damaged_fingerprints(saved):
+def test_damaged_fingerprints_are_refused(saved):
     manifest = json.loads((saved / "longlive.json").read_text())
     manifest["arrays"]["dit"]["zeros"] = "nonsense"
     (saved / "longlive.json").write_text(json.dumps(manifest))

@@ -29,7 +29,7 @@ def state_dict_params(tensors):
     """Parameters from the original names, through the converter's key table."""
     params = {}
     for leaf in keys_dit.ORIGINAL.forward({k: v.shape for k, v in tensors.items()}):
-        parts = [leaf.place(tensors[key]) for key in leaf.keys]
+        parts = [leaf.to_param(tensors[key]) for key in leaf.keys]
         node = params
         for name in leaf.path[:-1]:
             node = node.setdefault(name, {})

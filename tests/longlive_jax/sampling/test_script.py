@@ -100,12 +100,12 @@ def test_files_that_are_no_scripts(tmp_path):
 
 def test_an_image_must_be_an_image(tmp_path):
     (tmp_path / "fake.png").write_text("not a picture")
-    with pytest.raises(UserError, match=r"fake\.png is no readable image"):
+    with pytest.raises(UserError, match=r"fake\.png is not a readable image"):
         ShotScript.of("a", seconds=1, image=str(tmp_path / "fake.png"))
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
-    with pytest.raises(UserError, match="no readable image"):
+    with pytest.raises(UserError, match="not a readable image"):
         ShotScript.of("a", seconds=1, image=str(tmp_path / "cut.png"))
 
 

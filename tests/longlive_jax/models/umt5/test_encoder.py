@@ -19,7 +19,7 @@ def module_from(table, tensors, **settings):
     graphdef, shapes = abstract(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
     flat = {}
     for leaf in leaves:
-        parts = [leaf.place(np.asarray(tensors[key])) for key in leaf.keys]
+        parts = [leaf.to_param(np.asarray(tensors[key])) for key in leaf.keys]
         flat[leaf.path] = jnp.asarray(np.stack(parts) if leaf.rule.stacked else parts[0])
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: flat[tuple(key.key for key in path)], shapes

@@ -45,7 +45,7 @@ def reference(golden):
     graphdef, shapes = abstract(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
     table = keys_vae.original_for(weights)
     leaves = table.forward({key: value.shape for key, value in weights.items()})
-    found = {leaf.path: jnp.asarray(leaf.place(weights[leaf.keys[0]])) for leaf in leaves}
+    found = {leaf.path: jnp.asarray(leaf.to_param(weights[leaf.keys[0]])) for leaf in leaves}
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: found[tuple(str(key.key) for key in path)], shapes
     )

@@ -49,7 +49,7 @@ class Golden:
         leaves = ORIGINAL.forward({key: value.shape for key, value in found.items()})
         placed = {}
         for leaf in leaves:
-            parts = [leaf.place(found[key]) for key in leaf.keys]
+            parts = [leaf.to_param(found[key]) for key in leaf.keys]
             placed[leaf.path] = jnp.asarray(np.stack(parts) if leaf.rule.stacked else parts[0])
         return nested(placed)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.interop.keys_dit import ORIGINAL
-from longlive_jax.interop.keytable import TRANSFORMS
+from longlive_jax.interop.transforms import TRANSFORMS
 from longlive_jax.layout import grid, teacher_forcing
 from longlive_jax.models.params import with_params
 
