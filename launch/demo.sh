@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A short multi-shot video from the built-in model, on any CPU: out/demo/video.mp4.
-# Arguments go to `longlive demo`; see ./launch/demo.sh --help.
+# Samples a short multi-shot video from the built-in model, on any CPU, to out/demo/video.mp4.
+# Arguments are passed to `longlive demo`; see ./launch/demo.sh --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh

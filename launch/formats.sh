@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What NVFP4 costs the built-in model, in one table: ./launch/formats.sh [STEPS]   (default: 1000)
-# Trains the built-in DiT on, once in bf16 and once in NVFP4 with the same data and seeds, then
-# judges both, and the first one packed afterwards, each with a bf16 and an NVFP4 cache, into
-# runs/formats. A run that was stopped goes on where it was when the same command is given again.
+# The quality cost of NVFP4 on the built-in model: ./launch/formats.sh [STEPS]   (default: 1000)
+# Continues training the built-in DiT in bf16 and in NVFP4, with the same data and seeds. Then
+# evaluates both, and the bf16 one quantized after training, each with a bf16 and an NVFP4 KV cache.
+# Writes runs/formats. Resumes an interrupted run if the same command is given again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=${1:-1000}

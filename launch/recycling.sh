@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What error recycling does for long videos: ./launch/recycling.sh [STEPS]   (default: 1000)
-# Trains the built-in DiT on, with recycling and without, with the same data and seeds, and judges
-# videos of a minute that each makes in 4 steps, into runs/recycling/{off,on}.report. A run that was
-# stopped goes on where it was when the same command is given again.
+# The effect of error recycling on long videos: ./launch/recycling.sh [STEPS]   (default: 1000)
+# Continues training the built-in DiT with and without recycling, with the same data and seeds, and
+# evaluates minute-long videos that each model samples in 4 steps. Writes
+# runs/recycling/{off,on}.report. Resumes an interrupted run if the same command is given again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=${1:-1000}

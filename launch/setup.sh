@@ -1,9 +1,9 @@
-# Sourced by the other scripts: `setup` or `setup dev` leaves a working .venv in the repository.
-# It finds Python >= 3.12 by itself and installs only when pyproject.toml has changed.
+# Sourced by the other scripts: `setup` or `setup dev` creates or updates .venv in the repository.
+# It finds Python >= 3.12 and installs dependencies only if pyproject.toml has changed.
 
 OLDEST=12 # Python 3.12
 
-new_enough() { # a shim on PATH may exist and still fail, so the interpreter is really run
+new_enough() { # runs the interpreter, because a shim on PATH may exist and still fail
     "$1" -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $OLDEST))" >/dev/null 2>&1
 }
 
@@ -29,7 +29,7 @@ make_environment() {
         echo "Creating .venv with a Python from uv" >&2
         uv venv --quiet --seed --python ">=3.$OLDEST,<3.15" .venv
     else
-        echo "No Python >= 3.$OLDEST found; install uv (https://docs.astral.sh/uv) or python3.12 with its venv module, then run this again." >&2
+        echo "No Python >= 3.$OLDEST found. Install uv (https://docs.astral.sh/uv) or python3.12 with its venv module, and run this again." >&2
         return 1
     fi
 }
@@ -38,32 +38,32 @@ setup() { # setup [dev]
     local extra=${1:-} stamp want
     .venv/bin/python -c "import sys; sys.exit(sys.version_info < (3, $OLDEST))" 2>/dev/null ||
         make_environment || return 1
-    # The folder is part of the stamp because a moved checkout has a broken .venv.
+    # The stamp includes the folder, because .venv breaks if the checkout is moved.
     want="$(cksum <pyproject.toml) $PWD"
     for stamp in .venv/stamp-dev .venv/stamp-"${extra:-base}"; do
         [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return 0
     done
-    echo "Installing the dependencies${extra:+ and the $extra tools} (once, a few minutes)" >&2
+    echo "Installing dependencies${extra:+ and $extra tools} (once, takes a few minutes)" >&2
     if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         -e ".${extra:+[$extra]}" >.venv/install.log 2>&1; then
         tail -5 .venv/install.log >&2
-        echo "Installing failed; the whole log is in .venv/install.log" >&2
+        echo "Installation failed; see .venv/install.log" >&2
         return 1
     fi
     echo "$want" >.venv/stamp-"${extra:-base}"
 }
 
-setup_compiler() { # what longlive_jax/planning/deviceless.py compiles with, where there is a ptxas
+setup_compiler() { # installs the compiler of longlive_jax/planning/deviceless.py if ptxas exists
     local version
     command -v ptxas >/dev/null || return 0
     version=$(.venv/bin/python -c "import jaxlib; print(jaxlib.__version__)") || return 1
     [ "$(cat .venv/compile/stamp 2>/dev/null)" = "$version" ] && return 0
-    echo "Installing the CUDA compiler of jax $version, to check kernels without a GPU" >&2
+    echo "Installing the CUDA compiler of jax $version, which checks kernels without a GPU" >&2
     if .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
         --target .venv/compile "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version" \
         nvidia-cuda-nvdisasm >.venv/compile.log 2>&1; then
         echo "$version" >.venv/compile/stamp
     else
-        echo "That failed (.venv/compile.log); the tests that need it will be skipped" >&2
+        echo "Installation failed (see .venv/compile.log); tests that need it will be skipped" >&2
     fi
 }

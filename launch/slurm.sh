@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on several hosts under Slurm, a process a GPU:
+# Trains on several hosts under Slurm, with one process per GPU:
 #
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/ar_5b.py:64s --workdir=DIR --out=DIR
 #
-# DIR must be seen by all hosts. When time is nearly up Slurm sends SIGTERM: the run saves, and the
-# job is put back into the queue, where it goes on from there.
+# DIR must be on a file system that all hosts mount. Shortly before the time limit, Slurm sends
+# SIGTERM: the run writes a checkpoint, and the job is requeued and resumes from it.
 #SBATCH --job-name=longlive
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
@@ -14,10 +14,11 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 here=${SLURM_SUBMIT_DIR:-$PWD}
-# One dead process ends the step for all; the heartbeat finds those that only hang. Every process
-# sees all GPUs of its host and JAX takes the one of its rank there (SLURM_LOCALID): bound to one
-# GPU each, which is number 0 to all of them, the others would find none. srun does not take over
-# the CPUs a task by itself.
+# --kill-on-bad-exit: one failed process ends all; JAX's heartbeat detects those that only hang.
+# --gpu-bind=none: JAX selects a process's GPU by its local rank (SLURM_LOCALID) among all GPUs of
+# the host. If every process were bound to one GPU, which is then its number 0, only local rank 0
+# would find a GPU.
+# --cpus-per-task: srun does not inherit it from the batch job.
 srun --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     "$here/.venv/bin/longlive" train --hosts=auto "$@"
 code=$?

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the built-in model anew, all stages: ./launch/small_world.sh [RUNS]   (default: runs)
-# About two and a half hours on two CPU cores (configs/small_world.py says of what); a run that was
-# stopped goes on where it was when the same command is given again.
+# Retrains all stages of the built-in model: ./launch/small_world.sh [RUNS]   (default: runs)
+# Takes about two and a half hours on two CPU cores (see configs/small_world.py). Resumes an
+# interrupted run if the same command is given again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 runs=${1:-runs}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and tests. `--slow` adds the tests that take minutes and has XLA optimize its code
-# (tests/conftest.py); other arguments go to pytest.
+# Runs the linter, the type checker and the tests. `--slow` adds the tests that take minutes, and
+# enables XLA's optimizations (see tests/conftest.py). Other arguments are passed to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
@@ -15,7 +15,7 @@ if [ "${1:-}" = "--slow" ]; then
 fi
 
 failed=()
-check() { # check NAME COMMAND...: later checks run even if an earlier one fails
+check() { # check NAME COMMAND...: records a failure and lets later checks run
     local name=$1
     shift
     echo "== $name"

@@ -1,4 +1,4 @@
-"""`python -m longlive_jax <verb>` is the same as `longlive <verb>`."""
+"""`python -m longlive_jax <verb>` is equivalent to `longlive <verb>`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""From loose settings to frozen dataclasses: one door, with errors that name the remedy.
+"""Builds frozen dataclasses from loose settings, with errors that name the remedy.
 
-Everything below the command line sees dataclasses only. `build` takes any nested mapping (a
-ConfigDict is one), so defaults live once, in the dataclass, and a misspelt key cannot be ignored.
+Everything below the command line takes dataclasses only. `build` accepts any nested mapping (such
+as a ConfigDict), so defaults live in one place, the dataclass, and a misspelt key is an error.
 """
 
 import dataclasses
@@ -13,17 +13,17 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the person who typed the command; shown as one line, exit code 2."""
+    """A mistake in the user's input; shown as one line, exit code 2."""
 
 
 class Failure(RuntimeError):
-    """A run that could not go on, for a reason its user can act on; one line, exit code `code`."""
+    """A run that cannot continue, for a reason its user can act on; one line, exit code `code`."""
 
     code = 1
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the known words when none is close."""
+    """`; did you mean 'x'?`, or the list of known words if none is close."""
     names = sorted(map(str, known))
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.55)
     if close:
@@ -39,50 +39,70 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
 
 
+def check_minimums(settings: Any, **minimums: int) -> None:
+    """Raises ValueError for the first attribute of `settings` that is below its minimum."""
+    for name, minimum in minimums.items():
+        value = getattr(settings, name)
+        if value < minimum:
+            raise ValueError(f"{name} must be >= {minimum}, got {value}")
+
+
 def with_renamed(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """`values` with the keys that older versions wrote under their names of today."""
+    """`values` with the keys of earlier versions replaced by their present names."""
     return {renamed.get(key, key): value for key, value in values.items()}
 
 
 def build[T](cls: type[T], values: Any, *, path: str = "config", default: T | None = None) -> T:
     """Builds the (frozen) dataclass `cls` from a mapping, recursively.
 
-    What is not given is as in `default`, or as the class has it; of a field that is a dataclass, as
-    that field's default has it.
-    Lists become tuples and whole numbers become floats where the field says so. An unknown key, a
-    missing one, a value of the wrong type, and a ValueError from `__post_init__` raise UserError
-    with the dotted path.
+    Missing fields are taken from `default`, else from the dataclass default, recursively. Lists
+    become tuples, and ints become floats, where the annotation says so. Raises UserError with the
+    dotted path for an unknown key, a missing key, a value of the wrong type, and a ValueError from
+    `__post_init__`.
+
+    Args:
+      cls: the dataclass.
+      values: a mapping from field names to values; mappings for fields that are dataclasses.
+      path: dotted path of `values`, for error messages.
+      default: an instance of `cls` with the values of missing fields.
     """
+    # 1. Check the keys.
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"build needs a dataclass, got {cls}")
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UserError(f"{path}: expected settings for {cls.__name__}, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     reject_unknown(values, fields, path)
+    # 2. Convert the values; the others have defaults.
     hints = typing.get_type_hints(cls)
-    kept = {k: _default(f) if default is None else getattr(default, k) for k, f in fields.items()}
-    chosen = {k: _convert(hints[k], v, f"{path}.{k}", kept[k]) for k, v in values.items()}
-    for name, value in kept.items():
+    defaults = {
+        k: _default(f) if default is None else getattr(default, k) for k, f in fields.items()
+    }
+    chosen = {k: _convert(hints[k], v, f"{path}.{k}", defaults[k]) for k, v in values.items()}
+    for name, value in defaults.items():
         if value is dataclasses.MISSING and name not in chosen:
             raise UserError(f"{path}: missing key {name!r}")
+    # 3. Build the dataclass.
     try:
-        return typing.cast(T, cls(**kept | chosen))
+        return typing.cast(T, cls(**defaults | chosen))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def _default(field: dataclasses.Field) -> Any:
+    """A field's default value, or `dataclasses.MISSING`."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
-    """`value` as the annotation `hint` wants it; hints it does not know let everything through.
+    """Converts `value` to the annotation `hint`; other kinds of annotations accept any value.
 
-    What a mapping leaves out of a dataclass is taken from `default`, if that is one of its kind.
+    Fields that a mapping lacks are taken from `default`, if that is an instance of `hint`.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    # Composite annotations.
     if origin in (typing.Union, types.UnionType):
         return _convert_union(args, value, path, default)
     if origin is typing.Literal:
@@ -96,6 +116,7 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
             return value
         known = default if isinstance(default, hint) else None
         return build(hint, value, path=path, default=known)
+    # Scalars.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, str, bool) and type(value) is not hint:
@@ -106,6 +127,7 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
 
 
 def _convert_items(origin: Any, args: tuple, values: Any, path: str) -> list:
+    """Converts the items of a list or tuple."""
     if not args:
         return list(values)
     if origin is list or args[-1] is Ellipsis:
@@ -120,14 +142,15 @@ def _convert_items(origin: Any, args: tuple, values: Any, path: str) -> list:
 
 
 def _convert_union(args: tuple, value: Any, path: str, default: Any) -> Any:
+    """Converts to the first alternative that accepts `value`; raises the error of the first one."""
     if value is None and type(None) in args:
         return None
-    complaints = []
+    errors = []
     for option in args:
         if option is type(None):
             continue
         try:
             return _convert(option, value, path, default)
         except UserError as error:
-            complaints.append(error)
-    raise complaints[0]
+            errors.append(error)
+    raise errors[0]

@@ -1,4 +1,4 @@
-"""Every config with every one of its arguments builds its dataclass."""
+"""Every config builds its dataclass, with each of its arguments."""
 
 import ast
 
@@ -9,8 +9,8 @@ from longlive_jax.spec import build
 
 
 def cases() -> list[str]:
-    """`configs/x.py:ARG` for no argument and for each name in ARGUMENTS, found without import."""
-    found = []
+    """`configs/x.py:ARG` for no argument and for each of ARGUMENTS, read without importing."""
+    names = []
     for name in app.known_configs():
         module = ast.parse((app.REPOSITORY / name).read_text())
         arguments = [
@@ -18,9 +18,9 @@ def cases() -> list[str]:
             for node in module.body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ARGUMENTS"
         ]
-        assert len(arguments) == 1, f"{name}: name its legal arguments in ARGUMENTS = (...)"
-        found += [f"{name}:{argument}" for argument in ("", *arguments[0])]
-    return found
+        assert len(arguments) == 1, f"{name}: list its legal arguments in ARGUMENTS = (...)"
+        names += [f"{name}:{argument}" for argument in ("", *arguments[0])]
+    return names
 
 
 @pytest.mark.parametrize("where", cases())
@@ -42,6 +42,6 @@ def test_config_builds(where):
 
 
 @pytest.mark.parametrize("name", app.known_configs())
-def test_config_says_how_to_run_it(name):
-    words = ast.get_docstring(ast.parse((app.REPOSITORY / name).read_text())) or ""
-    assert f"--config={name}" in words, f"{name}: put the command line into the docstring"
+def test_config_docstring_has_its_command(name):
+    docstring = ast.get_docstring(ast.parse((app.REPOSITORY / name).read_text())) or ""
+    assert f"--config={name}" in docstring, f"{name}: add the command line to the docstring"

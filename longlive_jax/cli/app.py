@@ -1,13 +1,13 @@
-"""Verb dispatch, the shape of errors, and loading a config file with overrides.
+"""Dispatches verbs, reports errors, and loads config files with overrides.
 
-A verb is a module `longlive_jax.cli.<verb>` with `main(argv)`; it is imported when asked for, so
-`longlive --help` stays instant. Exit codes: 0 done, 2 the user's mistake (one line, no traceback),
-1 a run that could not go on (one line), 130 interrupted (after the verb has cleaned up); anything
-else is a bug and shows its traceback.
+A verb is a module `longlive_jax.cli.<verb>` with `main(argv)`, imported on demand so that
+`longlive --help` is instant. Exit codes: 0 success, 1 a run that could not continue (one line), 2 a
+mistake in the input (one line, no traceback), 130 interrupted (after the verb has cleaned up), 141
+a closed pipe. Anything else is a bug and shows its traceback.
 
-`ml_collections.config_flags` is not used: it accepts an override only for a key that the file
-spells out, while here a config says only what differs from the dataclass defaults. Overrides are
-merged into the ConfigDict, and `spec.build` judges every key and names the nearest known one.
+`ml_collections.config_flags` is not used: it accepts overrides only of keys that the file states,
+while a config here states only what differs from the dataclass defaults. Overrides are merged into
+the ConfigDict, and `spec.build` checks every key and suggests the nearest known one.
 """
 
 import argparse
@@ -27,25 +27,26 @@ from longlive_jax import __version__
 from longlive_jax.spec import Failure, UserError, nearest
 
 VERBS = {
-    "sample": "a shot script to a video",
-    "demo": "a short video from the built-in model, and the judge's opinion of it",
+    "sample": "sample a video from a shot script",
+    "demo": "sample a short video from the built-in model, and judge it",
     "train": "train the model of a config: --config=configs/small_world.py:vae",
-    "curves": "what several trainings logged, in one picture",
-    "evaluate": "sample held-out scripts and report how often the video is right",
-    "convert": "checkpoints of other libraries to ours, without unpickling anything",
+    "curves": "plot the metrics of several training runs in one picture",
+    "evaluate": "sample held-out scripts and report how often the videos are correct",
+    "convert": "convert checkpoints of other libraries, without unpickling anything",
     "data": "check a dataset of videos, or encode it to latents and text features",
-    "quantize": "pack a checkpoint in NVFP4 or FP8, for inference with a quarter of the memory",
-    "export": "our checkpoint back to safetensors, original or diffusers names",
-    "bench": "speed and memory by stage",
-    "kernels": "check every GPU kernel: what it compiles to, and whether its numbers are right",
-    "plan": "what training would need on GPUs that are not here, and whether it fits",
+    "quantize": "quantize a checkpoint to NVFP4 or FP8, for inference in a quarter of the memory",
+    "export": "export a checkpoint to safetensors, with original or diffusers names",
+    "bench": "measure speed and memory by stage",
+    "kernels": "check the code and the results of every GPU kernel",
+    "plan": "estimate memory and compute of training on other GPUs, and whether it fits",
 }
+"""Verbs and their one-line descriptions."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (default: this process's) and returns its exit code."""
+    """Runs one command line (by default this process's) and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return dispatch(argv)
@@ -59,15 +60,15 @@ def run(argv: Sequence[str] | None = None) -> int:
         print("longlive: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) left; point stdout elsewhere so that the exit flush cannot fail.
+        # The reader (`| head`) is gone; redirect stdout so that the flush at exit cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except SystemExit as leave:  # argparse leaves this way after --help
-        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except SystemExit as end:  # raised by argparse after --help
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def dispatch(argv: list[str]) -> int:
-    """Calls the verb named by `argv[0]`; UserError if there is none."""
+    """Calls the verb named by `argv[0]`. Raises UserError if it is unknown."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -82,7 +83,7 @@ def dispatch(argv: list[str]) -> int:
 
 
 def usage() -> str:
-    """The text of `longlive --help`."""
+    """Returns the text of `longlive --help`."""
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
     return "\n".join(
@@ -91,7 +92,7 @@ def usage() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors and name the nearest option."""
+    """An `argparse` parser whose errors are UserErrors and suggest the nearest option."""
 
     def __init__(self, verb: str, description: str, **settings: Any):
         super().__init__(
@@ -99,30 +100,36 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):
-        """Parses everything or raises UserError."""
+        """Parses all arguments. Raises UserError for an unknown one."""
         parsed, extra = self.parse_known_args(args, namespace)
         if extra:
             name = extra[0].split("=")[0]
-            options = [o for o in self._option_string_actions if o.startswith("--")]
+            actions = self._option_string_actions.items()
+            options = [o for o, action in actions if o.startswith("--") and _is_public(action)]
             kind = "option" if name.startswith("-") else "argument"
             hint = nearest(name, options) if kind == "option" else ""
             raise UserError(f"{self.prog}: unknown {kind} {name!r}{hint}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """argparse's way to complain, without its usage dump."""
+        """Raises UserError instead of printing the usage and exiting."""
         raise UserError(f"{self.prog}: {message}")
+
+
+def _is_public(action: argparse.Action) -> bool:
+    """Whether an option appears in the help."""
+    return action.help != argparse.SUPPRESS
 
 
 def take_config(argv: Sequence[str], *, default: str | None = None) -> tuple[ConfigDict, list[str]]:
     """Splits `--config=FILE.py[:ARG]` and `--config.a.b=VALUE` off a command line.
 
     Returns the file's `get_config(ARG)` with the overrides merged in, and the other arguments.
-    Overrides may name keys the file leaves at their defaults; give the result to `spec.build`,
-    which knows them all. FILE is looked up from here, then from the repository root. Asking for
-    help needs no config. Raises UserError for a missing file, an unknown argument, or a broken
-    override.
+    Overrides may set keys that the file leaves at their defaults; `spec.build` checks them. FILE is
+    relative to the current folder or the repository root. A request for help needs no config.
+    Raises UserError for a missing file, an unknown argument, or a malformed override.
     """
+    # 1. Split the arguments.
     where, overrides, rest = default, [], []
     words = iter(argv)
     for word in words:
@@ -138,10 +145,11 @@ def take_config(argv: Sequence[str], *, default: str | None = None) -> tuple[Con
             where = value
         else:
             overrides.append((name.removeprefix("--config."), value))
+    # 2. Load the config and apply the overrides.
     if where is None and {"-h", "--help"} & set(rest):
         return ConfigDict(), rest
     if where is None:
-        raise UserError(f"--config is missing; one of: {', '.join(known_configs())}")
+        raise UserError(f"--config is missing; expected one of: {', '.join(known_configs())}")
     config = load_config(where)
     for path, value in overrides:
         override(config, path, value)
@@ -149,7 +157,10 @@ def take_config(argv: Sequence[str], *, default: str | None = None) -> tuple[Con
 
 
 def load_config(where: str) -> ConfigDict:
-    """`get_config(ARG)` of `FILE.py:ARG`, unlocked."""
+    """Returns `get_config(ARG)` of `FILE.py:ARG`, unlocked.
+
+    Raises UserError for a missing file or an unknown argument.
+    """
     name, _, argument = where.partition(":")
     module = _load_module(find_config(name))
     known = getattr(module, "ARGUMENTS", None)
@@ -165,12 +176,15 @@ def load_config(where: str) -> ConfigDict:
 
 
 def known_configs() -> list[str]:
-    """The config files of the repository, as `configs/x.py`."""
+    """Returns the config files of the repository, as `configs/x.py`."""
     return sorted(f"configs/{p.name}" for p in (REPOSITORY / "configs").glob("[!_]*.py"))
 
 
 def find_config(name: str) -> Path:
-    """Path of a config file, from the current folder or the repository root."""
+    """Returns the path of a config file, in the current folder or the repository.
+
+    Raises UserError if there is none.
+    """
     for path in (Path(name), REPOSITORY / name):
         if path.is_file() and path.suffix == ".py":
             return path
@@ -180,7 +194,7 @@ def find_config(name: str) -> Path:
 def _load_module(path: Path) -> ModuleType:
     source = importlib.util.spec_from_file_location(f"longlive_config_{path.stem}", path)
     if source is None or source.loader is None:
-        raise UserError(f"--config: {path} is no Python file")
+        raise UserError(f"--config: {path} is not a Python file")
     module = importlib.util.module_from_spec(source)
     source.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -189,7 +203,10 @@ def _load_module(path: Path) -> ModuleType:
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets the dotted `path` of `config` to the value spelt by `text`, making parents as needed."""
+    """Sets the dotted `path` of `config` to the value of `text`, creating parents as needed.
+
+    Raises UserError if the path is malformed, or contradicts the config's structure.
+    """
     *parents, leaf = path.split(".")
     if not all((*parents, leaf)):
         raise UserError(f"--config.{path}: empty key")
@@ -200,15 +217,15 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         node = node[key]
         if not isinstance(node, ConfigDict):
             raise UserError(f"--config.{path}: {'.'.join(parents[: i + 1])} has no keys below it")
-    if isinstance(node.get(leaf), ConfigDict) and spelled(text) is not None:
+    if isinstance(node.get(leaf), ConfigDict) and parse_value(text) is not None:
         raise UserError(f"--config.{path}: is a group of {', '.join(sorted(node[leaf]))}")
-    value = text if isinstance(node.get(leaf), str) else spelled(text)
+    value = text if isinstance(node.get(leaf), str) else parse_value(text)
     with node.ignore_type():
         node[leaf] = value
 
 
-def spelled(text: str) -> Any:
-    """Python literals, true/false/none in any case, else the text itself."""
+def parse_value(text: str) -> Any:
+    """Parses Python literals and true/false/none in any case; returns other text unchanged."""
     words = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]

@@ -1,9 +1,11 @@
 """`longlive data check DIR` and `longlive data encode --source=DIR --checkpoint=DIR --out=DIR`.
 
-Exit codes of `check`: 0 all samples can be used, 1 some cannot, 2 none can or DIR is no dataset.
-Of `encode`: 0 done (samples left out are named), 1 the disk is full or failed, 2 bad input.
+Exit codes of `check`: 0 all samples can be used, 1 some cannot, 2 none can or DIR is not a dataset.
+Exit codes of `encode`: 0 done (skipped samples are named), 1 the disk is full or failed, 2 bad
+input.
 """
 
+import argparse
 import io
 import json
 import sys
@@ -17,23 +19,25 @@ from rich.table import Table
 from rich.text import Text
 
 from longlive_jax.cli.app import Parser
-from longlive_jax.cli.meshes import mesh_of
-from longlive_jax.cli.progress import ShareBars
+from longlive_jax.cli.meshes import parse_mesh
+from longlive_jax.cli.progress import ProgressBars
 from longlive_jax.spec import Failure, UserError, build, nearest
 
 if TYPE_CHECKING:
-    from longlive_jax.data.clips.check import Finding
+    from longlive_jax.data.clips.check import SampleReport
+    from longlive_jax.data.clips.dataset import VideoSample
     from longlive_jax.data.clips.encoding import Encoders, EncodeSpec
+    from longlive_jax.data.clips.store import Manifest
 
-MOST_ROWS = 60
-"""A dataset of more samples is listed by its troubles only."""
+MAX_ROWS = 60
+"""Number of samples above which only those with a problem or a remark are listed."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Checks or encodes a dataset of videos."""
     actions = {"check": check, "encode": encode}
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be in any encoding
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -43,64 +47,83 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    """Prints what of a dataset can be used, and why the rest cannot."""
+    """Reports which samples of a dataset can be used, and why the others cannot."""
     args = _check_parser().parse_args(argv)
     from longlive_jax.data.clips.check import check_samples
     from longlive_jax.data.clips.clip_plan import JoinSpec
     from longlive_jax.data.clips.dataset import find_samples
 
-    join = build(JoinSpec, _join(args), path="data")
-    size = None if args.size is None else _size(args.size)
+    # 1. Check the options.
+    join = build(JoinSpec, _join_settings(args), path="data")
+    size = None if args.size is None else _parse_size(args.size)
     if args.threads < 1:
-        raise UserError(f"--threads is {args.threads}; it must be at least 1")
+        raise UserError(f"--threads must be >= 1, got {args.threads}")
+    # 2. Read every sample.
     samples = find_samples(args.dir)
-    with ShareBars() as bars:
-        tick = bars.begin("reading")
-        found = check_samples(
+    with ProgressBars() as bars:
+        reports = check_samples(
             samples,
             join,
             size=size,
             decode=args.decode,
             threads=args.threads,
-            progress=tick,
+            progress=bars.begin("reading"),
         )
-    good = sum(finding.usable for finding in found)
+    # 3. Print the reports.
+    usable = sum(report.usable for report in reports)
     if args.json:
-        totals = {"samples": len(found), "usable": good, "unusable": len(found) - good}
-        print(json.dumps(totals | {"findings": [one.values() for one in found]}, indent=1))
+        totals = {"samples": len(reports), "usable": usable, "unusable": len(reports) - usable}
+        print(json.dumps(totals | {"findings": [r.values() for r in reports]}, indent=1))
     else:
-        _show(found)
-    if not good:
-        raise UserError(f"{args.dir}: none of its {len(found)} samples can be used")
-    return int(good < len(found))
+        _print_reports(reports)
+    if not usable:
+        raise UserError(f"{args.dir}: none of its {len(reports)} samples can be used")
+    return int(usable < len(reports))
 
 
 def encode(argv: Sequence[str]) -> int:
-    """Encodes what `--out` does not hold yet."""
+    """Encodes the clips and prompts that `--out` does not have yet."""
     args = _encode_parser().parse_args(argv)
     from longlive_jax.data.clips.dataset import find_samples, usable
     from longlive_jax.data.clips.encoders import checkpoint_encoders
-    from longlive_jax.data.clips.encoding import encode_dataset
     from longlive_jax.sampling.settings import precision
 
+    # 1. Check the options and the dataset.
     spec, dtype = _encode_spec(args), precision(args.compute)
     encoders = checkpoint_encoders(args.checkpoint, spec, dtype=dtype)
     if args.mesh is not None and args.texts_only:
-        raise UserError("--mesh shares clips out, and --texts_only encodes none; give one of them")
+        raise UserError("--mesh shards clips, but --texts_only encodes none; remove one of them")
     if args.mesh is not None:
-        encoders = _over_mesh(encoders, spec, args, dtype)
+        encoders = _shard_encoders(encoders, spec, args, dtype)
     samples = find_samples(args.source)
     usable(samples, args.source)
-    with ShareBars() as bars:
+    # 2. Encode.
+    manifest = _encode_with_progress(samples, spec, encoders, args)
+    # 3. Print what the store contains.
+    clips, texts = (sum(s.records for s in shards) for shards in (manifest.clips, manifest.texts))
+    for name, reason in manifest.skipped:
+        print(_escape_control(f"skipped {name}: {reason}"), file=sys.stderr)
+    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    print(f"{args.out}: {clips} clips, {texts} prompts{skipped}")
+    return 0
+
+
+def _encode_with_progress(
+    samples: "list[VideoSample]", spec: "EncodeSpec", encoders: "Encoders", args: Any
+) -> "Manifest":
+    """Encodes with one progress bar per phase. Raises Failure if `--out` cannot be written."""
+    from longlive_jax.data.clips.encoding import encode_dataset
+
+    with ProgressBars() as bars:
         ticks: dict[str, Any] = {}
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in ticks:
-                ticks[what] = bars.begin(what)
-            ticks[what](done, total)
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in ticks:
+                ticks[phase] = bars.begin(phase)
+            ticks[phase](done, total)
 
         try:
-            made = encode_dataset(
+            return encode_dataset(
                 samples,
                 args.out,
                 spec=spec,
@@ -110,48 +133,47 @@ def encode(argv: Sequence[str]) -> int:
             )
         except OSError as error:
             raise Failure(
-                f"{args.out}: cannot be written ({error.strerror or error}); what is finished is "
-                "safe: make room and run the same command again"
+                f"{args.out}: cannot be written ({error.strerror or error}); finished clips are "
+                "safe: free some space and run the same command again"
             ) from error
-    clips, texts = (sum(s.records for s in shards) for shards in (made.clips, made.texts))
-    for name, reason in made.skipped:
-        print(_plain(f"skipped {name}: {reason}"), file=sys.stderr)
-    skipped = f", {len(made.skipped)} skipped" if made.skipped else ""
-    print(f"{args.out}: {clips} clips, {texts} prompts{skipped}")
-    return 0
 
 
-def _over_mesh(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: Any) -> "Encoders":
-    """The encoders over the first devices of this machine."""
+def _shard_encoders(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: Any) -> "Encoders":
+    """The encoders, sharded over the first devices of this machine."""
     import jax
 
-    from longlive_jax.data.clips.sharded_encoders import over_mesh
+    from longlive_jax.data.clips.sharded_encoders import shard_encoders
     from longlive_jax.parallel.mesh import make_mesh
 
-    mesh, devices = mesh_of(args.mesh), jax.devices()
-    if mesh.samples != 1:
-        raise UserError("--mesh: clips are encoded one after the other, over sp; data, fsdp: 1")
-    if mesh.sp > len(devices):
-        raise UserError(f"--mesh: sp = {mesh.sp}, and there are {len(devices)} devices; give fewer")
-    method = None if args.share == "auto" else args.share
-    made = make_mesh(mesh, devices[: mesh.sp])
-    return over_mesh(encoders, args.checkpoint, spec, made, dtype=dtype, method=method)
+    mesh_spec, devices = parse_mesh(args.mesh), jax.devices()
+    if mesh_spec.samples != 1:
+        raise UserError(
+            "--mesh: data and fsdp must be 1, because clips are encoded one at a time, each "
+            f"sharded over sp, got data={mesh_spec.data}, fsdp={mesh_spec.fsdp}"
+        )
+    if mesh_spec.sp > len(devices):
+        raise UserError(
+            f"--mesh: sp must be <= {len(devices)}, the number of devices, got {mesh_spec.sp}"
+        )
+    method = None if args.vae_parallel == "auto" else args.vae_parallel
+    mesh = make_mesh(mesh_spec, devices[: mesh_spec.sp])
+    return shard_encoders(encoders, args.checkpoint, spec, mesh, dtype=dtype, method=method)
 
 
 def _encode_spec(args: Any) -> "EncodeSpec":
-    """The options; what is not said is as the checkpoint's model is used."""
+    """The options as a spec; missing ones have the values that the checkpoint is sampled with."""
     from longlive_jax.data.clips.encoding import EncodeSpec
     from longlive_jax.io.checkpoint import read_manifest
     from longlive_jax.sampling.settings import spec_for
 
-    own = spec_for(args.checkpoint)
+    defaults = spec_for(args.checkpoint)
     dit = read_manifest(args.checkpoint)["components"].get("dit", {})
-    join = _join(args) | {
-        "chunk_frames": own.chunk_frames if args.chunk is None else args.chunk,
-        "cut_prefix": own.cut_prefix,
+    join = _join_settings(args) | {
+        "chunk_frames": defaults.chunk_frames if args.chunk is None else args.chunk,
+        "cut_prefix": defaults.cut_prefix,
         "min_latents": args.min_latents,
     }
-    size = own.size if args.size is None else _size(args.size)
+    size = defaults.size if args.size is None else _parse_size(args.size)
     settings = {
         "join": join,
         "size": size,
@@ -164,110 +186,131 @@ def _encode_spec(args: Any) -> "EncodeSpec":
     return build(EncodeSpec, settings, path="data")
 
 
-def _size(text: str) -> tuple[int, int]:
+def _parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of `HEIGHTxWIDTH`. Raises UserError for anything else."""
     from longlive_jax.sampling.script import check_size
 
     try:
-        height, width = (int(edge) for edge in text.lower().split("x"))
+        height, width = (int(side) for side in text.lower().split("x"))
     except ValueError:
-        raise UserError(f"--size: {text!r} is not HEIGHTxWIDTH, such as 704x1280") from None
+        raise UserError(f"--size must be HEIGHTxWIDTH, such as 704x1280, got {text!r}") from None
     check_size(height, width)
     return height, width
 
 
-def _join(args: Any) -> dict[str, Any]:
+def _join_settings(args: Any) -> dict[str, Any]:
+    """Joining rules that `check` and `encode` have in common."""
     names = ("chunks", "max_chunks_per_shot", "pad", "single_shot")
     return {"chunk_frames": args.chunk} | {name: getattr(args, name) for name in names}
 
 
-def _show(found: "Sequence[Finding]") -> None:
+def _print_reports(reports: "Sequence[SampleReport]") -> None:
+    """Prints a table of samples, and their totals."""
+    # 1. Fill the table.
     table = Table("sample", "shots", "seconds", "size", "fps", "chunks", "")
     for column in table.columns[1:6]:
         column.justify = "right"
-    troubled = [one for one in found if one.reason or one.remarks]
-    for one in found if len(found) <= MOST_ROWS else troubled:
-        state = [f"unusable: {one.reason}"] * (not one.usable)
+    notable = [report for report in reports if report.reason or report.remarks]
+    for report in reports if len(reports) <= MAX_ROWS else notable:
+        state = [f"unusable: {report.reason}"] * (not report.usable)
         table.add_row(
-            Text(_plain(one.name)),
-            str(one.shots),
-            f"{one.seconds:.1f}",
-            " ".join(one.sizes),
-            " ".join(f"{rate:g}" for rate in one.rates),
-            str(one.chunks),
-            Text("\n".join(map(_plain, [*state, *one.remarks])) or "ok"),
+            Text(_escape_control(report.name)),
+            str(report.shots),
+            f"{report.seconds:.1f}",
+            " ".join(report.sizes),
+            " ".join(f"{rate:g}" for rate in report.rates),
+            str(report.chunks),
+            Text("\n".join(map(_escape_control, [*state, *report.remarks])) or "ok"),
         )
+    # 2. Print it.
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a file or a pipe has no edge to wrap at
+        console = Console(width=200)  # files and pipes do not need lines to wrap
     if table.rows:
         console.print(table)
-    good = [one for one in found if one.usable]
-    seconds = sum(one.seconds for one in good)
-    print(f"{len(good)} of {len(found)} samples can be used: {seconds / 60:.1f} minutes")
+    usable = [report for report in reports if report.usable]
+    seconds = sum(report.seconds for report in usable)
+    print(f"{len(usable)} of {len(reports)} samples can be used: {seconds / 60:.1f} minutes")
 
 
-def _plain(text: str) -> str:
-    """Control characters as escapes: a name from elsewhere must not steer the terminal."""
-    hidden = ("Cc", "Cs")
+def _escape_control(text: str) -> str:
+    """Escapes control characters, so that a foreign name cannot control the terminal."""
+    categories = ("Cc", "Cs")
     return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden else c
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in categories else c
         for c in text
     )
 
 
 def _check_parser() -> Parser:
-    parser = Parser("data check", "What of a dataset can be used, and why the rest cannot.")
+    parser = Parser("data check", "Report which samples can be used, and why the others cannot.")
     parser.add_argument("dir", type=Path, help="folder with video/ and caption/, or a .jsonl file")
-    parser.add_argument("--chunks", type=int, default=1, help="that a sample must fill")
-    parser.add_argument("--chunk", type=int, default=8, help="latents of a chunk")
-    _add_rules(parser)
-    parser.add_argument("--size", help="HEIGHTxWIDTH that pictures must fit (default: not checked)")
+    parser.add_argument("--chunks", type=int, default=1, help="minimum chunks per sample")
+    parser.add_argument("--chunk", type=int, default=8, help="latent frames per chunk")
+    _add_join_options(parser)
+    parser.add_argument("--size", help="HEIGHTxWIDTH that frames must fit (default: not checked)")
     parser.add_argument("--decode", action="store_true", help="decode every frame (slow)")
-    parser.add_argument("--threads", type=int, default=4, help="files read at once")
+    parser.add_argument("--threads", type=int, default=4, help="samples checked at once")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     return parser
 
 
 def _encode_parser() -> Parser:
-    parser = Parser("data encode", "Latents and text features of a dataset; resumes if stopped.")
-    parser.add_argument("--source", type=Path, required=True, help="the dataset, as for check")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="its VAE and text encoder")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the encoded clips")
-    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: the checkpoint's)")
-    parser.add_argument("--chunks", type=int, default=12, help="of a clip")
-    parser.add_argument("--chunk", type=int, help="latents of a chunk (default: the checkpoint's)")
-    _add_rules(parser)
-    parser.add_argument("--min_latents", type=int, default=1, help="real ones of a padded clip")
-    parser.add_argument(
-        "--windows", type=int, default=1, help="clips of a sample, in a row; 0: all it fills"
-    )
-    parser.add_argument("--text_len", type=int, help="rows of text (default: the checkpoint's)")
-    parser.add_argument("--dtype", default="float16", help="latents at rest: float16 or float32")
-    parser.add_argument(
-        "--text_dtype", default="float32", help="text at rest: bfloat16, float16 or float32"
-    )
-    parser.add_argument(
-        "--compute", choices=("auto", "float32", "bfloat16"), default="auto", help="of the models"
-    )
-    parser.add_argument("--mesh", help="sp=N: share each clip out over N devices")
-    parser.add_argument(
-        "--share",
-        choices=("auto", "tails", "halo"),
-        default="auto",
-        help="with --mesh: exchange layers' tails, encode a halo, or (auto) the cheaper",
-    )
-    parser.add_argument("--shard", type=int, default=64, help="clips of a file")
-    parser.add_argument(
+    parser = Parser("data encode", "Encode a dataset to latents and text features; resumable.")
+    add = parser.add_argument
+    # Paths.
+    add("--source", type=Path, required=True, help="dataset, as for `data check`")
+    add("--checkpoint", type=Path, required=True, help="checkpoint with VAE and text encoder")
+    add("--out", type=Path, required=True, help="folder for the encoded clips")
+    # Clips.
+    add("--size", help="HEIGHTxWIDTH in pixels (default: the checkpoint's)")
+    add("--chunks", type=int, default=12, help="chunks per clip")
+    add("--chunk", type=int, help="latent frames per chunk (default: the checkpoint's)")
+    _add_join_options(parser)
+    add("--min_latents", type=int, default=1, help="minimum real (unpadded) latent frames")
+    add("--windows", type=int, default=1, help="clips per sample (0 = as many as fit)")
+    add("--text_len", type=int, help="text tokens per prompt (default: the checkpoint's)")
+    add(
         "--texts_only",
         action="store_true",
-        help="no clips, but every prompt that one could have: to train on the videos themselves",
+        help="encode no clips, but all prompts a clip could have (for training on videos)",
     )
+    # Storage and computation.
+    add("--dtype", default="float16", help="storage dtype of latents: float16 or float32")
+    add(
+        "--text_dtype",
+        default="float32",
+        help="storage dtype of text features: bfloat16, float16 or float32",
+    )
+    add("--shard", type=int, default=64, help="clips per file")
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--compute", choices=dtypes, default="auto", help="compute dtype of VAE and text encoder")
+    add("--mesh", help="sp=N: shard each clip over N devices")
+    _add_vae_parallel(parser)
     return parser
 
 
-def _add_rules(parser: Parser) -> None:
+def _add_vae_parallel(parser: Parser) -> None:
+    methods = ("auto", "halo", "tails")
     parser.add_argument(
-        "--max_chunks_per_shot", type=int, default=0, help="then skip a second: a virtual cut"
+        "--vae_parallel",
+        choices=methods,
+        default="auto",
+        help="sharding with --mesh: encode a halo of frames, exchange the layers' causal padding "
+        "(tails), or the cheaper of the two (auto)",
     )
-    parser.add_argument("--pad", action="store_true", help="use short samples, padded and masked")
-    parser.add_argument("--single_shot", action="store_true", help="a clip stays in one shot")
+    hidden = argparse.SUPPRESS  # the former name of the option
+    parser.add_argument(
+        "--share", dest="vae_parallel", choices=methods, default=hidden, help=hidden
+    )
+
+
+def _add_join_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--max_chunks_per_shot",
+        type=int,
+        default=0,
+        help="chunks before a virtual cut, which skips one second (0 = no limit)",
+    )
+    parser.add_argument("--pad", action="store_true", help="pad and mask short samples")
+    parser.add_argument("--single_shot", action="store_true", help="keep each clip in one shot")

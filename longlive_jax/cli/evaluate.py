@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     reject_unknown(settings, ("evaluate",), "config")
 
     from longlive_jax.bench.timing import machine
-    from longlive_jax.cli.progress import ShareBars
+    from longlive_jax.cli.progress import ProgressBars
     from longlive_jax.io.builtin import builtin_checkpoint
     from longlive_jax.io.paths import check_writable
     from longlive_jax.small_world.cases import PARTS, EvaluateSpec, check_parts, evaluate
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     check_parts(parts)
     checkpoint = Path(args.checkpoint) if args.checkpoint else builtin_checkpoint()
     out = check_writable(args.out)
-    with ShareBars() as bars:
+    with ProgressBars() as bars:
         report = evaluate(spec, checkpoint, out, parts=parts, about=machine(), progress=bars.begin)
     # Print the tables, and the targets.
     print((out / "report.md").read_text())

@@ -31,9 +31,9 @@ def main(argv: Sequence[str]) -> int:
     if args.what not in WHAT:
         raise UserError(f"kernels: unknown command {args.what!r}{nearest(args.what, WHAT)}")
     from longlive_jax.bench.kernels import check
-    from longlive_jax.cli.progress import ShareBars
+    from longlive_jax.cli.progress import ProgressBars
 
-    with ShareBars() as bars:
+    with ProgressBars() as bars:
         rows = check(args.chip, args.kernel, interpret=not args.no_interpret, ticks=bars.begin)
     if args.json:
         print(json.dumps(rows, indent=1))

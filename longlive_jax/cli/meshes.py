@@ -1,4 +1,4 @@
-"""`--mesh=data=8,sp=4`: a mesh by its axes."""
+"""Parses `--mesh=data=8,sp=4`, the number of devices along each axis of a mesh."""
 
 from typing import TYPE_CHECKING
 
@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from longlive_jax.parallel.mesh import MeshSpec
 
 
-def mesh_of(text: str) -> "MeshSpec":
-    """Axes and their sizes; an axis that is not named is 1. UserError for anything else."""
+def parse_mesh(text: str) -> "MeshSpec":
+    """Parses `AXIS=NUMBER,...`; axes that are not named have size 1. Raises UserError."""
     from longlive_jax.parallel.mesh import AXES, MeshSpec
 
     axes: dict[str, int] = {}
@@ -18,7 +18,7 @@ def mesh_of(text: str) -> "MeshSpec":
         if name not in AXES:
             raise UserError(f"--mesh: unknown axis {name!r}{nearest(name, AXES)}")
         if name in axes:
-            raise UserError(f"--mesh: {name} is given twice")
+            raise UserError(f"--mesh: axis {name!r} appears twice")
         if not number.isdecimal():
             raise UserError(f"--mesh: expected {name}=NUMBER, got {word!r}")
         axes[name] = int(number)

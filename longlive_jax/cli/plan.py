@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax.cli.app import Parser, take_config
-from longlive_jax.cli.meshes import mesh_of
+from longlive_jax.cli.meshes import parse_mesh
 from longlive_jax.spec import UserError, build
 
 GIB = 2**30
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     options = {name: value for name, value in options.items() if value is not None}
     spec = build(PlanSpec, dataclasses.asdict(clip) | request | options, path="plan")
     # 2. Estimate.
-    mesh = stage.mesh if args.mesh is None else mesh_of(args.mesh)
+    mesh = stage.mesh if args.mesh is None else parse_mesh(args.mesh)
     stage = scale_to_mesh(stage, mesh, spec.clip)
     report = estimate(stage, spec, log=lambda text: print(text, file=sys.stderr))
     report["precision"] = _precision(stage)

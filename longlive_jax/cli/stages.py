@@ -1,6 +1,7 @@
-"""The stages that `longlive train` knows, by the name that a config gives.
+"""The training stages of `longlive train`, by their name in a config.
 
-A later stage reads what the earlier ones wrote to the same checkpoint directory.
+The stages of a model share one checkpoint directory: a later stage reads the output of earlier
+ones.
 """
 
 from longlive_jax.small_world.stage_dit import DiTStage

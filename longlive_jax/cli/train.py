@@ -12,7 +12,7 @@ from longlive_jax.spec import UserError, build, nearest
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains the stage that the config names, resuming if `--workdir` holds a save."""
+    """Trains the stage of a config; resumes if `--workdir` has a checkpoint."""
     config, rest = take_config(argv)
     args = _parser().parse_args(rest)
     if args.hosts is None:
@@ -28,22 +28,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(settings: dict[str, Any], args: Any) -> int:
+    """Trains in this process, one of several if there are `--hosts`."""
     import jax
 
     from longlive_jax.cli.stages import STAGES
     from longlive_jax.parallel.hosts import first_process, readable
     from longlive_jax.training.loop import train
 
+    # 1. Check the config and the folders.
     name = settings.pop("stage", None)
     if name not in STAGES:
-        raise UserError(f"config.stage is {name!r}{nearest(str(name), STAGES)}")
+        raise UserError(f"unknown config.stage {name!r}{nearest(str(name), STAGES)}")
     stage = build(STAGES[name], settings)
     mesh = _mesh(stage.mesh)
-    workdir, out = _places(args)
-    logging.set_verbosity(logging.WARNING)  # Orbax's notes on every save are pages long
+    workdir, out = _check_folders(args)
+    # 2. Train.
+    logging.set_verbosity(logging.WARNING)  # Orbax logs pages about every checkpoint
     began = time.perf_counter()
     task = stage.task(out, workdir, mesh)
     state = train(task, workdir, stage.loop)
+    # 3. Export the EMA of the parameters.
     weights = readable(state.weights)
     if first_process():
         task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), weights), out)
@@ -53,20 +57,21 @@ def _train(settings: dict[str, Any], args: Any) -> int:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("exported")  # who leaves early is taken for dead
+        # A process that exits before the others counts as failed.
+        multihost_utils.sync_global_devices("exported")
     return 0
 
 
 def _mesh(spec: Any) -> Any:
-    """The mesh over all devices; over the first one if no mesh was asked for."""
+    """The mesh over all devices, or over the first one if the config sets no mesh."""
     import jax
 
     from longlive_jax.parallel.mesh import make_mesh
 
     devices = jax.devices()
     if spec.size == 1 and len(devices) > 1 and jax.process_count() == 1:
-        axes = "config.mesh.data, .fsdp and .sp"
-        print(f"Training on 1 of {len(devices)} devices; {axes} say how to use them all.")
+        axes = "--config.mesh.data, .fsdp and .sp"
+        print(f"Training on 1 of {len(devices)} devices. Set {axes} to use all of them.")
         devices = devices[:1]
     try:
         return make_mesh(spec, devices)
@@ -74,25 +79,30 @@ def _mesh(spec: Any) -> Any:
         raise UserError(f"config.mesh: {error}") from error
 
 
-def _places(args: Any) -> tuple[Path, Path]:
-    """Work directory and checkpoint directory, checked before anything is computed."""
+def _check_folders(args: Any) -> tuple[Path, Path]:
+    """The work directory and the checkpoint directory, checked before anything is computed.
+
+    Raises UserError if one of them cannot be used.
+    """
     from longlive_jax.io.checkpoint import CheckpointWriter
-    from longlive_jax.io.paths import check_writable
+    from longlive_jax.io.video import check_writable
 
     workdir, out = check_writable(args.workdir), check_writable(args.out)
     if out.resolve() in (workdir.resolve(), *workdir.resolve().parents):
-        raise UserError(f"--workdir {workdir} lies in --out {out}; choose a folder beside it")
+        raise UserError(f"--workdir {workdir} is inside --out {out}; choose a folder outside it")
     with CheckpointWriter(out, overwrite=True):
-        pass  # refuses a folder of other files now, not when the training is over
+        pass  # refuses a folder with other files before training rather than after it
     return workdir, out
 
 
 def _parser() -> Parser:
-    parser = Parser("train", __doc__ or "")
-    parser.add_argument("--workdir", required=True, help="metrics, pictures and resumable state")
-    parser.add_argument("--out", required=True, help="checkpoint directory of the result")
+    parser = Parser("train", "Train the stage of a config; resumes if --workdir has a checkpoint.")
+    parser.add_argument(
+        "--workdir", required=True, help="folder for metrics, pictures and checkpoints"
+    )
+    parser.add_argument("--out", required=True, help="folder for the exported model")
     parser.add_argument(
         "--hosts",
-        help="for several processes: auto (Slurm, MPI, Kubernetes) or HOST:PORT,PROCESSES,INDEX",
+        help="processes of the run: auto (Slurm, MPI, Kubernetes) or HOST:PORT,PROCESSES,INDEX",
     )
     return parser

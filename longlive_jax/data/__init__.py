@@ -1,1 +1,1 @@
-"""Data sets: what training and evaluation read."""
+"""Datasets that training and evaluation read."""

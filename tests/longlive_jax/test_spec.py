@@ -1,4 +1,4 @@
-"""Settings become dataclasses or a sentence that says what to change."""
+"""Settings become dataclasses, or an error that names the remedy."""
 
 import dataclasses
 from typing import Literal
@@ -6,23 +6,23 @@ from typing import Literal
 import pytest
 from ml_collections import ConfigDict
 
-from longlive_jax.spec import UserError, build, nearest
+from longlive_jax.spec import UserError, build, check_minimums, nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Inner:
     steps: int = 4
     lr: float = 1e-3
     kind: Literal["ode", "sde"] = "ode"
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Outer:
     name: str
-    part: Part = Part()
-    other: Part | None = None
+    part: Inner = Inner()
+    other: Inner | None = None
     shape: tuple[int, int] = (1, 2)
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Inner, ...] = ()
     fast: bool = False
 
     def __post_init__(self):
@@ -32,18 +32,18 @@ class Whole:
 
 def test_builds_nested_dataclasses_from_a_config_dict():
     config = ConfigDict({"name": "a", "part": {"lr": 1}, "shape": [3, 4], "parts": [{"steps": 1}]})
-    assert build(Whole, config) == Whole("a", Part(lr=1.0), None, (3, 4), (Part(1),))
-    assert isinstance(build(Whole, config).part.lr, float)
+    assert build(Outer, config) == Outer("a", Inner(lr=1.0), None, (3, 4), (Inner(1),))
+    assert isinstance(build(Outer, config).part.lr, float)
 
 
-def test_what_is_left_out_of_a_part_is_as_the_whole_has_it():
+def test_missing_fields_of_a_nested_dataclass_are_those_of_its_default():
     @dataclasses.dataclass(frozen=True)
     class Long:
-        part: Part = Part(steps=50, kind="sde")
-        maybe: Part | None = Part(steps=60)
+        part: Inner = Inner(steps=50, kind="sde")
+        maybe: Inner | None = Inner(steps=60)
 
     built = build(Long, {"part": {"lr": 2.0}, "maybe": {"lr": 3.0}})
-    assert built == Long(Part(50, 2.0, "sde"), Part(60, 3.0))
+    assert built == Long(Inner(50, 2.0, "sde"), Inner(60, 3.0))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_is_left_out_of_a_part_is_as_the_whole_has_it():
         ({"name": "a", "part": {"steps": True}}, ["config.part.steps", "expected int"]),
         ({"name": "a", "part": {"steps": 1.5}}, ["config.part.steps", "1.5"]),
         ({"name": "a", "part": {"kind": "pde"}}, ["'pde'", "'ode'", "'sde'"]),
-        ({"name": "a", "part": 7}, ["config.part", "Part", "7"]),
+        ({"name": "a", "part": 7}, ["config.part", "Inner", "7"]),
         ({"name": "a", "shape": [1]}, ["config.shape", "expected 2 values, got 1"]),
         ({"name": "a", "shape": 1}, ["config.shape", "expected a list"]),
         ({"name": "a", "parts": [{}, {"x": 1}]}, ["config.parts[1]", "'x'"]),
@@ -65,13 +65,19 @@ def test_what_is_left_out_of_a_part_is_as_the_whole_has_it():
         ({"name": "a", "other": {"steps": "x"}}, ["config.other.steps", "'x'"]),
     ],
 )
-def test_errors_name_place_value_and_remedy(values, words):
-    with pytest.raises(UserError) as caught:
-        build(Whole, values)
+def test_errors_name_path_value_and_remedy(values, words):
+    with pytest.raises(UserError) as error:
+        build(Outer, values)
     for word in words:
-        assert word in str(caught.value)
+        assert word in str(error.value)
 
 
-def test_nearest_lists_everything_when_nothing_is_close():
+def test_nearest_lists_all_words_if_none_is_close():
     assert nearest("smple", ["sample", "train"]) == "; did you mean 'sample'?"
     assert nearest("zzz", ["b", "a"]) == "; known: a, b"
+
+
+def test_check_minimums_names_the_first_field_below_its_minimum():
+    check_minimums(Inner(steps=1), steps=1)
+    with pytest.raises(ValueError, match=r"^steps must be >= 1, got 0$"):
+        check_minimums(Inner(steps=0), steps=1)

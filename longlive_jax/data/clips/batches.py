@@ -1,4 +1,4 @@
-"""Clips as the episodes that `training.objectives.teacher_forcing.ar_loss` takes."""
+"""Batches of clips in the layout that the teacher-forcing loss takes."""
 
 from collections.abc import Mapping
 
@@ -10,21 +10,21 @@ from longlive_jax.layout import windows
 from longlive_jax.typing import Bool, Float, Int
 from pallas_kernels.tokens import EMPTY
 
-__all__ = ["batch_from_clip", "collate", "columns_of"]
+__all__ = ["batch_from_clip", "collate", "token_columns"]
 
 
 def batch_from_clip(clip: ClipLatents, **layout: int | None) -> dict[str, np.ndarray]:
-    """The clip in the reference's layout: every chunk clean as context, every chunk as a target.
+    """One clip in the reference's layout: every chunk clean as context, every chunk as a target.
 
     Returns the fields of `training.objectives.teacher_forcing.TeacherForcingBatch` for one sample;
-    `layout` goes to `columns_of`.
+    `layout` is passed to `token_columns`.
     """
     latents = clip.latents.astype(np.float32)
-    columns = columns_of(clip.cut, clip.shot, clip.prompt, len(clip.mask), **layout)  # type: ignore[arg-type]
+    columns = token_columns(clip.cut, clip.shot, clip.prompt, len(clip.mask), **layout)  # type: ignore[arg-type]
     return {"context": latents, "target": latents, "mask": clip.mask} | columns
 
 
-def columns_of(
+def token_columns(
     cut: Bool[np.ndarray, "k"],
     shot: Int[np.ndarray, "k"],
     prompt: Int[np.ndarray, "k"],
@@ -34,18 +34,27 @@ def columns_of(
     window: int | None = None,
     global_sinks: int = 1,
 ) -> dict[str, np.ndarray]:
-    """The integer columns [2k] of the episode of a clip of so many latents.
+    """The int32 columns [2k] of a teacher-forcing batch: `k` clean chunks, then `k` noisy ones.
 
-    Without `window`, every chunk sees its whole past, as in the reference's training masks; with
-    it, what the sampler's cache of `window` chunks would hold (`layout.windows`).
-    `shot_rope_offset` is added to temporal positions at every cut: the reference's sampler adds 8
-    and its AR training nothing, so the default is 0.
+    Without `window`, every chunk attends to its whole past, as in the reference's training masks.
+    With it, a chunk attends to what the sampler's cache of `window` chunks would hold
+    (`layout.windows`).
+
+    Args:
+      cut: chunks that begin a shot, except the first chunk.
+      shot: number of cuts up to each chunk.
+      prompt: each chunk's row in the table of text features.
+      latents: latent frames of the clip.
+      shot_rope_offset: offset added to temporal positions at every cut. The reference adds 8 in
+        its sampler and nothing in AR training, so the default is 0.
+      window: attention window in chunks, sinks and the chunk itself included.
+      global_sinks: chunks at the beginning that every chunk attends to, given `window`.
     """
     chunks = len(cut)
     window_start, sink = np.zeros(chunks, np.int32), np.full(chunks, EMPTY, np.int32)
     if window is not None:
-        found = windows(jnp.asarray(cut), window=window, global_sinks=global_sinks)
-        window_start, sink = map(np.asarray, found)
+        bounds = windows(jnp.asarray(cut), window=window, global_sinks=global_sinks)
+        window_start, sink = map(np.asarray, bounds)
     columns = {
         "chunk_index": np.arange(chunks),
         "start": latents // chunks * np.arange(chunks) + shot_rope_offset * shot,
@@ -57,20 +66,24 @@ def columns_of(
 
 
 def collate(
-    rows: Mapping[str, np.ndarray], empty: Float[np.ndarray, "t e"], **layout: int | None
+    rows: Mapping[str, np.ndarray],
+    empty_text_features: Float[np.ndarray, "t e"],
+    **layout: int | None,
 ) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "b p+1 t e"]]:
-    """Episodes of a batch of rows (`ClipLatents.row`, stacked), and a table of texts of each.
+    """A teacher-forcing batch from stacked rows (`ClipLatents.row`), and its text features.
 
-    Rows of `LiveClips` have no latents yet, and then neither have the episodes. The last row of
-    every table is `empty`, the features of no prompt, for text dropout. `layout` goes to
-    `columns_of`.
+    Rows of `OnlineClips` have no latents yet, so their batch has no `context` and `target`. The
+    last entry of each sample's text features is `empty_text_features`, for text dropout. `layout`
+    is passed to `token_columns`.
     """
     count, latents = rows["mask"].shape
     flags = zip(rows["cut"], rows["shot"], rows["prompt"], strict=True)
-    found = [columns_of(*one, latents, **layout) for one in flags]  # type: ignore[arg-type]
-    batch = {name: np.stack([one[name] for one in found]) for name in found[0]}
+    columns = [token_columns(*clip_flags, latents, **layout) for clip_flags in flags]  # type: ignore[arg-type]
+    batch = {name: np.stack([clip[name] for clip in columns]) for name in columns[0]}
     batch["mask"] = rows["mask"]
     if "latents" in rows:
         batch["context"] = batch["target"] = rows["latents"].astype(np.float32)
-    last = np.broadcast_to(empty.astype(rows["text"].dtype), (count, 1, *empty.shape))
-    return batch, np.concatenate([rows["text"], last], axis=1)
+    text_features = rows["text_features"]
+    empty = empty_text_features.astype(text_features.dtype)
+    last = np.broadcast_to(empty, (count, 1, *empty.shape))
+    return batch, np.concatenate([text_features, last], axis=1)

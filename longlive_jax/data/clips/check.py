@@ -1,26 +1,29 @@
-"""What of a dataset can be used, sample by sample, and why the rest cannot."""
+"""Reports which samples of a dataset can be used, and why the others cannot."""
 
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from longlive_jax.data.clips.clip_plan import FPS, JoinSpec, count, plan
-from longlive_jax.data.clips.dataset import Sample, Unusable
+from longlive_jax.data.clips.clip_plan import FPS, JoinSpec, count_chunks, plan_clip
+from longlive_jax.data.clips.dataset import Unusable, VideoSample
 from longlive_jax.data.clips.decoding import check_fits, probe, verify
-from longlive_jax.data.clips.source import lengths_of
+from longlive_jax.data.clips.source import shot_lengths
 
-__all__ = ["Finding", "check_samples"]
+__all__ = ["SampleReport", "check_samples"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """What was found about a sample; numbers are 0 where a file could not be read.
+class SampleReport:
+    """The result of checking one sample; numbers are 0 if a file could not be read.
 
     Attributes:
-      seconds: of all its shots together.
-      sizes, rates: distinct ones of its files, as height x width in pixels and in frames a second.
-      chunks: that its shots fill from the beginning.
+      name: the sample's name.
+      shots: number of shots.
+      seconds: total duration of its shots.
+      sizes: distinct frame sizes of its files, as "HEIGHTxWIDTH" in pixels.
+      rates: distinct frame rates of its files, in frames per second.
+      chunks: chunks that its shots fill from the beginning.
       reason: why it cannot be used; empty if it can.
       remarks: shots that were left out.
     """
@@ -36,7 +39,7 @@ class Finding:
 
     @property
     def usable(self) -> bool:
-        """Whether clips can be made of it."""
+        """Whether clips can be made from it."""
         return not self.reason
 
     def values(self) -> dict[str, Any]:
@@ -45,44 +48,52 @@ class Finding:
 
 
 def check_samples(
-    samples: Sequence[Sample],
+    samples: Sequence[VideoSample],
     join: JoinSpec,
     *,
     size: tuple[int, int] | None = None,
     decode: bool = False,
     threads: int = 4,
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> list[Finding]:
-    """Opens and reads every file, and decodes it whole if asked to; findings in order.
+) -> list[SampleReport]:
+    """Reads every file and returns one report per sample, in order.
 
-    Given `size` (height, width), shots whose pictures are too far from its shape are found too.
+    Args:
+      samples: the samples of a dataset.
+      join: joining rules that a sample must satisfy.
+      size: (height, width) in pixels; shots whose aspect ratio is too far from it are unusable.
+      decode: decode every frame as well.
+      threads: samples checked at once.
+      progress: callback that takes the number of samples checked, and of all samples.
     """
-    found = []
+    reports = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for finding in pool.map(lambda sample: _check(sample, join, size, decode), samples):
-            found.append(finding)
-            progress(len(found), len(samples))
-    return found
+        for report in pool.map(lambda sample: _check(sample, join, size, decode), samples):
+            reports.append(report)
+            progress(len(reports), len(samples))
+    return reports
 
 
-def _check(sample: Sample, join: JoinSpec, size: tuple[int, int] | None, decode: bool) -> Finding:
-    finding = Finding(sample.name, len(sample.shots), remarks=sample.remarks)
+def _check(
+    sample: VideoSample, join: JoinSpec, size: tuple[int, int] | None, decode: bool
+) -> SampleReport:
+    report = SampleReport(sample.name, len(sample.shots), remarks=sample.remarks)
     try:
-        lengths = lengths_of(sample)
+        lengths = shot_lengths(sample)
         infos = [probe(shot.file) for shot in sample.shots]
-        finding = dataclasses.replace(
-            finding,
+        report = dataclasses.replace(
+            report,
             seconds=round(sum(lengths) / FPS, 3),
             sizes=tuple(sorted({f"{info.height}x{info.width}" for info in infos})),
             rates=tuple(sorted({round(float(info.rate), 3) for info in infos})),
         )
         for file in {shot.file: None for shot in sample.shots}:
             verify(file, decode=decode)
-        finding = dataclasses.replace(finding, chunks=count(lengths, join))
-        plan(lengths, join)
+        report = dataclasses.replace(report, chunks=count_chunks(lengths, join))
+        plan_clip(lengths, join)
         if size is not None:
             for shot in sample.shots:
                 check_fits(shot, size)
     except Unusable as reason:
-        return dataclasses.replace(finding, reason=str(reason))
-    return finding
+        return dataclasses.replace(report, reason=str(reason))
+    return report

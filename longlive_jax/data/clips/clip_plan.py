@@ -1,12 +1,13 @@
-"""From shots to chunks: which frames of which shot a training clip is made of.
+"""Joining rules: which frames of which shots make up each chunk of a training clip.
 
-Pure functions of the shots' lengths in frames at 24 a second; no file is opened. The rules are the
-reference dataset's. For chunks of m latents, the first chunk of a clip takes 1 + 4 (m - 1) raw
-frames and every later one 4 m. A chunk never mixes shots: a shot gives chunks as long as it can,
-then the next shot that can give one goes on, and what is left at the end of a shot is dropped.
+Pure functions of the shots' lengths in frames at 24 fps; no file is opened. The rules are those of
+the reference's dataset. With chunks of m latent frames, the first chunk of a clip takes
+1 + 4 (m - 1) raw frames and every later one 4 m. A chunk never mixes shots: a shot provides as many
+chunks as fit, the clip continues with the next shot that is long enough for a chunk, and the rest
+of each shot is dropped.
 
-Cuts are said, not only hinted at by the prompt's prefix as in the reference: every chunk has a
-flag, and the trainer need not read it out of text.
+The reference marks a cut only by a prefix in the prompt. Here every chunk also has a flag, so that
+the trainer need not parse text.
 """
 
 import dataclasses
@@ -16,46 +17,49 @@ import numpy as np
 
 from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.data.clips.dataset import Unusable
+from longlive_jax.spec import check_minimums
 from longlive_jax.typing import Bool, Float, Int
 
 __all__ = [
     "FPS",
     "ClipPlan",
+    "FrameSelection",
     "JoinSpec",
-    "Part",
     "Piece",
-    "count",
-    "plan",
+    "clip_starts",
+    "count_chunks",
+    "plan_clip",
+    "plan_clips",
     "raw_frame_slice",
-    "starts",
-    "windows",
 ]
 
 FPS = 24
-"""Frames a second of every clip, whatever its files have."""
+"""Frame rate of every clip; files with other rates are resampled."""
 
-Place = tuple[int, int]
-"""A shot's index and a frame in it."""
+ShotFrame = tuple[int, int]
+"""(shot index, frame index within the shot)."""
 
-Part = slice | Sequence[int]
-"""Some of a clip's raw frames: a run of them, or their numbers, rising."""
+FrameSelection = slice | Sequence[int]
+"""A selection of a clip's raw frames: a slice, or ascending indices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinSpec:
-    """How shots are joined to clips of equal length.
+    """How shots are joined into clips of equal length.
+
+    The field names are stored in the manifests of encoded clips (`store.RENAMED`).
 
     Attributes:
-      chunks: of a clip.
-      chunk_frames: latents of a chunk.
-      max_chunks_per_shot: after so many, a second of the shot is skipped, which counts as a cut
-        (a virtual one); 0 is no limit.
-      pad: a sample too short for the clip is used: its last frame is repeated, with its last
-        caption, and the repeated latents are masked. Without it such a sample is unusable.
-      min_latents: real latents that a padded clip must have.
-      single_shot: a clip stays in one shot.
-      cut_prefix: opens the prompt of the first chunk after a cut.
-      temporal_stride: raw frames of a latent, the first one aside.
+      chunks: chunks per clip.
+      chunk_frames: latent frames per chunk.
+      max_chunks_per_shot: chunks after which one second of the shot is skipped, which counts as a
+        (virtual) cut; 0 for no limit.
+      pad: whether to use samples that are too short, by repeating the last frame with the last
+        caption; the repeated latents are masked. Otherwise such a sample is unusable.
+      min_latents: minimum real (unpadded) latent frames of a padded clip.
+      single_shot: whether a clip stays within one shot.
+      cut_prefix: text before the prompt of the first chunk after a cut.
+      temporal_stride: raw frames per latent frame, except for the first one.
     """
 
     chunks: int = 12
@@ -68,34 +72,27 @@ class JoinSpec:
     temporal_stride: int = 4
 
     def __post_init__(self) -> None:
-        least = {
-            "chunks": 1,
-            "chunk_frames": 1,
-            "max_chunks_per_shot": 0,
-            "min_latents": 1,
-            "temporal_stride": 1,
-        }
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
+        check_minimums(
+            self, chunks=1, chunk_frames=1, max_chunks_per_shot=0, min_latents=1, temporal_stride=1
+        )
         if self.min_latents > self.latents:
             raise ValueError(
-                f"min_latents is {self.min_latents}; a clip of {self.chunks} chunks of "
-                f"{self.chunk_frames} has only {self.latents}"
+                f"min_latents must be <= {self.latents}, the latent frames of a clip of "
+                f"{self.chunks} chunks of {self.chunk_frames}, got {self.min_latents}"
             )
 
     @property
     def latents(self) -> int:
-        """Latents of a clip."""
+        """Latent frames per clip."""
         return self.chunks * self.chunk_frames
 
     @property
     def frames(self) -> int:
-        """Raw frames of a clip."""
+        """Raw frames per clip."""
         return 1 + self.temporal_stride * (self.latents - 1)
 
     def num_raw_frames(self, chunk_index: int) -> int:
-        """Raw frames of a chunk: the first one's first latent is a single frame."""
+        """Raw frames of a chunk; the first latent of the first chunk is a single frame."""
         return self.temporal_stride * self.chunk_frames - (self.temporal_stride - 1) * (
             chunk_index == 0
         )
@@ -103,9 +100,16 @@ class JoinSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The frames of one chunk: `frames` of shot `shot` from `start` on, and the last one repeated.
+    """The raw frames of one chunk; missing frames repeat the last one.
 
-    Without any frames of its own (`frames` is 0) it repeats frame `start`.
+    The `repr` is hashed into the dataset digest of every store (`encoding_plan`): the class name
+    and the names and order of the fields must stay, or existing stores can no longer be resumed.
+
+    Attributes:
+      shot: index of the shot.
+      start: first frame within the shot.
+      frames: number of real frames from `start` on; 0 to repeat frame `start` throughout.
+      cut: whether the chunk follows a cut.
     """
 
     shot: int
@@ -116,163 +120,181 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class ClipPlan:
-    """One clip of a sample, a piece a chunk."""
+    """One clip of a sample.
+
+    Attributes:
+      spec: the joining rules.
+      pieces: the frames of every chunk.
+    """
 
     spec: JoinSpec
     pieces: tuple[Piece, ...]
 
-    def frames(self, part: Part = slice(None)) -> list[Place]:
-        """Shot and frame of the raw frames of the clip, or of a part of them."""
-        places = []
+    def frames(self, selection: FrameSelection = slice(None)) -> list[ShotFrame]:
+        """Shot and frame index of the clip's raw frames, or of a selection of them."""
+        positions: list[ShotFrame] = []
         for i, piece in enumerate(self.pieces):
             last = piece.start + max(piece.frames - 1, 0)
             wanted = range(piece.start, piece.start + self.spec.num_raw_frames(i))
-            places += [(piece.shot, min(at, last)) for at in wanted]
-        return places[part] if isinstance(part, slice) else [places[i] for i in part]
+            positions += [(piece.shot, min(frame, last)) for frame in wanted]
+        if isinstance(selection, slice):
+            return positions[selection]
+        return [positions[i] for i in selection]
 
     @property
     def mask(self) -> Float[np.ndarray, "f"]:
-        """1 for latents all of whose frames are real, 0 for padding."""
-        here = np.arange(self.spec.chunk_frames)
-        rows = [here < _latents(self.spec, i, piece.frames) for i, piece in enumerate(self.pieces)]
+        """1 for latents whose frames are all real, 0 for padding; float32."""
+        offsets = np.arange(self.spec.chunk_frames)
+        rows = [
+            offsets < _num_latents(self.spec, i, piece.frames)
+            for i, piece in enumerate(self.pieces)
+        ]
         return np.concatenate(rows).astype(np.float32)
 
     @property
     def cut(self) -> Bool[np.ndarray, "k"]:
-        """Which chunks begin a shot, the clip's first one aside."""
+        """Chunks that begin a shot, except the first chunk of the clip."""
         return np.array([piece.cut for piece in self.pieces])
 
     @property
     def shot(self) -> Int[np.ndarray, "k"]:
-        """Number of cuts, virtual ones included, up to each chunk."""
+        """Number of cuts, virtual ones included, up to each chunk; int32."""
         return np.cumsum(self.cut).astype(np.int32)
 
     def prompts(self, captions: Sequence[str]) -> tuple[str, ...]:
-        """Every chunk's prompt: its shot's caption, with the prefix after a cut."""
+        """Each chunk's prompt: its shot's caption, with the prefix after a cut."""
         return tuple(self.spec.cut_prefix * p.cut + captions[p.shot] for p in self.pieces)
 
 
-def plan(
+def plan_clip(
     lengths: Sequence[int], spec: JoinSpec, rng: np.random.Generator | None = None
 ) -> ClipPlan:
-    """A clip from shots of so many frames, from the beginning or, given `rng`, from anywhere.
+    """Plans one clip from shots of these lengths in frames.
 
-    A random clip begins at any of `starts`. If there is none, and without `rng`, it begins with the
-    first shot that has enough. Raises Unusable if the shots are too short.
+    With `rng`, the clip begins at a random one of `clip_starts`. Without it, or if there are none,
+    it begins at the first shot, or with `single_shot` at the first shot that is long enough. Raises
+    Unusable if the shots are too short.
     """
-    places = starts(lengths, spec) if rng is not None else []
-    if rng is not None and places:
-        return ClipPlan(spec, _walk(lengths, spec, places[rng.integers(len(places))]))
+    starts = clip_starts(lengths, spec) if rng is not None else []
+    if rng is not None and starts:
+        return ClipPlan(spec, _join_chunks(lengths, spec, starts[rng.integers(len(starts))]))
     for shot in range(len(lengths)):
-        found = _walk(lengths, spec, (shot, 0))
-        if len(found) == spec.chunks:
-            return ClipPlan(spec, found)
+        pieces = _join_chunks(lengths, spec, (shot, 0))
+        if len(pieces) == spec.chunks:
+            return ClipPlan(spec, pieces)
         if not spec.single_shot:
             break
-    return _padded(lengths, spec)
+    return _plan_padded(lengths, spec)
 
 
-def starts(lengths: Sequence[int], spec: JoinSpec) -> list[Place]:
-    """Where a clip can begin so that all its chunks are found moving forward.
+def clip_starts(lengths: Sequence[int], spec: JoinSpec) -> list[ShotFrame]:
+    """Positions from which the following frames fill a clip.
 
-    As in the reference, at most about 50 places a shot, evenly spaced.
+    As in the reference, there are at most about 50 per shot, evenly spaced.
     """
-    places = []
+    starts: list[ShotFrame] = []
     for shot, length in enumerate(lengths):
         last = length - spec.num_raw_frames(0)
         step = max(1, last // 50)
         candidates = [(shot, frame) for frame in range(0, last + 1, step)]
-        places += [at for at in candidates if len(_walk(lengths, spec, at)) == spec.chunks]
-    return places
+        starts += [at for at in candidates if len(_join_chunks(lengths, spec, at)) == spec.chunks]
+    return starts
 
 
-def windows(lengths: Sequence[int], spec: JoinSpec, most: int = 0) -> list[ClipPlan]:
-    """Clips of a sample one after the other, `most` of them, or (0) as many as it can fill.
+def plan_clips(lengths: Sequence[int], spec: JoinSpec, limit: int = 0) -> list[ClipPlan]:
+    """Plans consecutive clips of a sample: at most `limit`, or with 0 as many as fit.
 
-    Only the first one may be padded. Raises Unusable if there is not even one.
+    Only the first clip may be padded. Raises Unusable if no clip fits.
     """
-    found = [plan(lengths, spec)]
-    while most == 0 or len(found) < most:
-        last = found[-1].pieces[-1]
+    clips = [plan_clip(lengths, spec)]
+    while limit == 0 or len(clips) < limit:
+        # 1. Stop after a padded clip.
+        last = clips[-1].pieces[-1]
         if last.frames < spec.num_raw_frames(spec.chunks - 1):
             break
+        # 2. Continue after the last frame, or with `single_shot` in the next shot that fits.
         at = (last.shot, last.start + last.frames)
-        pieces = _walk(lengths, spec, at)
+        pieces = _join_chunks(lengths, spec, at)
         if len(pieces) < spec.chunks and spec.single_shot:
-            later = (_walk(lengths, spec, (s, 0)) for s in range(last.shot + 1, len(lengths)))
+            later = (
+                _join_chunks(lengths, spec, (s, 0)) for s in range(last.shot + 1, len(lengths))
+            )
             pieces = next((p for p in later if len(p) == spec.chunks), ())
         if len(pieces) < spec.chunks:
             break
-        found.append(ClipPlan(spec, pieces))
-    return found
+        clips.append(ClipPlan(spec, pieces))
+    return clips
 
 
-def count(lengths: Sequence[int], spec: JoinSpec) -> int:
-    """Chunks of the longest clip that these shots could fill from their beginning."""
+def count_chunks(lengths: Sequence[int], spec: JoinSpec) -> int:
+    """Chunks of the longest clip that these shots fill from their beginning."""
     most = 1 + sum(lengths) // (spec.temporal_stride * spec.chunk_frames)
     longest = dataclasses.replace(spec, chunks=most, min_latents=1)
     shots = range(len(lengths) if spec.single_shot else 1)
-    return max([len(_walk(lengths, longest, (shot, 0))) for shot in shots])
+    return max([len(_join_chunks(lengths, longest, (shot, 0))) for shot in shots])
 
 
 def raw_frame_slice(first: int, last: int, *, temporal_stride: int = 4) -> slice:
-    """The raw frames that latents [first, last) of a clip stand for."""
+    """The raw frames that latents [first, last) of a clip encode."""
     return slice(
         max(0, 1 + temporal_stride * (first - 1)), max(0, 1 + temporal_stride * (last - 1))
     )
 
 
-def _walk(lengths: Sequence[int], spec: JoinSpec, at: Place) -> tuple[Piece, ...]:
-    """Whole chunks from a place on, until the clip is full or the shots are used up."""
-    shot, frame = at
+def _join_chunks(lengths: Sequence[int], spec: JoinSpec, start: ShotFrame) -> tuple[Piece, ...]:
+    """Complete chunks from `start` on, until the clip is full or the shots are used up."""
+    shot, frame = start
     pieces: list[Piece] = []
-    taken = 0
+    shot_chunks = 0  # since the last cut
     while len(pieces) < spec.chunks:
         need = spec.num_raw_frames(len(pieces))
-        cut = bool(spec.max_chunks_per_shot) and taken == spec.max_chunks_per_shot
+        cut = bool(spec.max_chunks_per_shot) and shot_chunks == spec.max_chunks_per_shot
         if cut:
-            frame, taken = frame + FPS, 0
+            frame, shot_chunks = frame + FPS, 0
         while frame + need > lengths[shot]:
-            shot, frame, taken, cut = shot + 1, 0, 0, bool(pieces)
+            shot, frame, shot_chunks, cut = shot + 1, 0, 0, bool(pieces)
             if spec.single_shot or shot == len(lengths):
                 return tuple(pieces)
         pieces.append(Piece(shot, frame, need, cut))
-        frame, taken = frame + need, taken + 1
+        frame, shot_chunks = frame + need, shot_chunks + 1
     return tuple(pieces)
 
 
-def _latents(spec: JoinSpec, chunk_index: int, frames: int) -> int:
-    """Latents that the first `frames` frames of a chunk make up entirely."""
+def _num_latents(spec: JoinSpec, chunk_index: int, frames: int) -> int:
+    """Latents that the first `frames` raw frames of a chunk fill completely."""
     return (
         frames + (spec.temporal_stride - 1) * (chunk_index == 0 and frames > 0)
     ) // spec.temporal_stride
 
 
-def _padded(lengths: Sequence[int], spec: JoinSpec) -> ClipPlan:
-    """Whole chunks from the beginning, then what is left of their shot, then repeated frames."""
+def _plan_padded(lengths: Sequence[int], spec: JoinSpec) -> ClipPlan:
+    """Complete chunks from the beginning, then the rest of their shot, then repeated frames."""
+    # 1. The longest run of complete chunks.
     shots = range(len(lengths)) if spec.single_shot else range(1)
-    walks: list[tuple[Piece, ...]] = [_walk(lengths, spec, (shot, 0)) for shot in shots]
-    longest = max(walks, key=len)
+    runs: list[tuple[Piece, ...]] = [_join_chunks(lengths, spec, (shot, 0)) for shot in shots]
+    longest = max(runs, key=len)
     pieces = list(longest)
     if not spec.pad:
         listed = ", ".join(map(str, lengths[:8])) + (", ..." if len(lengths) > 8 else "")
         raise Unusable(
             f"too short: fills {len(pieces)} of {spec.chunks} chunks ({spec.num_raw_frames(0)} "
-            f"frames, then {spec.num_raw_frames(1)} each) from shots of {listed} frames at {FPS} a "
-            "second"
+            f"frames, then {spec.num_raw_frames(1)} each) from shots of {listed} frames at {FPS} "
+            "fps"
         )
     if pieces:
         shot, at = pieces[-1].shot, pieces[-1].start + pieces[-1].frames
     else:
         shot, at = max(range(len(lengths)), key=lambda i: lengths[i]), 0
+    # 2. The rest of the shot, unless a virtual cut is due.
     run = next((i for i, piece in enumerate(reversed(pieces)) if piece.cut), len(pieces) - 1) + 1
-    due = bool(pieces) and run == spec.max_chunks_per_shot  # a virtual cut
+    due = bool(pieces) and run == spec.max_chunks_per_shot
     rest = 0 if due else lengths[shot] - at
     if rest:
         pieces.append(Piece(shot, at, rest, cut=False))
-    real = sum(_latents(spec, i, piece.frames) for i, piece in enumerate(pieces))
+    real = sum(_num_latents(spec, i, piece.frames) for i, piece in enumerate(pieces))
     if real < spec.min_latents:
-        raise Unusable(f"too short: {real} latents, min_latents is {spec.min_latents}")
+        raise Unusable(f"too short: {real} real latents, min_latents is {spec.min_latents}")
+    # 3. Repeats of the last frame.
     last = Piece(shot, lengths[shot] - 1 if rest else at - 1, 0, cut=False)
     pieces += [last] * (spec.chunks - len(pieces))
     return ClipPlan(spec, tuple(pieces))

@@ -1,11 +1,11 @@
-"""Frames of video files at 24 a second, scaled and cropped, and only those that are asked for.
+"""Decodes frames of video files at 24 fps, scaled and cropped, and only those requested.
 
-Frame i of a shot is the one on screen a quarter of a frame after i/24 s, by the file's own
-timestamps. So variable frame rates come out right, and timestamps rounded to milliseconds do no
-harm. The reference takes frame number round(i * rate / 24) with halves to even, which shows the
-frames of a 12 fps video 1, 3, 1, 3 times where each is due twice; and it squeezes every picture to
-the training size, where here its aspect ratio is kept (pixel shape and rotation included) and what
-sticks out is cropped.
+Frame i of a shot is the frame that the file's timestamps put on screen a quarter of a frame after
+i/24 s. Variable frame rates are therefore handled exactly, and timestamps rounded to milliseconds
+do no harm. The reference takes frame number round(i * rate / 24), with halves rounded to even: it
+shows the frames of a 12 fps video 1, 3, 1, 3 times, where each is due twice. It also stretches
+every frame to the training size. Here the aspect ratio is preserved (pixel shape and rotation
+included), and the frame is cropped at the centre.
 """
 
 import contextlib
@@ -23,30 +23,31 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from longlive_jax.data.clips.clip_plan import FPS
-from longlive_jax.data.clips.dataset import Shot, Unusable
+from longlive_jax.data.clips.dataset import SourceShot, Unusable
 from longlive_jax.io.video import BT709
 from longlive_jax.typing import UInt8
 
-__all__ = ["VideoInfo", "check_fits", "frames_of", "probe", "read_frames", "verify"]
+__all__ = ["VideoInfo", "check_fits", "probe", "read_frames", "shot_length", "verify"]
 
 GRACE = Fraction(1, 4 * FPS)
 """Seconds by which a frame may begin late and still count as on screen."""
 
-MOST_CROPPED = 16
-"""A picture that must be scaled to more than so many times the wanted area is refused."""
+MAX_AREA_RATIO = 16
+"""Limit on a scaled frame's area before cropping, as a multiple of the target area."""
 
 SCALING = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a file says of its video.
+    """Properties of a file's video stream.
 
     Attributes:
-      seconds: that it lasts.
-      rate: frames a second, on average.
-      height, width: in pixels as stored.
-      stretch: a pixel's width by its height, as it is meant to be shown.
+      seconds: duration.
+      rate: average frame rate, in frames per second.
+      height: stored height in pixels.
+      width: stored width in pixels.
+      stretch: sample aspect ratio: the displayed width of a pixel divided by its height.
     """
 
     seconds: Fraction
@@ -57,29 +58,30 @@ class VideoInfo:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Reads a file's headers (all packets, undecoded, if those do not tell the duration).
+    """Reads a file's headers, and all packets if the headers do not state the duration.
 
-    Raises Unusable if it is no video. Answers are remembered until the file changes.
+    Nothing is decoded. Results are cached until the file changes. Raises Unusable if the file is
+    not a video.
     """
     try:
-        held = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: not a legal file name
         raise Unusable(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(held.st_mode):
-        raise Unusable(f"{path.name}: is no regular file")
-    return _probe(path, held.st_size, held.st_mtime_ns)
+    if not stat.S_ISREG(status.st_mode):
+        raise Unusable(f"{path.name}: is not a regular file")
+    return _probe(path, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2**16)
-def _probe(path: Path, length: int, _changed: int) -> VideoInfo:
-    with _opened(path) as (container, stream):
+def _probe(path: Path, num_bytes: int, _modified: int) -> VideoInfo:
+    with _open_video(path) as (container, stream):
         rate = Fraction(stream.average_rate or stream.guessed_rate or FPS)
         seconds = Fraction(stream.duration or 0) * stream.time_base
         if seconds <= 0:
-            seconds = _last_moment(container, stream)
-        elif seconds * FPS > length:
-            # More frames than bytes: a still picture, or a damaged header that would be believed.
-            _check_length(path, seconds, _last_moment(container, stream))
+            seconds = _end_of_packets(container, stream)
+        elif seconds * FPS > num_bytes:
+            # More frames than bytes: either a still picture or a damaged header.
+            _check_length(path, seconds, _end_of_packets(container, stream))
         size = stream.codec_context.height, stream.codec_context.width
         stretch = Fraction(stream.sample_aspect_ratio or 1)
     if seconds <= 0 or min(size) <= 0:
@@ -87,12 +89,12 @@ def _probe(path: Path, length: int, _changed: int) -> VideoInfo:
     return VideoInfo(seconds, rate, *size, stretch if stretch > 0 else Fraction(1))
 
 
-def frames_of(shot: Shot) -> int:
-    """Length of a shot in frames at 24 a second. Raises Unusable if its file cannot be opened."""
+def shot_length(shot: SourceShot) -> int:
+    """Length of a shot in frames at 24 fps. Raises Unusable if its file cannot be opened."""
     seconds = probe(shot.file).seconds
     if shot.start >= seconds:
         raise Unusable(
-            f"{shot.file.name}: the shot starts at {shot.start:g} s, the video lasts "
+            f"{shot.file.name}: the shot starts at {shot.start:g} s, but the video lasts "
             f"{float(seconds):.2f} s"
         )
     end = seconds if shot.end is None else min(seconds, Fraction(shot.end))
@@ -100,111 +102,127 @@ def frames_of(shot: Shot) -> int:
 
 
 def read_frames(
-    shot: Shot, frames: Sequence[int], size: tuple[int, int]
+    shot: SourceShot, frames: Sequence[int], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "f h w 3"]:
-    """Frames of a shot, numbered at 24 a second from its start, in ascending order with repeats.
+    """Reads frames of a shot, decoding only from the key frame before the first to the last one.
 
-    Decoding begins at the last key frame before the first one and ends with the last one. `size` is
-    (height, width). Raises Unusable if the video cannot be decoded that far.
+    Raises Unusable if the video cannot be decoded as far as the last frame.
+
+    Args:
+      shot: the shot.
+      frames: frame indices at 24 fps from the shot's start, ascending; repeats are allowed.
+      size: (height, width) of the result in pixels.
     """
     info = probe(shot.file)
     images = np.empty((len(frames), *size, 3), np.uint8)
-    moments = [Fraction(shot.start) + Fraction(i, FPS) + GRACE for i in frames]
+    times = [Fraction(shot.start) + Fraction(i, FPS) + GRACE for i in frames]
     done = 0
-    for frame, until in _shown(shot.file, moments[0]):
+    for frame, until in _frames_on_screen(shot.file, times[0]):
         last = done
-        while done < len(moments) and moments[done] < until:
+        while done < len(times) and times[done] < until:
             done += 1
         if done > last:
             try:
-                images[last:done] = _fitted(frame, size, info.stretch)
+                images[last:done] = _resized(frame, size, info.stretch)
             except Unusable as reason:
                 raise Unusable(f"{shot.file.name}: {reason}") from reason
-        if done == len(moments):
+        if done == len(times):
             return images
-    raise _short(shot.file, info.seconds, moments[done])
+    raise _truncated(shot.file, info.seconds, times[done])
 
 
 def verify(path: Path, *, decode: bool = False) -> None:
-    """Reads a whole file, and decodes it if asked to; Unusable if it is cut short or damaged."""
+    """Reads a file to its end, and with `decode` decodes every frame.
+
+    Raises Unusable if it is cut short or damaged.
+    """
     if decode:
-        seconds = max((until for _, until in _shown(path, Fraction(0))), default=Fraction(0))
+        ends = (until for _, until in _frames_on_screen(path, Fraction(0)))
+        seconds = max(ends, default=Fraction(0))
     else:
-        with _opened(path) as (container, stream):
-            seconds = _last_moment(container, stream)
+        with _open_video(path) as (container, stream):
+            seconds = _end_of_packets(container, stream)
     _check_length(path, probe(path).seconds, seconds)
 
 
-def check_fits(shot: Shot, size: tuple[int, int]) -> None:
-    """Decodes a shot's first frame; Unusable if its shape is too far from (height, width)."""
+def check_fits(shot: SourceShot, size: tuple[int, int]) -> None:
+    """Decodes a shot's first frame.
+
+    Raises Unusable if its aspect ratio is too far from that of `size` (height, width).
+    """
     info = probe(shot.file)
-    for frame, _ in _shown(shot.file, Fraction(shot.start) + GRACE):
+    for frame, _ in _frames_on_screen(shot.file, Fraction(shot.start) + GRACE):
         try:
-            _scaled(frame, size, info.stretch)
+            _cover_size(frame, size, info.stretch)
         except Unusable as reason:
             raise Unusable(f"{shot.file.name}: {reason}") from reason
         return
-    raise _short(shot.file, info.seconds, Fraction(shot.start))
+    raise _truncated(shot.file, info.seconds, Fraction(shot.start))
 
 
-def _check_length(path: Path, said: Fraction, found: Fraction) -> None:
-    if found < said - Fraction(1, FPS):
-        raise _short(path, said, found)
+def _check_length(path: Path, declared: Fraction, actual: Fraction) -> None:
+    """Raises Unusable if a file ends more than one frame before its declared end, in seconds."""
+    if actual < declared - Fraction(1, FPS):
+        raise _truncated(path, declared, actual)
 
 
-def _short(path: Path, said: Fraction, found: Fraction) -> Unusable:
+def _truncated(path: Path, declared: Fraction, actual: Fraction) -> Unusable:
     return Unusable(
-        f"{path.name}: cannot be read past {float(found):.2f} s, though its header says "
-        f"{float(said):.2f} s; it is cut short or damaged"
+        f"{path.name}: cannot be read past {float(actual):.2f} s, but its header says "
+        f"{float(declared):.2f} s; it is cut short or damaged"
     )
 
 
-def _shown(path: Path, moment: Fraction) -> Iterator[tuple[Any, Fraction]]:
-    """Frames on screen from a moment (seconds from the first frame) on, each with its end."""
-    shown: Any = None
-    with contextlib.closing(_decoded(path, moment)) as decoded:
+def _frames_on_screen(path: Path, time: Fraction) -> Iterator[tuple[Any, Fraction]]:
+    """Frames on screen at `time` (seconds after the first frame) or later, each with its end."""
+    current: Any = None
+    with contextlib.closing(_decode_from(path, time)) as decoded:
         for frame, at in decoded:
-            if shown is not None and at > moment:
-                yield shown, at
-            shown, begun = frame, at
-    if shown is not None:
-        # Rounded timestamps make a file look shorter than it is by up to a frame.
-        lasts = Fraction(shown.duration or 0) * (shown.time_base or 0)
-        yield shown, begun + max(lasts, Fraction(1, FPS)) + GRACE
+            if current is not None and at > time:
+                yield current, at
+            current, begin = frame, at
+    if current is not None:
+        # Rounded timestamps make a file look up to one frame shorter than it is.
+        duration = Fraction(current.duration or 0) * (current.time_base or 0)
+        yield current, begin + max(duration, Fraction(1, FPS)) + GRACE
 
 
-def _decoded(path: Path, moment: Fraction) -> Generator[tuple[Any, Fraction]]:
-    """Decoded frames and when they begin, from one that begins no later than `moment`."""
-    if moment > 1:
-        found = _decode(path, moment)
-        first = next(found, None)
-        if first is not None and first[1] <= moment:
+def _decode_from(path: Path, time: Fraction) -> Generator[tuple[Any, Fraction]]:
+    """Decoded frames, each with its beginning in seconds; the first begins no later than `time`."""
+    if time > 1:
+        frames = _decode(path, time)
+        first = next(frames, None)
+        if first is not None and first[1] <= time:
             yield first
-            yield from found
+            yield from frames
             return
-        found.close()  # the file's index has led past the moment
+        frames.close()  # the file's index points past `time`
     yield from _decode(path, None)
 
 
-def _decode(path: Path, moment: Fraction | None) -> Generator[tuple[Any, Fraction]]:
-    with _opened(path) as (container, stream):
-        # Many videos are decoded at once, so none needs several threads; and with one, how far a
-        # damaged video can be read does not depend on the machine.
+def _decode(path: Path, time: Fraction | None) -> Generator[tuple[Any, Fraction]]:
+    """Decoded frames, each with its beginning, from the key frame before `time` or from the first.
+
+    The file's index decides which key frame that is, and may be wrong.
+    """
+    with _open_video(path) as (container, stream):
+        # Many videos are decoded at once, so one thread each is enough. It also makes how far a
+        # damaged video can be read independent of the machine.
         stream.codec_context.thread_count = 1
         origin, tick = stream.start_time or 0, stream.time_base
-        if moment is not None:
-            container.seek(origin + math.floor(moment / tick), stream=stream)
+        if time is not None:
+            container.seek(origin + math.floor(time / tick), stream=stream)
         for frame in _frames(container, stream):
-            stamp = frame.dts if frame.pts is None else frame.pts
-            if stamp is None:
-                raise Unusable(f"{path.name}: has frames without a time")
+            timestamp = frame.dts if frame.pts is None else frame.pts
+            if timestamp is None:
+                raise Unusable(f"{path.name}: has frames without a timestamp")
             if frame.is_corrupt:
                 return
-            yield frame, (stamp - origin) * tick
+            yield frame, (timestamp - origin) * tick
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames up to the end, or to the first packet of which a part is missing."""
+    """Frames up to the end of the file, or up to the first incomplete packet."""
     for packet in container.demux(stream):
         if packet.is_corrupt:
             yield from stream.decode(None)
@@ -212,52 +230,56 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         yield from packet.decode()
 
 
-def _last_moment(container: Any, stream: Any) -> Fraction:
-    """When the last whole packet ends, in seconds from the first frame; 0 without packets."""
+def _end_of_packets(container: Any, stream: Any) -> Fraction:
+    """End of the last complete packet, in seconds after the first frame; 0 without packets."""
     origin, rate = stream.start_time or 0, stream.average_rate or FPS
-    usual = round(1 / Fraction(rate) / stream.time_base)
+    default_duration = round(1 / Fraction(rate) / stream.time_base)
     ends = []
     for packet in container.demux(stream):
         if packet.is_corrupt:
             break
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is not None and packet.size:
-            ends.append(stamp + (packet.duration or usual))
+        timestamp = packet.dts if packet.pts is None else packet.pts
+        if timestamp is not None and packet.size:
+            ends.append(timestamp + (packet.duration or default_duration))
     return (max(ends) - origin) * stream.time_base if ends else Fraction(0)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; every way to fail is Unusable."""
+def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream. Raises Unusable for any failure to read it."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise Unusable(f"{path.name}: has no video in it")
+                raise Unusable(f"{path.name}: has no video stream")
             yield container, container.streams.video[0]
     except (av.FFmpegError, EOFError, OSError) as error:
         why = getattr(error, "strerror", None) or error
         raise Unusable(f"{path.name}: cannot be decoded ({why})") from error
 
 
-def _scaled(
+def _cover_size(
     frame: Any, size: tuple[int, int], stretch: Fraction
 ) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """Quarter turns of a frame, `size` as it lies in the file, and the size that covers it."""
+    """The scale at which a frame covers `size` (height, width).
+
+    Returns the frame's rotation in quarter turns, `size` in the orientation of the file, and the
+    (height, width) to scale to. Raises Unusable if nearly all of the scaled frame would be cropped.
+    """
     turns = round(frame.rotation / 90) % 4
     height, width = size[::-1] if turns % 2 else size
-    shown = frame.width * stretch
-    scale = max(Fraction(height, frame.height), width / shown)
-    tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
-    if tall * wide > MOST_CROPPED * height * width:
+    display_width = frame.width * stretch
+    scale = max(Fraction(height, frame.height), width / display_width)
+    tall, wide = max(height, round(frame.height * scale)), max(width, round(display_width * scale))
+    if tall * wide > MAX_AREA_RATIO * height * width:
         raise Unusable(
-            f"{frame.height}x{frame.width} pixels are too far from the shape of {height}x{width}"
+            f"the shape of {frame.height}x{frame.width} pixels is too far from {height}x{width}"
         )
     return turns, (height, width), (tall, wide)
 
 
-def _fitted(frame: Any, size: tuple[int, int], stretch: Fraction) -> UInt8[np.ndarray, "h w 3"]:
-    """A frame upright, scaled to cover `size`, and cropped to it centrally."""
-    turns, (height, width), (tall, wide) = _scaled(frame, size, stretch)
+def _resized(frame: Any, size: tuple[int, int], stretch: Fraction) -> UInt8[np.ndarray, "h w 3"]:
+    """A frame upright, scaled to cover `size` (height, width), and cropped to it at the centre."""
+    turns, (height, width), (tall, wide) = _cover_size(frame, size, stretch)
     image = frame.reformat(
         width=wide,
         height=tall,

@@ -1,4 +1,4 @@
-"""The VAE and the text encoder of a checkpoint, and whether a store was made by them."""
+"""The VAE and text encoder of a checkpoint, and the check that a store was encoded by them."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Float, UInt8
 
 __all__ = [
-    "check_made_by",
+    "check_encoded_by",
     "checkpoint_encoders",
     "encode_video",
     "fingerprint",
@@ -30,39 +30,43 @@ __all__ = [
 
 
 def checkpoint_encoders(folder: str | os.PathLike, spec: EncodeSpec, *, dtype: Any) -> Encoders:
-    """The encoders of a checkpoint directory; nothing is loaded before it is needed.
+    """The encoders of a checkpoint directory; weights are loaded on first use.
 
-    `dtype` is what they compute in. Raises UserError if the directory lacks one of them, or its VAE
-    does not fit `spec`.
+    `dtype` is the compute dtype. Raises UserError if the directory lacks one of them, or if its VAE
+    does not match `spec`.
     """
-    prints = {name: fingerprint(folder, name) for name in ("vae", "umt5")}
+    # 1. Identify the models.
+    fingerprints = {name: fingerprint(folder, name) for name in ("vae", "umt5")}
     model = Tokenizer(Path(folder) / TOKENIZER).model
-    identity = prints | {
+    identity = fingerprints | {
         "tokenizer": hashlib.sha256(model).hexdigest()[:16],
         "computed_in": np.dtype(dtype).name,
     }
+    # 2. Check the settings against the VAE.
     vae = build(VAEConfig, read_manifest(folder)["components"]["vae"], path=f"{folder}: vae")
     if vae.temporal_stride != spec.join.temporal_stride:
         raise UserError(
-            f"the VAE makes {vae.temporal_stride} frames one latent, the clips are planned for "
-            f"{spec.join.temporal_stride}"
+            f"{folder}: temporal_stride of the VAE must be {spec.join.temporal_stride}, as in the "
+            f"joining rules, got {vae.temporal_stride}"
         )
-    edge = 2 * vae.spatial_stride  # the DiT takes 2x2 latents for a token
-    if any(side <= 0 or side % edge for side in spec.size):
+    multiple = 2 * vae.spatial_stride  # the DiT's patches are 2x2 latents
+    if any(side <= 0 or side % multiple for side in spec.size):
         height, width = spec.size
+        below = [max(multiple, side // multiple * multiple) for side in spec.size]
         raise UserError(
-            f"size {height}x{width} (height x width) is not divisible by {edge}; nearest below: "
-            f"{max(edge, height // edge * edge)}x{max(edge, width // edge * edge)}"
+            f"size must be divisible by {multiple}, got {height}x{width} (height x width); "
+            f"nearest below: {below[0]}x{below[1]}"
         )
 
-    def video() -> Callable[[np.ndarray], np.ndarray]:
+    # 3. Defer loading.
+    def load_vae() -> Callable[[np.ndarray], np.ndarray]:
         model = load_model(folder, "vae", dtype=dtype)
         return lambda frames: encode_video(model, frames, chunk_frames=spec.join.chunk_frames)
 
     area = spec.size[0] * spec.size[1] // vae.spatial_stride**2
     return Encoders(
-        text=lambda: text_encoder(folder, length=spec.text_len, dtype=dtype),
-        video=video,
+        load_text_encoder=lambda: text_encoder(folder, length=spec.text_len, dtype=dtype),
+        load_vae=load_vae,
         latent_bytes=4 * area * vae.z_dim,
         identity=identity,
     )
@@ -71,15 +75,15 @@ def checkpoint_encoders(folder: str | os.PathLike, spec: EncodeSpec, *, dtype: A
 def text_encoder(
     folder: str | os.PathLike, *, length: int, dtype: Any
 ) -> Callable[[str], Float[np.ndarray, "t e"]]:
-    """A function from a prompt to the features of its tokens, `length` rows at most.
+    """Returns a function from a prompt to its text features, one row per token.
 
-    It warns of a prompt that is too long.
+    Prompts of more than `length` tokens are truncated, with a warning.
     """
     umt5, tokenizer = load_model(folder, "umt5", dtype=dtype), Tokenizer(Path(folder) / TOKENIZER)
 
     def encode(prompt: str) -> np.ndarray:
-        for cut_off in tokenizer.truncations([prompt], length):
-            logging.warning("%s", cut_off)
+        for warning in tokenizer.truncations([prompt], length):
+            logging.warning("%s", warning)
         _, mask = tokenizer.encode([prompt], length)
         return np.asarray(encode_prompts(umt5, tokenizer, [prompt], length=length)[0, : mask.sum()])
 
@@ -87,47 +91,49 @@ def text_encoder(
 
 
 def encode_video(vae: VAE, video: UInt8[np.ndarray, "r h w 3"], *, chunk_frames: int) -> np.ndarray:
-    """Latents float32 [f, h, w, c] of a clip of 1 + 4 (f - 1) frames, `chunk_frames` latents at a
-    time.
+    """Encodes a clip of r = 1 + 4 (f - 1) frames to latents float32 [f, h, w, c].
 
-    Working memory is constant in the clip's length, and so is the number of compilations.
+    `chunk_frames` latents are encoded at a time, so neither the working memory nor the number of
+    compilations depends on the clip's length.
     """
     temporal_stride = vae.cfg.temporal_stride
     first = 1 + temporal_stride * (chunk_frames - 1)
-    z, tails = _begin(vae, video[None, :first])
-    found = [np.asarray(z[0])]
+    z, tails = _encode_first(vae, video[None, :first])
+    chunks = [np.asarray(z[0])]
     for at in range(first, len(video), temporal_stride * chunk_frames):
-        z, tails = _go_on(vae, video[None, at : at + temporal_stride * chunk_frames], tails)
-        found.append(np.asarray(z[0]))
-    return np.concatenate(found)
+        z, tails = _encode_next(vae, video[None, at : at + temporal_stride * chunk_frames], tails)
+        chunks.append(np.asarray(z[0]))
+    return np.concatenate(chunks)
 
 
 @jax.jit
-def _begin(vae: VAE, frames: UInt8[Array, "1 f h w 3"]):
+def _encode_first(vae: VAE, frames: UInt8[Array, "1 f h w 3"]):
     return encode_chunk(vae, normalize_frames(frames))
 
 
 @jax.jit
-def _go_on(vae: VAE, frames: UInt8[Array, "1 f h w 3"], tails):
+def _encode_next(vae: VAE, frames: UInt8[Array, "1 f h w 3"], tails):
     return encode_chunk(vae, normalize_frames(frames), tails)
 
 
 def fingerprint(checkpoint: str | os.PathLike, component: str) -> str:
-    """Of a component's settings and parameters; equal only if both are. UserError if absent."""
+    """Hash of a component's settings and parameters, 16 hexadecimal digits.
+
+    Raises UserError if the checkpoint does not have the component.
+    """
     manifest = read_manifest(checkpoint)
     if component not in manifest["components"]:
         raise UserError(f"{checkpoint}: has no component {component!r}")
-    held = [manifest[part][component] for part in ("components", "arrays")]
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
+    content = [manifest[section][component] for section in ("components", "arrays")]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_made_by(clips: EncodedClips, checkpoint: str | os.PathLike) -> None:
-    """UserError if the VAE or the text encoder of a checkpoint are not those that made a store."""
+def check_encoded_by(clips: EncodedClips, checkpoint: str | os.PathLike) -> None:
+    """Raises UserError if a store was encoded by models other than those of a checkpoint."""
     for name in ("vae", "umt5"):
-        theirs, ours = clips.manifest.identity[name], fingerprint(checkpoint, name)
-        if theirs != ours:
+        stored, own = clips.manifest.identity[name], fingerprint(checkpoint, name)
+        if stored != own:
             raise UserError(
-                f"{clips.folder}: was encoded by another {name} ({theirs}) than that of "
-                f"{checkpoint} ({ours}); encode the dataset with this checkpoint, into "
-                "another folder"
+                f"{clips.folder}: was encoded by another {name} ({stored}) than that of "
+                f"{checkpoint} ({own}); encode the dataset with this checkpoint into another folder"
             )

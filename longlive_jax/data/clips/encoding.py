@@ -1,10 +1,10 @@
-"""A dataset to latents and text features on disk, so that training decodes and encodes nothing.
+"""Encodes a dataset to latents and text features on disk, so that training need do neither.
 
-Encoding may stop at any moment, by a kill or a full disk, and goes on with what is missing: a
-finished clip lies in `parts/` until its shard is whole, and a shard appears under its name when it
-is written. Each file is written under another name first. A shard that has been lost or cut short
-since is made anew. Prompts come first, all distinct ones of
-the dataset, so that the text encoder has left the memory when the VAE arrives.
+Encoding may be interrupted at any moment, by a kill or a full disk, and then resumes with what is
+missing: every finished clip is a file in `parts/` until its shard is complete, every file is
+written under a temporary name first, and a shard is renamed once it is written. A shard that was
+lost or truncated since is encoded again. All distinct prompts of the dataset come first, so that
+the text encoder has left the memory when the VAE is loaded.
 """
 
 import concurrent.futures
@@ -20,36 +20,51 @@ from typing import Literal
 import numpy as np
 
 from longlive_jax.data.clips.clip_plan import JoinSpec
-from longlive_jax.data.clips.dataset import Sample, Unusable
-from longlive_jax.data.clips.jobs import Job, Progress, Work, plan_jobs, plan_texts
+from longlive_jax.data.clips.dataset import Unusable, VideoSample
+from longlive_jax.data.clips.encoding_plan import (
+    ClipJob,
+    EncodingPlan,
+    ProgressCallback,
+    plan_encoding,
+    plan_prompts,
+)
 from longlive_jax.data.clips.latents import clip_latents
 from longlive_jax.data.clips.records import dtype_of, pack, unpack
 from longlive_jax.data.clips.source import read_clip
-from longlive_jax.data.clips.store import MANIFEST, Manifest, Shard, holds, write_file, write_shard
-from longlive_jax.io.paths import check_writable
-from longlive_jax.spec import UserError
+from longlive_jax.data.clips.store import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    is_complete,
+    write_file,
+    write_shard,
+)
+from longlive_jax.io.video import check_writable
+from longlive_jax.spec import UserError, check_minimums
 
 __all__ = ["EncodeSpec", "Encoders", "encode_dataset"]
 
-TEXTS = 256
-"""Prompts of a file."""
+PROMPTS_PER_SHARD = 256
+"""Prompts per file."""
 
-Read = Callable[[int, int | None], np.ndarray]
-"""`read(first, last)`: those frames of a clip, uint8 [n, h, w, 3]; None: to the end."""
+ReadFrames = Callable[[int, int | None], np.ndarray]
+"""`read(first, last)`: those raw frames of a clip, uint8 [n, h, w, 3]; None for all the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeSpec:
     """What is encoded, and how it is stored.
 
+    The field names are stored in manifests (`store.Manifest.identity`).
+
     Attributes:
-      join: how shots become clips.
-      size: height and width in pixels.
-      windows: clips of a sample, one after the other; 0 is as many as it fills.
-      text_len: rows of text features of a prompt.
-      dtype: of the latents at rest.
-      text_dtype: of the text features at rest.
-      shard: clips of a file.
+      join: joining rules for shots.
+      size: (height, width) in pixels.
+      windows: clips per sample, one after the other; 0 for as many as fit.
+      text_len: rows of text features per prompt.
+      dtype: storage dtype of the latents.
+      text_dtype: storage dtype of the text features.
+      shard: clips per file.
     """
 
     join: JoinSpec
@@ -61,93 +76,102 @@ class EncodeSpec:
     shard: int = 64
 
     def __post_init__(self) -> None:
-        least = {"windows": 0, "text_len": 1, "shard": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
+        check_minimums(self, windows=0, text_len=1, shard=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The models, loaded when they are needed, and what tells them apart.
+    """The models, loaded when they are needed, and what identifies them.
 
     Attributes:
-      text: () -> (prompt -> features [t, e] without padding).
-      video: () -> (what `frames` gave -> latents [f, h, w, c]).
-      frames: which frames of a clip are decoded, and how they lie: uint8 [r, h, w, 3].
-      latent_bytes: of one latent frame at float32, for the check of free disk space.
-      identity: fingerprints.
+      load_text_encoder: loads the function prompt -> features [t, e] without padding.
+      load_vae: loads the function `read_video(...)` -> latents [f, h, w, c].
+      latent_bytes: bytes of one latent frame in float32, for the check of free disk space.
+      identity: fingerprints of the models.
+      read_video: reads the frames that the VAE takes, uint8 [r, h, w, 3]; by default all of
+        the clip.
     """
 
-    text: Callable[[], Callable[[str], np.ndarray]]
-    video: Callable[[], Callable[[np.ndarray], np.ndarray]]
+    load_text_encoder: Callable[[], Callable[[str], np.ndarray]]
+    load_vae: Callable[[], Callable[[np.ndarray], np.ndarray]]
     latent_bytes: int
     identity: Mapping[str, str]
-    frames: Callable[[Read], np.ndarray] = lambda read: read(0, None)
+    read_video: Callable[[ReadFrames], np.ndarray] = lambda read: read(0, None)
 
 
 def encode_dataset(
-    samples: Sequence[Sample],
+    samples: Sequence[VideoSample],
     out: Path,
     *,
     spec: EncodeSpec,
     encoders: Encoders,
     texts_only: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: ProgressCallback = lambda *_: None,
 ) -> Manifest:
-    """Encodes what `out` does not hold yet and returns what it then holds.
+    """Encodes what `out` does not have yet, and returns its manifest.
 
-    With `texts_only` that is every prompt that a clip could have, wherever it begins, and no clip.
-    Raises UserError if there is nothing to encode, if `out` holds something else or the encoding of
-    something else, or if the disk is too small; OSError if writing fails all the same.
+    With `texts_only`, encodes no clips, but every prompt that a clip could have, wherever it
+    begins. Raises UserError if there is nothing to encode, if `out` has other files or was encoded
+    with other settings, or if the disk is too small; OSError if writing fails.
     """
+    # 1. Plan the contents, and find what is missing.
     if texts_only:
-        work = plan_texts(samples, spec.join)
+        plan = plan_prompts(samples, spec.join)
     else:
-        work = plan_jobs(samples, spec.join, spec.windows, progress)
-    manifest = _begin(out, work, spec, encoders)
-    texts = _lost(out, manifest.texts, len(work.prompts), TEXTS)
-    clips = _lost(out, manifest.clips, len(work.jobs), spec.shard)
+        plan = plan_encoding(samples, spec.join, spec.windows, progress)
+    manifest = _open_manifest(out, plan, spec, encoders)
+    texts = _missing_shards(out, manifest.texts, len(plan.prompts), PROMPTS_PER_SHARD)
+    clips = _missing_shards(out, manifest.clips, len(plan.jobs), spec.shard)
     if manifest.complete and not texts and not clips:
         return manifest
     _check_space(out, clips, spec, encoders)
+    # 2. Encode prompts, then clips.
     manifest = dataclasses.replace(manifest, complete=False)
     manifest.write(out)
-    manifest = _encode_texts(manifest, out, texts, work.prompts, spec, encoders, progress)
-    if work.jobs:
-        manifest = _encode_clips(manifest, out, clips, work, spec, encoders, progress)
+    manifest = _encode_texts(manifest, out, texts, plan.prompts, spec, encoders, progress)
+    if plan.jobs:
+        manifest = _encode_clips(manifest, out, clips, plan, spec, encoders, progress)
+    # 3. Mark the store as complete.
     manifest = dataclasses.replace(manifest, complete=True)
     manifest.write(out)
     shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
 
 
-def _lost(out: Path, shards: Sequence[Shard], records: int, size: int) -> dict[int, range]:
-    """What is to be made of so many records, `size` of them a shard: by number, those of shards
-    that are not on disk whole, whatever the manifest says."""
+def _missing_shards(
+    out: Path, shards: Sequence[Shard], records: int, size: int
+) -> dict[int, range]:
+    """The records of each incomplete shard, by the shard's number.
+
+    `records` records are stored `size` per shard. A shard counts only if its file is complete,
+    whatever the manifest says.
+    """
     numbered = enumerate(range(i, min(i + size, records)) for i in range(0, records, size))
-    return {n: here for n, here in numbered if not (n < len(shards) and holds(out, shards[n]))}
+    return {n: r for n, r in numbered if not (n < len(shards) and is_complete(out, shards[n]))}
 
 
-def _put(shards: tuple[Shard, ...], number: int, shard: Shard) -> tuple[Shard, ...]:
+def _with_shard(shards: tuple[Shard, ...], number: int, shard: Shard) -> tuple[Shard, ...]:
+    """`shards` with the given one at index `number`."""
     return (*shards[:number], shard, *shards[number + 1 :])
 
 
-def _begin(out: Path, work: Work, spec: EncodeSpec, encoders: Encoders) -> Manifest:
-    """The manifest in `out` if it is of this work, or a new one in an empty folder."""
+def _open_manifest(out: Path, plan: EncodingPlan, spec: EncodeSpec, encoders: Encoders) -> Manifest:
+    """The manifest in `out` if it belongs to this plan, or a new one if the folder is empty."""
+    # 1. Resume.
     identity = json.loads(json.dumps(dataclasses.asdict(spec) | dict(encoders.identity)))
-    identity |= {"clips": len(work.jobs), "dataset": work.digest}
+    identity |= {"clips": len(plan.jobs), "dataset": plan.digest}
     if (out / MANIFEST).is_file():
-        held = Manifest.read(out)
-        differs = [k for k in identity if held.identity.get(k) != identity[k]]
+        manifest = Manifest.read(out)
+        differs = [k for k in identity if manifest.identity.get(k) != identity[k]]
         if differs:
             raise UserError(
-                f"{out}: holds clips that were encoded otherwise ({', '.join(differs)}); choose "
-                "another --out, or remove it"
+                f"{out}: was encoded with other settings ({', '.join(differs)}); choose another "
+                "--out, or remove it"
             )
-        for torn in [*out.glob(".*.writing-*"), *(out / "parts").glob(".*.writing-*")]:
-            torn.unlink(missing_ok=True)
-        return held
+        for partial in [*out.glob(".*.writing-*"), *(out / "parts").glob(".*.writing-*")]:
+            partial.unlink(missing_ok=True)
+        return manifest
+    # 2. Begin.
     check_writable(out)
     if any(out.iterdir()):
         raise UserError(f"{out}: holds other files; choose an empty or new folder")
@@ -155,78 +179,85 @@ def _begin(out: Path, work: Work, spec: EncodeSpec, encoders: Encoders) -> Manif
     return Manifest(
         identity=identity,
         versions={name: importlib.metadata.version(name) for name in libraries},
-        unplanned=work.lacking,
-        texts_per_clip=work.texts_per_clip,
+        unplanned=plan.skipped,
+        texts_per_clip=plan.texts_per_clip,
     )
 
 
 def _encode_texts(
     manifest: Manifest,
     out: Path,
-    lost: Mapping[int, range],
+    missing: Mapping[int, range],
     prompts: Sequence[str],
     spec: EncodeSpec,
     encoders: Encoders,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> Manifest:
-    if not lost:
+    """Encodes the prompts of the missing shards."""
+    if not missing:
         return manifest
-    encode, dtype = encoders.text(), dtype_of(spec.text_dtype)
-    for number, here in lost.items():
+    encode, dtype = encoders.load_text_encoder(), dtype_of(spec.text_dtype)
+    for number, indices in missing.items():
 
-        def records(here: range = here) -> Iterator[bytes]:
-            for i in here:
+        def records(indices: range = indices) -> Iterator[bytes]:
+            for i in indices:
                 features = encode(prompts[i]).astype(dtype)
                 yield pack({"features": features}, {"prompt": prompts[i]})
                 progress("texts", i + 1, len(prompts))
 
         file = f"texts-{number:05d}.array_record"
         shard = Shard(file, write_shard(out / file, records()))
-        manifest = dataclasses.replace(manifest, texts=_put(manifest.texts, number, shard))
+        manifest = dataclasses.replace(manifest, texts=_with_shard(manifest.texts, number, shard))
         manifest.write(out)
     return manifest
 
 
 def _check_space(
-    out: Path, lost: Mapping[int, range], spec: EncodeSpec, encoders: Encoders
+    out: Path, missing: Mapping[int, range], spec: EncodeSpec, encoders: Encoders
 ) -> None:
-    """UserError if what is left to do does not fit on the disk."""
-    left = sum(map(len, lost.values()))
-    one = encoders.latent_bytes * spec.join.latents * dtype_of(spec.dtype).itemsize // 4
-    need = one * (left + min(left, spec.shard))  # a shard and its parts exist side by side
+    """Raises UserError if the missing clips do not fit on the disk."""
+    clips = sum(map(len, missing.values()))
+    clip_bytes = encoders.latent_bytes * spec.join.latents * dtype_of(spec.dtype).itemsize // 4
+    need = clip_bytes * (clips + min(clips, spec.shard))  # one shard exists twice, as parts too
     need -= sum(part.stat().st_size for part in (out / "parts").glob("*"))
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(
-            f"{out}: {left} clips of {one / 2**20:.1f} MiB need {need / 2**30:.1f} GiB, the disk "
-            f"has {free / 2**30:.1f} GiB left; free some, or choose another --out or fewer clips"
+            f"{out}: {clips} clips of {clip_bytes / 2**20:.1f} MiB need {need / 2**30:.1f} GiB, "
+            f"but the disk has {free / 2**30:.1f} GiB left; free some space, or choose another "
+            "--out or fewer clips"
         )
 
 
 def _encode_clips(
     manifest: Manifest,
     out: Path,
-    lost: Mapping[int, range],
-    work: Work,
+    missing: Mapping[int, range],
+    plan: EncodingPlan,
     spec: EncodeSpec,
     encoders: Encoders,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> Manifest:
-    rows = {prompt: i for i, prompt in enumerate(work.prompts)}
-    jobs = work.jobs
+    """Encodes the clips of the missing shards. Raises UserError if none can be decoded."""
+    # 1. Find the clips that have no part file yet.
+    prompt_rows = {prompt: i for i, prompt in enumerate(plan.prompts)}
+    jobs = plan.jobs
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
-    left = [i for here in lost.values() for i in here if not _is_whole(parts / f"{i:08d}")]
-    made, missing = _made(left, jobs, rows, spec, encoders), set(left)
-    done = len(jobs) - len(left)
+    todo = [
+        i for indices in missing.values() for i in indices if not _is_record(parts / f"{i:08d}")
+    ]
+    records, pending = _encoded_records(todo, jobs, prompt_rows, spec, encoders), set(todo)
+    done = len(jobs) - len(todo)
     progress("clips", done, len(jobs))
-    for number, here in lost.items():
-        for i in here:
-            if i in missing:
-                write_file(parts / f"{i:08d}", next(made))
+    # 2. Encode them, shard by shard.
+    for number, indices in missing.items():
+        for i in indices:
+            if i in pending:
+                write_file(parts / f"{i:08d}", next(records))
                 done += 1
                 progress("clips", done, len(jobs))
-        manifest = _close_shard(manifest, out, number, [parts / f"{i:08d}" for i in here])
+        manifest = _close_shard(manifest, out, number, [parts / f"{i:08d}" for i in indices])
     if not any(shard.records for shard in manifest.clips):
         why = "; ".join(f"{name}: {reason}" for name, reason in manifest.skipped[:3])
         raise UserError(f"none of {len(jobs)} clips can be decoded ({why})")
@@ -234,25 +265,26 @@ def _encode_clips(
 
 
 def _close_shard(manifest: Manifest, out: Path, number: int, parts: Sequence[Path]) -> Manifest:
-    """Makes a shard of its parts, notes it in the manifest, and only then drops the parts."""
-    whole, skipped = [], []
+    """Joins parts into a shard, adds it to the manifest, and only then removes the parts."""
+    clips, skipped = [], []
     for part in parts:
         _, meta = unpack(part.read_bytes())
         if meta["reason"]:
             skipped.append((meta["sample"], meta["reason"]))
         else:
-            whole.append(part)
+            clips.append(part)
     file = f"clips-{number:05d}.array_record"
-    written = write_shard(out / file, (part.read_bytes() for part in whole))
+    written = write_shard(out / file, (part.read_bytes() for part in clips))
     shard = Shard(file, written, tuple(skipped))
-    manifest = dataclasses.replace(manifest, clips=_put(manifest.clips, number, shard))
+    manifest = dataclasses.replace(manifest, clips=_with_shard(manifest.clips, number, shard))
     manifest.write(out)
     for part in parts:
         part.unlink()
     return manifest
 
 
-def _is_whole(part: Path) -> bool:
+def _is_record(part: Path) -> bool:
+    """Whether a part file exists and is undamaged."""
     try:
         unpack(part.read_bytes())
     except (FileNotFoundError, Unusable):
@@ -260,42 +292,43 @@ def _is_whole(part: Path) -> bool:
     return True
 
 
-def _made(
-    left: Sequence[int],
-    jobs: Sequence[Job],
-    rows: Mapping[str, int],
+def _encoded_records(
+    todo: Sequence[int],
+    jobs: Sequence[ClipJob],
+    prompt_rows: Mapping[str, int],
     spec: EncodeSpec,
     encoders: Encoders,
 ) -> Iterator[bytes]:
-    """The records of the jobs that are left; the next clip is decoded while one is encoded."""
+    """The records of the jobs in `todo`; decodes the next clip while one is encoded."""
 
-    def decoded(i: int) -> np.ndarray | Unusable:
+    def decode(i: int) -> np.ndarray | Unusable:
         def read(first: int, last: int | None) -> np.ndarray:
             return read_clip(jobs[i].sample, jobs[i].clip, spec.size, slice(first, last))
 
         try:
-            return encoders.frames(read)
+            return encoders.read_video(read)
         except Unusable as reason:
             return reason
 
-    if not left:
+    if not todo:
         return
-    encode, dtype = encoders.video(), dtype_of(spec.dtype)
+    encode, dtype = encoders.load_vae(), dtype_of(spec.dtype)
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(decoded, left[0])
-        for i, after in itertools.zip_longest(left, left[1:]):
-            video = coming.result()
-            if after is not None:
-                coming = reader.submit(decoded, after)
+        future = reader.submit(decode, todo[0])
+        for i, following in itertools.zip_longest(todo, todo[1:]):
+            video = future.result()
+            if following is not None:
+                future = reader.submit(decode, following)
             if isinstance(video, Unusable):
                 yield pack({}, {"sample": jobs[i].sample.name, "reason": str(video)})
             else:
-                yield _record(jobs[i], encode(video).astype(dtype), rows)
+                yield _record(jobs[i], encode(video).astype(dtype), prompt_rows)
 
 
-def _record(job: Job, latents: np.ndarray, rows: Mapping[str, int]) -> bytes:
+def _record(job: ClipJob, latents: np.ndarray, prompt_rows: Mapping[str, int]) -> bytes:
+    """A clip's record, in which `texts` are the rows of its prompts in the store."""
     captions = [shot.caption for shot in job.sample.shots]
-    clip = clip_latents(job.clip, captions, latents, lambda prompt: np.array(rows[prompt]))
+    clip = clip_latents(job.clip, captions, latents, lambda prompt: np.array(prompt_rows[prompt]))
     arrays = dict(vars(clip))
-    arrays["texts"] = arrays.pop("text").astype(np.int32)
+    arrays["texts"] = arrays.pop("text_features").astype(np.int32)
     return pack(arrays, {"sample": job.sample.name, "reason": ""})

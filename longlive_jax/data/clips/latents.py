@@ -1,4 +1,4 @@
-"""Clips as the trainer takes them: latents, flags, and text features."""
+"""Encoded clips as training samples: latents, flags, and text features."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from longlive_jax.data.clips.clip_plan import ClipPlan
 from longlive_jax.typing import Bool, Float, Int
 
-__all__ = ["ClipLatents", "clip_latents", "filled"]
+__all__ = ["ClipLatents", "clip_latents", "pad_prompts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +16,12 @@ class ClipLatents:
     """One training sample: `k` chunks of `m` latents, so `f = k m`, and `p` distinct prompts.
 
     Attributes:
-      latents: normalised, float16 or float32.
-      mask: 1 where a latent counts, 0 where it is padding.
-      cut: which chunks begin a shot, the first chunk aside.
+      latents: normalised latents, float16 or float32.
+      mask: 1 for real latents, 0 for padding.
+      cut: chunks that begin a shot, except the first chunk.
       shot: number of cuts up to each chunk.
-      prompt: every chunk's row of `text`.
-      text: features of the prompts, zero beyond their tokens.
+      prompt: each chunk's row of `text_features`.
+      text_features: features of the prompts, zero after their last token.
     """
 
     latents: Float[np.ndarray, "f h w c"]
@@ -29,28 +29,37 @@ class ClipLatents:
     cut: Bool[np.ndarray, "k"]
     shot: Int[np.ndarray, "k"]
     prompt: Int[np.ndarray, "k"]
-    text: Float[np.ndarray, "p t e"]
+    text_features: Float[np.ndarray, "p t e"]
 
-    def row(self, texts: int) -> dict[str, np.ndarray]:
-        """The arrays by name, with `text` filled up to `texts` rows so that rows can be stacked."""
-        return vars(self) | {"text": filled(self.text, texts)}
+    def row(self, num_prompts: int) -> dict[str, np.ndarray]:
+        """The arrays by name, with `text_features` padded to `num_prompts` so that rows stack."""
+        return vars(self) | {"text_features": pad_prompts(self.text_features, num_prompts)}
 
 
-def filled(text: Float[np.ndarray, "p t e"], texts: int) -> Float[np.ndarray, "n t e"]:
-    """Features with rows of zeros behind them, `texts` in all; ValueError if there are more."""
-    lacking = texts - len(text)
-    if lacking < 0:
-        raise ValueError(f"a clip has {len(text)} prompts, room is made for {texts}")
-    return np.concatenate([text, np.zeros((lacking, *text.shape[1:]), text.dtype)])
+def pad_prompts(
+    text_features: Float[np.ndarray, "p t e"], num_prompts: int
+) -> Float[np.ndarray, "n t e"]:
+    """Text features padded with zeros to `num_prompts` prompts.
+
+    Raises ValueError if there are more.
+    """
+    missing = num_prompts - len(text_features)
+    if missing < 0:
+        raise ValueError(f"prompts per clip must be <= {num_prompts}, got {len(text_features)}")
+    zeros = np.zeros((missing, *text_features.shape[1:]), text_features.dtype)
+    return np.concatenate([text_features, zeros])
 
 
 def clip_latents(
     clip: ClipPlan,
     captions: Sequence[str],
     latents: np.ndarray,
-    text: Callable[[str], np.ndarray],
+    encode_prompt: Callable[[str], np.ndarray],
 ) -> ClipLatents:
-    """A training sample from a clip's latents, its shots' captions, and prompt -> features."""
+    """Builds a training sample from a clip's plan, its shots' captions, and its latents.
+
+    `encode_prompt` maps a prompt to its text features [t, e].
+    """
     prompts = clip.prompts(captions)
     distinct = list(dict.fromkeys(prompts))
     return ClipLatents(
@@ -59,5 +68,5 @@ def clip_latents(
         cut=clip.cut,
         shot=clip.shot,
         prompt=np.array([distinct.index(p) for p in prompts], np.int32),
-        text=np.stack([text(p) for p in distinct]),
+        text_features=np.stack([encode_prompt(p) for p in distinct]),
     )

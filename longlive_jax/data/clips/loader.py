@@ -1,14 +1,14 @@
-"""Clips to batches, on grain: shuffled, shared out, resumable, with or without processes.
+"""Batches of clips from grain: shuffled, split over groups, resumable, with or without processes.
 
-What row k of step i gets is a function of the seed, i and k alone. All samples are shuffled anew
-for every epoch (the reference repeats its first order), and steps take them off that order, B at a
-time. A data-parallel group reads its own rows of the batch: groups never read the same sample in
-an epoch, and the batch they make up together does not depend on how many they are.
+Row k of step i is a function of the seed, i and k alone. All samples are shuffled again for every
+epoch (the reference repeats its first order), and each step takes the next B of them. A
+data-parallel group reads its own rows of the batch: no two groups read the same sample in an epoch,
+and the global batch does not depend on the number of groups.
 
-A sample that turns out unusable is replaced by the one that its row gets some steps later in the
-epoch (or, when a row has no usable one, by any other). That too is known from the position, so
-neither resuming nor the number of workers changes a batch. Every row says how many samples it had
-to pass over; `ClipFeed` counts and logs them.
+An unusable sample is replaced by the one that its row gets some steps later in the epoch or, if a
+row has no usable one, by any other. The replacement too depends on the position alone, so neither
+resuming nor the number of workers changes a batch. Every row states how many samples it had to
+skip; `ClipFeed` counts and logs them.
 """
 
 import collections
@@ -24,28 +24,28 @@ import numpy as np
 from absl import flags, logging
 
 from longlive_jax.data.clips.dataset import Unusable
-from longlive_jax.spec import UserError
+from longlive_jax.spec import UserError, check_minimums
 
-__all__ = ["ClipFeed", "FeedSpec", "Source", "clip_batches"]
+__all__ = ["ClipFeed", "ClipSource", "FeedSpec", "clip_batches"]
 
-TRIES = 64
-"""Samples in a row that may be unusable before a run gives up."""
+MAX_TRIES = 64
+"""Consecutive unusable samples after which a run gives up."""
 
 ENDLESS = 2**40
-"""Rows of a group: more than any run reads; grain divides them as floats, which are exact here."""
+"""Rows of a group: more than any run reads, and exact in the floats that grain divides them as."""
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """Random access to training rows of fixed shapes."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call a sample in messages."""
+        """A sample's name, for messages."""
         ...
 
     def read(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One row; all that is random in it comes from `rng`. Raises Unusable."""
+        """Reads one row, with all randomness from `rng`. Raises Unusable."""
         ...
 
 
@@ -54,13 +54,14 @@ class FeedSpec:
     """How rows become batches.
 
     Attributes:
-      batch: rows of a batch, of all data-parallel groups together.
-      rank, count: which group this is, of how many: it reads rows [rank, rank + 1) * batch / count.
-        Ranks of one sequence-parallel group are the same here.
-      seed: of the order and of everything random in a row.
-      workers: processes that make batches; 0 is threads of this process.
-      threads: of this process, or of every worker.
-      ahead: batches made before they are asked for.
+      batch: rows per batch, over all data-parallel groups.
+      rank: index of this process's group, which reads rows [rank, rank + 1) * batch / count. The
+        processes of one sequence-parallel group have the same rank.
+      count: number of data-parallel groups.
+      seed: seed of the order and of all randomness in a row.
+      workers: processes that make batches; 0 for threads of this process.
+      threads: threads of this process, or of every worker.
+      ahead: batches that are prefetched.
     """
 
     batch: int = 1
@@ -72,16 +73,13 @@ class FeedSpec:
     ahead: int = 2
 
     def __post_init__(self) -> None:
-        least = {"batch": 1, "count": 1, "seed": 0, "workers": 0, "threads": 1, "ahead": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
+        check_minimums(self, batch=1, count=1, seed=0, workers=0, threads=1, ahead=1)
         if not 0 <= self.rank < self.count:
-            raise ValueError(f"rank is {self.rank}; it must be from 0 to {self.count - 1}")
+            raise ValueError(f"rank must be from 0 to {self.count - 1}, got {self.rank}")
         if self.batch % self.count:
             raise ValueError(
-                f"a batch of {self.batch} rows does not split over {self.count} data-parallel "
-                f"groups; choose a multiple of {self.count}"
+                f"batch must be a multiple of the {self.count} data-parallel groups, "
+                f"got {self.batch}"
             )
 
     @property
@@ -92,10 +90,16 @@ class FeedSpec:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The rows of one group, one after the other, without end."""
+    """The endless sequence of one group's rows.
 
-    source: Source
-    order: Any  # MapDataset of sample indices; its epochs follow one another
+    Attributes:
+      source: where rows are read from.
+      order: a grain MapDataset of sample indices; one epoch follows another.
+      spec: the batches.
+    """
+
+    source: ClipSource
+    order: Any
     spec: FeedSpec
 
     def __len__(self) -> int:
@@ -105,78 +109,78 @@ class _Rows:
         step, row = divmod(int(i), self.spec.rows)
         position = step * self.spec.batch + self.spec.rank * self.spec.rows + row
         epoch, reasons = position // len(self.order), list[str]()
-        for at in itertools.islice(self._candidates(position), TRIES):
+        for at in itertools.islice(self._candidates(position), MAX_TRIES):
             index = int(self.order[at])
             rng = np.random.default_rng((self.spec.seed, epoch, index, len(reasons)))
             try:
-                found = self.source.read(index, rng)
+                columns = self.source.read(index, rng)
             except Unusable as reason:
                 reasons.append(f"{self.source.name(index)}: {reason}")
                 continue
-            skipped, told = np.array(len(reasons), np.int32), np.array("\n".join(reasons))
-            return found | {"skipped": skipped, "reasons": told}
+            skipped = np.array(len(reasons), np.int32)
+            return columns | {"skipped": skipped, "reasons": np.array("\n".join(reasons))}
         raise UserError(
-            f"{len(reasons)} samples tried one after the other cannot be used "
-            f"({'; '.join(reasons[:3])}); look at the dataset with `longlive data check`"
+            f"{len(reasons)} consecutive samples cannot be used ({'; '.join(reasons[:3])}); check "
+            "the dataset with `longlive data check`"
         )
 
     def _candidates(self, position: int) -> Iterator[int]:
-        """The position, then those of its epoch in the same row of a batch, then all others."""
+        """`position`, then those of its epoch in the same row of a batch, then all others."""
         samples, batch = len(self.order), self.spec.batch
         start = position // samples * samples
-        same = range(start + (position - start) % batch, start + samples, batch)
-        here = same.index(position)
-        yield from same[here:]
-        yield from same[:here]
+        same_row = range(start + (position - start) % batch, start + samples, batch)
+        here = same_row.index(position)
+        yield from same_row[here:]
+        yield from same_row[:here]
         for i in range(1, samples):
             other = start + (position - start + i) % samples
             if (other - position) % batch:
                 yield other
 
 
-def clip_batches(source: Source, spec: FeedSpec) -> grain.MapDataset:
-    """This group's rows of step i of the run as `[i]`, without end.
+def clip_batches(source: ClipSource, spec: FeedSpec) -> grain.MapDataset:
+    """An endless dataset whose item `[i]` has this group's rows of step i.
 
-    The source's columns, stacked, and two more: `skipped` [b] counts the samples that were passed
-    over for each row, `reasons` [b] has a line for each of them. Raises UserError if the source is
-    empty.
+    These are the source's columns, stacked, and two more: `skipped` [b], the number of samples
+    skipped for each row, and `reasons` [b], one line for each of them. Raises UserError if the
+    source is empty.
     """
     if not len(source):
         raise UserError("the dataset has no sample that can be used")
-    # grain counts epochs up from the seed, so that neighbouring seeds would share their orders.
+    # grain adds the epoch to the seed, so that neighbouring seeds would have orders in common.
     mixed = int(np.random.SeedSequence(spec.seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(source)).seed(mixed).shuffle()
     return grain.MapDataset.source(_Rows(source, order, spec)).batch(spec.rows)
 
 
-def _leave_ctrl_c(_worker: int, _count: int) -> None:
-    """A terminal sends Ctrl-C to workers as well; the first process decides and ends them."""
+def _ignore_ctrl_c(_worker: int, _count: int) -> None:
+    """Leaves Ctrl-C, which a terminal also sends to workers, to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ClipFeed:
-    """Batches from step `start` on, as an endless iterator; a context manager.
+    """An endless iterator over batches from step `start` on; a context manager.
 
         with ClipFeed(source, spec, start=step) as feed:
             for batch in feed: ...
 
     Attributes:
-      skipped: how often samples were passed over so far, by reason.
+      skipped: number of times that samples were skipped so far, by reason.
     """
 
-    def __init__(self, source: Source, spec: FeedSpec, *, start: int = 0):
+    def __init__(self, source: ClipSource, spec: FeedSpec, *, start: int = 0):
         self.skipped: collections.Counter[str] = collections.Counter()
         options = grain.ReadOptions(num_threads=spec.threads, prefetch_buffer_size=spec.ahead)
-        # Slicing, rather than a saved iterator, resumes with any number of workers.
+        # Slicing, unlike a stored iterator state, resumes with any number of workers.
         batches = clip_batches(source, spec)[start:].to_iter_dataset(options)
         if spec.workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain's workers ask for flags that nobody gave
+                flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=spec.workers, per_worker_buffer_size=spec.ahead
                 ),
-                worker_init_fn=_leave_ctrl_c,
+                worker_init_fn=_ignore_ctrl_c,
             )
         self._batches: Iterator[dict[str, np.ndarray]] = iter(batches)
 
@@ -184,7 +188,7 @@ class ClipFeed:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        # Workers hand over shared memory, which is gone when they are.
+        # Copied, because the workers' shared memory ends with them.
         batch = {name: np.array(column) for name, column in next(self._batches).items()}
         for reason in "\n".join(batch.pop("reasons").tolist()).split("\n"):
             if reason and reason not in self.skipped:
@@ -205,10 +209,9 @@ class ClipFeed:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; there are no batches after it.
+        """Ends the workers; the iterator is empty afterwards.
 
-        Without it, or with the iterator still alive, grain complains at length at the end of the
-        program.
+        Without this call, or while the iterator is alive, grain logs long errors at exit.
         """
         batches, self._batches = self._batches, iter(())
         close = getattr(batches, "close", None)

@@ -1,4 +1,4 @@
-"""Clips decoded while a model trains, with the text features of a store."""
+"""Clips that are decoded while a model trains, with the text features of a store."""
 
 import bisect
 import dataclasses
@@ -7,20 +7,21 @@ import functools
 import numpy as np
 
 from longlive_jax.data.clips.dataset import Unusable
-from longlive_jax.data.clips.latents import filled
+from longlive_jax.data.clips.latents import pad_prompts
 from longlive_jax.data.clips.source import VideoClips
 from longlive_jax.data.clips.store import EncodedClips
 
-__all__ = ["LiveClips"]
+__all__ = ["OnlineClips"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LiveClips:
-    """`VideoClips` whose prompts come as features; a `feed.Source`.
+class OnlineClips:
+    """`VideoClips` whose prompts are replaced by text features; a `loader.ClipSource`.
 
     Attributes:
-      videos: what is decoded.
-      store: with the features of every prompt (`longlive data encode`, with clips or without).
+      videos: the clips to decode.
+      store: a store with the features of every prompt (`longlive data encode`, with clips or
+        with --texts_only).
     """
 
     videos: VideoClips
@@ -35,27 +36,32 @@ class LiveClips:
         return self.videos.name(index)
 
     @functools.cached_property
-    def texts(self) -> int:
-        """Most distinct prompts that a clip can have: every shot's, after a cut and without one."""
+    def texts_per_clip(self) -> int:
+        """Largest number of distinct prompts in one clip: every shot's, with and without a cut."""
         most = max((len(sample.shots) for sample in self.videos.samples), default=1)
         return min(self.videos.join.chunks, 2 * most)
 
     def read(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The row of `VideoClips.read` with `prompt` [k] and `text` [texts, t, e] for `prompts`.
+        """Reads one row: that of `VideoClips.read`, with two columns in place of `prompts`.
 
-        Raises Unusable, also for a prompt that the store does not have.
+        These are `prompt` int32 [k], each chunk's row of `text_features`, and `text_features`
+        [texts_per_clip, t, e]. Raises Unusable, also if the store does not have a prompt.
         """
         row = self.videos.read(index, rng)
         prompts = row.pop("prompts").tolist()
         distinct = list(dict.fromkeys(prompts))
-        text = np.stack([self.store.text(self._row(prompt)) for prompt in distinct])
-        prompt = np.array([distinct.index(one) for one in prompts], np.int32)
-        return row | {"prompt": prompt, "text": filled(text, self.texts)}
+        features = np.stack([self.store.text_features(self._row(text)) for text in distinct])
+        prompt = np.array([distinct.index(text) for text in prompts], np.int32)
+        return row | {
+            "prompt": prompt,
+            "text_features": pad_prompts(features, self.texts_per_clip),
+        }
 
     def _row(self, prompt: str) -> int:
+        """A prompt's row in the store, by binary search."""
         if prompt not in self._rows:
-            row = bisect.bisect_left(range(self.store.texts), prompt, key=self.store.prompt)
-            if row == self.store.texts or self.store.prompt(row) != prompt:
+            row = bisect.bisect_left(range(self.store.num_prompts), prompt, key=self.store.prompt)
+            if row == self.store.num_prompts or self.store.prompt(row) != prompt:
                 raise Unusable(
                     f"{prompt[:60]!r} is not among the prompts of {self.store.folder}; encode them "
                     "with `longlive data encode --texts_only`"

@@ -1,8 +1,8 @@
-"""Named arrays in one string of bytes: a JSON header, then the arrays as they lie in memory.
+"""Serialises named arrays to bytes: a JSON header, then the raw arrays.
 
 8 bytes   length of the header, little-endian
-header    {"arrays": {name: [dtype, shape]}, "meta": {...}, "crc32": of the rest}
-rest      the arrays in the header's order, C order, without gaps
+header    {"arrays": {name: [dtype, shape]}, "meta": {...}, "crc32": checksum of the data}
+data      the arrays in the header's order, C-contiguous, without padding
 """
 
 import json
@@ -20,12 +20,12 @@ __all__ = ["dtype_of", "pack", "unpack"]
 
 
 def dtype_of(name: str) -> np.dtype:
-    """A NumPy type by its name, "bfloat16" included."""
+    """The NumPy dtype of this name, including "bfloat16"."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
-    """The bytes of arrays and of anything that JSON can hold beside them."""
+    """Serialises arrays, and metadata of any type that JSON supports."""
     bodies = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes() for x in arrays.values()]
     body = b"".join(bodies)
     header = {
@@ -38,7 +38,7 @@ def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and what was beside them. Raises Unusable if a bit is not as it was written."""
+    """Returns the arrays and the metadata of a record. Raises Unusable if any bit has changed."""
     try:
         length = int.from_bytes(record[:8], "little")
         header = json.loads(record[8 : 8 + length])

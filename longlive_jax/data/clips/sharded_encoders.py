@@ -1,8 +1,10 @@
-"""The encoders of `longlive data encode` with each clip shared out over the devices of a mesh."""
+"""Encoders for `longlive data encode --mesh`, which shard each clip over the devices of a mesh."""
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,20 +13,20 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.data.clips.encoding import Encoders, EncodeSpec, Read
+from longlive_jax.data.clips.encoding import Encoders, EncodeSpec, ReadFrames
 from longlive_jax.io.checkpoint import read_manifest
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import params_of
 from longlive_jax.models.vae import VAEConfig
-from longlive_jax.models.vae.sharded import Method, encode_parts, sharing
+from longlive_jax.models.vae.sharded import Method, VAEShardPlan, encode_parts, sharing
 from longlive_jax.parallel.mesh import BATCH, SP
 from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Params
 
-__all__ = ["over_mesh"]
+__all__ = ["shard_encoders"]
 
 
-def over_mesh(
+def shard_encoders(
     encoders: Encoders,
     folder: str | os.PathLike,
     spec: EncodeSpec,
@@ -33,37 +35,51 @@ def over_mesh(
     dtype: Any,
     method: Method | None = None,
 ) -> Encoders:
-    """The same encoders, every clip's frames over the sp axis of `mesh`, whose other axes are 1.
+    """The same encoders with each clip sharded by frames over the sp axis of `mesh`.
 
-    Of a video file every device's part is decoded apart and by a thread of its own; with "tails"
-    no frame twice. Latents are those of one device, to rounding. Working memory does not grow with
-    the clip. Raises UserError for clips that do not split.
+    Latents equal those of one device up to rounding, and working memory does not depend on the
+    clip's length. One thread per device decodes the frames that the device needs; with "tails", no
+    frame is decoded twice. Raises UserError if the latents do not divide over the devices.
+
+    Args:
+      encoders: the encoders for one device.
+      folder: checkpoint directory of the VAE.
+      spec: what is encoded.
+      mesh: the devices; its axes other than sp must be 1.
+      dtype: compute dtype of the VAE.
+      method: "halo" (each device also encodes the frames that its first latents depend on), "tails"
+        (devices exchange the causal padding of every layer), or None for the cheaper one.
     """
-    held = read_manifest(folder)["components"]["vae"]
-    cfg = build(VAEConfig, held, path=f"{folder}: vae")
+    config = read_manifest(folder)["components"]["vae"]
+    cfg = build(VAEConfig, config, path=f"{folder}: vae")
     try:
-        way = sharing(cfg, spec.join.latents, mesh.shape[SP], method)
+        plan = sharing(cfg, spec.join.latents, mesh.shape[SP], method)
     except ValueError as error:
         raise UserError(f"--mesh: {error}") from error
-    split = NamedSharding(mesh, P(BATCH, SP))
 
-    def frames(read: Read) -> np.ndarray:
-        def part(device: int) -> np.ndarray:
-            return way.part(lambda first, last: read(first, last)[None], device)
+    def read_video(read: ReadFrames) -> np.ndarray:
+        def read_shard(device: int) -> np.ndarray:
+            return plan.part(lambda first, last: read(first, last)[None], device)
 
-        with concurrent.futures.ThreadPoolExecutor(way.parts) as pool:
-            return np.concatenate(list(pool.map(part, range(way.parts))), axis=1)[0]
+        with concurrent.futures.ThreadPoolExecutor(plan.parts) as pool:
+            return np.concatenate(list(pool.map(read_shard, range(plan.parts))), axis=1)[0]
 
-    def video():
-        vae = load_model(folder, "vae", dtype=dtype)
-        graphdef = nnx.graphdef(vae)
-        params = jax.device_put(params_of(vae), NamedSharding(mesh, P()))
+    load_vae = functools.partial(_load_sharded_vae, folder, mesh, plan, dtype)
+    return dataclasses.replace(encoders, read_video=read_video, load_vae=load_vae)
 
-        @jax.jit
-        def run(params: Params, parts: Array) -> Array:
-            first = parts[:, way.absent : way.absent + 1]
-            return encode_parts(graphdef, params, first, parts, mesh, way)
 
-        return lambda parts: np.asarray(run(params, jax.device_put(parts[None], split))[0])
+def _load_sharded_vae(
+    folder: str | os.PathLike, mesh: Mesh, plan: VAEShardPlan, dtype: Any
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from a clip's frames, those of each device side by side, to its latents."""
+    vae = load_model(folder, "vae", dtype=dtype)
+    graphdef = nnx.graphdef(vae)
+    params = jax.device_put(params_of(vae), NamedSharding(mesh, P()))
+    sharding = NamedSharding(mesh, P(BATCH, SP))
 
-    return dataclasses.replace(encoders, frames=frames, video=video)
+    @jax.jit
+    def run(params: Params, frames: Array) -> Array:
+        first = frames[:, plan.absent : plan.absent + 1]
+        return encode_parts(graphdef, params, first, frames, mesh, plan)
+
+    return lambda frames: np.asarray(run(params, jax.device_put(frames[None], sharding))[0])

@@ -1,55 +1,59 @@
-"""Training clips straight from video files: a plan, decoded, with prompts and flags."""
+"""Training clips read directly from video files, with their prompts and flags."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from longlive_jax.data.clips.clip_plan import ClipPlan, JoinSpec, Part, plan
-from longlive_jax.data.clips.dataset import Sample, Unusable
-from longlive_jax.data.clips.decoding import frames_of, read_frames
+from longlive_jax.data.clips.clip_plan import ClipPlan, FrameSelection, JoinSpec, plan_clip
+from longlive_jax.data.clips.dataset import Unusable, VideoSample
+from longlive_jax.data.clips.decoding import read_frames, shot_length
 from longlive_jax.typing import UInt8
 
-__all__ = ["VideoClips", "lengths_of", "read_clip"]
+__all__ = ["VideoClips", "read_clip", "shot_lengths"]
 
 type Row = dict[str, np.ndarray]
 
 
-def lengths_of(sample: Sample) -> list[int]:
-    """Its shots' lengths in frames at 24 a second. Unusable if one of them cannot be opened."""
+def shot_lengths(sample: VideoSample) -> list[int]:
+    """Lengths of a sample's shots in frames at 24 fps. Raises Unusable if one cannot be opened."""
     if sample.problem:
         raise Unusable(sample.problem)
-    return [frames_of(shot) for shot in sample.shots]
+    return [shot_length(shot) for shot in sample.shots]
 
 
 def read_clip(
-    sample: Sample, clip: ClipPlan, size: tuple[int, int], part: Part = slice(None)
+    sample: VideoSample, clip: ClipPlan, size: tuple[int, int], part: FrameSelection = slice(None)
 ) -> UInt8[np.ndarray, "f h w 3"]:
-    """The raw frames of a clip, or only a part of them, for which only that part is decoded."""
-    places = clip.frames(part)
-    images = np.empty((len(places), *size, 3), np.uint8)
-    for shot in sorted({shot for shot, _ in places}):
-        here = [i for i, place in enumerate(places) if place[0] == shot]
-        frames = [places[i][1] for i in here]
-        images[here[0] : here[-1] + 1] = read_frames(sample.shots[shot], frames, size)
+    """Reads the raw frames of a clip at `size` (height, width).
+
+    If `part` selects some of them, only these are decoded. Raises Unusable.
+    """
+    positions = clip.frames(part)
+    images = np.empty((len(positions), *size, 3), np.uint8)
+    for shot in sorted({shot for shot, _ in positions}):
+        rows = [i for i, position in enumerate(positions) if position[0] == shot]
+        frames = [positions[i][1] for i in rows]
+        images[rows[0] : rows[-1] + 1] = read_frames(sample.shots[shot], frames, size)
     return images
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoClips:
-    """A clip of every sample; see `feed.Source`.
+    """One clip per sample, decoded on every read; a `loader.ClipSource`.
 
     Attributes:
-      samples: of the dataset, the usable ones.
-      join: how their shots become clips.
-      size: height and width in pixels.
-      part: numbers of the clip's raw frames to decode, rising: what this process's devices encode
-        (`training.encoding.VAEShardPlan.wanted`); None: all. Prompts, flags and mask are the whole
-        clip's regardless.
-      anywhere: clips begin at random places, drawn anew for every visit; else at the beginning.
+      samples: the usable samples of a dataset.
+      join: joining rules for their shots.
+      size: (height, width) in pixels.
+      part: indices of the raw frames to decode, ascending: those that this process's devices encode
+        (`models.vae.sharded.VAEShardPlan.wanted`); None for all. Prompts, flags and mask always
+        cover the full clip.
+      anywhere: whether clips begin at random positions, drawn again on every read, rather than at
+        the beginning of the sample.
     """
 
-    samples: Sequence[Sample]
+    samples: Sequence[VideoSample]
     join: JoinSpec
     size: tuple[int, int]
     part: Sequence[int] | None = None
@@ -63,16 +67,24 @@ class VideoClips:
         return self.samples[index].name
 
     def read(self, index: int, rng: np.random.Generator) -> Row:
-        """video uint8 [r, h, w, 3], mask [f], cut [k], shot [k], prompts [k] (text), dropped [].
+        """Reads one clip.
 
-        Raises Unusable. But damage that decoding a part of a clip reveals is seen by one process
-        alone, and if that took another sample, the parts of a clip would no longer belong together.
-        So then the row comes black, and `dropped` says why: the clip counts nowhere
-        (`training.live`). Samples too short or with files that do not open are refused by all
-        processes alike.
+        Raises Unusable for samples that are too short or whose files do not open, which every
+        process detects alike. Damage that only decoding reveals may be visible to one process of a
+        sequence-parallel group alone: if that process took another sample, the shards of the clip
+        would no longer match. So with `part`, such a clip has a black video and a reason in
+        `dropped`, and the training loss ignores it (`training.stages.online_encoding`).
+
+        Returns:
+          video: raw frames, uint8 [r, h, w, 3].
+          mask: 1 for real latents, 0 for padding, [f].
+          cut: chunks that begin a shot, [k].
+          shot: number of cuts up to each chunk, [k].
+          prompts: each chunk's prompt, strings [k].
+          dropped: why the video is black; empty if it is not.
         """
         sample = self.samples[index]
-        clip = plan(lengths_of(sample), self.join, rng if self.anywhere else None)
+        clip = plan_clip(shot_lengths(sample), self.join, rng if self.anywhere else None)
         dropped = ""
         try:
             video = read_clip(

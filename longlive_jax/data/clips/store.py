@@ -1,12 +1,12 @@
-"""Encoded clips on disk, read back as training samples.
+"""Stores of encoded clips: files on disk that are read back as training samples.
 
-    DIR/manifest.json                    what was encoded how, and the shards (see `Manifest`)
-    DIR/clips-00000.array_record ...     a record a clip
-    DIR/texts-00000.array_record ...     a record a distinct prompt, in sorted order
-    DIR/parts/00000012                   clips of shards that are not full yet
+    DIR/manifest.json                    settings, models, and the list of shards (see `Manifest`)
+    DIR/clips-00000.array_record ...     one record per clip
+    DIR/texts-00000.array_record ...     one record per distinct prompt, in sorted order
+    DIR/parts/00000012                   clips of shards that are not complete yet
 
-A record is what `records.pack` makes. A clip names its prompts by their place in the store, so a
-prompt that a thousand clips share is stored once, and without the zeros behind its tokens.
+The format of a record is that of `records.pack`. A clip refers to its prompts by their row in the
+store, so a prompt that many clips have in common is stored once, without padding.
 """
 
 import contextlib
@@ -28,18 +28,29 @@ from longlive_jax.data.clips.records import unpack
 from longlive_jax.spec import UserError, with_renamed
 from longlive_jax.typing import Float
 
-__all__ = ["EncodedClips", "Manifest", "Shard", "holds", "write_file", "write_shard"]
+__all__ = ["EncodedClips", "Manifest", "Shard", "is_complete", "write_file", "write_shard"]
 
 FORMAT = 1
+"""Version of the manifest's format."""
+
 MANIFEST = "manifest.json"
+
 RENAMED = {"chunk": "chunk_frames", "ratio": "temporal_stride"}
-"""Joining rules in stores of earlier versions, and their names today."""
-REMOVE = "remove that file and run the same `longlive data encode` again, it makes it anew"
+"""Fields of `JoinSpec` in the manifests of earlier versions, and their names now."""
+
+AGAIN = "run the same `longlive data encode` again"
+"""Remedy for a store that is incomplete or damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of records, and what of its share of the jobs it lacks: (sample, reason)."""
+    """One file of records.
+
+    Attributes:
+      file: name of the file.
+      records: number of records; without any, there is no file.
+      skipped: (sample, reason) of each clip that the shard lacks.
+    """
 
     file: str
     records: int
@@ -48,16 +59,17 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a store holds.
+    """The contents of a store. All field names are stored in its file.
 
     Attributes:
-      identity: all that decides what the records are: sizes, joining rules, types, fingerprints of
-        the models and of the dataset. Encoding resumes only if it is the same.
-      versions: of the libraries that encoded.
-      texts, clips: shards that are finished.
-      unplanned: samples that no clip was planned for, and why.
-      texts_per_clip: most distinct prompts of one clip.
-      complete: all shards are there.
+      identity: everything that determines the records: the fields of `EncodeSpec`, and fingerprints
+        of the models and of the dataset. Encoding resumes only if it is equal.
+      versions: versions of the libraries that encoded the store.
+      texts: complete shards of prompts.
+      clips: complete shards of clips.
+      unplanned: samples without a clip, and why.
+      texts_per_clip: largest number of distinct prompts in one clip.
+      complete: whether all shards are written.
     """
 
     identity: dict[str, Any]
@@ -70,26 +82,30 @@ class Manifest:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """Samples that are not in the store, or not with all their clips, and why."""
-        return [*self.unplanned, *(one for shard in self.clips for one in shard.skipped)]
+        """Samples that lack one or all of their clips, and why."""
+        return [*self.unplanned, *(entry for shard in self.clips for entry in shard.skipped)]
 
     def write(self, folder: Path) -> None:
-        """Puts it in the place of the one before."""
+        """Writes the manifest of a store, or replaces it."""
         values = {"format": FORMAT} | dataclasses.asdict(self)
         write_file(folder / MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """UserError if it is missing, damaged, or of another format."""
+        """Reads the manifest of a store, also those of versions that named fields differently.
+
+        Raises UserError if it is missing, damaged, or in another format.
+        """
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text())
             version = values.pop("format")
             if version != FORMAT:
                 raise UserError(
-                    f"{path}: format {version!r}, and this version reads format {FORMAT}; remove "
-                    f"{folder} and encode the dataset again"
+                    f"{path}: format must be {FORMAT}, got {version!r}; remove {folder} and encode "
+                    "the dataset again"
                 )
+            # Convert JSON lists to tuples, and old field names to new ones.
             values["identity"]["join"] = with_renamed(values["identity"]["join"], RENAMED)
             for name in ("texts", "clips"):
                 shards = values[name]
@@ -99,7 +115,7 @@ class Manifest:
             return cls(**values | {"unplanned": _pairs(values["unplanned"])})
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder}: no encoded clips ({MANIFEST} is missing); make them with "
+                f"{folder}: no encoded clips ({MANIFEST} is missing); encode them with "
                 f"`longlive data encode --out={folder}`"
             ) from error
         except UserError:
@@ -115,7 +131,7 @@ def _pairs(values: Iterable[Any]) -> tuple[tuple[str, str], ...]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes under a temporary name, makes sure that it is on disk, and renames."""
+    """Writes a file atomically: under a temporary name, synced to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -128,9 +144,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> int:
-    """Writes an ArrayRecord file, whole or not at all, and counts its records.
+    """Writes an ArrayRecord file atomically, and returns its number of records.
 
-    Raises OSError if it cannot be written (ArrayRecord itself raises RuntimeError).
+    Without records, no file is written. Raises OSError if writing fails (ArrayRecord itself raises
+    RuntimeError).
     """
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     written = 0
@@ -149,8 +166,8 @@ def write_shard(path: Path, records: Iterable[bytes]) -> int:
     return written
 
 
-def holds(folder: Path, shard: Shard) -> bool:
-    """Whether a shard's file is there with all its records; what is in them is not looked at."""
+def is_complete(folder: Path, shard: Shard) -> bool:
+    """Whether a shard's file exists and has all its records, whose contents are not checked."""
     try:
         return not shard.records or len(_source([folder / shard.file])) == shard.records
     except (RuntimeError, OSError, ValueError):
@@ -161,44 +178,44 @@ def _source(files: Sequence[Path]) -> Any:
     return grain.sources.ArrayRecordDataSource([str(file) for file in files])
 
 
-def _why(error: Exception) -> str:
-    """The first line of an error, shortened."""
+def _summary(error: Exception) -> str:
+    """The first line of an error's message, shortened."""
     return str(error).partition("\n")[0][:160]
 
 
 class EncodedClips:
-    """The clips of a store by index: `clips[i]` is a `ClipLatents`; also a `feed.Source`.
+    """The clips of a store by index: `clips[i]` is a `ClipLatents`; a `loader.ClipSource`.
 
-    A store may have texts alone: then its length is 0. Raises UserError for a store that is
-    missing, unfinished, or damaged. Whether it was made by the models of a checkpoint is for
-    `encoders.check_made_by`.
+    A store of prompts alone has length 0. `encoders.check_encoded_by` checks which models encoded
+    it. Raises UserError for a store that is missing, incomplete, or damaged.
+
+    Attributes:
+      folder: the store's folder.
+      manifest: its manifest.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         if not self.manifest.complete:
-            raise UserError(
-                f"{folder}: its encoding has not finished; run the same `longlive data encode` "
-                "again, it goes on where it stopped"
-            )
+            raise UserError(f"{folder}: its encoding has not finished; {AGAIN} to resume it")
         self._clips = self._open(self.manifest.clips)
         self._texts = self._open(self.manifest.texts)
 
     def _open(self, shards: tuple[Shard, ...]) -> Any:
-        held = [shard for shard in shards if shard.records]
-        if not held:
+        """The records of all shards by index; an empty tuple if there are none."""
+        files = [shard for shard in shards if shard.records]
+        if not files:
             return ()
-        wanted = sum(shard.records for shard in held)
+        expected = sum(shard.records for shard in files)
         try:
-            source = _source([self.folder / shard.file for shard in held])
-            lacking = "" if len(source) == wanted else f"{len(source)} records, {wanted} written"
+            source = _source([self.folder / shard.file for shard in files])
+            problem = "" if len(source) == expected else f"{len(source)} of {expected} records"
         except (RuntimeError, OSError, ValueError) as error:
-            lacking = _why(error)
-        if lacking:
+            problem = _summary(error)
+        if problem:
             raise UserError(
-                f"{self.folder}: missing or damaged files ({lacking}); run the same "
-                "`longlive data encode` again, it makes them anew"
+                f"{self.folder}: missing or damaged files ({problem}); {AGAIN} to replace them"
             )
         return source
 
@@ -206,60 +223,67 @@ class EncodedClips:
         return len(self._clips)
 
     def name(self, index: int) -> str:
-        """What to call a clip in messages."""
+        """A clip's name, for messages."""
         return f"clip {index} of {self.folder.name}"
 
     def __getitem__(self, index: int) -> ClipLatents:
-        """One clip. Raises Unusable if its record, or one of its prompts', is damaged."""
+        """One clip. Raises Unusable if its record, or that of one of its prompts, is damaged."""
         arrays, _ = self._record(self._clips, index)
-        text = np.stack([self.text(int(row)) for row in arrays.pop("texts")])
-        return ClipLatents(**arrays, text=text)
+        text_features = np.stack([self.text_features(int(row)) for row in arrays.pop("texts")])
+        return ClipLatents(**arrays, text_features=text_features)
 
-    def text(self, row: int) -> Float[np.ndarray, "t e"]:
-        """Features of a prompt by its place in the store, filled up with zeros."""
+    def text_features(self, row: int) -> Float[np.ndarray, "t e"]:
+        """Text features of a prompt, padded with zeros. Raises Unusable if they are damaged."""
         arrays, _ = self._record(self._texts, row)
-        found = arrays["features"]
-        padded = np.zeros((self.manifest.identity["text_len"], found.shape[1]), found.dtype)
-        padded[: len(found)] = found
+        features = arrays["features"]
+        padded = np.zeros((self.manifest.identity["text_len"], features.shape[1]), features.dtype)
+        padded[: len(features)] = features
         return padded
 
     def prompt(self, row: int) -> str:
-        """A prompt by its place; they are sorted. Unusable if its record is damaged."""
+        """A prompt; rows are sorted by prompt. Raises Unusable if its record is damaged."""
         return self._record(self._texts, row)[1]["prompt"]
 
     @property
-    def texts(self) -> int:
-        """How many prompts there are."""
+    def num_prompts(self) -> int:
+        """Number of distinct prompts."""
         return len(self._texts)
 
     @property
-    def empty(self) -> Float[np.ndarray, "t e"]:
-        """Features of no prompt, for text dropout and guidance; UserError if they are damaged."""
+    def empty_text_features(self) -> Float[np.ndarray, "t e"]:
+        """Text features of the empty prompt, for text dropout and guidance.
+
+        Raises UserError if they are damaged.
+        """
         try:
-            return self.text(0)  # it sorts first
+            return self.text_features(0)  # it sorts first
         except (Unusable, IndexError) as error:
             file = self.folder / (self.manifest.texts[0].file if self.manifest.texts else "")
             raise UserError(
-                f"{file}: the empty prompt is unreadable ({error}); {REMOVE}"
+                f"{file}: the empty prompt is unreadable ({error}); remove that file and {AGAIN} "
+                "to replace it"
             ) from error
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Frames, height, width and channels of every clip's latents; UserError if none is left."""
+        """(frames, height, width, channels) of every clip's latents.
+
+        Raises UserError if no clip can be read.
+        """
         return self._first[0]
 
     @property
     def chunks(self) -> int:
-        """Chunks of every clip; UserError if none is left."""
+        """Chunks per clip. Raises UserError if no clip can be read."""
         return self._first[1]
 
     @functools.cached_property
     def _first(self) -> tuple[tuple[int, ...], int]:
-        """Shape and chunks of the first clip that can be read."""
+        """Latent shape and number of chunks of the first clip that can be read."""
         if not len(self):
             raise UserError(
-                f"{self.folder}: has texts alone; encode clips into another folder, without "
-                "--texts_only"
+                f"{self.folder}: has prompts but no clips; encode clips into another folder, "
+                "without --texts_only"
             )
         reasons = []
         for index in range(len(self)):
@@ -271,11 +295,11 @@ class EncodedClips:
             return arrays["latents"].shape, len(arrays["cut"])
         raise UserError(
             f"{self.folder}: none of its {len(self)} clips can be read ({reasons[0]}); remove the "
-            "folder and run the same `longlive data encode` again"
+            f"folder and {AGAIN}"
         )
 
     def read(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`ClipLatents.row` with room for as many texts as any clip has; nothing is random."""
+        """Reads one clip as a row, padded to `texts_per_clip` prompts. `rng` is not used."""
         del rng
         return self[index].row(self.manifest.texts_per_clip)
 
@@ -283,4 +307,4 @@ class EncodedClips:
         try:
             return unpack(source[index])
         except (RuntimeError, OSError) as error:
-            raise Unusable(f"damaged record ({_why(error)})") from error
+            raise Unusable(f"damaged record ({_summary(error)})") from error

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.data.clips.batches import collate
-from longlive_jax.data.clips.loader import ClipFeed, FeedSpec, Source
+from longlive_jax.data.clips.loader import ClipFeed, ClipSource, FeedSpec
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.parallel.mesh import BATCH
 from longlive_jax.training.feed import Feed, own_rows
@@ -40,7 +40,7 @@ class ClipData:
       put: host batch -> batch on the mesh, where it is more than a transfer.
     """
 
-    source: Source
+    source: ClipSource
     shape: tuple[int, ...]
     chunks: int
     num_texts: int
@@ -75,7 +75,7 @@ def clip_data(
     put = placer(live, checkpoint, mesh, BATCH_SPECS, batch_size)
     message = f"{live.left_out} samples of {videos} cannot be used; see `longlive data check`"
     notes = (message,) if live.left_out else ()
-    return ClipData(live.source, live.shape, live.chunks, live.source.texts, notes, put)
+    return ClipData(live.source, live.shape, live.chunks, live.source.texts_per_clip, notes, put)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ClipBatchSpec:
 
 
 def clip_batches(
-    source: Source,
+    source: ClipSource,
     empty: np.ndarray,
     mesh: Mesh,
     spec: ClipBatchSpec,
@@ -119,7 +119,9 @@ def split_inputs(arrays: Mapping[str, Array]) -> tuple[TeacherForcingBatch, Text
     return TeacherForcingBatch(**columns), text
 
 
-def _feed(source: Source, empty: np.ndarray, mesh: Mesh, spec: ClipBatchSpec, start: int) -> Feed:
+def _feed(
+    source: ClipSource, empty: np.ndarray, mesh: Mesh, spec: ClipBatchSpec, start: int
+) -> Feed:
     rows = own_rows(mesh, spec.batch_size)
     feed_spec = FeedSpec(
         batch=spec.batch_size,

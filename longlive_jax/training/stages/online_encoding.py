@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import find_samples, usable
-from longlive_jax.data.clips.online import LiveClips
+from longlive_jax.data.clips.online import OnlineClips
 from longlive_jax.data.clips.source import VideoClips
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import read_manifest
@@ -46,7 +46,7 @@ class Live:
       way: how devices share a clip out.
     """
 
-    source: LiveClips
+    source: OnlineClips
     shape: tuple[int, int, int, int]
     chunks: int
     left_out: int
@@ -72,7 +72,7 @@ def live_clips(
     videos = VideoClips(good, join, (height, width), part=part, anywhere=anywhere)
     small = vae.spatial_stride
     shape = (join.latents, height // small, width // small, vae.z_dim)
-    return Live(LiveClips(videos, store), shape, join.chunks, len(samples) - len(good), way)
+    return Live(OnlineClips(videos, store), shape, join.chunks, len(samples) - len(good), way)
 
 
 def placer(

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from longlive_jax.data.clips.encoders import check_made_by
+from longlive_jax.data.clips.encoders import check_encoded_by
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.interop.components import RUN_FIELDS
 from longlive_jax.io.checkpoint import load_component, read_manifest, save_component
@@ -125,7 +125,7 @@ class WanARStage(RunSpec):
         """
         # 1. Model and data.
         model, clips = self.model(), EncodedClips(self.clips)
-        check_made_by(clips, self.checkpoint)
+        check_encoded_by(clips, self.checkpoint)
         data = clip_data(
             clips,
             self.videos,
@@ -152,7 +152,7 @@ class WanARStage(RunSpec):
         )
         return Task(
             trainer=self.trainer({"dit": group}, mesh, buffers),
-            batches=clip_batches(data.source, clips.empty, mesh, batches, data.put),
+            batches=clip_batches(data.source, clips.empty_text_features, mesh, batches, data.put),
             evaluate=self._evaluation(loss.without_recycling(), mesh, quant),
             export=functools.partial(self._export, model),
             about=About(self._origin(clips), self._notes(data, quant, shapes, mesh), cost),
@@ -306,10 +306,12 @@ class WanARStage(RunSpec):
         preview = Preview(self.preview, Path(self.checkpoint), self.model(), settings)
         clips = None if self.held_out is None else EncodedClips(self.held_out)
         if clips is not None:
-            check_made_by(clips, self.checkpoint)
+            check_encoded_by(clips, self.checkpoint)
             # Its clips may have more or fewer rows of text features.
             setup = dataclasses.replace(loss.setup, empty_prompt=clips.manifest.texts_per_clip)
-            batches = clip_batches(clips, clips.empty, mesh, self._batch_spec(HELD_OUT_SEED))
+            batches = clip_batches(
+                clips, clips.empty_text_features, mesh, self._batch_spec(HELD_OUT_SEED)
+            )
             loss = dataclasses.replace(loss, setup=setup)
 
         @jax.jit

@@ -33,7 +33,7 @@ def config_file(tmp_path):
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Installs a verb `probe` whose main is the given function."""
+    """A function that installs a verb `probe` with the given main function."""
 
     def install(main):
         module = ModuleType("longlive_jax.cli.probe")
@@ -44,7 +44,7 @@ def verb(monkeypatch):
     return install
 
 
-def test_help_is_quick_and_imports_no_jax():
+def test_help_does_not_import_jax():
     code = "import sys; from longlive_jax.cli import app; app.run(['--help'])"
     code += "; assert 'jax' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -52,24 +52,24 @@ def test_help_is_quick_and_imports_no_jax():
 
 
 @pytest.mark.parametrize("name", sorted(app.VERBS))
-def test_every_verb_has_its_help(name, capsys):
+def test_every_verb_has_help(name, capsys):
     assert app.run([name, "--help"]) == 0
     assert f"longlive {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(app.VERBS))
-def test_every_verb_refuses_an_unknown_option(name, capsys):
+def test_every_verb_rejects_an_unknown_option(name, capsys):
     assert app.run([name, "--no-such-option=1"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error
 
 
-def test_unknown_verb_names_the_nearest(capsys):
+def test_unknown_verb_suggests_the_nearest(capsys):
     assert app.run(["smaple"]) == 2
     assert capsys.readouterr().err == "longlive: unknown verb 'smaple'; did you mean 'sample'?\n"
 
 
-def test_user_errors_exit_2_in_one_line(verb, capsys):
+def test_user_errors_exit_with_2_and_print_one_line(verb, capsys):
     def main(argv):
         raise UserError(f"no checkpoint at {argv[0]}")
 
@@ -78,7 +78,7 @@ def test_user_errors_exit_2_in_one_line(verb, capsys):
     assert capsys.readouterr().err == "longlive: no checkpoint at x\n"
 
 
-def test_interrupts_exit_130_and_bugs_stay_visible(verb):
+def test_interrupts_exit_with_130_and_bugs_are_raised(verb):
     def interrupted(argv):
         raise KeyboardInterrupt
 
@@ -92,7 +92,7 @@ def test_interrupts_exit_130_and_bugs_stay_visible(verb):
         app.run(["probe"])
 
 
-def test_parser_names_the_nearest_option():
+def test_parser_suggests_the_nearest_option():
     parser = app.Parser("probe", "for tests")
     parser.add_argument("--script", required=True)
     with pytest.raises(UserError, match=r"'--scrpt'; did you mean '--script'"):
@@ -117,7 +117,7 @@ def test_config_argument_and_overrides(config_file):
     )
     assert rest == ["--script=a.yaml"]
     assert config.to_dict() == {
-        "name": "8",  # was a string, stays one
+        "name": "8",  # a string in the config remains a string
         "sample": {"steps": 2e-5},
         "arg": "fast",
         "new": {"shape": (1, 2)},
@@ -125,7 +125,7 @@ def test_config_argument_and_overrides(config_file):
     }
 
 
-def test_config_default_is_used_and_may_be_overridden(config_file):
+def test_default_config_can_be_overridden(config_file):
     config, _ = app.take_config(["--config.sample.steps=1"], default=config_file)
     assert config.sample.steps == 1
 
@@ -148,7 +148,7 @@ def test_config_errors(words, message, config_file):
         app.take_config([word.format(config_file) for word in words])
 
 
-def test_a_group_can_be_taken_away():
+def test_group_can_be_set_to_none():
     config = ConfigDict({"recycling": {"clean": 0.5}, "loop": {"steps": 4}})
     app.override(config, "recycling", "none")
     assert config.recycling is None

@@ -1,4 +1,4 @@
-"""`longlive data`: what it says of a dataset, what it encodes, and every mistake before that."""
+"""`longlive data`: reports on datasets, encoding, and mistakes that are detected before it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.longlive_jax.data.clips.videos import (
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """Every kind of sample: two good ones, one with a remark, and one of each trouble."""
+    """Every kind of sample: two good ones, one with a remark, and one with each problem."""
     root = tmp_path_factory.mktemp("broken")
     write_sample(root, "good2", 40, fps=30, audio=True)
     write_sample(root, "good10", 30, 31, size=(31, 63))
@@ -52,8 +52,8 @@ def checkpoint(tmp_path_factory):
 
 def test_check_lists_every_sample_with_its_reason(broken, capsys):
     assert run(["data", "check", str(broken)]) == 1
-    said = capsys.readouterr().out
-    rows = {line.split("│")[1].strip(): line for line in said.splitlines() if "│" in line}
+    output = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line for line in output.splitlines() if "│" in line}
     assert list(rows) == [
         "cut", "empty[1]", "good2", "good10", "half", "nocaption", "noindex", "short"
     ]  # fmt: skip
@@ -70,20 +70,20 @@ def test_check_lists_every_sample_with_its_reason(broken, capsys):
         assert words in rows[name], rows[name]
         assert ("unusable" in rows[name]) == (name not in ("good2", "good10", "half"))
     assert "31x63" in rows["good10"] and " 30 " in rows["good2"]
-    assert "3 of 8 samples can be used" in said
+    assert "3 of 8 samples can be used" in output
 
 
 def test_check_as_json(broken, good, capsys):
     assert run(["data", "check", str(broken), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert (found["samples"], found["usable"], found["unusable"]) == (8, 3, 5)
-    by_name = {one["name"]: one for one in found["findings"]}
+    report = json.loads(capsys.readouterr().out)
+    assert (report["samples"], report["usable"], report["unusable"]) == (8, 3, 5)
+    by_name = {finding["name"]: finding for finding in report["findings"]}
     assert by_name["good10"]["chunks"] == 1 and by_name["good10"]["shots"] == 2
     assert by_name["half"]["remarks"] and not by_name["half"]["reason"]
     assert run(["data", "check", str(good), "--json", "--chunk=2", "--decode"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [one["chunks"] for one in found["findings"]] == [2, 2]
-    assert all(one["usable"] and one["seconds"] > 0.5 for one in found["findings"])
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [finding["chunks"] for finding in findings] == [2, 2]
+    assert all(finding["usable"] and finding["seconds"] > 0.5 for finding in findings)
 
 
 def test_check_of_a_manifest(good, tmp_path, capsys):
@@ -91,30 +91,30 @@ def test_check_of_a_manifest(good, tmp_path, capsys):
     path = tmp_path / "clips.jsonl"
     path.write_text(json.dumps({"shots": [shot]}) + "\n{oops\n")
     assert run(["data", "check", str(path), "--chunk=1"]) == 1
-    said = capsys.readouterr().out
-    assert "line 2: " in said and "1 of 2 samples can be used" in said
+    output = capsys.readouterr().out
+    assert "line 2: " in output and "1 of 2 samples can be used" in output
 
 
 def test_check_without_anything_usable(broken, tmp_path, capsys):
     assert run(["data", "check", str(broken), "--chunks=9"]) == 2
-    said = capsys.readouterr()
-    assert "fills 1 of 9 chunks" in said.out
-    assert "none of its 8 samples can be used" in said.err
+    output = capsys.readouterr()
+    assert "fills 1 of 9 chunks" in output.out
+    assert "none of its 8 samples can be used" in output.err
     assert run(["data", "check", str(broken), "--chunks=9", "--pad"]) == 1
     assert run(["data", "check", str(tmp_path)]) == 2
-    assert "no dataset; expected video/<sample>/<shot>.mp4" in capsys.readouterr().err
+    assert "not a dataset; expected video/<sample>/<shot>.mp4" in capsys.readouterr().err
 
 
 def test_check_of_sizes(good, tmp_path, capsys):
-    """Encoding would skip what is too far from the wanted shape."""
+    """Samples with an extreme aspect ratio, which encoding would skip, are unusable."""
     root = write_sample(tmp_path / "thin", "thin", 32, size=(2, 400))
     assert run(["data", "check", str(root)]) == 0
     write_sample(root, "usual", 32)
     assert run(["data", "check", str(root), "--size=32x64"]) == 1
-    assert "0.mp4: 2x400 pixels are too far from the shape of 32x64" in capsys.readouterr().out
+    assert "0.mp4: the shape of 2x400 pixels is too far from 32x64" in capsys.readouterr().out
     assert run(["data", "check", str(good), "--size=1000000"]) == 2
     assert run(["data", "check", str(good), "--size=31x64"]) == 2
-    assert "is not divisible by 32" in capsys.readouterr().err
+    assert "divisible by 32" in capsys.readouterr().err
 
 
 HOSTILE = r"""
@@ -129,7 +129,7 @@ HOSTILE = r"""
 
 
 def test_check_of_hostile_names_and_numbers(tmp_path, repository):
-    """In a process of its own, whose output takes UTF-8 alone; the folder's name is Latin-1."""
+    """Run in a process whose output is strict UTF-8; the folder's name is Latin-1."""
     root = tmp_path / os.fsdecode(b"caf\xe9")
     write_video(root / "a.mp4", 32)
     os.mkfifo(root / "pipe.mp4")
@@ -137,14 +137,15 @@ def test_check_of_hostile_names_and_numbers(tmp_path, repository):
     command = [sys.executable, "-m", "longlive_jax", "data", "check", str(root)]
     env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, cwd=repository, env=env, capture_output=True, timeout=120)
-    said = done.stdout.decode()
+    output = done.stdout.decode()
     assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
-    assert r"s\ud83d" in said and r"red\x1b[31m\n" in said and "3 of 7 samples can be used" in said
-    for reason in ("video is no file name", "start must be seconds", "is no regular file"):
-        assert reason in said
+    assert r"s\ud83d" in output and r"red\x1b[31m\n" in output
+    assert "3 of 7 samples can be used" in output
+    for reason in ("video is not a file name", "start must be seconds", "is not a regular file"):
+        assert reason in output
 
 
-def test_encode_and_again(good, checkpoint, tmp_path, capsys):
+def test_encoding_twice(good, checkpoint, tmp_path, capsys):
     command = [
         "data", "encode", f"--source={good}", f"--checkpoint={checkpoint}",
         f"--out={tmp_path / 'out'}", "--chunks=2", "--text_len=16",
@@ -153,14 +154,14 @@ def test_encode_and_again(good, checkpoint, tmp_path, capsys):
     assert "2 clips, 4 prompts" in capsys.readouterr().out
     clips = EncodedClips(tmp_path / "out")
     assert clips[1].latents.shape == (4, 4, 2, 4) and clips[1].latents.dtype == np.float16
-    assert clips[1].cut.tolist() == [False, True] and clips[1].text.shape == (2, 16, 8)
+    assert clips[1].cut.tolist() == [False, True] and clips[1].text_features.shape == (2, 16, 8)
     assert run(command) == 0
     assert "2 clips" in capsys.readouterr().out
     assert run([*command, "--size=64x64"]) == 2
-    assert "encoded otherwise (size)" in capsys.readouterr().err
+    assert "encoded with other settings (size)" in capsys.readouterr().err
 
 
-def test_encode_of_texts_alone(good, checkpoint, tmp_path, capsys):
+def test_encode_of_prompts_alone(good, checkpoint, tmp_path, capsys):
     command = [
         "data", "encode", f"--source={good}", f"--checkpoint={checkpoint}", "--text_len=16",
         f"--out={tmp_path / 'out'}", "--chunks=2", "--texts_only",
@@ -168,39 +169,46 @@ def test_encode_of_texts_alone(good, checkpoint, tmp_path, capsys):
     for _ in range(2):
         assert run(command) == 0
         assert f"{tmp_path / 'out'}: 0 clips, 7 prompts\n" == capsys.readouterr().out
-    assert EncodedClips(tmp_path / "out").empty.shape == (16, 8)
+    assert EncodedClips(tmp_path / "out").empty_text_features.shape == (16, 8)
 
 
-@pytest.mark.parametrize("share", ["auto", "halo"])
-def test_encoded_over_a_mesh_as_by_one_device(good, checkpoint, tmp_path, share, monkeypatch):
-    """Every device's frames are decoded for themselves; a clip of two shots and one with padding
-    among them."""
+@pytest.mark.parametrize("option", ["--vae_parallel=auto", "--vae_parallel=halo", "--share=halo"])
+def test_encoding_over_a_mesh_equals_one_device(good, checkpoint, tmp_path, option, monkeypatch):
+    """Each device's frames are decoded separately, for a clip of two shots and a padded one."""
     command = [
         "data", "encode", f"--source={good}", f"--checkpoint={checkpoint}", "--chunks=4", "--pad",
         "--text_len=16", "--dtype=float32",
     ]  # fmt: skip
     assert run([*command, f"--out={tmp_path / 'one'}"]) == 0
-    parts = []
+    ranges = []
     read_clip = encoding.read_clip
 
-    def read(sample, clip, size, part):
-        parts.append((part.start, part.stop))
+    def record_range(sample, clip, size, part):
+        ranges.append((part.start, part.stop))
         return read_clip(sample, clip, size, part)
 
-    monkeypatch.setattr(encoding, "read_clip", read)
-    over = ["--mesh=sp=4", f"--share={share}"]
-    assert run([*command, *over, f"--out={tmp_path / 'four'}"]) == 0
-    own = [(0, 5), (5, 13), (13, 21), (21, 29)]
-    assert sorted(parts) == (sorted(2 * own) if share == "auto" else sorted(2 * [(0, 29)] * 4))
-    one, four = (EncodedClips(tmp_path / name) for name in ("one", "four"))
-    assert len(one) == len(four) == 2
-    for a, b in ((one[i], four[i]) for i in range(2)):
+    monkeypatch.setattr(encoding, "read_clip", record_range)
+    assert run([*command, "--mesh=sp=4", option, f"--out={tmp_path / 'four'}"]) == 0
+    shards = [(0, 5), (5, 13), (13, 21), (21, 29)]
+    halos = [(0, 29)] * 4
+    assert sorted(ranges) == sorted(2 * (shards if option.endswith("auto") else halos))
+    single, sharded = (EncodedClips(tmp_path / name) for name in ("one", "four"))
+    assert len(single) == len(sharded) == 2
+    for a, b in ((single[i], sharded[i]) for i in range(2)):
         np.testing.assert_allclose(b.latents, a.latents, atol=2e-5 * np.abs(a.latents).max())
         np.testing.assert_array_equal(b.mask, a.mask)
-    assert one.manifest.identity == four.manifest.identity
+    assert single.manifest.identity == sharded.manifest.identity
 
 
-def test_encode_names_what_it_skips_and_survives_a_full_disk(
+def test_former_name_of_vae_parallel_is_hidden(capsys):
+    assert run(["data", "encode", "--help"]) == 0
+    output = capsys.readouterr().out
+    assert "--vae_parallel" in output and "--share" not in output
+    assert run(["data", "encode", "--shar=auto", "--source=a", "--checkpoint=b", "--out=c"]) == 2
+    assert "did you mean '--shard'" in capsys.readouterr().err
+
+
+def test_encode_names_skipped_samples_and_resumes_after_a_full_disk(
     broken, checkpoint, tmp_path, capsys, monkeypatch
 ):
     command = [
@@ -209,20 +217,20 @@ def test_encode_names_what_it_skips_and_survives_a_full_disk(
     ]  # fmt: skip
     write = encoding.write_file
 
-    def full(path, content):
+    def write_until_full(path, content):
         if path.name == "00000002":
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(encoding, "write_file", full)
+    monkeypatch.setattr(encoding, "write_file", write_until_full)
     assert run(command) == 1
-    said = capsys.readouterr().err
-    assert "cannot be written (No space left on device)" in said and "same command" in said
+    error = capsys.readouterr().err
+    assert "cannot be written (No space left on device)" in error and "same command" in error
     monkeypatch.undo()
     assert run(command) == 0
-    said = capsys.readouterr()
-    assert "5 clips" in said.out and "3 skipped" in said.out
-    assert "skipped nocaption: no shot has a caption" in said.err
+    output = capsys.readouterr()
+    assert "5 clips" in output.out and "3 skipped" in output.out
+    assert "skipped nocaption: no shot has a caption" in output.err
 
 
 @pytest.mark.parametrize(
@@ -231,33 +239,35 @@ def test_encode_names_what_it_skips_and_survives_a_full_disk(
         (["--source=/nowhere"], "no such dataset"),
         (["--checkpoint=/nowhere"], "no such checkpoint"),
         (["--out=/proc/nowhere"], "cannot write"),
-        (["--size=64"], "not HEIGHTxWIDTH"),
-        (["--size=64x40"], "not divisible by 32"),
-        (["--chunks=0"], "chunks is 0"),
+        (["--size=64"], "must be HEIGHTxWIDTH"),
+        (["--size=64x40"], "divisible by 32"),
+        (["--chunks=0"], "chunks must be >= 1, got 0"),
         (["--dtype=float8"], "'float8' is not one of"),
-        (["--shard=0"], "shard is 0"),
+        (["--shard=0"], "shard must be >= 1, got 0"),
         (["--chunks=50"], "none of the 2 samples can be used"),
         (["--sorce=x"], "did you mean '--source'"),
         (["--mesh=sp=3"], "4 latents do not split over mesh.sp = 3"),
-        (["--mesh=sp=4", "--share=tails"], "1 latents a device are too few"),
-        (["--mesh=sp=9"], "sp = 9, and there are 8 devices"),
-        (["--mesh=data=2"], "one after the other, over sp"),
+        (["--mesh=sp=4", "--vae_parallel=tails"], "1 latents a device are too few"),
+        (["--mesh=sp=9"], "sp must be <= 8, the number of devices, got 9"),
+        (["--mesh=data=2"], "data and fsdp must be 1"),
         (["--mesh=ps=2"], "unknown axis 'ps'"),
-        (["--mesh=sp=2", "--texts_only"], "give one of them"),
+        (["--mesh=sp=2", "--texts_only"], "remove one of them"),
     ],
 )
-def test_mistakes_cost_one_line(good, checkpoint, tmp_path, change, message, capsys, monkeypatch):
-    def loaded(*_, **__):
+def test_mistakes_print_one_line_and_load_nothing(
+    good, checkpoint, tmp_path, change, message, capsys, monkeypatch
+):
+    def load_model(*_, **__):
         raise AssertionError("nothing may be loaded")
 
-    monkeypatch.setattr("longlive_jax.data.clips.encoders.load_model", loaded)
+    monkeypatch.setattr("longlive_jax.data.clips.encoders.load_model", load_model)
     command = [
         "data", "encode", f"--source={good}", f"--checkpoint={checkpoint}",
         f"--out={tmp_path / 'out'}", "--chunks=2",
     ]  # fmt: skip
     assert run([*command, *change]) == 2
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("longlive")]
+    errors = capsys.readouterr().err.splitlines()
+    lines = [line for line in errors if line.startswith("longlive")]
     assert len(lines) == 1 and message in lines[0]
 
 

@@ -1,4 +1,4 @@
-"""`longlive train`: the three stages at their smallest, and mistakes that compute nothing."""
+"""`longlive train`: the three stages at minimal size, and mistakes detected before training."""
 
 import json
 import shutil
@@ -24,27 +24,27 @@ AR = [
     "model.dim=12", "model.ffn_dim=12", "model.freq_dim=4", "model.text_dim=8", "model.heads=2",
     "model.layers=1", "model.in_channels=2", "model.out_channels=2", "held_out_batches=1",
     "corpus.videos=8", "corpus.chunks=4", "corpus.shot_chunks=(1,2)", "save_dtype=float16",
-    "episodes.batch=1", "episodes.targets=2", "episodes.window=3",
+    "windows.batch=1", "windows.targets=2", "windows.window=3",
 ]  # fmt: skip
 
 
 def command(stage, folder, changes=()):
     overrides = [f"--config.{change}" for change in (*SHORT, *changes)]
-    places = [f"--workdir={folder / stage}", f"--out={folder / 'checkpoint'}"]
-    return ["train", f"{CONFIG}:{stage}", *overrides, *places]
+    folders = [f"--workdir={folder / stage}", f"--out={folder / 'checkpoint'}"]
+    return ["train", f"{CONFIG}:{stage}", *overrides, *folders]
 
 
-def test_a_run_that_is_over_says_so(tmp_path, capfd):
+def test_finished_run_is_reported_again(tmp_path, capfd):
     assert run(command("text", tmp_path, TEXT)) == 0
     assert "text: 2 steps" in capfd.readouterr().out
     assert run(command("text", tmp_path, TEXT)) == 0
-    said = capfd.readouterr()
-    assert f"Resumed from step 2 of {tmp_path / 'text'}." in said.out
-    assert "orbax" not in said.err.lower()
+    output = capfd.readouterr()
+    assert f"Resumed from step 2 of {tmp_path / 'text'}." in output.out
+    assert "orbax" not in output.err.lower()
 
 
 @pytest.mark.slow
-def test_all_stages_into_one_checkpoint(tmp_path, capsys):
+def test_all_stages_write_one_checkpoint(tmp_path, capsys):
     for stage, changes in {"vae": VAE, "text": TEXT, "ar": AR}.items():
         assert run(command(stage, tmp_path, changes)) == 0
         assert f"{stage}: 2 steps" in capsys.readouterr().out
@@ -52,6 +52,7 @@ def test_all_stages_into_one_checkpoint(tmp_path, capsys):
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
         assert (tmp_path / stage / "curves.png").exists()
     checkpoint = tmp_path / "checkpoint"
+    # 1. The checkpoint has all components and the settings of the run.
     manifest = read_manifest(checkpoint)
     assert set(manifest["components"]) == {"vae", "umt5", "dit"}
     assert manifest["provenance"]["dit"]["stage"] == "ar"
@@ -60,6 +61,7 @@ def test_all_stages_into_one_checkpoint(tmp_path, capsys):
     assert (checkpoint / "tokenizer.model").exists()
     spec = spec_for(checkpoint)
     assert spec.window == 3 and spec.size == (world.HEIGHT, world.WIDTH)
+    # 2. Training that continues from it, at learning rate 0, changes nothing.
     before, _ = load_component(checkpoint, "dit")
     again = ["start=checkpoint", "optim.lr=0.0", "optim.weight_decay=0.0"]
     (tmp_path / "again").mkdir()
@@ -70,10 +72,10 @@ def test_all_stages_into_one_checkpoint(tmp_path, capsys):
     ]
     assert run(arguments) == 0
     chex.assert_trees_all_close(load_component(checkpoint, "dit")[0], before, atol=1e-3)
-    own = read_manifest(checkpoint)["provenance"]["dit"]
-    assert own["continues"] == manifest["provenance"]["dit"]
+    provenance = read_manifest(checkpoint)["provenance"]["dit"]
+    assert provenance["continues"] == manifest["provenance"]["dit"]
     assert run(arguments) == 0  # resumed at its end: the same export
-    assert read_manifest(checkpoint)["provenance"]["dit"] == own
+    assert read_manifest(checkpoint)["provenance"]["dit"] == provenance
     assert run([*arguments, f"--workdir={tmp_path / 'other'}", "--config.model.layers=2"]) == 2
     assert "its DiT is not config.model" in capsys.readouterr().err
 
@@ -90,24 +92,24 @@ def test_all_stages_into_one_checkpoint(tmp_path, capsys):
         (["--workdr=x"], "did you mean '--workdir'?"),
     ],
 )
-def test_mistakes_cost_one_line(changes, message, tmp_path, capsys, monkeypatch):
+def test_mistakes_print_one_line_and_train_nothing(changes, message, tmp_path, capsys, monkeypatch):
     def train(*_, **__):
         raise AssertionError("nothing may be trained")
 
     monkeypatch.setattr(loop, "train", train)
-    places = [f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out'}"]
-    assert run(["train", f"{CONFIG}:vae", *places, *changes]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    folders = [f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out'}"]
+    assert run(["train", f"{CONFIG}:vae", *folders, *changes]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_the_work_directory_is_no_part_of_the_checkpoint(tmp_path, capsys):
+def test_work_directory_inside_the_checkpoint_is_rejected(tmp_path, capsys):
     for workdir in (tmp_path, tmp_path / "work"):
         assert run(["train", f"{CONFIG}:text", f"--workdir={workdir}", f"--out={tmp_path}"]) == 2
-        assert "choose a folder beside it" in capsys.readouterr().err
+        assert "choose a folder outside it" in capsys.readouterr().err
 
 
-def test_a_stage_without_the_ones_before_it(tmp_path, capsys):
+def test_stage_without_the_earlier_stages(tmp_path, capsys):
     assert run(command("ar", tmp_path)) == 2
-    said = capsys.readouterr().err
-    assert "has no vae yet; train the stage :vae into it" in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "has no vae yet; train the stage :vae into it" in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Stand-ins for encoders that count, and a dataset for them."""
+"""Stand-ins for encoders that record their calls, and a dataset for them."""
 
 import collections
 
@@ -19,8 +19,14 @@ SPEC = EncodeSpec(
 )
 
 
-class Counting:
-    """Encoders that remember what they were asked for, and stop when told to."""
+class CountingEncoders:
+    """Encoders that record what they encode; `error` is raised after `stop_after` videos.
+
+    Attributes:
+      videos: frame numbers of each encoded video.
+      prompts: encoded prompts.
+      loaded: number of times that each model was loaded.
+    """
 
     def __init__(self, stop_after=None, error=KeyboardInterrupt):
         self.videos, self.prompts, self.loaded = [], [], collections.Counter()
@@ -28,25 +34,25 @@ class Counting:
 
     def encoders(self, **identity):
         return Encoders(
-            text=self.load_text,
-            video=self.load_video,
+            load_text_encoder=self.load_text_encoder,
+            load_vae=self.load_vae,
             latent_bytes=4 * 2 * 4 * 3,
             identity={"vae": "v", "umt5": "u", **identity},
         )
 
-    def load_text(self):
+    def load_text_encoder(self):
         self.loaded["text"] += 1
-        return self.text
+        return self.encode_text
 
-    def load_video(self):
+    def load_vae(self):
         self.loaded["video"] += 1
-        return self.video
+        return self.encode_video
 
-    def text(self, prompt):
+    def encode_text(self, prompt):
         self.prompts.append(prompt)
         return np.full((1 + len(prompt) % 5, 4), len(prompt), np.float32)
 
-    def video(self, frames):
+    def encode_video(self, frames):
         if len(self.videos) == self.stop_after:
             raise self.error
         self.videos.append(tuple(numbers(frames)))
@@ -55,7 +61,10 @@ class Counting:
 
 
 def write_dataset(root):
-    """Seven clips of 13 frames: one of them cut short, two with one caption; a sample too short."""
+    """Seven clips of 13 frames, one of them in a truncated file, and a sample that is too short.
+
+    Two clips have the same caption.
+    """
     write_sample(root, "a", 30)
     write_sample(root, "b", 7, 21)
     write_sample(root, "c", 13, options={"movflags": "faststart"})
@@ -66,12 +75,13 @@ def write_dataset(root):
     return root
 
 
-def run(root, out, counting, spec=SPEC, **identity):
+def encode(root, out, encoders, spec=SPEC, **identity):
+    """Encodes the dataset in `root`; `identity` replaces fingerprints of the encoders."""
     samples = find_samples(root)
-    return encode_dataset(samples, out, spec=spec, encoders=counting.encoders(**identity))
+    return encode_dataset(samples, out, spec=spec, encoders=encoders.encoders(**identity))
 
 
-def texts_of(root, out, counting, spec=SPEC):
+def encode_texts(root, out, encoders, spec=SPEC):
+    """Encodes all prompts of the dataset in `root`, and no clips."""
     samples = find_samples(root)
-    encoders = counting.encoders()
-    return encode_dataset(samples, out, spec=spec, encoders=encoders, texts_only=True)
+    return encode_dataset(samples, out, spec=spec, encoders=encoders.encoders(), texts_only=True)

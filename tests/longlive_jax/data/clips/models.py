@@ -1,4 +1,4 @@
-"""A checkpoint with a VAE and a text encoder of random weights, and nothing else."""
+"""Writes a checkpoint with a VAE and a text encoder of random weights, and nothing else."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ TEXT_DIM, Z_DIM = 8, 4
 
 
 def write_encoders(folder):
-    """For 64x32 pixels in chunks of two latents."""
+    """Writes encoders for 64x32 pixels and chunks of two latents."""
     tokenizer = world_tokenizer()
     vae = VAEConfig(
         encoder_dim=4, decoder_dim=4, z_dim=Z_DIM, dim_mult=(1, 1, 1, 1), res_blocks=1,
@@ -34,7 +34,7 @@ def write_encoders(folder):
 
 
 def random_params(make):
-    """Of a module's shapes, drawn without compiling what the module draws its own with."""
+    """Random parameters of a module, without compiling the module's own initialisers."""
     rng = np.random.default_rng(0)
 
     def draw(leaf):

@@ -1,4 +1,4 @@
-"""What is found on disk, and what is said about what cannot be used. No video is opened."""
+"""Listing datasets: samples, and the reasons why some cannot be used. Opens no video."""
 
 import errno
 import json
@@ -14,13 +14,13 @@ from tests.longlive_jax.data.clips.videos import write_caption
 
 @pytest.fixture
 def root(tmp_path):
-    """Folders with files that are no videos: nothing may look into them."""
+    """A function that adds samples to a folder. Their files are not videos, so must stay closed."""
 
     def add(sample, *files, captions=()):
         for file in files:
             path = tmp_path / "video" / sample / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"no video")
+            path.write_bytes(b"not a video")
         for shot in captions:
             write_caption(tmp_path, sample, shot, f" {sample} {shot}\n")
 
@@ -42,7 +42,7 @@ def test_samples_and_shots_are_sorted_by_number(root):
     assert usable(samples, "here") == samples
 
 
-def test_a_shot_without_a_caption_is_left_out_with_a_remark(root):
+def test_shot_without_a_caption_is_left_out_with_a_remark(root):
     root("a", "1.mp4", "2.mp4", "3.mp4", "4.mp4", captions=("1", "2"))
     write_caption(root.root, "a", 2, "  ")
     (root.root / "caption" / "a" / "4.json").write_text("{")
@@ -54,33 +54,33 @@ def test_a_shot_without_a_caption_is_left_out_with_a_remark(root):
     assert "not valid JSON" in remarks["video/a/4.mp4"]
 
 
-def test_a_name_too_long_for_its_caption(root):
+def test_shot_name_too_long_for_a_caption_file_is_left_out(root):
     root("a", f"{'b' * 251}.mp4", "1.mp4", captions=("1",))
     (sample,) = find_samples(root.root)
     assert not sample.problem and "cannot be read (File name too long)" in sample.remarks[0]
 
 
-def test_folders_that_may_not_be_read(root, monkeypatch):
+def test_folders_without_read_permission(root, monkeypatch):
     for name in ("a", "b"):
         root(name, "1.mp4", captions=("1",))
-    closed = set[Path]()
+    unreadable = set[Path]()
 
-    def refuse(call, of):
-        def refused(path, *args, **more):
-            if of(Path(path)) in closed:
+    def guard(call, folder_of):
+        def guarded(path, *args, **more):
+            if folder_of(Path(path)) in unreadable:
                 raise PermissionError(errno.EACCES, "Permission denied")
             return call(path, *args, **more)
 
-        return refused
+        return guarded
 
-    monkeypatch.setattr(Path, "iterdir", refuse(Path.iterdir, lambda path: path))
+    monkeypatch.setattr(Path, "iterdir", guard(Path.iterdir, lambda path: path))
     for owner, name in ((Path, "read_text"), (os, "stat")):
-        monkeypatch.setattr(owner, name, refuse(getattr(owner, name), lambda path: path.parent))
-    closed |= {root.root / "video" / "a", root.root / "caption" / "b"}
-    found = {s.name: s.problem for s in find_samples(root.root)}
-    assert found["a"] == "video/a cannot be read (Permission denied)"
-    assert "caption/b/1.json cannot be read (Permission denied)" in found["b"]
-    closed.add(root.root / "video")
+        monkeypatch.setattr(owner, name, guard(getattr(owner, name), lambda path: path.parent))
+    unreadable |= {root.root / "video" / "a", root.root / "caption" / "b"}
+    problems = {s.name: s.problem for s in find_samples(root.root)}
+    assert problems["a"] == "video/a cannot be read (Permission denied)"
+    assert "caption/b/1.json cannot be read (Permission denied)" in problems["b"]
+    unreadable.add(root.root / "video")
     with pytest.raises(UserError, match=r"video: cannot be read \(Permission denied\)"):
         find_samples(root.root)
 
@@ -92,48 +92,50 @@ def test_reasons_of_unusable_folders(root):
     root("twice", "1.mp4", "1.mkv", captions=("1",))
     root("list", "1.mp4", captions=("1",))
     (root.root / "caption" / "list" / "1.json").write_text('["caption"]')
-    found = {s.name: s.problem for s in find_samples(root.root)}
-    assert "caption/none/1.json is missing" in found["none"]
-    assert "no video file" in found["other"] and "no video file" in found["words"]
-    assert "1.mp4: another file is the same shot" in found["twice"]
-    assert "expected" in found["list"]
+    problems = {s.name: s.problem for s in find_samples(root.root)}
+    assert "caption/none/1.json is missing" in problems["none"]
+    assert "no video file" in problems["other"] and "no video file" in problems["words"]
+    assert "1.mp4: another file has the same shot number" in problems["twice"]
+    assert "expected" in problems["list"]
     with pytest.raises(UserError, match="none of its 5 samples"):
         usable(find_samples(root.root), root.root)
 
 
-def test_what_lies_astray_in_video_is_said(root):
+def test_misplaced_entries_of_video_are_reported(root):
     root("a", "1.mp4", captions=("1",))
     video = root.root / "video"
-    (video / "1.mp4").write_bytes(b"no video")
+    (video / "1.mp4").write_bytes(b"not a video")
     (video / "loop").symlink_to("loop")
     (video / "dead").symlink_to("nowhere")
     (video / "linked").symlink_to("a")
     (root.root / "caption" / "loop").mkdir()
     (root.root / "caption" / "linked").symlink_to("a")
     (video / "notes.txt").write_text("")
-    found = {s.name: s.problem for s in find_samples(root.root)}
-    assert list(found) == ["1.mp4", "a", "dead", "linked", "loop"]
-    assert found["1.mp4"] == "video/1.mp4 is in no sample's folder; move it to video/<sample>/1.mp4"
-    assert found["loop"] == "video/loop is a link that leads nowhere"
-    assert found["dead"] == "video/dead is a link that leads nowhere"
-    assert not found["a"] and not found["linked"]
+    problems = {s.name: s.problem for s in find_samples(root.root)}
+    assert list(problems) == ["1.mp4", "a", "dead", "linked", "loop"]
+    assert problems["1.mp4"] == (
+        "video/1.mp4 is not in a sample folder; move it to video/<sample>/1.mp4"
+    )
+    assert problems["loop"] == "video/loop is a broken link"
+    assert problems["dead"] == "video/dead is a broken link"
+    assert not problems["a"] and not problems["linked"]
 
 
-def test_a_caption_that_is_no_file_is_not_waited_for(root):
+def test_caption_that_is_a_pipe_is_not_opened(root):
     root("a", "1.mp4")
     (root.root / "caption" / "a").mkdir(parents=True)
     os.mkfifo(root.root / "caption" / "a" / "1.json")
     (sample,) = find_samples(root.root)
-    assert "caption/a/1.json is no regular file" in sample.problem
+    assert "caption/a/1.json is not a regular file" in sample.problem
 
 
-def test_folders_that_are_no_dataset(tmp_path):
+def test_folders_that_are_not_datasets(tmp_path):
     with pytest.raises(UserError, match="no such dataset"):
         find_samples(tmp_path / "nowhere")
     with pytest.raises(UserError, match="expected video/<sample>"):
         find_samples(tmp_path)
     (tmp_path / "video").mkdir()
-    with pytest.raises(UserError, match="no sample"):
+    with pytest.raises(UserError, match="has no samples"):
         find_samples(tmp_path)
 
 
@@ -163,22 +165,25 @@ SHOT = {"video": "x.mp4", "caption": "one"}
         ("{}", "at least one shot"),
         ({"shots": []}, "at least one shot"),
         ({"shot": [SHOT]}, "did you mean 'shots'"),
-        ({"shots": [SHOT], "name": 3}, "name must be a text"),
+        ({"shots": [SHOT], "name": 3}, "name must be a string"),
         ({"shots": ["x.mp4"]}, "expected an object"),
         ({"shots": [{"video": "x.mp4"}]}, "shots[0]: caption is missing"),
         ({"shots": [SHOT, {"video": "", "caption": "b"}]}, "shots[1]: video is missing"),
         ({"shots": [SHOT | {"captoin": "b"}]}, "did you mean 'caption'"),
-        ({"shots": [SHOT | {"start": -1}]}, "start must be seconds"),
-        ({"shots": [SHOT | {"end": "3"}]}, "end must be seconds"),
-        ({"shots": [SHOT | {"start": 3, "end": 3}]}, "not after start"),
-        ('{"shots": [{"video": "x", "caption": "y", "end": Infinity}]}', "end must be seconds"),
-        ({"shots": [SHOT | {"start": 10**400}]}, "start must be seconds"),
-        ({"shots": [SHOT | {"end": -(10**400)}]}, "end must be seconds"),
-        ({"shots": [SHOT | {"video": "a\0b.mp4"}]}, r"video is no file name: 'a\x00b.mp4'"),
-        ({"shots": [SHOT | {"video": "a\ud83d.mp4"}]}, r"video is no file name: 'a\ud83d.mp4'"),
+        ({"shots": [SHOT | {"start": -1}]}, "start must be seconds >= 0"),
+        ({"shots": [SHOT | {"end": "3"}]}, "end must be seconds >= 0"),
+        ({"shots": [SHOT | {"start": 3, "end": 3}]}, "end must be > start = 3, got 3"),
+        (
+            '{"shots": [{"video": "x", "caption": "y", "end": Infinity}]}',
+            "end must be seconds >= 0",
+        ),
+        ({"shots": [SHOT | {"start": 10**400}]}, "start must be seconds >= 0"),
+        ({"shots": [SHOT | {"end": -(10**400)}]}, "end must be seconds >= 0"),
+        ({"shots": [SHOT | {"video": "a\0b.mp4"}]}, r"video is not a file name: 'a\x00b.mp4'"),
+        ({"shots": [SHOT | {"video": "a\ud83d.mp4"}]}, r"video is not a file name: 'a\ud83d.mp4'"),
     ],
 )
-def test_bad_lines_of_a_manifest(tmp_path, line, reason):
+def test_invalid_lines_of_a_manifest(tmp_path, line, reason):
     path = tmp_path / "clips.jsonl"
     good = json.dumps({"name": "good", "shots": [SHOT]})
     path.write_text(f"{line if isinstance(line, str) else json.dumps(line)}\n{good}\n")
@@ -190,14 +195,14 @@ def test_bad_lines_of_a_manifest(tmp_path, line, reason):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_only_newlines_end_a_line_of_a_manifest(tmp_path, end):
-    """JSON lets other line separators stand within a text."""
+    """JSON strings may contain other line separators."""
     captions = ["a\u2028b", "c\u0085d", "e\u2029f"]
     lines = [json.dumps({"shots": [SHOT | {"caption": c}]}, ensure_ascii=False) for c in captions]
     path = tmp_path / "clips.jsonl"
     path.write_bytes(end.join([*lines, ""]).encode())
-    found = find_samples(path)
-    assert [s.shots[0].caption for s in found] == captions
-    assert [s.name for s in found] == ["line 1", "line 2", "line 3"]
+    samples = find_samples(path)
+    assert [s.shots[0].caption for s in samples] == captions
+    assert [s.name for s in samples] == ["line 1", "line 2", "line 3"]
 
 
 def test_numbers_of_any_length_in_names(tmp_path):
@@ -207,13 +212,13 @@ def test_numbers_of_any_length_in_names(tmp_path):
     assert [s.name for s in find_samples(path)] == [names[0], names[4], *names[1:4]]
 
 
-def test_names_are_unique_and_something_must_be_there(tmp_path):
+def test_names_are_unique_and_a_manifest_must_have_samples(tmp_path):
     path = tmp_path / "clips.jsonl"
     path.write_text(f"{json.dumps({'name': 'a', 'shots': [SHOT]})}\n" * 2)
     first, second = find_samples(path)
-    assert not first.problem and "also that of line 1" in second.problem
+    assert not first.problem and "already used by line 1" in second.problem
     path.write_text("\n")
-    with pytest.raises(UserError, match="no sample in it"):
+    with pytest.raises(UserError, match="has no samples"):
         find_samples(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as text"):

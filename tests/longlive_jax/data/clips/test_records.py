@@ -1,4 +1,4 @@
-"""Arrays in bytes: what goes in comes out, and a flipped bit does not."""
+"""Serialised arrays: round trips, and damage that is detected."""
 
 import ml_dtypes
 import numpy as np
@@ -17,15 +17,15 @@ def test_round_trip():
         "e": np.zeros((0, 4), np.int32),
         "f": np.arange(8).reshape(2, 4)[:, ::2],
     }
-    found, meta = unpack(pack(arrays, {"name": "täst", "n": 3}))
-    assert meta == {"name": "täst", "n": 3} and list(found) == list(arrays)
+    unpacked, meta = unpack(pack(arrays, {"name": "täst", "n": 3}))
+    assert meta == {"name": "täst", "n": 3} and list(unpacked) == list(arrays)
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape
-        np.testing.assert_array_equal(found[name], array)
+        assert unpacked[name].dtype == array.dtype and unpacked[name].shape == array.shape
+        np.testing.assert_array_equal(unpacked[name], array)
 
 
 @pytest.mark.parametrize("at", [0, 12, 40, -3])
-def test_damage_is_noticed(at):
+def test_damage_is_detected(at):
     record = bytearray(pack({"a": np.arange(9.0)}, {}))
     record[at] ^= 0x55
     with pytest.raises(Unusable, match="damaged record"):
@@ -33,6 +33,6 @@ def test_damage_is_noticed(at):
 
 
 @pytest.mark.parametrize("length", [0, 5, 30, -1])
-def test_missing_bytes_are_noticed(length):
+def test_missing_bytes_are_detected(length):
     with pytest.raises(Unusable, match="damaged record"):
         unpack(pack({"a": np.arange(9.0)}, {})[:length])

@@ -1,24 +1,24 @@
-"""Clips from real files: joined, cut into parts for ranks, and refused with a reason."""
+"""Clips from real files: joined, read in shards, and rejected with a reason."""
 
 import numpy as np
 import pytest
 
-from longlive_jax.data.clips.clip_plan import JoinSpec, plan, raw_frame_slice
-from longlive_jax.data.clips.dataset import Sample, Unusable, find_samples, usable
+from longlive_jax.data.clips.clip_plan import JoinSpec, plan_clip, raw_frame_slice
+from longlive_jax.data.clips.dataset import Unusable, VideoSample, find_samples, usable
 from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
-from longlive_jax.data.clips.source import VideoClips, lengths_of, read_clip
+from longlive_jax.data.clips.source import VideoClips, read_clip, shot_lengths
 from longlive_jax.parallel.halo import windows as halo_windows
 from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_sample
 
 SIZE = (32, 64)
 JOIN = JoinSpec(chunks=3, chunk_frames=2)
 THIRTY = [int(1.25 * i + 0.3125) for i in range(32)]
-"""Frames of 30 a second that are on screen at 24 a second."""
+"""Frames of a 30 fps video that are on screen at 24 fps."""
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Two shots at 30 fps, one long shot, one cut short behind its index, and a very short one."""
+    """Two shots at 30 fps, a long shot, a truncated shot with an intact index, and a short one."""
     root = tmp_path_factory.mktemp("dataset")
     write_sample(root, "a", 15, 40, fps=30)
     write_sample(root, "b", 80)
@@ -28,28 +28,28 @@ def samples(tmp_path_factory):
     return usable(find_samples(root), root)
 
 
-def test_a_joined_clip(samples):
-    assert lengths_of(samples[0]) == [12, 32]
-    clip = plan(lengths_of(samples[0]), JOIN)
+def test_joined_clip(samples):
+    assert shot_lengths(samples[0]) == [12, 32]
+    clip = plan_clip(shot_lengths(samples[0]), JOIN)
     assert numbers(read_clip(samples[0], clip, SIZE)) == THIRTY[:5] + THIRTY[:16]
-    skipping = plan(
-        lengths_of(samples[1]), JoinSpec(chunks=3, chunk_frames=2, max_chunks_per_shot=2)
+    skipping = plan_clip(
+        shot_lengths(samples[1]), JoinSpec(chunks=3, chunk_frames=2, max_chunks_per_shot=2)
     )
     assert numbers(read_clip(samples[1], skipping, SIZE)) == [*range(13), *range(37, 45)]
-    padded = plan(lengths_of(samples[3]), JoinSpec(chunks=3, chunk_frames=2, pad=True))
+    padded = plan_clip(shot_lengths(samples[3]), JoinSpec(chunks=3, chunk_frames=2, pad=True))
     assert numbers(read_clip(samples[3], padded, SIZE)) == [*range(9), *[8] * 12]
 
 
-def test_parts_of_a_clip_for_ranks(samples):
-    clip = plan(lengths_of(samples[0]), JOIN)
-    whole = read_clip(samples[0], clip, SIZE)
-    own = [raw_frame_slice(2 * p, 2 * p + 2) for p in range(3)]
+def test_parts_of_a_clip_for_shards(samples):
+    clip = plan_clip(shot_lengths(samples[0]), JOIN)
+    video = read_clip(samples[0], clip, SIZE)
+    shards = [raw_frame_slice(2 * p, 2 * p + 2) for p in range(3)]
     halos = [slice(w.first, w.last) for w in halo_windows(6, 3, halo=1)]
-    for part in own + halos + [slice(3, 7), slice(20, 21), [0, 3, 4, 5, 9, 20]]:
-        np.testing.assert_array_equal(read_clip(samples[0], clip, SIZE, part), whole[part])
+    for part in shards + halos + [slice(3, 7), slice(20, 21), [0, 3, 4, 5, 9, 20]]:
+        np.testing.assert_array_equal(read_clip(samples[0], clip, SIZE, part), video[part])
 
 
-def test_a_row(samples):
+def test_row(samples):
     row = VideoClips(samples, JOIN, SIZE, anywhere=False).read(0, np.random.default_rng(0))
     assert row["video"].shape == (21, *SIZE, 3) and row["video"].dtype == np.uint8
     assert row["cut"].tolist() == [False, True, False] and row["shot"].tolist() == [0, 1, 1]
@@ -59,7 +59,7 @@ def test_a_row(samples):
     ]  # fmt: skip
 
 
-def test_clips_begin_anywhere_by_the_generator_alone(samples):
+def test_random_start_depends_on_the_generator_alone(samples):
     source = VideoClips(samples, JOIN, SIZE)
     firsts = [numbers(source.read(1, np.random.default_rng(i))["video"])[0] for i in range(6)]
     assert len(set(firsts)) > 3 and max(firsts) <= 80 - 21
@@ -67,7 +67,7 @@ def test_clips_begin_anywhere_by_the_generator_alone(samples):
     assert again == firsts[2]
 
 
-def test_reasons(samples):
+def test_reasons_of_unusable_samples(samples):
     source = VideoClips(samples, JOIN, SIZE, anywhere=False)
     rng = np.random.default_rng(0)
     with pytest.raises(Unusable, match=r"0\.mp4: cannot be read past"):
@@ -75,12 +75,12 @@ def test_reasons(samples):
     with pytest.raises(Unusable, match="too short: fills 1 of 3 chunks"):
         source.read(3, rng)
     with pytest.raises(Unusable, match="no caption"):
-        lengths_of(Sample("x", problem="no caption"))
+        shot_lengths(VideoSample("x", problem="no caption"))
     assert source.name(3) == "d"
 
 
 def test_damage_in_a_part_marks_the_row(samples):
-    """The rank that reads the beginning cannot know, so the one at the end must not swap it."""
+    """A process that reads the beginning cannot detect it, so no other may take another sample."""
     join = JoinSpec(chunks=10, chunk_frames=2)
     begin, end = (
         VideoClips(samples, join, SIZE, part=part, anywhere=False).read(2, np.random.default_rng(0))
@@ -91,18 +91,18 @@ def test_damage_in_a_part_marks_the_row(samples):
     assert not end["video"].any() and end["video"].shape == (17, *SIZE, 3)
 
 
-def test_a_feed_of_videos_skips_what_is_broken(samples):
-    """In processes as in threads; shapes do not change, and nothing comes without a caption."""
+def test_feed_of_videos_skips_unusable_samples(samples):
+    """Also in worker processes; shapes are constant, and every chunk has a caption."""
     source = VideoClips(samples, JoinSpec(chunks=4, chunk_frames=2), SIZE)
-    found = []
+    runs = []
     for workers in (0, 1):
         spec = FeedSpec(batch=2, workers=workers)
         with ClipFeed(source, spec) as feed:
-            found.append([next(feed) for _ in range(4)])
+            runs.append([next(feed) for _ in range(4)])
             assert all("d: too short" in r or "c: 0.mp4: " in r for r in feed.skipped)
             assert any("d: too short" in reason for reason in feed.skipped)
-    for one, other in zip(*found, strict=True):
-        assert one["video"].shape == (2, 29, *SIZE, 3) and one["prompts"].shape == (2, 4)
-        assert all(map(str.strip, one["prompts"].reshape(-1).tolist()))
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
+    for batch, other in zip(*runs, strict=True):
+        assert batch["video"].shape == (2, 29, *SIZE, 3) and batch["prompts"].shape == (2, 4)
+        assert all(map(str.strip, batch["prompts"].reshape(-1).tolist()))
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])

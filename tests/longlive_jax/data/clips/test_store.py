@@ -1,6 +1,7 @@
-"""Stores read back: damage to them and its repair, and stores of texts alone."""
+"""Reading stores: damage and its repair, earlier versions, and stores of prompts alone."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -14,18 +15,17 @@ from longlive_jax.data.clips.encoding import encode_dataset
 from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.spec import UserError
-from tests.longlive_jax.data.clips.counting import SPEC, Counting, run, texts_of
+from tests.longlive_jax.data.clips.counting import SPEC, CountingEncoders, encode, encode_texts
 
 
 def test_damage_to_a_store(dataset, tmp_path):
     out = tmp_path / "out"
-    run(dataset, out, Counting())
+    encode(dataset, out, CountingEncoders())
     shard = out / "clips-00000.array_record"
     content = shard.read_bytes()
     middle = len(content) // 3
     at = content.index(b'"latents"')
-    spoilt = content[: at + 300] + bytes([content[at + 300] ^ 1]) + content[at + 301 :]
-    shard.write_bytes(spoilt)
+    shard.write_bytes(content[: at + 300] + bytes([content[at + 300] ^ 1]) + content[at + 301 :])
     clips = EncodedClips(out)
     with pytest.raises(Unusable, match="damaged"):
         [clips[i] for i in range(3)]
@@ -40,67 +40,87 @@ def test_damage_to_a_store(dataset, tmp_path):
         EncodedClips(out)
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "empty", "another's"])
-def test_encoding_again_makes_only_the_shards_that_are_lost(dataset, whole, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "swapped"])
+def test_encoding_again_replaces_only_damaged_shards(dataset, reference, tmp_path, damage):
     out = tmp_path / "out"
-    shutil.copytree(whole[0], out)
-    lost = [out / "clips-00001.array_record", out / "texts-00000.array_record"]
-    for file in lost:
+    shutil.copytree(reference[0], out)
+    damaged = [out / "clips-00001.array_record", out / "texts-00000.array_record"]
+    for file in damaged:
         content = file.read_bytes()
         file.unlink()
-        if damage == "cut":
+        if damage == "truncated":
             file.write_bytes(content[:-70])
         elif damage == "empty":
             file.write_bytes(b"")
-        elif damage == "another's":
+        elif damage == "swapped":
             shutil.copy(out / "clips-00002.array_record", file)
-    with pytest.raises(UserError, match="run the same `longlive data encode` again, it makes them"):
+    with pytest.raises(
+        UserError, match="run the same `longlive data encode` again to replace them"
+    ):
         EncodedClips(out)
-    counting = Counting()
-    assert run(dataset, out, counting) == whole[1]
-    assert counting.videos == whole[2].videos[3:5] and counting.prompts == whole[2].prompts
-    for file in lost:
-        assert file.read_bytes() == (whole[0] / file.name).read_bytes()
+    encoders = CountingEncoders()
+    assert encode(dataset, out, encoders) == reference[1]
+    assert encoders.videos == reference[2].videos[3:5] and encoders.prompts == reference[2].prompts
+    for file in damaged:
+        assert file.read_bytes() == (reference[0] / file.name).read_bytes()
     assert len(EncodedClips(out)) == 6 and not (out / "parts").exists()
 
 
-def test_the_repair_may_be_stopped_too(dataset, whole, tmp_path):
+def test_earlier_versions_are_read_and_resumed(dataset, reference, tmp_path):
+    """Their manifests have `chunk` and `ratio` for `chunk_frames` and `temporal_stride`."""
     out = tmp_path / "out"
-    shutil.copytree(whole[0], out)
+    shutil.copytree(reference[0], out)
+    path = out / "manifest.json"
+    values = json.loads(path.read_text())
+    join = values["identity"]["join"]
+    join["chunk"], join["ratio"] = join.pop("chunk_frames"), join.pop("temporal_stride")
+    path.write_text(json.dumps(values))
+    clips = EncodedClips(out)
+    assert clips.manifest == reference[1] and clips[0].latents.shape == (4, 2, 4, 3)
+    (out / "clips-00001.array_record").unlink()
+    encoders = CountingEncoders()
+    assert encode(dataset, out, encoders) == reference[1]
+    assert encoders.videos == reference[2].videos[3:5] and not encoders.prompts
+    assert json.loads(path.read_text()) == json.loads((reference[0] / "manifest.json").read_text())
+
+
+def test_repair_can_be_interrupted_and_resumed(dataset, reference, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reference[0], out)
     for i in (0, 2):
         (out / f"clips-{i:05d}.array_record").unlink()
-    first, second = Counting(3), Counting()
+    first, second = CountingEncoders(3), CountingEncoders()
     with pytest.raises(KeyboardInterrupt):
-        run(dataset, out, first)
+        encode(dataset, out, first)
     with pytest.raises(UserError, match="has not finished"):
         EncodedClips(out)
-    assert run(dataset, out, second) == whole[1]
-    assert first.videos + second.videos == whole[2].videos[:3] + whole[2].videos[5:]
+    assert encode(dataset, out, second) == reference[1]
+    assert first.videos + second.videos == reference[2].videos[:3] + reference[2].videos[5:]
 
 
 @pytest.mark.parametrize("content", ["", '{"format": 1, "te', '{"format": 9}'])
-def test_a_manifest_that_cannot_be_read(dataset, whole, tmp_path, content):
-    """What the message says does help."""
+def test_unreadable_manifest(dataset, reference, tmp_path, content):
+    """The error names the remedy."""
     out = tmp_path / "out"
-    shutil.copytree(whole[0], out)
+    shutil.copytree(reference[0], out)
     (out / "manifest.json").write_text(content)
-    for use in (EncodedClips, lambda out: run(dataset, out, Counting())):
+    for use in (EncodedClips, lambda out: encode(dataset, out, CountingEncoders())):
         with pytest.raises(UserError, match=f"remove {out} and encode the dataset again"):
             use(out)
 
 
-def test_a_refusal_for_space_leaves_no_trace(dataset, tmp_path):
+def test_lack_of_disk_space_leaves_no_files(dataset, tmp_path):
     out, huge = tmp_path / "out", dataclasses.replace(SPEC, size=(10**6, 10**6))
-    counting = Counting()
-    wanting = dataclasses.replace(counting.encoders(), latent_bytes=2**50)
+    encoders = CountingEncoders()
+    oversized = dataclasses.replace(encoders.encoders(), latent_bytes=2**50)
     with pytest.raises(UserError, match="clips of"):
-        encode_dataset(find_samples(dataset), out, spec=huge, encoders=wanting)
+        encode_dataset(find_samples(dataset), out, spec=huge, encoders=oversized)
     assert not list(out.iterdir())
-    assert run(dataset, out, counting).complete
+    assert encode(dataset, out, encoders).complete
 
 
-def spoil(file, *words):
-    """Flips a bit behind each of the words, which stand in the headers of records."""
+def flip_bits(file, *words):
+    """Flips a bit after each of the words, which occur in the headers of records."""
     content = bytearray(file.read_bytes())
     for word in words:
         at = content.index(word) + 300
@@ -108,23 +128,23 @@ def spoil(file, *words):
     file.write_bytes(content)
 
 
-def test_what_a_store_is_does_not_hang_on_its_first_record(dataset, tmp_path):
+def test_shape_and_chunks_do_not_depend_on_the_first_record(dataset, tmp_path):
     out = tmp_path / "out"
-    run(dataset, out, Counting())
+    encode(dataset, out, CountingEncoders())
     clips = EncodedClips(out)
-    assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2 and clips.texts == 6
+    assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2 and clips.num_prompts == 6
     assert [clips.prompt(row) for row in range(6)] == sorted(clips.prompt(row) for row in range(6))
     assert clips.prompt(0) == "" and clips.prompt(2) == "a shot 0"
-    spoil(out / "clips-00000.array_record", b'"latents"')
+    flip_bits(out / "clips-00000.array_record", b'"latents"')
     clips = EncodedClips(out)
     with pytest.raises(Unusable, match="damaged"):
         clips[0]
     assert clips.shape == (4, 2, 4, 3) and clips.chunks == 2
 
 
-def test_a_store_of_which_nothing_can_be_read(dataset, tmp_path, monkeypatch):
+def test_store_without_a_readable_clip(dataset, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run(dataset, out, Counting())
+    encode(dataset, out, CountingEncoders())
 
     def damaged(record):
         raise Unusable("damaged record")
@@ -136,50 +156,55 @@ def test_a_store_of_which_nothing_can_be_read(dataset, tmp_path, monkeypatch):
     ):
         _ = clips.shape
     with pytest.raises(UserError, match=r"texts-00000\.array_record: the empty .*remove that file"):
-        _ = clips.empty
+        _ = clips.empty_text_features
 
 
-def test_texts_alone(dataset, whole, tmp_path):
-    """Every prompt that a clip could have wherever it begins, and no video is touched."""
-    out, counting = tmp_path / "out", Counting()
-    manifest = texts_of(dataset, out, counting)
-    assert manifest.complete and counting.loaded == {"text": 1}
+def test_prompts_alone(dataset, reference, tmp_path):
+    """Every prompt that a clip could have, wherever it begins; no video is opened."""
+    out, encoders = tmp_path / "out", CountingEncoders()
+    manifest = encode_texts(dataset, out, encoders)
+    assert manifest.complete and encoders.loaded == {"text": 1}
     captions = ["a shot 0", "b shot 0", "b shot 1", "c shot 0", "e shot 0"]
-    prompts = sorted(["", *captions, *(CUT_PREFIX + one for one in captions)])
+    prompts = sorted(["", *captions, *(CUT_PREFIX + caption for caption in captions)])
     clips = EncodedClips(out)
-    assert len(clips) == 0 and clips.texts == len(prompts)
-    assert [clips.prompt(row) for row in range(clips.texts)] == prompts == counting.prompts
-    np.testing.assert_array_equal(clips.empty, EncodedClips(whole[0]).empty)
+    assert len(clips) == 0 and clips.num_prompts == len(prompts)
+    assert [clips.prompt(row) for row in range(clips.num_prompts)] == prompts == encoders.prompts
+    np.testing.assert_array_equal(
+        clips.empty_text_features, EncodedClips(reference[0]).empty_text_features
+    )
     assert {p.name for p in out.iterdir()} == {"manifest.json", "texts-00000.array_record"}
-    theirs = whole[1].identity
-    assert manifest.identity == theirs | {"clips": 0, "dataset": manifest.identity["dataset"]}
-    assert manifest.identity["dataset"] != theirs["dataset"] and manifest.texts_per_clip == 2
-    with pytest.raises(UserError, match="has texts alone"):
+    with_clips = reference[1].identity
+    assert manifest.identity == with_clips | {"clips": 0, "dataset": manifest.identity["dataset"]}
+    assert manifest.identity["dataset"] != with_clips["dataset"] and manifest.texts_per_clip == 2
+    with pytest.raises(UserError, match="has prompts but no clips"):
         _ = clips.shape
-    again = Counting()
-    assert texts_of(dataset, out, again) == manifest and not again.loaded
-    with pytest.raises(UserError, match=r"encoded otherwise \(clips, dataset\)"):
-        run(dataset, out, Counting())
+    again = CountingEncoders()
+    assert encode_texts(dataset, out, again) == manifest and not again.loaded
+    with pytest.raises(UserError, match=r"encoded with other settings \(clips, dataset\)"):
+        encode(dataset, out, CountingEncoders())
 
 
 @pytest.mark.parametrize(("chunks", "texts"), [(1, 1), (3, 3), (9, 4)])
-def test_room_for_the_texts_of_any_clip(dataset, tmp_path, chunks, texts):
+def test_texts_per_clip_covers_any_clip(dataset, tmp_path, chunks, texts):
     spec = dataclasses.replace(SPEC, join=JoinSpec(chunks=chunks, chunk_frames=2))
-    assert texts_of(dataset, tmp_path / "out", Counting(), spec).texts_per_clip == texts
+    assert encode_texts(dataset, tmp_path / "out", CountingEncoders(), spec).texts_per_clip == texts
 
 
-def test_texts_alone_are_resumed(dataset, tmp_path):
-    out, counting = tmp_path / "out", Counting()
-    encode = counting.text
+def test_prompts_alone_are_resumed(dataset, tmp_path):
+    out, encoders = tmp_path / "out", CountingEncoders()
+    encode_text = encoders.encode_text
 
-    def stopped(prompt):
-        if len(counting.prompts) == 3:
+    def interrupt(prompt):
+        if len(encoders.prompts) == 3:
             raise KeyboardInterrupt
-        return encode(prompt)
+        return encode_text(prompt)
 
-    counting.text = stopped
+    encoders.encode_text = interrupt
     with pytest.raises(KeyboardInterrupt):
-        texts_of(dataset, out, counting)
+        encode_texts(dataset, out, encoders)
     with pytest.raises(UserError, match="has not finished"):
         EncodedClips(out)
-    assert texts_of(dataset, out, Counting()).complete and EncodedClips(out).texts == 11
+    assert (
+        encode_texts(dataset, out, CountingEncoders()).complete
+        and EncodedClips(out).num_prompts == 11
+    )

@@ -1,4 +1,4 @@
-"""Small video files whose frames carry their numbers, and what else several tests share."""
+"""Writes small video files whose frames encode their index, and other shared helpers."""
 
 import dataclasses
 import json
@@ -13,22 +13,32 @@ BITS = 8
 
 
 def numbered(i, height=32, width=64):
-    """A frame of eight black or white columns: the number in binary."""
+    """A frame of eight black or white columns, which encode index `i` in binary."""
     bits = np.array([i >> b & 1 for b in range(BITS)], np.uint8) * 255
     row = np.repeat(bits, -(-width // BITS))[:width]
     return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
 
 
 def numbers(video):
-    """What `numbered` frames say, whatever size they have been scaled to."""
+    """The indices of `numbered` frames, also after scaling."""
     columns = np.array_split(np.arange(video.shape[2]), BITS)
     bits = [video[:, :, c[len(c) // 2], 0].mean(axis=1) > 127 for c in columns]
     return sum(bit.astype(int) << b for b, bit in enumerate(bits)).tolist()
 
 
 def write_video(path, frames, fps=24, *, size=(32, 64), codec="libx264", **more):
-    """`frames` numbered frames. `more`: stamps (seconds of each), audio, rotation, stretch, gop,
-    ahead (B-frames), options of the container."""
+    """Writes a video of `frames` numbered frames.
+
+    `more` may have:
+      stamps: the time of each frame in seconds.
+      audio: whether to add an audio stream.
+      rotation: display rotation in degrees.
+      stretch: sample aspect ratio.
+      gop: frames per group of pictures.
+      ahead: consecutive B-frames.
+      options: options of the container.
+    """
+    # 1. Configure the streams.
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w", options=more.get("options", {})) as file:
@@ -45,6 +55,7 @@ def write_video(path, frames, fps=24, *, size=(32, 64), codec="libx264", **more)
         sound = file.add_stream("aac", rate=44100) if more.get("audio") else None
         tick = Fraction(1, 600) if "stamps" in more else 1 / rate
         stream.codec_context.time_base = tick
+        # 2. Encode.
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(numbered(i, *size), format="rgb24")
             frame.pts = round(more["stamps"][i] / tick) if "stamps" in more else i
@@ -52,11 +63,12 @@ def write_video(path, frames, fps=24, *, size=(32, 64), codec="libx264", **more)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
         if sound is not None:
-            _write_silence(file, sound, frames / float(rate) + 1.0)
+            write_silence(file, sound, frames / float(rate) + 1.0)
     return path
 
 
-def _write_silence(file, stream, seconds):
+def write_silence(file, stream, seconds):
+    """Writes an audio stream of silence."""
     for at in range(0, int(44100 * seconds), 1024):
         block = np.zeros((2, 1024), np.float32)
         frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
@@ -65,10 +77,10 @@ def _write_silence(file, stream, seconds):
     file.mux(stream.encode(None))
 
 
-def cut_short(path, share=0.6):
-    """Leaves only the beginning of a file."""
+def cut_short(path, fraction=0.6):
+    """Truncates a file to this fraction of its bytes."""
     content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     return path
 
 
@@ -80,7 +92,7 @@ def write_caption(root, sample, shot, text):
 
 
 def write_sample(root, name, *lengths, fps=24, **more):
-    """A sample of the folder layout: shots of so many frames, captions "<name> shot <i>"."""
+    """Writes a sample in the folder layout: shots of these lengths, captions "<name> shot <i>"."""
     for i, length in enumerate(lengths):
         write_video(root / "video" / name / f"{i}.mp4", length, fps, **more)
         write_caption(root, name, i, f"{name} shot {i}")
@@ -88,8 +100,8 @@ def write_sample(root, name, *lengths, fps=24, **more):
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy:
-    """A source of `count` rows, some of them unusable."""
+class ToySource:
+    """A source of `count` rows, of which those in `bad` are unusable."""
 
     count: int
     bad: tuple[int, ...] = ()
