@@ -1,4 +1,4 @@
-"""The training loss with everything random given: levels, noise, roughened context."""
+"""The training loss, replayed with the reference's noise levels, noise and context noise."""
 
 import dataclasses
 import functools
@@ -36,13 +36,13 @@ OPTIONS = {
 
 
 def ar_training_loss(golden: Golden) -> Sequence[Case]:
-    """Inputs made from the draws, then prediction, loss and gradients of every case."""
+    """Cases for the corrupted inputs, the prediction, the loss and the gradients."""
     files = _Files(golden)
     return [case for entry in golden.meta["cases"] for case in files.cases(entry)]
 
 
 class _Files:
-    """What the cases of a file share: the model, and one compiled function for all of them."""
+    """The model and the compiled loss that all cases of a golden file use."""
 
     def __init__(self, golden: Golden):
         self.golden, self.model = golden, golden.dit
@@ -52,13 +52,16 @@ class _Files:
         text = prompts_of_blocks(golden)
         self.blocks = text.shape[1]
         self.text = text.reshape(-1, *text.shape[2:])
-        self._measured = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
+        self._loss_and_grads = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
 
     def cases(self, entry: Mapping[str, Any]) -> list[Case]:
+        """The comparisons of one entry of the file's `cases`."""
         name, golden = entry["name"], self.golden
         unknown = sorted(set(entry["args"]) - OPTIONS)
         if unknown:
             return [later(name, f"options {unknown}")]
+
+        # 1. What is compared, and how closely. The result is computed when first needed.
         result = functools.cache(lambda: self._result(name, entry["args"]))
         latents = {
             "noisy_latents": TIGHT, "clean_x": TIGHT, "target": TIGHT,
@@ -72,6 +75,7 @@ class _Files:
         def gradient(key: str) -> np.ndarray:
             return self.model.state_dict(result()["grads"], [key])[key]
 
+        # 2. Numbers and latents, as far as the file contains them, then gradients.
         cases = []
         for key, tolerance in {**numbers, **latents}.items():
             path = f"{name}/{key}"
@@ -86,9 +90,10 @@ class _Files:
         ]
 
     def _result(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        batch, draws, levels = self._given(name, options)
-        (loss, velocity), grads = self._measured(self.model.params, batch, draws)
-        wanted = velocity_target(batch.target, draws.noise)
+        """Everything that the golden file may contain for a case."""
+        batch, draws, levels = self._inputs(name, options)
+        (loss, velocity), grads = self._loss_and_grads(self.model.params, batch, draws)
+        target = velocity_target(batch.target, draws.noise)
         noisy = corrupt(batch.target, draws.noise, draws.sigma)
         return {
             **levels,
@@ -96,36 +101,42 @@ class _Files:
             "frame_weight": draws.weight,
             "noisy_latents": noisy,
             "clean_x": draws.context,
-            "target": wanted,
+            "target": target,
             "flow_pred": velocity,
-            # the reference reads the level off the table, which ends just above 0
+            # The reference looks the level up in its table, which ends just above 0.
             "x0_pred": x0_from_velocity(noisy, velocity, levels["sigma"]),
-            "frame_mse": jnp.mean((velocity - wanted) ** 2, axis=(2, 3, 4)),
+            "frame_mse": jnp.mean((velocity - target) ** 2, axis=(2, 3, 4)),
             "loss": loss,
             "grads": grads,
         }
 
-    def _given(self, name: str, options: Mapping[str, Any]):
-        """Batch, draws and levels of a case, from the reference's own random numbers."""
-        golden, table = self.golden, self.schedule
-        clamp, context_name = bool(options.get("i2v")), f"{name}/aug_index_draw"
+    def _inputs(self, name: str, options: Mapping[str, Any]):
+        """Batch, draws and noise levels of a case, from the reference's random numbers."""
+        golden, schedule = self.golden, self.schedule
+        image_to_video = bool(options.get("i2v"))
+        context_name = f"{name}/aug_index_draw"
+        augmented = context_name in golden
+
+        # 1. Latents. The reference sets noise = clean in conditioning frames: their target is 0.
         clean, noise = self.clean, golden.frames(f"{name}/noise", 2)
-        if clamp:  # the target of a given frame is then zero, as the reference has it
+        if image_to_video:
             clean, noise = (
                 x.at[:, :1].set(golden.frames("initial_latent", 2)) for x in (clean, noise)
             )
-        augmented = context_name in golden
+        batch = self._batch(clean, jnp.asarray(golden[f"{name}/loss_mask"]))
+
+        # 2. Settings and draws.
         spec = ARLossSpec(
             shift=golden.meta["timestep_shift"],
             global_sinks=0,
             context_noise=float(augmented),
             context_noise_told=augmented,
-            image_to_video=clamp,
+            image_to_video=image_to_video,
         )
         context_level = jnp.zeros((len(clean), self.blocks))
         if augmented:
-            context_level = jnp.asarray(table.sigmas)[golden[context_name][:, :: self.chunk_frames]]
-        batch = self._episode(clean, jnp.asarray(golden[f"{name}/loss_mask"]))
+            index = golden[context_name][:, :: self.chunk_frames]
+            context_level = jnp.asarray(schedule.sigmas)[index]
         draws = draws_of(
             batch,
             noise=noise,
@@ -136,24 +147,30 @@ class _Files:
             chunk_frames=self.chunk_frames,
             spec=spec,
         )
-        return batch, *self._rounded(draws, bool(options.get("mixed_precision")))
+        return batch, *self._round_like_reference(draws, bool(options.get("mixed_precision")))
 
-    def _rounded(self, draws: Draws, half: bool) -> tuple[Draws, dict[str, Array]]:
-        """Draws and their levels with the reference's rounding: bfloat16 timesteps, and every level
-        read off the table by its timestep, also where that is 0."""
-        table = self.schedule
-        timestep = draws.timestep
-        if half:
+    def _round_like_reference(
+        self, draws: Draws, mixed_precision: bool
+    ) -> tuple[Draws, dict[str, Array]]:
+        """Draws and noise levels with the reference's rounding.
+
+        In mixed precision its timesteps are bfloat16. It looks every level up in the table by its
+        timestep, also where the timestep is 0.
+        """
+        schedule, timestep = self.schedule, draws.timestep
+        if mixed_precision:
             timestep = timestep.astype(jnp.bfloat16).astype(jnp.float32)
-        index = table.index(timestep)
-        sigma = jnp.asarray(table.sigmas)[index]
-        weight = jnp.asarray(table.weights)[index]
-        if half:
+        index = schedule.index(timestep)
+        sigma = jnp.asarray(schedule.sigmas)[index]
+        weight = jnp.asarray(schedule.weights)[index]
+        if mixed_precision:
             draws = dataclasses.replace(draws, timestep=timestep, sigma=sigma)
-        weight = jnp.where(draws.conditioning_frame, weight, weight if half else draws.weight)
+        own_weight = weight if mixed_precision else draws.weight
+        weight = jnp.where(draws.conditioning_frame, weight, own_weight)
         return dataclasses.replace(draws, weight=weight), {"sigma": sigma}
 
-    def _episode(self, clean, mask) -> TeacherForcingBatch:
+    def _batch(self, clean, mask) -> TeacherForcingBatch:
+        """Full clips: every frame as context and as target, with full history."""
         chunk = jnp.tile(jnp.arange(self.blocks), (len(clean), 2))
         prompt = chunk + jnp.arange(len(clean))[:, None] * self.blocks
         return TeacherForcingBatch(
@@ -168,6 +185,7 @@ class _Files:
         )
 
     def _loss(self, params, batch: TeacherForcingBatch, draws: Draws):
+        """The loss, and the velocity as its auxiliary output."""
         setup = ARSetup(self.model.graphdef, self.chunk_frames, 0, ARLossSpec(global_sinks=0))
         velocity = predict(setup, self.model.around(params), batch, draws, self.text)
         return flow_loss(velocity, batch, draws)[0], velocity

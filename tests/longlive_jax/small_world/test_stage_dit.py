@@ -1,4 +1,4 @@
-"""The small world's own recipe over a mesh, with and without error recycling."""
+"""The stage `ar`: its recipe on a mesh, and the sampler settings that it stores."""
 
 import json
 import shutil
@@ -7,14 +7,22 @@ import pytest
 
 from longlive_jax.cli.app import run
 from longlive_jax.io.builtin import builtin_checkpoint
+from longlive_jax.models.wan import DiTConfig
+from longlive_jax.parallel.mesh import MeshSpec
+from longlive_jax.sampling.settings import save_settings, spec_for
+from longlive_jax.small_world import world
+from longlive_jax.small_world.stage_dit import DiTStage, SampleDefaults
+from longlive_jax.small_world.windows import WindowSpec
+from longlive_jax.training.loop import LoopSpec
+from longlive_jax.training.objectives.batch import ARLossSpec
 
 SETTINGS = (
     "model.dim=32", "model.ffn_dim=32", "model.freq_dim=8", "model.heads=4", "model.layers=2",
     "dtype=float32", "unroll=1", "corpus.videos=8", "corpus.chunks=8", "corpus.shot_chunks=(2,4)",
-    "episodes.batch=8", "episodes.targets=3", "episodes.window=3", "held_out_batches=1",
+    "windows.batch=8", "windows.targets=3", "windows.window=3", "held_out_batches=1",
     "loop.steps=20", "loop.log_every=1", "loop.save_every=20", "optim.warmup=2",
 )  # fmt: skip
-RECYCLED = (
+RECYCLING = (
     "recycling.buffer.by=chunk", "recycling.buffer.rows=4", "recycling.buffer.slots=2",
     "recycling.clean=0.3", "recycling.warmup=4",
 )  # fmt: skip
@@ -23,11 +31,12 @@ MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.sp=2")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A few encoded videos, made by the first run and handed to the others."""
+    """Path of a few encoded videos, which the first run writes and the others reuse."""
     return tmp_path_factory.mktemp("corpus") / "corpus.npz"
 
 
 def losses(folder, corpus, *changes):
+    """Runs the stage in a new folder and returns the loss of every step."""
     folder.mkdir()
     out, workdir = folder / "checkpoint", folder / "work"
     shutil.copytree(builtin_checkpoint(), out)
@@ -35,8 +44,8 @@ def losses(folder, corpus, *changes):
     if corpus.exists():
         shutil.copy(corpus, workdir)
     overrides = [f"--config.{change}" for change in (*SETTINGS, *changes)]
-    where = [f"--workdir={workdir}", f"--out={out}"]
-    assert run(["train", "--config=configs/small_world.py:ar", *overrides, *where]) == 0
+    paths = [f"--workdir={workdir}", f"--out={out}"]
+    assert run(["train", "--config=configs/small_world.py:ar", *overrides, *paths]) == 0
     shutil.copy(workdir / "corpus.npz", corpus)
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [r["loss"] for r in lines if "loss" in r]
@@ -46,11 +55,47 @@ def losses(folder, corpus, *changes):
     "changes",
     [
         pytest.param((), id="plain"),
-        pytest.param(RECYCLED, id="recycled", marks=pytest.mark.slow),
+        pytest.param(RECYCLING, id="error recycling", marks=pytest.mark.slow),
     ],
 )
-def test_twenty_steps_on_eight_devices_are_those_of_one(tmp_path, corpus, changes):
-    found = [losses(tmp_path / str(len(mesh)), corpus, *changes, *mesh) for mesh in ((), MESH)]
-    assert len(found[0]) == 20
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
-    assert found[1][:3] == pytest.approx(found[0][:3], rel=1e-5)
+def test_twenty_steps_on_eight_devices_equal_one_device(tmp_path, corpus, changes):
+    want = losses(tmp_path / "one", corpus, *changes)
+    got = losses(tmp_path / "eight", corpus, *changes, *MESH)
+    assert len(want) == 20
+    assert got == pytest.approx(want, rel=1e-3)
+    assert got[:3] == pytest.approx(want[:3], rel=1e-5)
+
+
+def stage(**settings):
+    model = DiTConfig(
+        dim=32, ffn_dim=32, freq_dim=8, text_dim=8, text_len=16, heads=2, layers=1,
+        in_channels=4, out_channels=4,
+    )  # fmt: skip
+    return DiTStage(model=model, **settings)
+
+
+def test_sampler_settings_follow_the_windows_and_the_loss(tmp_path):
+    """A checkpoint with these settings samples with them by default."""
+    settings = stage(
+        windows=WindowSpec(window=5, global_sinks=0, shot_rope_offset=12),
+        loss=ARLossSpec(shift=3.0),
+        sampling=SampleDefaults(solver="euler", num_steps=6, guidance=1.5),
+    ).sample_settings()
+    save_settings(tmp_path, settings)
+    spec = spec_for(tmp_path)
+    assert (spec.size, spec.chunk_frames) == ((world.HEIGHT, world.WIDTH), world.CHUNK_LATENTS)
+    assert (spec.window, spec.global_sinks, spec.shot_rope_offset) == (5, 0, 12)
+    assert (spec.shift, spec.solver, spec.steps, spec.guidance) == (3.0, "euler", 6, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mesh": MeshSpec(sp=4)}, r"2 attention heads do not split over mesh\.sp = 4"),
+        ({"mesh": MeshSpec(data=3)}, r"16 samples in a batch do not split over mesh\.data"),
+        ({"loop": LoopSpec(accumulate=3)}, r"batch = 16 does not divide by loop\.accumulate = 3"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        stage(**settings)

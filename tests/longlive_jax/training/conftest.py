@@ -1,4 +1,4 @@
-"""Clips that a small checkpoint has encoded, and programs that are compiled once for all tests."""
+"""Encoded clips and a small checkpoint, and a compilation cache for all training tests."""
 
 import jax
 import pytest
@@ -19,22 +19,25 @@ DIT = DiTConfig(
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Where compiled programs are kept: resumed runs repeat those of the runs they go on with."""
-    return tmp_path_factory.mktemp("programs")
+def compilation_cache(tmp_path_factory):
+    """Directory of JAX's persistent compilation cache.
+
+    A resumed run needs the same programs as the run that it resumes, so each is compiled once.
+    """
+    return tmp_path_factory.mktemp("compilation_cache")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(programs):
+def use_compilation_cache(compilation_cache):
     before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
     yield
     jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory):
-    """A checkpoint with all parts, and clips of four chunks that its encoders made."""
+def data_dir(tmp_path_factory):
+    """A directory with `checkpoint` (all components), `videos`, and `encoded` clips of 4 chunks."""
     folder = tmp_path_factory.mktemp("clips")
     checkpoint = write_encoders(folder / "checkpoint")
     params = activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(0))))

@@ -1,4 +1,4 @@
-"""Programs started beside the tests, which never outlive them."""
+"""Subprocesses for the tests: start them, wait for them, and kill them on a timeout."""
 
 import os
 import socket
@@ -13,35 +13,45 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def start(*arguments: object, devices: int, program: Path = PROGRAM) -> subprocess.Popen:
-    """The program in a group of its own, on so many fake devices."""
-    return _started(str(program), *arguments, devices=devices)
+    """Starts `program` in its own process group, on `devices` simulated CPU devices."""
+    return _start_python(str(program), *arguments, devices=devices)
 
 
 def longlive(*arguments: object, devices: int, cache: Path | None = None) -> subprocess.Popen:
-    """`longlive ARGUMENTS` likewise, compiled in haste; compiled programs are kept in `cache`."""
-    kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    kept["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    """Starts `longlive ARGUMENTS` like `start`, with XLA's expensive passes off.
+
+    `cache` is the directory of the persistent compilation cache, if any.
+    """
+    variables = {}
+    if cache is not None:
+        variables = {
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+        }
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    more = kept if cache is not None else {}
-    return _started("-m", "longlive_jax", *arguments, devices=devices, flags=flags, **more)
+    return _start_python(
+        "-m", "longlive_jax", *arguments, devices=devices, flags=flags, **variables
+    )
 
 
-def _started(*words: object, devices: int, flags: str = "", **more: str) -> subprocess.Popen:
+def _start_python(
+    *arguments: object, devices: int, flags: str = "", **variables: str
+) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices} {flags}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *map(str, words)],
+        [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=env | more,
+        env=env | variables,
         cwd=ROOT,
         start_new_session=True,
     )
 
 
-def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
-    """Exit code and output, waited for."""
+def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+    """Waits for a process and returns its exit code and output; kills it after `seconds`."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -52,7 +62,7 @@ def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until `path` exists; AssertionError if the process ends before."""
+    """Waits until `path` exists; AssertionError if the process ends first."""
     deadline = time.monotonic() + seconds
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -61,19 +71,19 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.02)
 
 
-def wait_for_words(words: str, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Reads what it prints up to a line with them; AssertionError if there is none."""
-    late = threading.Timer(seconds, process.kill)
-    late.start()
+def wait_for_output(text: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Reads the output up to the first line that contains `text`; AssertionError if none does."""
+    timeout = threading.Timer(seconds, process.kill)
+    timeout.start()
     lines = [process.stdout.readline()]
-    while words not in lines[-1] and lines[-1]:
+    while text not in lines[-1] and lines[-1]:
         lines.append(process.stdout.readline())
-    late.cancel()
-    assert lines[-1], f"never printed {words!r}:\n{''.join(lines)}"
+    timeout.cancel()
+    assert lines[-1], f"never printed {text!r}:\n{''.join(lines)}"
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """A TCP port that is not in use."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The loop on a toy regression: resuming, divergence, records, evaluations, full disks."""
+"""The training loop: resuming, divergence, metrics, evaluations, full disks."""
 
 import json
 import struct
@@ -20,8 +20,8 @@ from longlive_jax.training.task import About, StepCost, global_batches
 from tests.longlive_jax.training.toy_task import Batches, one_device, toy_task, trainer
 
 
-def spec(**kw):
-    return LoopSpec(**{"steps": 10, "log_every": 2, "save_every": 5, "eval_every": 5} | kw)
+def spec(**changes):
+    return LoopSpec(**{"steps": 10, "log_every": 2, "save_every": 5, "eval_every": 5} | changes)
 
 
 def records(workdir):
@@ -50,27 +50,27 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_consecutive_non_finite_updates_stop_the_run(tmp_path):
-    rare = spec(patience=3, log_every=10)  # it does not wait for a record
+    rarely_logged = spec(patience=3, log_every=10)  # divergence is noticed between records
     with pytest.raises(FloatingPointError, match="in 4 consecutive updates before step 9"):
-        train(toy_task(10, poison=range(5, 10)), tmp_path, rare)
+        train(toy_task(10, poison=range(5, 10)), tmp_path, rarely_logged)
 
 
-def test_a_skipped_update_leaves_the_others_in_the_record(tmp_path):
+def test_a_skipped_update_is_left_out_of_the_means_of_a_record(tmp_path):
     train(toy_task(4, poison=[2]), tmp_path, spec(steps=4, log_every=4))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
 
     logged = [json.loads(line, parse_constant=refuse) for line in lines]
     assert logged[0]["loss"] > 0 and logged[0]["bad_steps"] == 0.25
 
 
-def test_a_cut_off_first_checkpoint_is_ignored(tmp_path):
-    """The run starts from its initial weights, not from random parameters."""
+def test_an_unfinished_first_checkpoint_is_ignored(tmp_path):
+    """The run starts from the weights that `restore` reads, not from random ones."""
     (tmp_path / "state/5.orbax-checkpoint-tmp").mkdir(parents=True)
-    restored = trainer(restore=lambda: {"kernel": jnp.array([5.0, 5.0])})
-    state = train(toy_task(1, trainer=restored), tmp_path, spec(steps=1))
+    pretrained = trainer(restore=lambda: {"kernel": jnp.array([5.0, 5.0])})
+    state = train(toy_task(1, trainer=pretrained), tmp_path, spec(steps=1))
     kernel = np.asarray(state.groups["model"].params["kernel"])
     assert (np.abs(kernel - 5) < 0.1).all()
 
@@ -87,7 +87,7 @@ def test_initial_weights_are_not_read_when_resuming(tmp_path):
     assert len(reads) == 1
 
 
-def test_the_message_of_a_failed_checkpoint_is_not_lost_to_a_full_disk(tmp_path, monkeypatch):
+def test_a_failed_checkpoint_is_reported_even_if_plotting_fails_too(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -101,22 +101,22 @@ def test_the_message_of_a_failed_checkpoint_is_not_lost_to_a_full_disk(tmp_path,
 
 
 def scalars(workdir):
-    """(step, name) -> value of everything in TensorBoard's files.
+    """All scalars in TensorBoard's files: (step, name) -> value.
 
-    A record is its length, a CRC, the event and another CRC.
+    A record in such a file is its length, a CRC, the event and another CRC.
     """
     values = {}
     for path in (workdir / "tensorboard").iterdir():
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+        data, offset = path.read_bytes(), 0
+        while offset < len(data):
+            (length,) = struct.unpack_from("<Q", data, offset)
+            event = event_pb2.Event.FromString(data[offset + 12 : offset + 12 + length])
             values |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
-            at += 16 + length
+            offset += 16 + length
     return values
 
 
-def test_records_have_speed_memory_and_skipped_samples_and_tensorboard_has_the_same(tmp_path):
+def test_records_contain_throughput_and_skipped_samples_and_tensorboard_agrees(tmp_path):
     cost = StepCost(tokens=100, flops=6e9, kinds={"linears": 4e9, "attention": 2e9})
     train(toy_task(4, about=About(cost=cost)), tmp_path, spec(steps=4, peak_tflops=0.5))
     logged = [r for r in records(tmp_path) if "loss" in r]
@@ -134,7 +134,7 @@ def test_records_have_speed_memory_and_skipped_samples_and_tensorboard_has_the_s
     assert len(logged) == 2 and (4, "held_out") in board
 
 
-def test_a_full_disk_while_logging_is_one_message(tmp_path, monkeypatch):
+def test_a_full_disk_while_logging_is_a_failure_with_a_remedy(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -143,19 +143,19 @@ def test_a_full_disk_while_logging_is_one_message(tmp_path, monkeypatch):
         train(toy_task(10), tmp_path, spec())
 
 
-def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path):
-    def killed(weights, step, workdir):
+def test_an_interrupted_evaluation_is_repeated_on_resuming(tmp_path):
+    def interrupt(weights, step, workdir):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # this step has a checkpoint, but no evaluation
-        train(toy_task(5, evaluate=killed), tmp_path, spec(steps=5))
-    for _ in range(2):  # made up for once
+    with pytest.raises(KeyboardInterrupt):  # step 5 has a checkpoint, but no evaluation
+        train(toy_task(5, evaluate=interrupt), tmp_path, spec(steps=5))
+    for _ in range(2):  # repeated in the first of these runs only
         train(toy_task(5), tmp_path, spec(steps=5))
         assert [r["step"] for r in records(tmp_path) if "held_out" in r] == [5]
 
 
-def test_rates_count_updates_and_not_what_comes_between(tmp_path):
-    """Checkpoints and evaluations in a window: an update is not faster than what it waits for."""
+def test_rates_exclude_checkpoints_and_evaluations(tmp_path):
+    """The rate is at most that of the input pipeline, and above that with evaluations included."""
     delay, mesh = 0.02, one_device()
     batches = global_batches(feed_in_order(Batches(20)), mesh)
 
@@ -177,17 +177,17 @@ def test_rates_count_updates_and_not_what_comes_between(tmp_path):
 
 
 def test_changed_frozen_parameters_are_reported_on_resuming(tmp_path, capsys):
-    def run(steps, value):
+    def output(steps, value):
         frozen = {"teacher": jax.device_put({"kernel": np.full(2, value, np.float32)})}
         train(toy_task(steps, frozen=frozen), tmp_path, spec(steps=steps))
         return capsys.readouterr().out
 
-    run(5, 1.0)
-    assert "frozen was" not in run(7, 1.0)
-    assert "frozen was {'teacher'" in run(9, 2.0).replace("\n", " ")
+    output(5, 1.0)
+    assert "frozen was" not in output(7, 1.0)
+    assert "frozen was {'teacher'" in output(9, 2.0).replace("\n", " ")
 
 
-def test_a_number_that_is_not_finite_is_in_neither_log(tmp_path, caplog):
+def test_a_non_finite_metric_is_left_out_of_both_logs(tmp_path, caplog):
     log = MetricsLog(tmp_path)
     log.write(1, {"loss": 0.5, "level": float("nan")})
     log.close()
@@ -195,6 +195,6 @@ def test_a_number_that_is_not_finite_is_in_neither_log(tmp_path, caplog):
     assert scalars(tmp_path) == {(1, "loss"): 0.5} and not caplog.records
 
 
-def test_settings_below_their_limit_are_refused():
+def test_settings_below_their_minimum_are_refused():
     with pytest.raises(ValueError, match=r"loop\.patience must be >= 1, got 0"):
         LoopSpec(patience=0)

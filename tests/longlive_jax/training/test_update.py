@@ -1,4 +1,4 @@
-"""One update: skipped when not finite, accumulated, sharded, EMA; several groups."""
+"""One update: skipping, gradient accumulation, sharding and EMA, with one or several groups."""
 
 import chex
 import jax
@@ -27,14 +27,14 @@ MODEL = ("model",)
 
 
 def run(trainer, batches, names=MODEL, frozen=None):
-    """The state after an update on each of the batches, and the last metrics."""
+    """The state after one update per batch, and the metrics of the last update."""
     state, metrics = trainer.init(), {}
     for batch in batches:
         state, metrics = trainer.program(names)(state, frozen or {}, batch)
     return state, metrics
 
 
-def test_a_non_finite_update_changes_nothing_but_its_count():
+def test_a_non_finite_update_only_changes_its_counter():
     toy = trainer()
     state, _ = run(toy, [Batches(1)[0]])
     before = jax.tree.map(np.array, state.groups["model"])
@@ -45,7 +45,7 @@ def test_a_non_finite_update_changes_nothing_but_its_count():
     assert int(metrics["bad_steps"]) == 0
 
 
-def test_ema_copies_until_its_start():
+def test_ema_equals_the_parameters_until_its_start():
     toy = trainer(init=lambda key: {"kernel": jnp.zeros(2)})
     state = toy.init()
     for i in range(3):
@@ -57,13 +57,13 @@ def test_ema_copies_until_its_start():
     chex.assert_trees_all_close(state.groups["model"].ema["kernel"], want, rtol=1e-6)
 
 
-def test_a_group_without_ema_is_evaluated_by_its_parameters():
+def test_a_group_without_ema_is_evaluated_with_its_parameters():
     state, _ = run(trainer(ema=None), [Batches(1)[0]])
     trained = state.groups["model"]
     assert trained.ema is None and state.weights["model"] is trained.params
 
 
-def test_accumulation_is_one_update_by_the_mean_gradient():
+def test_accumulation_is_one_update_with_the_mean_gradient():
     @stateless
     def noiseless(params, x, key):
         error = x @ params["kernel"] - x.sum(1)
@@ -74,8 +74,8 @@ def test_accumulation_is_one_update_by_the_mean_gradient():
     chex.assert_trees_all_close(*results, rtol=1e-6)
 
 
-def test_microbatches_are_weighted_by_what_they_hold():
-    """Padding in one microbatch does not make its frames heavier than others."""
+def test_microbatches_are_weighted_by_their_number_of_unmasked_samples():
+    """Every sample then has the same weight, however much padding its microbatch has."""
 
     @stateless
     def masked(params, batch, key):
@@ -89,22 +89,27 @@ def test_microbatches_are_weighted_by_what_they_hold():
     chex.assert_trees_all_close(*results, rtol=1e-6)
 
 
-def test_a_metric_that_some_microbatches_lack_is_the_mean_of_the_others():
-    """As the error of a noise level without a frame; also of a microbatch without weight."""
+def test_a_metric_is_the_mean_of_the_microbatches_where_it_is_finite():
+    """A noise level without a frame has no error, for instance. One microbatch has weight 0."""
 
     @stateless
     def loss(params, x, key):
-        some = {"level": jnp.where(x[0, 0] > 1, x[0, 0], jnp.nan), "none": jnp.float32(jnp.nan)}
-        return jnp.sum(params["kernel"] ** 2), {"all": x[0, 0]} | some
+        value = x[0, 0]
+        metrics = {
+            "all": value,
+            "some": jnp.where(value > 1, value, jnp.nan),
+            "none": jnp.float32(jnp.nan),
+        }
+        return jnp.sum(params["kernel"] ** 2), metrics
 
     toy = trainer(loss, accumulate=4, microbatch_weight=lambda x: x[0, 1])
     _, metrics = run(toy, [jnp.array([[0.0, 2], [2, 1], [7, 0], [4, 3]])])
     assert float(metrics["all"]) == pytest.approx((2 * 0 + 1 * 2 + 3 * 4) / 6)
-    assert float(metrics["level"]) == pytest.approx((1 * 2 + 3 * 4) / 4)
+    assert float(metrics["some"]) == pytest.approx((1 * 2 + 3 * 4) / 4)
     assert np.isnan(metrics["none"])
 
 
-def test_accumulation_carries_the_loss_state_from_microbatch_to_microbatch():
+def test_accumulation_passes_the_loss_state_from_microbatch_to_microbatch():
     def counting(params, x, key, loss_state, frozen):
         return jnp.sum(params["kernel"] ** 2), ({}, loss_state * 2 + x[0, 0])
 
@@ -114,8 +119,8 @@ def test_accumulation_carries_the_loss_state_from_microbatch_to_microbatch():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_mesh_changes_only_where_arrays_are(name):
-    """Sharded parameters, moments and EMA; the numbers of one device."""
+def test_updates_on_a_mesh_equal_those_of_one_device(name):
+    """Parameters, moments and EMA are sharded; their values are those of one device."""
 
     @stateless
     def loss(params, x, key):
@@ -141,8 +146,8 @@ def test_a_mesh_changes_only_where_arrays_are(name):
     trained = states[1].groups["model"]
     sharding = trained.params["w"]["kernel"].sharding
     assert sharding.spec == P(None, ("fsdp", "sp"))
-    split = [x for x in jax.tree.leaves((trained.ema, trained.opt_state)) if x.shape == (2, 8)]
-    assert len(split) >= 2 and all(x.sharding.is_equivalent_to(sharding, 2) for x in split)
+    sharded = [x for x in jax.tree.leaves((trained.ema, trained.opt_state)) if x.shape == (2, 8)]
+    assert len(sharded) >= 2 and all(x.sharding.is_equivalent_to(sharding, 2) for x in sharded)
 
 
 def test_parameters_that_do_not_divide_over_the_mesh_are_refused():
@@ -152,6 +157,7 @@ def test_parameters_that_do_not_divide_over_the_mesh_are_refused():
 
 
 def two_groups(seed=0):
+    """A trainer of a generator and a critic, with the toy losses' counter as its loss state."""
     groups = {"generator": group(generator_loss), "critic": group(critic_loss, ema=None)}
     counter = LossState(lambda: jnp.int32(0), P())
     return Trainer(groups, one_device(), seed=seed, loss_state=counter)
@@ -160,7 +166,8 @@ def two_groups(seed=0):
 TEACHER = {"teacher": {"kernel": np.float32([1.0, -1.0])}}
 
 
-def train_two(toy, steps, frozen=TEACHER, poison=()):
+def train_one_to_five(toy, steps, frozen=TEACHER, poison=()):
+    """The state after `steps` steps of the schedule `one_to_five`, and the metrics of each."""
     state, history = toy.init(), []
     for step in range(steps):
         batch = Batches(steps, poison)[step]
@@ -171,7 +178,7 @@ def train_two(toy, steps, frozen=TEACHER, poison=()):
 
 def test_only_the_named_groups_are_updated():
     toy = two_groups()
-    state, history = train_two(toy, RATIO)  # the generator in the first of these steps only
+    state, history = train_one_to_five(toy, RATIO)  # the generator is in the first step only
     generator = jax.device_get(state.groups["generator"])
     with_generator = [i for i, metrics in enumerate(history) if "generator_loss" in metrics]
     assert with_generator == [0] and all("critic_loss" in metrics for metrics in history)
@@ -182,7 +189,7 @@ def test_only_the_named_groups_are_updated():
     assert int(state.step) == RATIO + 1 and int(state.loss_state) == RATIO + 2
 
 
-def test_updates_in_one_step_see_those_before_them():
+def test_a_group_sees_the_new_parameters_of_groups_updated_before_it():
     toy = two_groups()
     _, both = toy.program(("generator", "critic"))(toy.init(), TEACHER, Batches(1)[0])
     _, alone = toy.program(("critic",))(toy.init(), TEACHER, Batches(1)[0])
@@ -197,43 +204,49 @@ def test_every_group_counts_its_own_skipped_updates():
     assert counts == {"generator": 1, "critic": 0}  # the critic does not read the batch
 
 
-def test_frozen_parameters_are_not_donated_and_not_part_of_the_state():
+def test_frozen_parameters_are_neither_donated_nor_part_of_the_state():
     toy, teacher = two_groups(), jax.device_put(TEACHER)
-    state, _ = train_two(toy, 2, teacher)
+    state, _ = train_one_to_five(toy, 2, teacher)
     assert not teacher["teacher"]["kernel"].is_deleted()
     assert set(state.groups) == {"generator", "critic"}
 
 
 def test_each_combination_of_groups_is_compiled_once():
-    toy = two_groups()
-    with Compilations() as compiled:
-        train_two(toy, 2 * RATIO + 1)
-    assert compiled.counts["_update"] == 2
+    toy, steps = two_groups(), 2 * RATIO + 1
+    state, counts = toy.init(), []
+    for step in range(steps):
+        with Compilations() as compiled:
+            update = toy.program(one_to_five(step))
+            state, _ = update(state, TEACHER, Batches(steps)[step])
+        counts.append(compiled.counts.total())
+    assert counts == [1, 1] + [0] * (steps - 2)
 
 
 def test_keys_derive_from_seed_and_step_and_differ_between_groups():
     @stateless
-    def draw(params, x, key):
+    def uniform_loss(params, x, key):
         return jnp.sum(params["kernel"] ** 2), {"draw": jax.random.uniform(key)}
 
     def draws(seed):
-        groups = {"a": group(draw), "b": group(draw)}
+        groups = {"a": group(uniform_loss), "b": group(uniform_loss)}
         toy = Trainer(groups, one_device(), seed=seed)
-        state, rows = toy.init(), []
+        state, values = toy.init(), []
         for i in range(2):
             state, metrics = toy.program(("a", "b"))(state, {}, Batches(2)[i])
-            rows += [float(metrics["a_draw"]), float(metrics["b_draw"])]
-        return rows
+            values += [float(metrics["a_draw"]), float(metrics["b_draw"])]
+        return values
 
     first = draws(0)
     assert len(set(first)) == 4 and first == draws(0) and not set(first) & set(draws(1))
-    only = Trainer({"a": group(draw)}, one_device())
+
+    # The key of a run's only group is that of the first of several.
+    single = Trainer({"a": group(uniform_loss)}, one_device())
     key = jax.random.fold_in(jax.random.key(0), 0)
-    _, metrics = only.program(("a",))(only.init(), {}, Batches(1)[0])
+    _, metrics = single.program(("a",))(single.init(), {}, Batches(1)[0])
     assert float(metrics["draw"]) == float(jax.random.uniform(key)) == first[0]
 
 
-def test_ema_settings_are_the_groups_own():
+def test_ema_differs_from_the_parameters_after_its_start():
     state, _ = run(trainer(ema=EMA), [Batches(5)[i] for i in range(5)])
     ema, params = (
         np.array(x["kernel"]) for x in (state.groups["model"].ema, state.groups["model"].params)

@@ -1,9 +1,15 @@
-"""A small run as a program of its own, to be killed: `toy_run.py WORKDIR STEPS DELAY [HOSTS]`.
+"""A small training run as a program that tests can kill.
 
-A regression over all devices; DELAY seconds a batch leave time to interfere. `HOSTS` is as in
-`longlive train`; `fail=K` as DELAY makes the last process fail at step K. One sample counts as
-skipped for every row of a batch. `HOSTS` "two_groups" instead trains two groups of parameters, the
-second five times as often as the first (`toy_task`).
+    toy_run.py WORKDIR STEPS DELAY [HOSTS]
+
+It trains a regression on all devices.
+
+    DELAY: seconds per batch, to leave time to interrupt it; or `fail=K`, which makes the last
+      process fail at step K.
+    HOSTS: as in `longlive train`; or `two_groups`, to train two groups of parameters, the second
+      five times as often as the first (`toy_task`).
+
+Every process reports one skipped sample per row that it loads.
 """
 
 import sys
@@ -26,11 +32,11 @@ from longlive_jax.training.update import EMASpec, Group, LossState, Trainer, sta
 from tests.longlive_jax.training import toy_task
 
 ROWS = 8
-WIDTH = 256  # too wide for a checkpoint to keep its arrays in its index
+WIDTH = 256  # so large that checkpoints store the arrays in data files, not in their index
 
 
 class Batches:
-    """This process's rows of a batch that is a function of the step."""
+    """This process's rows of batches that are a function of the step."""
 
     def __init__(self, steps: int, rows: range, delay: str):
         self.steps, self.rows, self.delay = steps, rows, delay
@@ -52,8 +58,8 @@ class Batches:
 def loss_fn(params, batch, key):
     x = batch["x"]
     noise = 0.01 * jax.random.normal(key, (len(x), 1))
-    guess = jnp.tanh(x @ params["w"]["kernel"]) @ params["v"]["kernel"]
-    return jnp.mean((guess - x.sum(1, keepdims=True) - noise) ** 2), {}
+    prediction = jnp.tanh(x @ params["w"]["kernel"]) @ params["v"]["kernel"]
+    return jnp.mean((prediction - x.sum(1, keepdims=True) - noise) ** 2), {}
 
 
 def init(key):
@@ -78,14 +84,14 @@ def regression_task(steps: int, delay: str) -> Task:
     rows = own_rows(mesh, ROWS)
     batches = feed_in_order(Batches(steps, rows, delay))
 
-    def feed(start):
-        started = batches(start)
-        started.skipped = len(rows)
-        return started
+    def skipping_feed(start):
+        feed = batches(start)
+        feed.skipped = len(rows)
+        return feed
 
     return Task(
         trainer=make_trainer(mesh),
-        batches=process_batches(feed, mesh, P(("data", "fsdp")), batch_size=ROWS),
+        batches=process_batches(skipping_feed, mesh, P(("data", "fsdp")), batch_size=ROWS),
         evaluate=lambda weights, step, workdir: {},
         export=lambda weights, directory: None,
     )
@@ -100,7 +106,7 @@ def two_groups_trainer(mesh):
 
 
 class Points:
-    """The points of `toy_task.Batches`, slowly."""
+    """The batches of `toy_task.Batches`, `delay` seconds each."""
 
     def __init__(self, steps: int, delay: str):
         self.steps, self.delay = steps, delay
@@ -125,9 +131,9 @@ def two_groups_task(steps: int, delay: str) -> Task:
     )
 
 
-def run(workdir: str, steps: str, delay: str, make=regression_task) -> int:
+def run(workdir: str, steps: str, delay: str, make_task=regression_task) -> int:
     loop = LoopSpec(steps=int(steps), log_every=1, save_every=5)
-    state = train(make(int(steps), delay), Path(workdir), loop)
+    state = train(make_task(int(steps), delay), Path(workdir), loop)
     print(f"done at step {int(state.step)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""A regression with one group of parameters, and one with two that train at a ratio of 1 to 5."""
+"""Toy tasks: a regression with one group of parameters, and two groups updated 1 to 5."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ RATIO = 5
 
 
 class Batches:
-    """Points [8, 2], a function of the step; `poison` steps hold NaN."""
+    """Points [8, 2] as a function of the step; those of the steps in `poison` are NaN."""
 
     def __init__(self, steps, poison=()):
         self.steps, self.poison = steps, poison
@@ -35,14 +35,14 @@ def one_device():
 
 @stateless
 def regression(params, x, key):
-    """Fits the sum of a point's coordinates."""
+    """Mean squared error of the sum of a point's coordinates."""
     noise = 0.01 * jax.random.normal(key, (len(x),))
     error = x @ params["kernel"] - x.sum(1) - noise
     return jnp.mean(error**2), {"error": jnp.abs(error).mean()}
 
 
 def group(loss=regression, **options):
-    """A linear model [2] and how it is trained."""
+    """The `Group` of a linear model [2]; `options` override its fields."""
     fields = {
         "init": lambda key: {"kernel": jax.random.normal(key, (2,))},
         "loss": loss,
@@ -53,14 +53,14 @@ def group(loss=regression, **options):
 
 
 def trainer(loss=regression, mesh=None, *, accumulate=1, loss_state=None, **options):
-    """A trainer of the single group "model"; `options` are fields of its `Group`."""
+    """The `Trainer` of the single group "model"; `options` override fields of that `Group`."""
     groups = {"model": group(loss, **options)}
     mesh = one_device() if mesh is None else mesh
     return Trainer(groups, mesh, accumulate=accumulate, loss_state=loss_state)
 
 
 def toy_task(steps, poison=(), **fields):
-    """`fields` are those of `Task`."""
+    """The regression as a `Task`; `fields` override its fields."""
     mesh = one_device()
     defaults = {
         "trainer": trainer(mesh=mesh),
@@ -74,7 +74,7 @@ def toy_task(steps, poison=(), **fields):
 
 
 def critic_loss(params, x, key, loss_state, frozen):
-    """Follows the generator at a distance, and counts its calls in the loss state."""
+    """Squared distance to generator + teacher; counts its calls in the loss state."""
     target = frozen["generator"]["kernel"] + frozen["teacher"]["kernel"]
     noise = 0.01 * jax.random.normal(key, target.shape)
     return jnp.sum((params["kernel"] - target - noise) ** 2), (
@@ -84,12 +84,12 @@ def critic_loss(params, x, key, loss_state, frozen):
 
 
 def generator_loss(params, x, key, loss_state, frozen):
-    """Fits the points with the critic's help."""
+    """Mean squared error of the regression with the critic's help; counts its calls."""
     error = x @ (params["kernel"] + 0.1 * frozen["critic"]["kernel"]) - x.sum(1)
     noise = 0.01 * jax.random.normal(key, error.shape)
     return jnp.mean((error - noise) ** 2), ({"count": loss_state}, loss_state + 1)
 
 
 def one_to_five(step):
-    """The critic in every step, the generator before it in every fifth."""
+    """Groups of a step: the critic in every step, the generator before it in every fifth."""
     return ("generator", "critic") if step % RATIO == 0 else ("critic",)

@@ -11,10 +11,12 @@ from longlive_jax.data.clips.latents import ClipLatents
 from longlive_jax.layout import teacher_forcing
 from longlive_jax.models.params import abstract
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.training.objectives.teacher_forcing import (
+from longlive_jax.training.objectives.batch import (
     ARLossSpec,
-    ARSetup,
     TeacherForcingBatch,
+)
+from longlive_jax.training.objectives.teacher_forcing import (
+    ARSetup,
     sequence_tokens,
     teacher_forcing_loss,
 )

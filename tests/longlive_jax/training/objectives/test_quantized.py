@@ -1,4 +1,4 @@
-"""Training in NVFP4 over a mesh and through the trainer: one result, whatever the mesh."""
+"""NVFP4 training: a mesh equals one device, and a run through the command resumes."""
 
 import functools
 import json
@@ -51,15 +51,15 @@ NEAREST = QuantPolicy(
         ),
     ),
 )
-"""One of each kind, to compile less: split by outputs, by inputs, and of the text."""
+"""Three matrices, to compile less: sharded by outputs, sharded by inputs, and for text rows."""
 
 
 def init(key):
     return activate_outputs(params_of(DiT(CFG, rngs=nnx.Rngs(key))))
 
 
-def episode() -> TeacherForcingBatch:
-    """Frames of 16 tokens, so that the runs of 16 are the same wherever a frame is."""
+def make_batch() -> TeacherForcingBatch:
+    """Frames of 16 tokens, so that groups of 16 contain the same tokens on every mesh."""
     clean = jax.random.normal(jax.random.key(3), (BATCH, CHUNKS * CHUNK, 8, 8, 4))
     chunk = jnp.asarray(np.tile(np.arange(CHUNKS, dtype=np.int32), (BATCH, 2)))
     return TeacherForcingBatch(
@@ -74,67 +74,82 @@ def episode() -> TeacherForcingBatch:
     )
 
 
-def table():
+def prompt_table():
+    """Text features of all prompts."""
     return jax.random.normal(jax.random.key(2), (PROMPTS, CFG.text_len, CFG.text_dim))
 
 
-def setup_of():
+def make_setup():
     graphdef = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[0]
     return ARSetup(graphdef, CHUNK, PROMPTS - 1, ARLossSpec())
 
 
-def measured(quant, loss_of, params, batch):
-    """Loss, gradients of the masters, and the packed matrices."""
+def loss_and_grads(quant, loss_fn, params, batch):
+    """(loss, gradients of the float32 masters), and the packed form of a matrix."""
 
     @jax.jit
-    def found(params, batch):
-        dress = quant.prepare(params)
+    def compute(params, batch):
+        quantize_for_loss = quant.prepare(params)
 
         def loss(params):
-            return loss_of(dress(params, jax.random.key(4)), batch, jax.random.key(7))[0]
+            quantized_params = quantize_for_loss(params, jax.random.key(4))
+            return loss_fn(quantized_params, batch, jax.random.key(7))[0]
 
-        packed = dress(params, jax.random.key(4))["blocks"]["ffn"]["up"]["kernel"].packed
+        quantized_params = quantize_for_loss(params, jax.random.key(4))
+        packed = quantized_params["blocks"]["ffn"]["up"]["kernel"].packed
         return jax.value_and_grad(loss)(params), packed
 
-    return found(params, batch)
+    return compute(params, batch)
 
 
 @functools.cache
-def alone():
+def single_device():
+    """`loss_and_grads` on one device."""
+
     def loss(params, batch, key):
-        return teacher_forcing_loss(setup_of(), params, batch, key, table())
+        return teacher_forcing_loss(make_setup(), params, batch, key, prompt_table())
 
-    return measured(QuantizedTraining(NEAREST), loss, init(jax.random.key(1)), episode())
+    quant = QuantizedTraining(NEAREST)
+    return loss_and_grads(quant, loss, init(jax.random.key(1)), make_batch())
 
 
-def off(got, want) -> float:
+def relative_error(got, want) -> float:
+    """Relative error in the Euclidean norm."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def test_loss_and_gradients_are_those_of_one_device():
-    """Up to a code that rounds to the other side: what is quantized differs in its last bit. Packed
-    matrices, which are the same bit by bit, travel in the place of masters."""
+def test_loss_and_gradients_on_a_mesh_equal_one_device():
+    """Packed matrices, all-gathered instead of their masters, are equal bit for bit.
+
+    Gradients match up to values on a rounding boundary: the inputs of a quantization differ in
+    their last bit between meshes, which can change a code.
+    """
+    # 1. Loss and gradients on the mesh.
     mesh = make_mesh(MeshSpec(fsdp=2, sp=4), jax.devices()[:8])
     params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
     quant = QuantizedTraining(NEAREST, AXES)
     quant.check_parts(specs, params, mesh.shape)
-    dressed = quant.specs(specs, params)
-    shared = ShardedLoss(mesh, dressed, Gather(dressed, dtype=jnp.float32))
+    quantized_specs = quant.specs(specs, params)
+    gather = Gather(quantized_specs, dtype=jnp.float32)
+    sharded = ShardedLoss(mesh, quantized_specs, gather)
 
     def loss(params, batch, key):
-        return sharded_teacher_forcing_loss(setup_of(), shared, params, batch, key, table())
+        setup, text = make_setup(), prompt_table()
+        return sharded_teacher_forcing_loss(setup, sharded, params, batch, key, text)
 
-    (value, grads), packed = measured(quant, loss, params, episode())
-    (want, want_grads), want_packed = alone()
-    assert off(value, want) < 1e-5
-    errors = jax.tree.map(off, grads, want_grads)
+    (value, grads), packed = loss_and_grads(quant, loss, params, make_batch())
+
+    # 2. Compared with one device.
+    (want, want_grads), want_packed = single_device()
+    assert relative_error(value, want) < 1e-5
+    errors = jax.tree.map(relative_error, grads, want_grads)
     assert all(error < 2e-2 for error in jax.tree.leaves(errors)), errors
     assert np.median(jax.tree.leaves(errors)) < 1e-5, errors
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(want_packed), strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
-    for grad, held in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
-        assert grad.sharding.is_equivalent_to(held.sharding, grad.ndim)
+    for grad, param in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+        assert grad.sharding.is_equivalent_to(param.sharding, grad.ndim)
 
 
 SETTINGS = (
@@ -146,40 +161,45 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def trained(folder, capsys, *changes):
-    """Losses of the stage `ar` through the command, and what it printed."""
+def train_small_world(folder, capsys, *changes):
+    """Runs the stage `ar` by the command; losses by step, and the output."""
     out, workdir = folder / "checkpoint", folder / "work"
     if not out.exists():
         shutil.copytree(builtin_checkpoint(), out)
         workdir.mkdir()
         videos, chunks = 8, 8
-        channels = np.random.default_rng(0).normal(size=16)  # one picture, to be learnt at once
+        channels = np.random.default_rng(0).normal(size=16)  # one image only, quick to learn
         latents = np.broadcast_to(channels, (videos, 4 * chunks, 4, 4, 16))
         rows = np.zeros((videos, chunks), np.int32)
         origin = origin_of(CorpusSpec(videos, chunks, (2, 8)), 0, out)
         save_corpus(workdir / CORPUS, EncodedVideos(latents.astype("f4"), rows, rows), origin)
     overrides = [f"--config.{change}" for change in (*SETTINGS, *changes)]
-    where = [f"--workdir={workdir}", f"--out={out}"]
-    assert run(["train", "--config=configs/small_world.py:ar", *overrides, *where]) == 0
+    paths = [f"--workdir={workdir}", f"--out={out}"]
+    assert run(["train", "--config=configs/small_world.py:ar", *overrides, *paths]) == 0
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {r["step"]: r["loss"] for r in lines if "loss" in r}, capsys.readouterr().out
 
 
 def test_the_small_world_trains_in_nvfp4_and_resumes_bit_for_bit(tmp_path, capsys, monkeypatch):
-    form = named("nvfp4_train").rules[0][1]
-    few = QuantPolicy("few", ((r"blocks/(ffn/(up|down)|self_attn/o)/kernel", form),))
-    monkeypatch.setitem(POLICIES, "few", few)  # to compile less
+    # 1. A policy with few matrices, to compile less.
+    nvfp4 = named("nvfp4_train").rules[0][1]
+    few = QuantPolicy("few", ((r"blocks/(ffn/(up|down)|self_attn/o)/kernel", nvfp4),))
+    monkeypatch.setitem(POLICIES, "few", few)
     folder, policy = tmp_path / "nvfp4", "quant.policy=few"
-    losses, said = trained(folder, capsys, policy)
-    assert "few: 3 of 17 matrices" in said and "computed by xla" in said
-    first, _ = load_component(folder / "checkpoint", "dit")
+    losses, output = train_small_world(folder, capsys, policy)
+    assert "few: 3 of 17 matrices" in output and "computed by xla" in output
+    uninterrupted, _ = load_component(folder / "checkpoint", "dit")
+
+    # 2. Without its last checkpoint the run resumes from step 4, and ends with the same numbers.
     shutil.rmtree(next((folder / "work").rglob("8")))
-    again, said = trained(folder, capsys, policy)
-    assert "Resumed from step 4" in said and again == losses
-    second, _ = load_component(folder / "checkpoint", "dit")
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    resumed_losses, output = train_small_world(folder, capsys, policy)
+    assert "Resumed from step 4" in output and resumed_losses == losses
+    resumed, _ = load_component(folder / "checkpoint", "dit")
+    for a, b in zip(jax.tree.leaves(uninterrupted), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
-    plain, _ = trained(tmp_path / "plain", capsys)
+
+    # 3. The losses are close to, but not equal to, those without quantization.
+    plain, _ = train_small_world(tmp_path / "plain", capsys)
     assert plain[8] < 0.8 * plain[1]
     assert max(abs(losses[i] - plain[i]) for i in plain) < 0.05 * plain[1]
     assert any(losses[i] != plain[i] for i in plain)
@@ -190,10 +210,10 @@ def test_the_small_world_trains_in_nvfp4_and_resumes_bit_for_bit(tmp_path, capsy
     [
         ("nvfp4", {}, (1, 1, 1), "config.quant.policy nvfp4 is for inference; 'nvfp4_train'"),
         ("nvfp4_train", {"tokens": 96}, (1, 1, 4), "96 tokens of a sample over mesh.sp = 4"),
-        ("nvfp4_train", {}, (1, 4, 4), "128 over 16 devices are no whole blocks of 16 each"),
+        ("nvfp4_train", {}, (1, 4, 4), "128 over 16 devices must be a multiple of 16 each"),
     ],
 )
-def test_what_does_not_fit_is_refused(policy, rows, sizes, message):
+def test_settings_that_do_not_fit_are_refused(policy, rows, sizes, message):
     mesh = AbstractMesh(sizes, AXES)
     shapes = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[1]
     specs = rules.specs_for(rules.DIT, shapes)

@@ -1,4 +1,4 @@
-"""Balanced SP: one loss and one gradient, whatever the mesh."""
+"""Balanced SP: loss and gradients on any mesh equal those of one device."""
 
 import functools
 
@@ -42,15 +42,18 @@ def init(key):
     return activate_outputs(params_of(DiT(CFG, rngs=nnx.Rngs(key))))
 
 
-def episode(per_chunk: bool) -> TeacherForcingBatch:
-    """Whole videos: every frame as context and as target; some padded at the end."""
+def make_batch(prompt_per_chunk: bool) -> TeacherForcingBatch:
+    """Full clips, every frame as context and as target; two samples are padded at the end.
+
+    Every chunk has its own prompt, or every sample one for all its chunks.
+    """
     keys = jax.random.split(jax.random.key(3), 2)
     clean = jax.random.normal(keys[0], (BATCH, CHUNKS * CHUNK, 4, 4, 4))
     chunk = np.tile(np.arange(CHUNKS, dtype=np.int32), (BATCH, 2))
     mask = np.ones((BATCH, CHUNKS * CHUNK), np.float32)
     mask[1, -3:] = mask[4, -7:] = 0
     prompt = np.asarray(jax.random.randint(keys[1], (BATCH, CHUNKS), 0, PROMPTS - 1))
-    prompt = prompt if per_chunk else np.broadcast_to(prompt[:, :1], prompt.shape)
+    prompt = prompt if prompt_per_chunk else np.broadcast_to(prompt[:, :1], prompt.shape)
     return TeacherForcingBatch(
         context=clean,
         target=clean,
@@ -63,56 +66,60 @@ def episode(per_chunk: bool) -> TeacherForcingBatch:
     )
 
 
-def table():
+def prompt_table():
+    """Text features of all prompts."""
     return jax.random.normal(jax.random.key(2), (PROMPTS, CFG.text_len, CFG.text_dim))
 
 
-def setup_of(image, **more):
+def loss_spec(image_to_video: bool) -> ARLossSpec:
+    return ARLossSpec(context_noise=0.2, text_dropout=0.3, image_to_video=image_to_video)
+
+
+def make_setup(image_to_video, **more):
     graphdef = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[0]
-    return ARSetup(graphdef, CHUNK, PROMPTS - 1, loss_spec(image), remat=True, **more)
+    return ARSetup(graphdef, CHUNK, PROMPTS - 1, loss_spec(image_to_video), remat=True, **more)
 
 
 @functools.cache
-def alone(per_chunk: bool, image: bool):
+def single_device(prompt_per_chunk: bool, image_to_video: bool):
     """Loss, metrics and gradients on one device."""
-    setup = setup_of(image)
+    setup = make_setup(image_to_video)
 
     @jax.jit
-    def measured(params, batch):
+    def loss_and_grads(params, batch):
         def loss(params):
-            return teacher_forcing_loss(setup, params, batch, jax.random.key(7), table())
+            return teacher_forcing_loss(setup, params, batch, jax.random.key(7), prompt_table())
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    return measured(init(jax.random.key(1)), episode(per_chunk))
+    return loss_and_grads(init(jax.random.key(1)), make_batch(prompt_per_chunk))
 
 
-def loss_spec(image: bool) -> ARLossSpec:
-    return ARLossSpec(context_noise=0.2, text_dropout=0.3, image_to_video=image)
-
-
-def off(got, want) -> float:
+def relative_error(got, want) -> float:
     """Relative error in the Euclidean norm."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-CASES = [(shape, *kinds) for shape in MESHES for kinds in ((True, False), (False, True))]
+CASES = [(shape, *options) for shape in MESHES for options in ((True, False), (False, True))]
 OTHERS = [((1, 1, 4), True, True), ((2, 2, 2), False, False)]
 
 
-@pytest.mark.parametrize(("shape", "per_chunk", "image"), [*CASES, *OTHERS], ids=str)
-def test_balanced_loss_and_gradients_equal_one_device(shape, per_chunk, image):
-    """And the gradients are split as the parameters are, without being told to."""
+@pytest.mark.parametrize(
+    ("shape", "prompt_per_chunk", "image_to_video"), [*CASES, *OTHERS], ids=str
+)
+def test_balanced_loss_and_gradients_equal_one_device(shape, prompt_per_chunk, image_to_video):
+    """The gradients also get the sharding of the parameters, without a constraint."""
+    # 1. Unlike the single device: two FFN chunks and, for images, a prompt table per sample.
     spec = MeshSpec(*shape)
     mesh = make_mesh(spec, jax.devices()[: spec.size])
     params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
-    # In two parts, with each sample's own table of prompts, where the other has neither.
-    setup = setup_of(image, ffn_chunks=2)
-    text = jnp.broadcast_to(table(), (BATCH, *table().shape)) if image else table()
+    setup, text = make_setup(image_to_video, ffn_chunks=2), prompt_table()
+    if image_to_video:
+        text = jnp.broadcast_to(text, (BATCH, *text.shape))
 
     @jax.jit
-    def measured(params, batch):
+    def loss_and_grads(params, batch):
         def loss(params):
             key = jax.random.key(7)
             return sharded_teacher_forcing_loss(
@@ -121,40 +128,44 @@ def test_balanced_loss_and_gradients_equal_one_device(shape, per_chunk, image):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (loss, metrics), grads = measured(params, episode(per_chunk))
-    (want_loss, want_metrics), want = alone(per_chunk, image)
-    assert off(loss, want_loss) < 1e-5
+    # 2. Loss, metrics and gradients.
+    (loss, metrics), grads = loss_and_grads(params, make_batch(prompt_per_chunk))
+    (want_loss, want_metrics), want_grads = single_device(prompt_per_chunk, image_to_video)
+    assert relative_error(loss, want_loss) < 1e-5
     for name, value in want_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-    errors = jax.tree.map(off, grads, want)
+    errors = jax.tree.map(relative_error, grads, want_grads)
     assert all(error < 1e-4 for error in jax.tree.leaves(errors)), errors
-    for grad, held in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
-        assert grad.sharding.is_equivalent_to(held.sharding, grad.ndim)
+    for grad, param in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+        assert grad.sharding.is_equivalent_to(param.sharding, grad.ndim)
 
 
-def test_the_naive_order_gives_the_same_and_is_unbalanced():
+def test_contiguous_sp_gives_the_same_loss_and_is_unbalanced():
     mesh = make_mesh(MeshSpec(sp=4), jax.devices()[:4])
     params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
-    shared, batch = ShardedLoss(mesh, specs, layout=CONTIGUOUS), episode(per_chunk=True)
+    sharded, batch = ShardedLoss(mesh, specs, layout=CONTIGUOUS), make_batch(prompt_per_chunk=True)
 
+    # 1. The loss is that of one device.
     @jax.jit
-    def measured(params):
+    def loss_fn(params):
         return sharded_teacher_forcing_loss(
-            setup_of(False), shared, params, batch, jax.random.key(7), table()
+            make_setup(False), sharded, params, batch, jax.random.key(7), prompt_table()
         )
 
-    loss, metrics = measured(params)
-    (want, want_metrics), _ = alone(True, False)
-    assert off(loss, want) < 1e-5
-    assert off(metrics["velocity_error"], want_metrics["velocity_error"]) < 1e-5
-    line, _ = contiguous_layout(
+    loss, metrics = loss_fn(params)
+    (want, want_metrics), _ = single_device(True, False)
+    assert relative_error(loss, want) < 1e-5
+    assert relative_error(metrics["velocity_error"], want_metrics["velocity_error"]) < 1e-5
+
+    # 2. Only the second half of the devices has frames in the loss.
+    sequence, _ = contiguous_layout(
         batch, draw(jax.random.key(7), batch, chunk_frames=CHUNK, spec=loss_spec(False))
     )
-    learnt = line.mask.sum(0).reshape(4, -1).sum(1)
-    assert learnt[0] == learnt[1] == 0 and min(learnt[2:]) > 0
+    loss_frames = sequence.mask.sum(0).reshape(4, -1).sum(1)
+    assert loss_frames[0] == loss_frames[1] == 0 and min(loss_frames[2:]) > 0
 
 
-def test_chunks_that_do_not_split_are_refused():
-    batch = episode(per_chunk=True)
+def test_chunks_that_do_not_divide_over_sp_are_refused():
+    batch = make_batch(prompt_per_chunk=True)
     with pytest.raises(ValueError, match=r"8 context chunks do not divide over mesh\.sp = 3"):
         balanced(batch, 3)

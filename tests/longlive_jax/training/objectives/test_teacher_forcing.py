@@ -1,4 +1,4 @@
-"""The teacher-forced loss: what it depends on, and what must not change it."""
+"""The teacher-forcing loss: receptive field of a target, masks, draws and conditioning frames."""
 
 import functools
 
@@ -30,17 +30,18 @@ CFG = DiTConfig(
     dim=32, ffn_dim=48, freq_dim=8, text_dim=8, text_len=4, heads=2, layers=2,
     in_channels=3, out_channels=3,
 )  # fmt: skip
-FRAMES, PROMPTS, WINDOW = 2, 6, 4  # frames of a chunk; the last prompt is the empty one
+FRAMES, PROMPTS, WINDOW = 2, 6, 4  # frames per chunk; the last prompt is the empty one
+# Columns of the two samples: context chunks, target chunks, then both for window and shot sink.
 CONTEXT = [[0, 2, EMPTY, 3, 4], [0, EMPTY, 1, 2, 3]]
 TARGET = [[0, 4, 5], [0, 3, 4]]
-SINCE = [[0, 0, 0, 2, 3, 0, 3, 4], [0, 0, 0, 0, 1, 0, 1, 2]]
+WINDOW_START = [[0, 0, 0, 2, 3, 0, 3, 4], [0, 0, 0, 0, 1, 0, 1, 2]]
 SINK = [[EMPTY, 0, EMPTY, 0, 2, EMPTY, 2, 2], [EMPTY, EMPTY, 0, 0, 0, EMPTY, 0, 0]]
-BOTH = 2 * FRAMES
+TWO_CHUNKS = 2 * FRAMES
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Graph definition and parameters, random everywhere, so that no part is silent."""
+    """Graph definition and parameters; noise on all of them, so that no path has zero weights."""
     graphdef, _ = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))
 
     @jax.jit
@@ -70,7 +71,7 @@ def batch():
     columns = {
         "chunk_index": chunk,
         "start": FRAMES * np.maximum(chunk, 0),
-        "window_start": np.array(SINCE),
+        "window_start": np.array(WINDOW_START),
         "sink": np.array(SINK),
         "prompt": np.maximum(chunk, 0) % 2,
     }
@@ -80,70 +81,77 @@ def batch():
 
 @pytest.fixture(scope="module")
 def loss(model, text):
-    """(batch, **settings) -> loss, as a function of parameters and batch."""
+    """The loss as a function of parameters and batch, with fields of `ARSetup` as keywords."""
     graphdef, _ = model
 
-    def loss(params, batch, *, text_dropout=0.0, **run):
+    def loss(params, batch, *, text_dropout=0.0, **settings):
         spec = ARLossSpec(global_sinks=1, text_dropout=text_dropout)
-        setup = ARSetup(graphdef, FRAMES, PROMPTS - 1, spec, **run)
+        setup = ARSetup(graphdef, FRAMES, PROMPTS - 1, spec, **settings)
         return teacher_forcing_loss(setup, params, batch, jax.random.key(4), text)[0]
 
     return loss
 
 
-def only(batch, chunk):
-    """The batch with a loss on nothing but one target chunk."""
-    here = jnp.arange(batch.mask.shape[1]) // FRAMES == chunk
-    return batch.replace(mask=batch.mask * here)
+def loss_on(batch, chunk):
+    """The batch with the loss restricted to one target chunk."""
+    in_chunk = jnp.arange(batch.mask.shape[1]) // FRAMES == chunk
+    return batch.replace(mask=batch.mask * in_chunk)
 
 
-def moves(gradient):
-    """Which chunks of each sample a gradient reaches."""
+def nonzero_chunks(gradient):
+    """For every sample and chunk: whether the gradient is non-zero anywhere in it."""
     size = jnp.abs(gradient).reshape(len(gradient), -1, FRAMES * 48).max(-1)
     return np.asarray(size > 0).tolist()
 
 
-def test_a_target_depends_on_itself_and_its_window_alone(model, loss, batch):
+def test_a_target_depends_only_on_itself_and_its_window(model, loss, batch):
     _, params = model
 
-    def of_latents(latents, batch):
+    def loss_of_latents(latents, batch):
         return loss(params, batch.replace(context=latents[0], target=latents[1]))
 
-    gradient = jax.jit(jax.grad(of_latents))
+    gradient = jax.jit(jax.grad(loss_of_latents))
     latents = (batch.context, batch.target)
-    context, target = gradient(latents, only(batch, 1))
-    # Not its own clean copy, which is later than what it may see, and not the empty chunk.
-    assert moves(context) == [[True, True, False, True, False], [True, False, True, True, False]]
-    assert moves(target) == [[False, True, False]] * 2
-    context, target = gradient(latents, only(batch, 0))
-    assert moves(context) == [[False] * 5] * 2
-    assert moves(target) == [[True, False, False]] * 2
-    _, target = gradient(latents, batch.replace(mask=batch.mask.at[:, BOTH:].set(0)))
-    assert moves(target) == [[True, True, False]] * 2
+
+    # 1. A later target: neither its own clean copy nor the empty chunk is visible to it.
+    context, target = gradient(latents, loss_on(batch, 1))
+    assert nonzero_chunks(context) == [
+        [True, True, False, True, False],
+        [True, False, True, True, False],
+    ]
+    assert nonzero_chunks(target) == [[False, True, False]] * 2
+
+    # 2. The first chunk has no context.
+    context, target = gradient(latents, loss_on(batch, 0))
+    assert nonzero_chunks(context) == [[False] * 5] * 2
+    assert nonzero_chunks(target) == [[True, False, False]] * 2
+
+    # 3. Loss on two chunks: the third target is invisible to them.
+    _, target = gradient(latents, batch.replace(mask=batch.mask.at[:, TWO_CHUNKS:].set(0)))
+    assert nonzero_chunks(target) == [[True, True, False]] * 2
 
 
-def test_masked_frames_do_not_count(batch):
+def test_masked_frames_are_excluded_from_loss_and_metrics(batch):
     draws = draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec())
-    part = batch.replace(mask=batch.mask.at[0, 1].set(0).at[1, BOTH:].set(0))
+    masked = batch.replace(mask=batch.mask.at[0, 1].set(0).at[1, TWO_CHUNKS:].set(0))
     velocity = jax.random.normal(jax.random.key(5), batch.target.shape)
-    gradient, metrics = jax.grad(flow_loss, has_aux=True)(velocity, part, draws)
-    reached = np.asarray(jnp.abs(gradient).max((2, 3, 4)) > 0)
-    np.testing.assert_array_equal(reached, np.asarray(part.mask, bool))
+    gradient, metrics = jax.grad(flow_loss, has_aux=True)(velocity, masked, draws)
+    has_gradient = np.asarray(jnp.abs(gradient).max((2, 3, 4)) > 0)
+    np.testing.assert_array_equal(has_gradient, np.asarray(masked.mask, bool))
     error = (velocity - (draws.noise - batch.target)) ** 2
-    error = np.asarray(error.mean((2, 3, 4)))[np.asarray(part.mask, bool)]
+    error = np.asarray(error.mean((2, 3, 4)))[np.asarray(masked.mask, bool)]
     assert float(metrics["velocity_error"]) == pytest.approx(error.mean(), rel=1e-5)
 
 
-def test_attention_over_few_chunks_is_the_same_loss(model, loss, batch):
+def test_attention_by_chunks_gives_the_same_loss_and_gradient(model, loss, batch):
     _, params = model
-    few = functools.partial(attend_chunks, size=FRAMES * 4, most=WINDOW)
+    by_chunks = functools.partial(attend_chunks, size=FRAMES * 4, most=WINDOW)
     fn = jax.jit(jax.value_and_grad(loss), static_argnames="attention_for")
-    chex.assert_trees_all_close(
-        fn(params, batch, attention_for=lambda _: few), fn(params, batch), rtol=1e-4, atol=1e-6
-    )
+    got = fn(params, batch, attention_for=lambda _: by_chunks)
+    chex.assert_trees_all_close(got, fn(params, batch), rtol=1e-4, atol=1e-6)
 
 
-def test_samples_do_not_meet(model, text, batch):
+def test_samples_do_not_influence_each_other(model, text, batch):
     graphdef, params = model
     draws = draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec())
 
@@ -158,36 +166,44 @@ def test_samples_do_not_meet(model, text, batch):
         chex.assert_trees_all_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
 
 
-def test_dropped_prompts_are_irrelevant(model, loss, batch):
+def test_dropped_prompts_have_no_influence(model, loss, batch):
     _, params = model
     fn = jax.jit(loss)
     other = batch.replace(prompt=batch.prompt + 2)
     without, with_text = (
-        [float(fn(params, x, text_dropout=share)) for x in (batch, other)] for share in (1.0, 0.0)
+        [float(fn(params, x, text_dropout=dropout)) for x in (batch, other)]
+        for dropout in (1.0, 0.0)
     )
     assert without[0] == without[1]
     assert abs(with_text[0] - with_text[1]) > 1e-4
 
 
-def test_context_is_roughened_by_one_level_a_chunk(batch):
-    """And the model is told it, if it is to be."""
-    kinds = {"untold": {}, "told": {"context_noise_told": True}}
+def test_context_noise_has_one_level_per_chunk(batch):
+    """With `context_noise_told`, and only then, the level is the context's timestep."""
     key, batch = jax.random.key(0), batch.replace(context=jnp.zeros_like(batch.context))
-    untold, told = (
-        draw(key, batch, chunk_frames=FRAMES, spec=ARLossSpec(context_noise=0.5, **kinds[name]))
-        for name in ("untold", "told")
-    )
-    chex.assert_trees_all_equal(untold.replace(context_timestep=told.context_timestep), told)
-    assert not untold.context_timestep.any()
-    level = told.context_timestep / 1000
+
+    def draws_with(context_noise_told):
+        spec = ARLossSpec(context_noise=0.5, context_noise_told=context_noise_told)
+        return draw(key, batch, chunk_frames=FRAMES, spec=spec)
+
+    # 1. Both have the same noise; only one of them has the timestep.
+    hidden, conditioned = draws_with(False), draws_with(True)
+    timestep = conditioned.context_timestep
+    chex.assert_trees_all_equal(hidden.replace(context_timestep=timestep), conditioned)
+    assert not hidden.context_timestep.any()
+
+    # 2. The level is uniform in [0, 0.5] per chunk, and is the noise's standard deviation.
+    level = timestep / 1000
     np.testing.assert_array_equal(level[:, ::FRAMES], level[:, 1::FRAMES])
     assert ((level > 0) & (level < 0.5)).all() and len(set(np.asarray(level).flat)) > 3
-    np.testing.assert_allclose(told.context.std((2, 3, 4)), level, rtol=0.25)
+    np.testing.assert_allclose(conditioned.context.std((2, 3, 4)), level, rtol=0.25)
+
+    # 3. Without context noise the context is clean.
     clean = draw(key, batch, chunk_frames=FRAMES, spec=ARLossSpec(context_noise_told=True))
     assert not clean.context.any() and not clean.context_timestep.any()
 
 
-def test_draws_are_one_level_a_chunk_of_the_table(batch):
+def test_noise_levels_come_from_the_table_one_per_chunk(batch):
     draws = draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec(shift=5.0))
     sigma = np.asarray(draws.sigma)
     np.testing.assert_array_equal(sigma[:, ::FRAMES], sigma[:, 1::FRAMES])
@@ -196,7 +212,7 @@ def test_draws_are_one_level_a_chunk_of_the_table(batch):
     assert not draws.context_timestep.any() and not draws.dropped.any()
 
 
-def test_weights_are_the_bell_of_the_table_or_all_one(batch):
+def test_weights_are_bell_shaped_over_the_noise_levels_or_uniform(batch):
     bell, uniform = (
         draw(jax.random.key(4), batch, chunk_frames=FRAMES, spec=ARLossSpec(weighting=name))
         for name in ("bell", "uniform")
@@ -208,21 +224,25 @@ def test_weights_are_the_bell_of_the_table_or_all_one(batch):
     chex.assert_trees_all_equal(bell.replace(weight=0), uniform.replace(weight=0))
 
 
-def test_the_given_image_is_clean_and_does_not_count(batch):
-    """Only chunk 0 has one, as a target and as context; all else is drawn as without it."""
-    key = jax.random.key(5)
-    plain, image = (
-        draw(key, batch, chunk_frames=FRAMES, spec=ARLossSpec(context_noise=0.5, image_to_video=on))
-        for on in (False, True)
-    )
-    given = np.zeros(batch.target.shape[:2], bool)
-    given[:, 0] = True  # both samples begin with chunk 0
-    np.testing.assert_array_equal(image.conditioning_frame, given)
-    np.testing.assert_array_equal(image.sigma, np.where(given, 0, plain.sigma))
-    np.testing.assert_array_equal(image.timestep, np.where(given, 0, plain.timestep))
+def test_the_conditioning_frame_is_clean_and_excluded_from_the_loss(batch):
+    """Only chunk 0 has one, in target and context; all other draws are those without it."""
+
+    def draws_with(image_to_video):
+        spec = ARLossSpec(context_noise=0.5, image_to_video=image_to_video)
+        return draw(jax.random.key(5), batch, chunk_frames=FRAMES, spec=spec)
+
+    # 1. Draws.
+    plain, image = draws_with(False), draws_with(True)
+    conditioning = np.zeros(batch.target.shape[:2], bool)
+    conditioning[:, 0] = True  # both samples start with chunk 0
+    np.testing.assert_array_equal(image.conditioning_frame, conditioning)
+    np.testing.assert_array_equal(image.sigma, np.where(conditioning, 0, plain.sigma))
+    np.testing.assert_array_equal(image.timestep, np.where(conditioning, 0, plain.timestep))
     np.testing.assert_array_equal(image.context[:, 0], batch.context[:, 0])
     np.testing.assert_array_equal(image.context[:, 1:], plain.context[:, 1:])
-    wrong = jnp.zeros_like(batch.target).at[:, 0].set(9.0)
-    truth = image.noise - batch.target
-    assert float(flow_loss(truth + wrong, batch, image)[0]) == 0
-    assert float(flow_loss(truth + wrong, batch, plain)[0]) > 1
+
+    # 2. An error in the conditioning frame alone does not change the loss.
+    error = jnp.zeros_like(batch.target).at[:, 0].set(9.0)
+    exact = image.noise - batch.target
+    assert float(flow_loss(exact + error, batch, image)[0]) == 0
+    assert float(flow_loss(exact + error, batch, plain)[0]) > 1

@@ -1,4 +1,4 @@
-"""From video files to a model: encoded, trained on a mesh, resumed; bad settings before that."""
+"""The stage `clips` by the command: meshes, resuming, online encoding, and refused settings."""
 
 import json
 import shutil
@@ -9,126 +9,153 @@ import pytest
 
 from longlive_jax.cli.app import run
 from longlive_jax.io.checkpoint import load_component, read_manifest
-from tests.longlive_jax.training.processes import ended, longlive
+from tests.longlive_jax.training.processes import finish, longlive
 
 SETTINGS = (
     "batch=4", "dtype=float32", "ffn_chunks=2", "loop.log_every=1", "loop.save_every=2",
     "optim.lr=1e-3", "ema.start=1", "save_dtype=float32", "recycling=none",
 )  # fmt: skip
-RECYCLED = (
+RECYCLING = (
     "recycling.buffer.rows=4", "recycling.buffer.buckets=2", "recycling.buffer.slots=2",
     "recycling.buffer.groups=1", "recycling.clean=0.3", "recycling.warmup=1",
 )  # fmt: skip
-ALONE, SHARED = (f"mesh.data={n},mesh.fsdp={n},mesh.sp={n}" for n in (1, 2))
+ONE_DEVICE, EIGHT_DEVICES = (f"mesh.data={n},mesh.fsdp={n},mesh.sp={n}" for n in (1, 2))
 
 
-def command(places, workdir, *changes):
-    """`longlive train` with the 5B recipe on a model of its kind."""
-    paths = (f"checkpoint={places / 'checkpoint'}", f"clips={places / 'encoded'}")
-    words = [word for change in changes for word in change.split(",")]
-    overrides = [f"--config.{word}" for word in (*SETTINGS, *paths, *words)]
-    where = [f"--workdir={workdir}", f"--out={workdir}-out"]
-    return ["train", "--config=configs/ar_5b.py:16s", *overrides, *where]
+def command(data_dir, workdir, *changes):
+    """Arguments of `longlive train` with the 5B recipe, for the small checkpoint of `data_dir`."""
+    paths = (f"checkpoint={data_dir / 'checkpoint'}", f"clips={data_dir / 'encoded'}")
+    settings = [setting for change in changes for setting in change.split(",")]
+    overrides = [f"--config.{setting}" for setting in (*SETTINGS, *paths, *settings)]
+    outputs = [f"--workdir={workdir}", f"--out={workdir}-out"]
+    return ["train", "--config=configs/ar_5b.py:16s", *overrides, *outputs]
 
 
 def records(workdir):
+    """Logged records of updates (not of evaluations)."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if "loss" in r]
 
 
-def held_out(workdir):
+def losses(workdir):
+    return [record["loss"] for record in records(workdir)]
+
+
+def held_out_error(workdir):
+    """Velocity error of the last evaluation."""
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     return last["held_out_velocity_error"]
 
 
-def test_a_mesh_of_eight_trains_as_one_device_does_with_error_recycling(places, tmp_path):
-    found = []
-    measured = (f"held_out={places / 'encoded'}", "held_out_batches=1", "preview.seconds=0.5")
-    looks = (*measured, "preview.prompts=['a cat runs']")
-    for mesh in (ALONE, SHARED):
-        workdir = tmp_path / mesh[-1]
-        assert run(command(places, workdir, mesh, *RECYCLED, *looks, "loop.steps=4")) == 0
-        found.append(records(workdir))
-    for alone, shared in zip(*found, strict=True):
+def test_training_with_error_recycling_on_eight_devices_equals_one_device(data_dir, tmp_path):
+    evaluation = (
+        f"held_out={data_dir / 'encoded'}",
+        "held_out_batches=1",
+        "preview.seconds=0.5",
+        "preview.prompts=['a cat runs']",
+    )
+    settings = (*RECYCLING, *evaluation, "loop.steps=4")
+    single, eight = tmp_path / "single", tmp_path / "eight"
+    for workdir, mesh in ((single, ONE_DEVICE), (eight, EIGHT_DEVICES)):
+        assert run(command(data_dir, workdir, mesh, *settings)) == 0
+
+    # 1. Metrics of updates and evaluation.
+    for want, got in zip(records(single), records(eight), strict=True):
         for name in ("loss", "grad_norm", "errors_held"):
-            assert shared[name] == pytest.approx(alone[name], rel=2e-4), (alone, shared)
-    assert found[0][-1]["errors_held"] > 4 and found[0][-1]["tokens_per_s"] > 0
-    assert held_out(tmp_path / "2") == pytest.approx(held_out(tmp_path / "1"), rel=2e-4)
-    assert (tmp_path / "2/sample_000004.png").stat().st_size > 500
-    trained, _ = load_component(tmp_path / "2-out", "dit")
-    begun, _ = load_component(places / "checkpoint", "dit")
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, begun)
-    assert max(jax.tree.leaves(moved)) > 1e-4
-    assert read_manifest(tmp_path / "2-out")["provenance"]["dit"]["stage"] == "clips"
+            assert got[name] == pytest.approx(want[name], rel=2e-4), (want, got)
+    last = records(single)[-1]
+    assert last["errors_held"] > 4 and last["tokens_per_s"] > 0
+    assert held_out_error(eight) == pytest.approx(held_out_error(single), rel=2e-4)
+    assert (eight / "sample_000004.png").stat().st_size > 500
+
+    # 2. The export: trained parameters, and their provenance.
+    trained, _ = load_component(f"{eight}-out", "dit")
+    initial, _ = load_component(data_dir / "checkpoint", "dit")
+    changes = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, initial)
+    assert max(jax.tree.leaves(changes)) > 1e-4
+    assert read_manifest(f"{eight}-out")["provenance"]["dit"]["stage"] == "clips"
 
 
-def test_restart_on_other_meshes_gives_the_same_next_loss(places, tmp_path):
-    """Saved on data 2, sp 4, error buffers included; gone on with there, on sp 2 and on one."""
-    first = ("mesh.data=2,mesh.fsdp=1,mesh.sp=4", *RECYCLED)
-    assert run(command(places, tmp_path / "first", *first, "loop.steps=2")) == 0
-    found = {}
-    for name, mesh in {"same": first[0], "one": ALONE}.items():
-        shutil.copytree(tmp_path / "first", tmp_path / name)
-        assert run(command(places, tmp_path / name, mesh, *RECYCLED, "loop.steps=3")) == 0
-        found[name] = records(tmp_path / name)[-1]
-    shutil.copytree(tmp_path / "first", tmp_path / "two")
-    two = ("mesh.data=1,mesh.fsdp=1,mesh.sp=2", *RECYCLED, "loop.steps=3")
-    code, output = ended(longlive(*command(places, tmp_path / "two", *two), devices=2), 300)
+def test_resuming_on_other_meshes_gives_the_same_next_loss(data_dir, tmp_path):
+    """Checkpointed on data 2 x sp 4, with error buffers; resumed there, on sp 2 and on 1 device."""
+    mesh = "mesh.data=2,mesh.fsdp=1,mesh.sp=4"
+    start = tmp_path / "start"
+    assert run(command(data_dir, start, mesh, *RECYCLING, "loop.steps=2")) == 0
+
+    # 1. In this process, on the same mesh and on one device.
+    last_records, more = {}, (*RECYCLING, "loop.steps=3")
+    for name, other in {"same": mesh, "one": ONE_DEVICE}.items():
+        workdir = shutil.copytree(start, tmp_path / name)
+        assert run(command(data_dir, workdir, other, *more)) == 0
+        last_records[name] = records(workdir)[-1]
+
+    # 2. In a process with two devices.
+    workdir = shutil.copytree(start, tmp_path / "two")
+    process = longlive(
+        *command(data_dir, workdir, "mesh.data=1,mesh.fsdp=1,mesh.sp=2", *more), devices=2
+    )
+    code, output = finish(process, 300)
     assert code == 0, output
-    found["two"] = records(tmp_path / "two")[-1]
-    for name, record in found.items():
+    last_records["two"] = records(workdir)[-1]
+
+    # 3. The third step is the same on all meshes.
+    for name, record in last_records.items():
         assert record["step"] == 3 and record["errors_held"] > 4, name
-        assert record["loss"] == pytest.approx(found["same"]["loss"], rel=1e-5), name
+        assert record["loss"] == pytest.approx(last_records["same"]["loss"], rel=1e-5), name
 
 
-NVFP4 = ("mesh.data=2,mesh.fsdp=4,mesh.sp=1,batch=16", "quant.policy=nvfp4_train", *RECYCLED)
+NVFP4 = ("mesh.data=2,mesh.fsdp=4,mesh.sp=1,batch=16", "quant.policy=nvfp4_train", *RECYCLING)
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param((SHARED,), id="float32"),
-        pytest.param(NVFP4, id="NVFP4, recycled", marks=pytest.mark.slow),
+        pytest.param((EIGHT_DEVICES,), id="float32"),
+        pytest.param(NVFP4, id="NVFP4, error recycling", marks=pytest.mark.slow),
     ],
 )
-def test_accumulated_and_resumed_equals_uninterrupted(places, tmp_path, more):
-    parts = ("batch=8", "loop.accumulate=2", *more)
-    assert run(command(places, tmp_path / "whole", *parts, "loop.steps=4")) == 0
+def test_resumed_with_gradient_accumulation_equals_uninterrupted(data_dir, tmp_path, more):
+    settings = ("batch=8", "loop.accumulate=2", *more)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    assert run(command(data_dir, uninterrupted, *settings, "loop.steps=4")) == 0
     for steps in (2, 4):
-        assert run(command(places, tmp_path / "parts", *parts, f"loop.steps={steps}")) == 0
-    whole, resumed = (records(tmp_path / name) for name in ("whole", "parts"))
-    assert [r["loss"] for r in whole] == [r["loss"] for r in resumed]
-    whole, resumed = (load_component(tmp_path / f"{n}-out", "dit")[0] for n in ("whole", "parts"))
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+        assert run(command(data_dir, resumed, *settings, f"loop.steps={steps}")) == 0
+    assert losses(resumed) == losses(uninterrupted)
+    params = (load_component(f"{workdir}-out", "dit")[0] for workdir in (resumed, uninterrupted))
+    jax.tree.map(np.testing.assert_array_equal, *params)
 
 
-def test_videos_train_as_their_encoded_clips_do(places, tmp_path):
-    """Decoded and encoded on the way, on one device or shared out over a mesh."""
+def test_online_encoding_trains_like_encoded_clips(data_dir, tmp_path):
+    """The videos are decoded and encoded while training, on one device or sharded over a mesh."""
     steps = "loop.steps=3"
-    assert run(command(places, tmp_path / "stored", ALONE, steps)) == 0
-    want = records(tmp_path / "stored")
-    live = (f"videos={places / 'videos'}", "anywhere=false", steps)
-    for mesh in (ALONE, SHARED):
-        workdir = tmp_path / mesh[-1]
-        assert run(command(places, workdir, mesh, *live)) == 0
-        for stored, found in zip(want, records(workdir), strict=True):
-            for name in ("loss", "grad_norm"):
-                assert found[name] == pytest.approx(stored[name], rel=2e-4)
+    assert run(command(data_dir, tmp_path / "encoded", ONE_DEVICE, steps)) == 0
+    online = (f"videos={data_dir / 'videos'}", "anywhere=false", steps)
+    for name, mesh in {"one": ONE_DEVICE, "eight": EIGHT_DEVICES}.items():
+        workdir = tmp_path / name
+        assert run(command(data_dir, workdir, mesh, *online)) == 0
+        for want, got in zip(records(tmp_path / "encoded"), records(workdir), strict=True):
+            for metric in ("loss", "grad_norm"):
+                assert got[metric] == pytest.approx(want[metric], rel=2e-4)
 
 
-def test_videos_begin_anywhere_and_resume(places, tmp_path):
+def test_clips_that_start_anywhere_in_a_video_resume_as_if_uninterrupted(data_dir, tmp_path):
+    # 1. Only text features are encoded beforehand.
     texts = tmp_path / "texts"
-    encode = ["data", "encode", f"--source={places / 'videos'}", "--chunks=2", "--texts_only"]
-    assert run([*encode, f"--checkpoint={places / 'checkpoint'}", f"--out={texts}"]) == 0
-    more = (ALONE, f"videos={places / 'videos'}", f"clips={texts}")
-    assert run(command(places, tmp_path / "whole", *more, "loop.steps=4")) == 0
+    encode = ["data", "encode", f"--source={data_dir / 'videos'}", "--chunks=2", "--texts_only"]
+    assert run([*encode, f"--checkpoint={data_dir / 'checkpoint'}", f"--out={texts}"]) == 0
+    settings = (ONE_DEVICE, f"videos={data_dir / 'videos'}", f"clips={texts}")
+
+    # 2. Resumed = uninterrupted.
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    assert run(command(data_dir, uninterrupted, *settings, "loop.steps=4")) == 0
     for steps in (2, 4):
-        assert run(command(places, tmp_path / "parts", *more, f"loop.steps={steps}")) == 0
-    whole, resumed = (records(tmp_path / name) for name in ("whole", "parts"))
-    assert [r["loss"] for r in whole] == [r["loss"] for r in resumed]
-    fixed = (*more, "anywhere=false", "loop.steps=4")
-    assert run(command(places, tmp_path / "fixed", *fixed)) == 0
-    assert [r["loss"] for r in records(tmp_path / "fixed")] != [r["loss"] for r in whole]
+        assert run(command(data_dir, resumed, *settings, f"loop.steps={steps}")) == 0
+    assert losses(resumed) == losses(uninterrupted)
+
+    # 3. Other losses than with clips at the start of their videos.
+    fixed = (*settings, "anywhere=false", "loop.steps=4")
+    assert run(command(data_dir, tmp_path / "fixed", *fixed)) == 0
+    assert losses(tmp_path / "fixed") != losses(uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -136,32 +163,34 @@ def test_videos_begin_anywhere_and_resume(places, tmp_path):
     [
         ("mesh.data=1,mesh.fsdp=1,mesh.sp=8", "4 attention heads do not split over mesh.sp = 8"),
         ("mesh.data=8,mesh.fsdp=1,mesh.sp=1", "4 samples in a batch do not split"),
-        ("mesh.data=3,mesh.fsdp=1,mesh.sp=1", "needs 3 devices and there are 8"),
-        ("ffn_chunks=7," + ALONE, "ffn_chunks = 7 does not divide the"),
-        ("ffn_chunks=0," + ALONE, "ffn_chunks must be >= 1, got 0"),
-        ("window=2," + ALONE, "window must be >= 3 with 1 global sinks and a shot sink, got 2"),
-        ("attention=mosaic," + ALONE, "needs 16-bit inputs; set dtype=bfloat16"),
-        ("loop.accumulate=3," + ALONE, "does not divide by loop.accumulate = 3"),
-        ("recycling.buffer.rows=3," + ALONE, "do not fill the error buffer's 3 rows evenly"),
-        ("clips=/nowhere," + ALONE, "no encoded clips"),
-        ("videos=/nowhere," + ALONE, "/nowhere: no such dataset"),
-        ("checkpoint=/nowhere," + ALONE, "no such checkpoint directory"),
+        ("mesh.data=3,mesh.fsdp=1,mesh.sp=1", "needs 3 devices, found 8"),
+        ("ffn_chunks=7," + ONE_DEVICE, "ffn_chunks = 7 does not divide the"),
+        ("ffn_chunks=0," + ONE_DEVICE, "ffn_chunks must be >= 1, got 0"),
+        (
+            "window=2," + ONE_DEVICE,
+            "window must be >= 3 with 1 global sinks and a shot sink, got 2",
+        ),
+        ("attention=mosaic," + ONE_DEVICE, "needs 16-bit inputs; set dtype=bfloat16"),
+        ("loop.accumulate=3," + ONE_DEVICE, "does not divide by loop.accumulate = 3"),
+        ("recycling.buffer.rows=3," + ONE_DEVICE, "do not fill the error buffer's 3 rows evenly"),
+        ("clips=/nowhere," + ONE_DEVICE, "no encoded clips"),
+        ("videos=/nowhere," + ONE_DEVICE, "/nowhere: no such dataset"),
+        ("checkpoint=/nowhere," + ONE_DEVICE, "no such checkpoint directory"),
     ],
 )
-def test_bad_settings_are_said_before_anything_is_computed(
-    places, tmp_path, capsys, change, message
+def test_bad_settings_are_refused_before_the_first_step(
+    data_dir, tmp_path, capsys, change, message
 ):
-    assert run(command(places, tmp_path / "run", change)) == 2
+    assert run(command(data_dir, tmp_path / "run", change)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run/state").exists()
 
 
-def test_clips_of_other_encoders_are_refused(places, tmp_path, capsys):
-    other = tmp_path / "checkpoint"
-    shutil.copytree(places / "checkpoint", other)
+def test_clips_of_another_checkpoints_encoders_are_refused(data_dir, tmp_path, capsys):
+    other = shutil.copytree(data_dir / "checkpoint", tmp_path / "checkpoint")
     manifest = json.loads((other / "longlive.json").read_text())
     manifest["components"]["vae"]["latent_mean"][0] = 0.5
     (other / "longlive.json").write_text(json.dumps(manifest))
-    changes = (ALONE, f"checkpoint={other}")
-    assert run(command(places, tmp_path / "run", *changes)) == 2
+    changes = (ONE_DEVICE, f"checkpoint={other}")
+    assert run(command(data_dir, tmp_path / "run", *changes)) == 2
     assert "encoded by another vae" in capsys.readouterr().err

@@ -1,0 +1,30 @@
+"""The seams of training: a small `Task`, and a loop without knowledge of losses."""
+
+import ast
+import dataclasses
+import inspect
+
+from longlive_jax.training import loop
+from longlive_jax.training.task import Task
+
+
+def imported_modules(module):
+    """Absolute dotted names that a module imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_a_task_has_at_most_eight_fields():
+    assert len(dataclasses.fields(Task)) <= 8
+
+
+def test_the_loop_imports_no_objective():
+    names = imported_modules(loop)
+    assert "longlive_jax.training.task.Task" in names  # the imports are found at all
+    assert not [name for name in names if name.startswith("longlive_jax.training.objectives")]
