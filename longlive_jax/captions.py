@@ -1,4 +1,4 @@
-"""Text that training captions and sampling scripts have in common."""
+"""Text shared by training captions and sampling scripts."""
 
 CUT_PREFIX = "The scene transitions. "
-"""Opens the prompt of the first chunk after a cut, as in the reference's training captions."""
+"""Prefix of the prompt of the first chunk after a cut, as in the reference's training captions."""

@@ -1,8 +1,8 @@
-"""Token layouts: by these alone the model is bidirectional, causal, teacher-forced or windowed.
+"""Token layouts, which alone make the model bidirectional, causal, teacher-forced or windowed.
 
-Row and column counts are of tokens (2x2 latent patches). `start`, `shot_rope_offset` and `cuts` may
-be traced; columns that depend on none of them are NumPy, so that attention can skip what is never
-visible.
+Rows and columns count tokens (2x2 latent patches). `start`, `shot_rope_offset` and `cuts` may be
+traced. Token attributes that depend on none of them are NumPy arrays, so that attention can skip
+tiles that are never visible.
 """
 
 import jax.numpy as jnp
@@ -32,26 +32,38 @@ def grid(
     shot_rope_offset: Array | None = None,
     noisy: bool = False,
 ) -> Tokens:
-    """Frames `start` to `start + frames` in chunks of `chunk_frames` frames, column fastest.
+    """Tokens of frames [start, start + frames) in chunks of `chunk_frames`, columns fastest.
 
-    One chunk is bidirectional attention; several clean ones are block-causal. `noisy` tokens see no
-    noisy chunk but their own, which is what a chunk under denoising needs beside its cache.
-    `shot_rope_offset` (`[frames]` or `[b, frames]`, in frames) is added to the temporal position
-    and not to the chunk index (multi-shot RoPE). `start` is a multiple of `chunk_frames`.
+    A single chunk gives bidirectional attention, several clean chunks block-causal attention.
+    `noisy` tokens attend to no noisy chunk but their own, as a chunk being denoised needs in
+    addition to its KV cache.
+
+    Args:
+      frames: number of latent frames.
+      rows: token rows per frame.
+      columns: token columns per frame.
+      chunk_frames: frames per chunk.
+      start: index of the first frame, a multiple of `chunk_frames`.
+      shot_rope_offset: [frames] or [b, frames], in frames; added to the temporal RoPE position but
+        not to the chunk index (multi-shot RoPE).
+      noisy: whether the tokens are noisy.
+
+    Raises:
+      ValueError: `frames` or `chunk_frames` is below 1, or `start` is inside a chunk.
     """
     if chunk_frames < 1 or frames < 1:
-        raise ValueError(f"{frames} frames in chunks of {chunk_frames}; both must be at least 1")
+        raise ValueError(f"frames and chunk_frames must be >= 1, got {frames} and {chunk_frames}")
     if isinstance(start, int | np.integer) and start % chunk_frames:
         raise ValueError(
-            f"start {start} cuts a chunk of {chunk_frames} frames; begin at a multiple of it"
+            f"start {start} is inside a chunk of {chunk_frames} frames; begin at a multiple of it"
         )
     frame, *space = (x.reshape(-1).astype(np.int32) for x in np.mgrid[:frames, :rows, :columns])
     frame = frame + (np.int32(start) if isinstance(start, int | np.integer) else start)
-    place = frame
+    time = frame
     if shot_rope_offset is not None:
-        place = frame + jnp.repeat(shot_rope_offset, rows * columns, axis=-1)
-    xp = np if isinstance(place, np.ndarray) else jnp
-    pos = xp.stack([place, *(xp.broadcast_to(x, place.shape) for x in space)], axis=-1)
+        time = frame + jnp.repeat(shot_rope_offset, rows * columns, axis=-1)
+    xp = np if isinstance(time, np.ndarray) else jnp
+    pos = xp.stack([time, *(xp.broadcast_to(x, time.shape) for x in space)], axis=-1)
     return make(pos, frame // chunk_frames, noisy, uniform_mask=frames <= chunk_frames)
 
 
@@ -63,10 +75,14 @@ def teacher_forcing(
     chunk_frames: int,
     shot_rope_offset: Array | None = None,
 ) -> Tokens:
-    """All clean frames, then the same frames noisy, at the same positions (paper, section 3.1)."""
+    """Clean tokens of all frames, then noisy tokens of the same frames (paper, section 3.1).
+
+    Clean and noisy tokens of a frame have equal positions. The arguments are those of `grid`.
+    Raises ValueError if `chunk_frames` does not divide `frames`.
+    """
     if frames % chunk_frames:
-        raise ValueError(f"{frames} frames are no whole number of chunks of {chunk_frames}")
-    parts = (
+        raise ValueError(f"{frames} frames are not a multiple of chunk_frames = {chunk_frames}")
+    halves = (
         grid(
             frames,
             rows,
@@ -77,14 +93,13 @@ def teacher_forcing(
         )
         for noisy in (False, True)
     )
-    return concat(*parts)
+    return concat(*halves)
 
 
 def shot_sinks(cuts: Bool[Array, "*b s"]) -> Int[Array, "*b s"]:
-    """The shot sink of every chunk: the last chunk strictly before it that begins a shot, or -1.
+    """The shot sink of each chunk: the last earlier chunk that begins a shot, or -1.
 
-    Chunk 0 begins a shot, cut or not. While the chunk at a cut is made, the sink of the shot before
-    is still in force.
+    Chunk 0 always begins a shot. The chunk at a cut still uses the sink of the previous shot.
     """
     now = jnp.arange(cuts.shape[-1])
     marked = jnp.where(cuts | (now == 0), now, EMPTY)
@@ -96,23 +111,24 @@ def shot_sinks(cuts: Bool[Array, "*b s"]) -> Int[Array, "*b s"]:
 def windows(
     cuts: Bool[Array, "*b s"], *, window: int, global_sinks: int, shot_sink: bool = True
 ) -> tuple[Int[Array, "*b s"], Int[Array, "*b s"]]:
-    """(`window_start`, `sink`) of every chunk for a budget of `window` chunks, its own included.
+    """(`window_start`, `sink`) of each chunk, for a budget of `window` chunks including itself.
 
-    Sinks lie inside the budget: what they do not take goes to the most recent chunks. The sets are
-    those a cache of `window` chunks holds that overwrites its oldest unprotected slot.
+    Sinks count towards the budget, and the most recent chunks get the rest. The visible chunks are
+    those in a KV cache of `window` chunks that overwrites its oldest unprotected slot. Raises
+    ValueError if the window has no room for the sinks.
     """
-    least = 1 + max(1, global_sinks + shot_sink)
-    if window < least:
+    minimum = 1 + max(1, global_sinks + shot_sink)
+    if window < minimum:
         raise ValueError(
             f"a window of {window} chunks has no room for {global_sinks} global sinks"
-            f"{' and a shot sink' if shot_sink else ''}; use at least {least}"
+            f"{' and a shot sink' if shot_sink else ''}; use at least {minimum}"
         )
     now = jnp.arange(cuts.shape[-1], dtype=jnp.int32)
     sink = shot_sinks(cuts) if shot_sink else jnp.full(cuts.shape, EMPTY, jnp.int32)
     recent = now - (window - 1 - global_sinks)
-    # A sink that is neither recent nor global costs one of the recent chunks.
-    apart = (sink >= global_sinks) & (sink < recent)
-    return jnp.maximum(recent + apart, 0), sink
+    # A sink that is neither recent nor global takes the slot of one recent chunk.
+    takes_slot = (sink >= global_sinks) & (sink < recent)
+    return jnp.maximum(recent + takes_slot, 0), sink
 
 
 def windowed(
@@ -123,9 +139,10 @@ def windowed(
     global_sinks: int,
     shot_sink: bool = True,
 ) -> Tokens:
-    """The same tokens, looking back only as far as `windows` says.
+    """The same tokens with attention limited to the windows of `windows`.
 
-    `cuts` covers all chunks of the tokens; with a batch axis, so do the tokens returned.
+    `cuts` covers all chunks of the tokens. If it has a batch axis, so have the returned tokens.
+    Raises ValueError if `tokens` already have a batch axis.
     """
     window_start, sink = windows(
         cuts, window=window, global_sinks=global_sinks, shot_sink=shot_sink

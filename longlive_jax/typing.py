@@ -1,15 +1,15 @@
-"""Array types of the public signatures, and the decorator that checks them.
+"""Array types for public signatures, and the decorator that checks them.
 
-Axis names are the same everywhere: `b` batch, `f` frames, `h w` rows and columns, `c` channels,
-`l` tokens, `q k` query and key tokens, `n` heads, `d` head width, `e` model width, `s` shots or
-prompts, `t` text tokens. Videos and latents are `b f h w c`.
+Axis names have the same meaning everywhere: `b` batch, `f` frames, `h w` rows and columns, `c`
+channels, `l` tokens, `q k` query and key tokens, `n` heads, `d` head width, `e` model width, `s`
+shots or prompts, `t` text tokens. Videos and latents are `b f h w c`.
 
-`typechecked` goes on public functions and `__call__`s. It runs while JAX traces, so a wrong shape
-fails before compilation and a compiled call costs nothing. jaxtyping's import hook is not used:
-it would also check the constructors of pytree dataclasses, and `jax.tree.map(shape_of, tokens)`
-legitimately puts things there that are no arrays.
+`typechecked` decorates public functions and `__call__` methods. It runs while JAX traces, so a
+wrong shape fails before compilation, and compiled calls have no overhead. jaxtyping's import hook
+is not used: it would also check the constructors of pytree dataclasses, into which calls such as
+`jax.tree.map(shape_of, tokens)` legitimately put values that are not arrays.
 
-`Array` means `jax.Array` (tracers included); a NumPy array is refused by `typechecked` functions.
+`Array` means `jax.Array`, tracers included; `typechecked` functions reject NumPy arrays.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ __all__ = [
 ]
 
 type Params = dict[str, Any]
-"""Parameters as pure nested dictionaries of arrays."""
+"""Model parameters as pure nested dictionaries of arrays."""
 
 
 def typechecked[F: Callable[..., Any]](fn: F) -> F:
-    """Checks dtypes and shapes of annotated arguments and results; axis names bind per call."""
+    """Checks dtypes and shapes of annotated arguments and results; axis sizes bind per call."""
     return jaxtyped(typechecker=beartype)(fn)

@@ -1,4 +1,4 @@
-"""The conformance runner: that our goldens pass, and that it fails when it should."""
+"""The conformance runner: our goldens pass, and changed ones fail."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ FIELDS = ["file", "case", "error", "tolerance", "status"]
 
 @pytest.fixture(scope="module")
 def runner():
-    """The script as a module; it puts its own folder on the path, as Python does for a script."""
+    """The script as a module, with its folder on the path, as Python does for a script."""
     before = list(sys.path)
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     yield importlib.import_module("conformance")
@@ -41,7 +41,7 @@ def runner():
 
 @pytest.fixture
 def report(runner, capsys):
-    """Exit code and rows of a run with --json."""
+    """A function that runs a folder with --json and returns the exit code and the rows."""
 
     def run(folder):
         capsys.readouterr()
@@ -56,7 +56,7 @@ def golden_of(goldens, kind):
 
 
 def rewritten(path, target, change):
-    """A copy of a golden file with some arrays changed."""
+    """Writes a copy of a golden file, with `change` applied to its arrays, to `target`."""
     with np.load(path) as file:
         arrays = dict(file)
     change(arrays)
@@ -72,7 +72,7 @@ def test_goldens_pass(goldens, tmp_path, report, kind):
 
 
 def test_every_golden_has_a_row(goldens, runner):
-    """Without running them: kinds of later issues say so in one case."""
+    """Without running them; kinds that are not implemented have one case, "all"."""
     for path in runner.golden_files(goldens):
         cases = runner.cases_of(path)
         assert cases, path.name
@@ -84,8 +84,8 @@ def test_report_has_exactly_the_fields(goldens, tmp_path, report):
     np.savez(tmp_path / "something_else.npz", x=np.zeros(3))
     _, rows = report(tmp_path)
     assert all(list(row) == FIELDS for row in rows)
-    found = {(row["file"], row["status"]) for row in rows}
-    assert found == {("umt5_encoder.npz", "pass"), ("something_else.npz", "not implemented")}
+    status = {(row["file"], row["status"]) for row in rows}
+    assert status == {("umt5_encoder.npz", "pass"), ("something_else.npz", "not implemented")}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_report_has_exactly_the_fields(goldens, tmp_path, report):
     ],
 )
 def test_changed_goldens_fail(goldens, tmp_path, report, kind, name, change, case):
-    """Only the case that rests on the changed array; a value that is no number fails, too."""
+    """Only the case that uses the changed array fails; NaN fails as well."""
     source = golden_of(goldens, kind)
 
     def apply(arrays):
@@ -124,7 +124,7 @@ def shorter_text(arrays):
 
 
 def shorter_video(arrays):
-    """One case, five chunks of it: what comes later does not change what was before."""
+    """One case of five chunks; the chunks that are left out do not affect the earlier ones."""
     meta = json.loads(bytes(arrays["__meta__"]))
     meta["cases"] = [case for case in meta["cases"] if case["inference"]["sampling_steps"] == 2]
     frames = 5 * meta["num_frame_per_block"]
@@ -146,14 +146,14 @@ def shorter_video(arrays):
         ("sampling_multishot", shorter_video),
     ],
 )
-def test_sizes_are_the_files_own(goldens, tmp_path, report, kind, change):
+def test_sizes_come_from_the_file(goldens, tmp_path, report, kind, change):
     source = golden_of(goldens, kind)
     rewritten(source, tmp_path / source.name, change)
     code, rows = report(tmp_path)
     assert code == 0 and {row["status"] for row in rows} == {"pass"}, rows
 
 
-def test_names_with_something_appended(goldens, tmp_path, report):
+def test_file_names_may_have_suffixes(goldens, tmp_path, report):
     shutil.copy(
         golden_of(goldens, "teacher_forcing_masks"), tmp_path / "teacher_forcing_masks_7.npz"
     )
@@ -161,8 +161,8 @@ def test_names_with_something_appended(goldens, tmp_path, report):
     assert code == 0 and {row["status"] for row in rows} == {"pass"}
 
 
-def test_broken_files_fail_and_the_rest_runs(goldens, tmp_path, runner, capsys):
-    (tmp_path / "dit_bidirectional.npz").write_bytes(b"no archive")
+def test_broken_files_fail_and_the_others_run(goldens, tmp_path, runner, capsys):
+    (tmp_path / "dit_bidirectional.npz").write_bytes(b"not an archive")
     np.savez(tmp_path / "vae22.npz", x=np.zeros(3))
     shutil.copy(golden_of(goldens, "teacher_forcing_masks"), tmp_path)
     assert runner.main([str(tmp_path)]) == 1
@@ -177,7 +177,7 @@ def test_broken_files_fail_and_the_rest_runs(goldens, tmp_path, runner, capsys):
 
 
 @pytest.mark.parametrize("name", [".", "missing"])
-def test_nothing_to_run(tmp_path, runner, capsys, name):
+def test_a_folder_without_goldens_is_an_error(tmp_path, runner, capsys, name):
     assert runner.main([str(tmp_path / name)]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1

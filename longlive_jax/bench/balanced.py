@@ -21,7 +21,7 @@ from longlive_jax.io.builtin import builtin_checkpoint
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, encode
-from longlive_jax.models.vae.sharded import encode_sharded, sharing
+from longlive_jax.models.vae.sharded import encode_sharded, plan_vae_shards
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
@@ -105,7 +105,7 @@ def _measure(spec: BalancedSpec, mesh: Mesh, vae: VAE, *, balanced: bool) -> dic
     update, params = _make_update(spec, mesh, latents.shape[2:], balanced=balanced)
     loss, _ = update(params, latents)
     # 3. Time both.
-    raw = sharing(vae.cfg, spec.latents, spec.sp).frames if balanced else frames.shape[1]
+    raw = plan_vae_shards(vae.cfg, spec.latents, spec.sp).frames if balanced else frames.shape[1]
     half = spec.latents * 2 // spec.sp
     learnt = [half // 2] * spec.sp if balanced else _noisy_frames(spec, half)
     return {

@@ -4,7 +4,12 @@ import dataclasses
 from typing import Any
 
 from longlive_jax.models.vae import VAEConfig
-from longlive_jax.models.vae.sharded import flops_per_device, groups_encoded, sharing, work_of
+from longlive_jax.models.vae.sharded import (
+    encoder_flops,
+    flops_per_device,
+    num_frame_groups,
+    plan_vae_shards,
+)
 from longlive_jax.parallel.halo import windows
 
 
@@ -42,7 +47,7 @@ def encode_cost(spec: EncodeCostSpec) -> dict[str, Any]:
 
     Raises ValueError if the latents of a clip do not split over `sp`.
     """
-    work = work_of(spec.model, spec.size)
+    work = encoder_flops(spec.model, spec.size)
     return {
         "sp": spec.sp,
         "size": list(spec.size),
@@ -54,18 +59,18 @@ def encode_cost(spec: EncodeCostSpec) -> dict[str, Any]:
 def _clip(spec: EncodeCostSpec, latents: int) -> dict[str, Any]:
     """Cost of one clip length by method."""
     cfg, temporal_stride, size = spec.model, spec.model.temporal_stride, spec.size
-    work = work_of(cfg, size)
+    work = encoder_flops(cfg, size)
     # 1. Shard the clip by every method that it is long enough for.
-    default = sharing(cfg, latents, spec.sp).method
-    plans = {"halo": sharing(cfg, latents, spec.sp, "halo")}
+    default = plan_vae_shards(cfg, latents, spec.sp).method
+    plans = {"halo": plan_vae_shards(cfg, latents, spec.sp, "halo")}
     if latents >= 2 * spec.sp:
-        plans["tails"] = sharing(cfg, latents, spec.sp, "tails")
+        plans["tails"] = plan_vae_shards(cfg, latents, spec.sp, "tails")
     # 2. Count frames and operations.
     ref = windows(latents, spec.sp, halo=plans["halo"].halo, temporal_stride=temporal_stride)
     return {
         "halo_latents": plans["halo"].halo,
         "raw_frames": {
-            name: 1 + temporal_stride * groups_encoded(plan) for name, plan in plans.items()
+            name: 1 + temporal_stride * num_frame_groups(plan) for name, plan in plans.items()
         },
         "raw_frames_own": temporal_stride * latents // spec.sp,
         "raw_frames_whole": cfg.num_raw_frames(latents),

@@ -63,9 +63,9 @@ def _weights(args: Any, checkpoint: Path) -> Any:
         )
     if args.workdir is None:
         return None
-    from longlive_jax.training.trained_weights import SavedWeights
+    from longlive_jax.training.trained_weights import TrainedWeights
 
-    return SavedWeights.of(args.workdir, args.source, checkpoint, say=print)
+    return TrainedWeights.load(args.workdir, args.source, checkpoint, say=print)
 
 
 def _lora(args: Any) -> Any:

@@ -17,14 +17,14 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(rest)
     if args.hosts is None:
         return _train(config.to_dict(), args)
-    from longlive_jax.parallel.hosts import Hosts, join, leave_at_once
+    from longlive_jax.parallel.hosts import Hosts, abort_on_failure, join
 
     try:
         hosts = Hosts.parse(args.hosts)
     except ValueError as error:
         raise UserError(f"--hosts: {error}") from error
     join(hosts)
-    return leave_at_once(lambda: _train(config.to_dict(), args))
+    return abort_on_failure(lambda: _train(config.to_dict(), args))
 
 
 def _train(settings: dict[str, Any], args: Any) -> int:
@@ -32,7 +32,7 @@ def _train(settings: dict[str, Any], args: Any) -> int:
     import jax
 
     from longlive_jax.cli.stages import STAGES
-    from longlive_jax.parallel.hosts import first_process, readable
+    from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
     from longlive_jax.training.loop import train
 
     # 1. Check the config and the folders.
@@ -48,8 +48,8 @@ def _train(settings: dict[str, Any], args: Any) -> int:
     task = stage.task(out, workdir, mesh)
     state = train(task, workdir, stage.loop)
     # 3. Export the EMA of the parameters.
-    weights = readable(state.weights)
-    if first_process():
+    weights = gather_to_hosts(state.weights)
+    if is_first_process():
         task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), weights), out)
         minutes = (time.perf_counter() - began) / 60
         done = f"{name}: {int(state.step)} steps, {minutes:.1f} minutes"

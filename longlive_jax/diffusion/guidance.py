@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a wrapper of a velocity function."""
+"""Classifier-free guidance as a wrapper around a velocity function."""
 
 from collections.abc import Callable
 
@@ -13,21 +13,21 @@ type VelocityFn = Callable[
 
 
 def doubled[T](tree: T) -> T:
-    """Every array twice along its first axis: the conditional half, then the unconditional one."""
+    """Each array repeated along its first axis: the conditional half, then the unconditional."""
     return jax.tree.map(lambda x: jnp.concatenate([x, x]), tree)
 
 
 def guided(velocity: VelocityFn, scale: Float[Array, ""] | float) -> VelocityFn:
-    """`uncond + scale (cond - uncond)` from one call on a doubled batch.
+    """A velocity function that returns `uncond + scale (cond - uncond)` from one doubled call.
 
-    `velocity` takes 2b samples; its text and its cache hold the prompts of the first b, and the
-    negative prompts of the last b. The result takes b samples.
+    `velocity` takes 2b samples: its text features and KV cache are those of the prompts for the
+    first b, and of the negative prompts for the last b. The returned function takes b samples.
 
-    Ho and Salimans 2022, arXiv:2207.12598.
+    Source: Ho and Salimans 2022, arXiv:2207.12598.
     """
 
-    def both(x: Array, timestep: Array) -> Array:
+    def guided_velocity(x: Array, timestep: Array) -> Array:
         conditional, unconditional = jnp.split(velocity(doubled(x), doubled(timestep)), 2)
         return unconditional + scale * (conditional - unconditional)
 
-    return both
+    return guided_velocity

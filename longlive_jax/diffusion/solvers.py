@@ -1,20 +1,20 @@
-"""Multistep solvers of the flow, and of its reverse diffusion, as tables of coefficients.
+"""Multistep solvers for the flow ODE and its reverse SDE, as tables of coefficients.
 
-At every step the model turns the current sample into an estimate m_0 of the clean one. What follows
-is linear in a handful of arrays:
+At each step the model turns the current sample into an estimate m_0 of the clean sample. The update
+is then linear in a few arrays:
 
     corrected = C . (sample, last corrected, m_0, m_-1, m_-2)
-    next      = P . (corrected, m_0, m_-1) + spread * fresh noise
+    next      = P . (corrected, m_0, m_-1) + noise_std * fresh noise
 
-The coefficients depend on the noise levels only, so they are worked out on the host in float64 and
-reach the device as one small float32 table. `step` is then a pure function that scans.
+The coefficients depend only on the noise levels. They are computed on the host in float64 and
+passed to the device as one small float32 table, so `step` is a pure function that `lax.scan` runs.
 
-UniPC: Zhao et al. 2023, arXiv:2302.04867; here order 2, B2(h) = expm1(-h), data prediction, with
-corrector and with a first-order last step, which returns the last estimate exactly.
+UniPC: Zhao et al. 2023, arXiv:2302.04867. Here it is of order 2 with B2(h) = expm1(-h), data
+prediction, the corrector, and a first-order last step, which returns the last estimate exactly.
 
 SDE-DPM-Solver++(2M): Lu et al. 2022, arXiv:2211.01095, section 5. It replaces part of the noise at
-every step, so an error made early fades instead of steering all that follows. That pays off with
-many steps and a model that is unsure at high noise; UniPC is for few steps.
+each step, so early errors decay instead of persisting. This helps with many steps and a model that
+is inaccurate at high noise; UniPC is meant for few steps.
 """
 
 import jax.numpy as jnp
@@ -27,28 +27,38 @@ from longlive_jax.typing import Array, Float
 
 @struct.dataclass
 class Solver:
-    """One row a step. A pytree whose leaves `lax.scan` slices.
+    """A table of coefficients with one row per step; a pytree that `lax.scan` slices.
 
-    sigma: level of the sample that the model sees; timestep: what the model is told, a whole
-    number; correct, predict: the rows C and P above; spread: standard deviation of the fresh noise,
-    None for a solver that draws none.
+    Attributes:
+      sigma: noise level of the sample that the model gets.
+      timestep: timestep that the model gets, an integer value.
+      correct: coefficients C of the corrector (see the module docstring).
+      predict: coefficients P of the predictor.
+      noise_std: standard deviation of the fresh noise; None for a deterministic solver.
     """
 
     sigma: Float[Array | np.ndarray, "steps"]
     timestep: Float[Array | np.ndarray, "steps"]
     correct: Float[Array | np.ndarray, "steps 5"]
     predict: Float[Array | np.ndarray, "steps 3"]
-    spread: Float[Array | np.ndarray, "steps"] | None = None
+    noise_std: Float[Array | np.ndarray, "steps"] | None = None
 
     @property
     def steps(self) -> int:
-        """Model calls per chunk."""
+        """Number of steps, which is the number of model calls per chunk."""
         return self.sigma.shape[0]
 
 
 @struct.dataclass
 class SolverState:
-    """The sample now, the last corrected sample, and the last two clean estimates."""
+    """The state that a solver carries from step to step, in float32.
+
+    Attributes:
+      x: current sample.
+      corrected: last corrected sample.
+      m1: estimate of the clean sample one step ago.
+      m2: estimate of the clean sample two steps ago.
+    """
 
     x: Float[Array, "*shape"]
     corrected: Float[Array, "*shape"]
@@ -69,9 +79,13 @@ def step(
     row: Solver,
     fresh: Float[Array, "*shape"] | None = None,
 ) -> SolverState:
-    """Advances by one step; `velocity` is the model's answer at `state.x`, `row` one row.
+    """Advances the state by one step.
 
-    `fresh`: standard normal noise, for a solver with a spread and for no other.
+    Args:
+      state: state before the step.
+      velocity: the model's prediction at `state.x`.
+      row: one row of the solver's table.
+      fresh: standard normal noise; required if and only if the solver has a `noise_std`.
     """
     m0 = x0_from_velocity(state.x, velocity, jnp.asarray(row.sigma))
     c, p = row.correct, row.predict
@@ -79,23 +93,26 @@ def step(
         c[0] * state.x + c[1] * state.corrected + c[2] * m0 + c[3] * state.m1 + c[4] * state.m2
     )
     x = p[0] * corrected + p[1] * m0 + p[2] * state.m1
-    if row.spread is not None:
-        assert fresh is not None  # as the docstring says
-        x = x + row.spread * fresh
+    if row.noise_std is not None:
+        assert fresh is not None  # required, see the docstring
+        x = x + row.noise_std * fresh
     return SolverState(x=x, corrected=corrected, m1=m0, m2=state.m1)
 
 
 def levels(steps: int, *, shift: float = 5.0) -> np.ndarray:
-    """The noise levels of a run of `steps` model calls, float64 [steps + 1], ending in 0."""
+    """Noise levels for `steps` model calls, float64 [steps + 1], ending at 0.
+
+    Raises ValueError if `steps` is below 1.
+    """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    # The reference starts from the float32 value of 0.999, and truncates timesteps made from it.
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    # The reference starts at the float32 value of 0.999 and truncates the resulting timesteps.
     even = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
     return np.append(shifted(even, shift), 0.0)
 
 
 def unipc(steps: int, *, shift: float = 5.0) -> Solver:
-    """UniPC of order 2 with any number of steps; with one or two it equals Euler."""
+    """UniPC of order 2 for any number of steps; with one or two steps it equals Euler."""
     sigma = levels(steps, shift=shift)
     correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
     correct[0, 0] = 1.0
@@ -108,7 +125,7 @@ def unipc(steps: int, *, shift: float = 5.0) -> Solver:
 
 
 def euler(steps: int, *, shift: float = 5.0) -> Solver:
-    """First-order steps along the velocity, on the same levels."""
+    """Euler: first-order steps along the velocity, on the same noise levels."""
     sigma = levels(steps, shift=shift)
     correct = np.zeros((steps, 5))
     correct[:, 0] = 1.0
@@ -117,18 +134,18 @@ def euler(steps: int, *, shift: float = 5.0) -> Solver:
 
 
 def sde(steps: int, *, shift: float = 5.0) -> Solver:
-    """SDE-DPM-Solver++(2M) on the same levels; the last step adds no noise."""
+    """SDE-DPM-Solver++(2M) on the same noise levels; the last step adds no noise."""
     sigma = levels(steps, shift=shift)
     correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
     correct[:, 0] = 1.0
     for k in range(steps):
         predict[k] = _predictor(sigma, k, second=0 < k < steps - 1, fresh=True)
-    kept = predict[:, 0] * sigma[:-1]
-    return _table(sigma, correct, predict, np.sqrt(sigma[1:] ** 2 - kept**2))
+    remaining = predict[:, 0] * sigma[:-1]  # standard deviation of the old noise after the step
+    return _table(sigma, correct, predict, np.sqrt(sigma[1:] ** 2 - remaining**2))
 
 
 SOLVERS = {"unipc": unipc, "euler": euler, "sde": sde}
-"""Name -> how to make it from a number of steps and a shift."""
+"""Maps a solver's name to its constructor, which takes a number of steps and a shift."""
 
 
 def _table(sigma: np.ndarray, *columns: np.ndarray) -> Solver:
@@ -137,14 +154,15 @@ def _table(sigma: np.ndarray, *columns: np.ndarray) -> Solver:
 
 
 def _log_snr(sigma: float) -> float:
-    """log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite for 0."""
+    """log(alpha / sigma), half the log signal-to-noise ratio; infinite for sigma = 0."""
     return np.inf if sigma == 0 else float(np.log1p(-sigma) - np.log(sigma))
 
 
 def _predictor(sigma: np.ndarray, k: int, *, second: bool, fresh: bool = False) -> np.ndarray:
     """Weights of (corrected, m_0, m_-1) in the sample at level k + 1.
 
-    fresh: on the reverse diffusion, which forgets old noise twice as fast as the flow.
+    With `fresh`, those of the reverse SDE, in which old noise decays twice as fast as in the flow.
+    `second` adds the second-order term.
     """
     now, after = sigma[k], sigma[k + 1]
     h = _log_snr(after) - _log_snr(now)
@@ -159,7 +177,7 @@ def _predictor(sigma: np.ndarray, k: int, *, second: bool, fresh: bool = False) 
 def _corrector(sigma: np.ndarray, k: int, *, second: bool) -> np.ndarray:
     """Weights of (sample, corrected at k - 1, m_0, m_-1, m_-2) in the corrected sample at level k.
 
-    m_0 is the estimate at level k itself: the step from k - 1 is taken again, knowing its end.
+    m_0 is the estimate at level k itself: the step from k - 1 is repeated with its end known.
     """
     before, now = sigma[k - 1], sigma[k]
     h = _log_snr(now) - _log_snr(before)

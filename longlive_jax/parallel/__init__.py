@@ -1,5 +1,5 @@
-"""Many devices: the mesh, who holds which parameters, and sequence parallelism around attention.
+"""Multi-device execution: the mesh, parameter sharding, and sequence parallelism around attention.
 
-Models know nothing of this. A step runs inside one `jax.shard_map` over every axis of the mesh; in
-it, `ulysses` wraps attention and `fsdp.Gather` unpacks parameters layer by layer.
+Models know nothing about devices. A training step runs inside one `jax.shard_map` over every mesh
+axis; in it, `ulysses` wraps attention and `fsdp.Gather` all-gathers parameters layer by layer.
 """

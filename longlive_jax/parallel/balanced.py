@@ -1,8 +1,9 @@
 """Balanced sequence parallelism: every device has clean and noisy tokens of the same frames.
 
-Teacher forcing learns from [all clean; all noisy]. Split in two halves of devices, one half would
-have no loss and the other no context; here device p holds [clean_p; noisy_p], in the order in which
-attention then sees them: clean_0, noisy_0, clean_1, ... (paper, section 2.1 and appendix C).
+Teacher forcing trains on [all clean; all noisy]. Splitting that sequence contiguously would give
+half of the devices no loss and the other half no context. Here device p holds [clean_p; noisy_p],
+and attention gathers them in device order: clean_0, noisy_0, clean_1, ... (paper, section 2.1 and
+appendix C).
 """
 
 import jax.numpy as jnp
@@ -10,17 +11,18 @@ import jax.numpy as jnp
 from longlive_jax.typing import Array
 
 
-def paired(context: Array, target: Array, parts: int, *, axis: int = 1) -> Array:
-    """[all context; all target] along `axis` as [context_0; target_0; context_1; ...].
+def interleave_shards(context: Array, target: Array, num_shards: int, *, axis: int = 1) -> Array:
+    """Reorders [all context; all target] along `axis` to [context_0; target_0; context_1; ...].
 
-    Both are split into `parts` equal parts. Where the axis is sharded so, nothing moves.
+    Context and target are each split into `num_shards` equal shards. If `axis` is already sharded
+    that way, no data moves between devices. Raises ValueError if either does not split evenly.
     """
-    both = [_split(x, parts, axis) for x in (context, target)]
-    joined = jnp.concatenate(both, axis=axis + 1)
+    shards = [_split(x, num_shards, axis) for x in (context, target)]
+    joined = jnp.concatenate(shards, axis=axis + 1)
     return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
 
 
-def _split(x: Array, parts: int, axis: int) -> Array:
-    if x.shape[axis] % parts:
-        raise ValueError(f"{x.shape[axis]} entries do not split into {parts} parts")
-    return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+def _split(x: Array, num_shards: int, axis: int) -> Array:
+    if x.shape[axis] % num_shards:
+        raise ValueError(f"{x.shape[axis]} entries do not split into {num_shards} shards")
+    return x.reshape(*x.shape[:axis], num_shards, -1, *x.shape[axis + 1 :])

@@ -1,8 +1,8 @@
-"""Parameters made whole where they are used, and their gradients summed back into parts.
+"""FSDP: parameters are all-gathered where they are used, and gradients are reduce-scattered.
 
-Inside `shard_map` a device holds its part of every array. `Gather` fetches the others' parts of one
-module at the moment it is called; under remat this happens again in the backward pass, so at most
-one layer is whole at a time.
+Inside `shard_map` a device holds one shard of every array. `Gather` all-gathers the parameters of
+one module when that module is called. Under remat the backward pass gathers them again, so at most
+one layer is gathered at a time.
 """
 
 import dataclasses
@@ -25,19 +25,22 @@ type Axes = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Makes modules whole: `gather(module, "blocks")` for one layer of the stacked blocks.
+    """All-gathers a module's parameters: `gather(module, "blocks")` for one layer of the blocks.
 
     Attributes:
       specs: PartitionSpecs of all parameters, as nested dictionaries.
-      dtype: that parameters of layers travel in; None: their own. Gradients travel in float32.
-        Packed numbers, of a byte or less, travel as they are.
+      dtype: dtype in which the parameters of layers are communicated; None keeps their own dtype.
+        Gradients are communicated in float32, packed numbers of a byte or less unchanged.
     """
 
     specs: Specs
     dtype: DTypeLike | None = None
 
     def __call__[M: nnx.Module](self, module: M, *path: str, stacked: bool = True) -> M:
-        """`module` at `path` with whole parameters; `stacked`: less the first axis (layers)."""
+        """`module`, whose parameters are at `path` in `specs`, with all shards gathered.
+
+        With `stacked`, the module is one layer: its arrays lack the leading axis of `specs`.
+        """
         specs = self.specs
         for key in path:
             specs = specs[key]
@@ -48,43 +51,44 @@ class Gather:
     def tree(
         self, params: Any, specs: Specs, *, stacked: bool = False, dtype: DTypeLike | None = None
     ) -> Any:
-        """The same for a tree of arrays, which travel in `dtype` or their own."""
+        """Gathers a tree of sharded arrays, communicated in `dtype` or in their own dtype."""
 
-        def whole(x: Array, spec: P) -> Array:
+        def gather(x: Array, spec: P) -> Array:
             for axis, names in enumerate(spec[1:] if stacked else spec):
                 if names is not None:
-                    x = gathered(x, names, axis, dtype)
+                    x = gather_shards(x, names, axis, dtype)
             return x
 
-        return jax.tree.map(whole, params, specs)
+        return jax.tree.map(gather, params, specs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gathered(x: Array, names: Axes, axis: int, dtype: DTypeLike | None) -> Array:
-    """All parts of `x` along `axis`, cast to `dtype` before they travel.
+def gather_shards(x: Array, names: Axes, axis: int, dtype: DTypeLike | None) -> Array:
+    """All-gathers `x` over the mesh axes `names` along `axis`, cast to `dtype` before sending.
 
-    Its gradient is summed over the devices in float32, and each keeps its own part.
+    The gradient is reduce-scattered in float32: it is summed over devices, and each device keeps
+    its own shard.
     """
     if jnp.dtype(x.dtype).itemsize == 1:
-        return _in_bytes(x, names, axis)
+        return _gather_bytes(x, names, axis)
     return lax.all_gather(x.astype(dtype or x.dtype), names, axis=axis, tiled=True)
 
 
-def _in_bytes(x: Array, names: Axes, axis: int) -> Array:
-    """The same of packed numbers, for collectives that know bytes but no 4- or 8-bit floats."""
-    four = x.dtype == jnp.float4_e2m1fn
-    data = pack(x) if four else lax.bitcast_convert_type(x, jnp.uint8)
+def _gather_bytes(x: Array, names: Axes, axis: int) -> Array:
+    """All-gathers 4- and 8-bit floats as bytes, because collectives do not support their dtypes."""
+    is_fp4 = x.dtype == jnp.float4_e2m1fn
+    data = pack(x) if is_fp4 else lax.bitcast_convert_type(x, jnp.uint8)
     data = lax.all_gather(data, names, axis=axis, tiled=True)
-    return unpack(data) if four else lax.bitcast_convert_type(data, x.dtype)
+    return unpack(data) if is_fp4 else lax.bitcast_convert_type(data, x.dtype)
 
 
 def _forward(x: Array, names: Axes, axis: int, dtype: DTypeLike | None):
-    return gathered(x, names, axis, dtype), jnp.zeros((0,), x.dtype)
+    return gather_shards(x, names, axis, dtype), jnp.zeros((0,), x.dtype)
 
 
-def _backward(names: Axes, axis: int, _dtype, like: Array, grad: Array):
+def _backward(names: Axes, axis: int, _dtype, prototype: Array, grad: Array):
     summed = lax.psum_scatter(grad.astype(jnp.float32), names, scatter_dimension=axis, tiled=True)
-    return (summed.astype(like.dtype),)
+    return (summed.astype(prototype.dtype),)
 
 
-gathered.defvjp(_forward, _backward)
+gather_shards.defvjp(_forward, _backward)

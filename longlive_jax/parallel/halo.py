@@ -1,18 +1,25 @@
-"""Which raw frames a device must encode to get its own latents right without asking its neighbours.
+"""Halo windows: the raw frames that let a device encode its own latents without communication.
 
-The paper's way (section 2.1): its own frames, and before them a halo as long as the encoder looks
-back, whose latents are dropped. `tails` does without; this says what that saves.
+This is the paper's method (section 2.1): a device encodes its own frames and, before them, a halo
+as long as the encoder's temporal receptive field, then drops the halo's latents. `tails` avoids the
+halo by exchanging layer inputs instead.
 """
 
 import dataclasses
 
 HALO = 28
-"""Latents. The encoder of Wan 2.2 looks back 27; the reference takes one more."""
+"""Halo length in latents. The encoder of Wan 2.2 looks back 27; the reference takes one more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Raw frames [first, last) of a clip, whose first `dropped` latents are not wanted."""
+    """A contiguous range of a clip's raw frames for one device to encode.
+
+    Attributes:
+      first: index of the first raw frame.
+      last: index one past the last raw frame.
+      dropped: number of leading latents to discard after encoding.
+    """
 
     first: int
     last: int
@@ -20,15 +27,16 @@ class Window:
 
     @property
     def frames(self) -> int:
-        """Raw frames to encode."""
+        """Number of raw frames to encode."""
         return self.last - self.first
 
 
 def window(keep: tuple[int, int], *, halo: int = HALO, temporal_stride: int = 4) -> Window:
-    """For latents [keep[0], keep[1]) of a clip whose VAE makes `temporal_stride` frames one latent.
+    """The window that yields latents [keep[0], keep[1]) of a clip.
 
-    The window begins with the last frame of the latent before the halo: the encoder takes it for
-    the single frame of a first latent, and after it the groups of frames fall as they should.
+    The VAE turns `temporal_stride` raw frames into one latent. The window begins with the last
+    frame of the latent before the halo: the encoder treats it as the single frame of a first
+    latent, so all later groups of frames line up with those of the full clip.
     """
     start, end = keep
     first = max(0, start - halo)
@@ -39,32 +47,39 @@ def window(keep: tuple[int, int], *, halo: int = HALO, temporal_stride: int = 4)
 
 
 def windows(
-    latents: int, parts: int, *, halo: int = HALO, temporal_stride: int = 4
+    latents: int, num_shards: int, *, halo: int = HALO, temporal_stride: int = 4
 ) -> tuple[Window, ...]:
-    """The window of every device. Raises ValueError if latents do not split into equal parts."""
-    if latents % parts:
-        raise ValueError(f"{latents} latents do not split over mesh.sp = {parts}; choose a divisor")
-    own = latents // parts
+    """The window of each device.
+
+    Raises ValueError if `num_shards` does not divide `latents`.
+    """
+    if latents % num_shards:
+        raise ValueError(
+            f"{latents} latents do not split over mesh.sp = {num_shards}; choose a divisor"
+        )
+    own = latents // num_shards
     return tuple(
         window((p * own, (p + 1) * own), halo=halo, temporal_stride=temporal_stride)
-        for p in range(parts)
+        for p in range(num_shards)
     )
 
 
 def equal_windows(
-    latents: int, parts: int, *, halo: int = HALO, temporal_stride: int = 4
+    latents: int, num_shards: int, *, halo: int = HALO, temporal_stride: int = 4
 ) -> tuple[Window, ...]:
-    """As `windows`, but all as long as the longest, for devices that run in step.
+    """The windows of `windows`, all extended to the longest length, for SPMD execution.
 
-    Near either end of the clip a window reaches further than it must: right of what is kept at the
-    start, left of the halo at the end. `dropped` counts the latents before those kept. It takes no
-    device longer than the busiest one of `windows`. Raises ValueError as that does.
+    Near either end of the clip a window covers more frames than it needs: extra frames on the right
+    at the start of the clip, and on the left at its end. `dropped` counts the latents before those
+    that are kept. No device takes longer than the busiest one of `windows`. Raises ValueError if
+    `num_shards` does not divide `latents`.
     """
-    own = latents // parts
+    own = latents // num_shards
     longest = min(latents, 1 + halo + own)
-    found = []
-    for part in range(len(windows(latents, parts, halo=halo, temporal_stride=temporal_stride))):
-        first = min(max(0, part * own - halo - 1), latents - longest)
+    padded = []
+    exact = windows(latents, num_shards, halo=halo, temporal_stride=temporal_stride)
+    for shard in range(len(exact)):
+        first = min(max(0, shard * own - halo - 1), latents - longest)
         last = 1 + temporal_stride * (first + longest - 1)
-        found.append(Window(temporal_stride * first, last, part * own - first))
-    return tuple(found)
+        padded.append(Window(temporal_stride * first, last, shard * own - first))
+    return tuple(padded)

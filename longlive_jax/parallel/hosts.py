@@ -1,7 +1,7 @@
-"""One program on several hosts: joining them, and leaving without waiting for the dead.
+"""Multi-host jobs: joining the job, and ending a failed process without waiting for the others.
 
-Every process runs the same command. Under Slurm, Open MPI and Kubernetes jobs JAX finds the others
-by itself; anywhere else the command says where the first process is.
+Every process runs the same command. In Slurm, Open MPI and Kubernetes jobs JAX finds the other
+processes by itself; elsewhere the command line gives the address of the first process.
 """
 
 import dataclasses
@@ -19,12 +19,18 @@ from jax.experimental import multihost_utils
 from longlive_jax.spec import Failure, UserError
 
 HEARTBEAT_SECONDS = 30
-"""A process that has not been heard of for so long ends the job."""
+"""The job ends when a process has sent no heartbeat for this many seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Who takes part. `coordinator` HOST:PORT of process 0; None: the cluster's manager knows."""
+    """The processes of a job; all fields are None if a cluster manager provides them.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0.
+      processes: number of processes in the job.
+      index: index of this process, from 0.
+    """
 
     coordinator: str | None = None
     processes: int | None = None
@@ -32,7 +38,7 @@ class Hosts:
 
     @classmethod
     def parse(cls, text: str) -> "Hosts":
-        """`auto`, or `HOST:PORT,PROCESSES,INDEX`; ValueError for anything else."""
+        """Parses `auto` or `HOST:PORT,PROCESSES,INDEX`; raises ValueError for anything else."""
         if text == "auto":
             return cls()
         words = text.split(",")
@@ -51,17 +57,20 @@ class Hosts:
 
 
 def join(hosts: Hosts) -> None:
-    """Joins the job; before the first use of a device.
+    """Joins the job. Call it before any JAX device is used.
 
-    Raises UserError if no coordinator is given and no cluster manager knows one, Failure if this is
-    the first process and its port is taken, or if the manager cannot be asked. If the others do not
-    come within five minutes, JAX itself ends the process with what it knows.
+    If the other processes do not join within five minutes, JAX itself ends this process with an
+    error message.
+
+    Raises:
+      UserError: no coordinator is given and no cluster manager provides one.
+      Failure: this is the first process and its port is in use, or the manager cannot be reached.
     """
     if hosts.coordinator is not None and hosts.index == 0:
         _check_free(hosts.coordinator)
     try:
         with warnings.catch_warnings():
-            # Without the client JAX passes Kubernetes over; what that means is said below.
+            # JAX skips Kubernetes if its client is not installed; the error below explains that.
             warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
             jax.distributed.initialize(
                 hosts.coordinator,
@@ -78,18 +87,18 @@ def join(hosts: Hosts) -> None:
             "--hosts=HOST:PORT,PROCESSES,INDEX (Kubernetes is only found with longlive-jax[k8s])"
         ) from error
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        place = (
+        reason = " ".join(str(error).split())[:300]
+        process = (
             "" if hosts.coordinator is None else f" as process {hosts.index} of {hosts.processes}"
         )
         raise Failure(
-            f"--hosts: could not join the job{place} ({why}); give --hosts=HOST:PORT,PROCESSES,"
-            "INDEX, or see that the first process can be reached, and start all again"
+            f"--hosts: could not join the job{process} ({reason}); give --hosts=HOST:PORT,"
+            "PROCESSES,INDEX, or check that the first process is reachable, and restart all of them"
         ) from error
 
 
 def _check_free(address: str) -> None:
-    """Failure if something listens on the port already, on which JAX would crash."""
+    """Raises Failure if the port is already in use, which would crash JAX."""
     port = int(address.rsplit(":", 1)[1])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -97,48 +106,49 @@ def _check_free(address: str) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise Failure(
-                f"--hosts: port {port} cannot be used here ({error.strerror}); end what holds it, "
-                "or give all processes another one"
+                f"--hosts: port {port} cannot be used here ({error.strerror}); stop the process "
+                "that uses it, or give all processes another one"
             ) from error
 
 
-def leave_at_once(call: Callable[[], int]) -> int:
-    """`call()`; if it fails in one process of several, that process ends on the spot.
+def abort_on_failure(call: Callable[[], int]) -> int:
+    """Runs `call()`; in a multi-process job, an exception ends this process immediately.
 
-    An exception alone would wait at the end for the others, who wait for this process. The exit
-    code is that of a `Failure`, 2 for a UserError, 130 for Ctrl-C, else 1.
+    With a normal exit this process would wait for the others at shutdown, while they wait for it in
+    a collective. The exit code is a `Failure`'s own, 2 for a UserError, 130 for Ctrl-C, else 1.
     """
     try:
         return call()
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        said, code = _last_words(error)
+        message, code = _message_and_code(error)
         sys.stdout.flush()
-        sys.stderr.write(said + "\n")
+        sys.stderr.write(message + "\n")
         sys.stderr.flush()
         os._exit(code)
 
 
-def _last_words(error: BaseException) -> tuple[str, int]:
-    """What to say of an error that ends this process, and its exit code."""
+def _message_and_code(error: BaseException) -> tuple[str, int]:
+    """The message and the exit code for an error that ends this process."""
     if isinstance(error, Failure | UserError):
         return f"longlive: {error}", error.code if isinstance(error, Failure) else 2
     if isinstance(error, KeyboardInterrupt):
         return "longlive: interrupted", 130
-    place = f"process {jax.process_index()} of {jax.process_count()}"
-    return f"{place} failed:\n{traceback.format_exc().rstrip()}", 1
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    return f"{process} failed:\n{traceback.format_exc().rstrip()}", 1
 
 
-def first_process() -> bool:
-    """Whether this process is the one that speaks, and writes what belongs to the whole job."""
+def is_first_process() -> bool:
+    """Whether this is process 0, which prints and writes on behalf of the job."""
     return jax.process_index() == 0
 
 
-def readable(tree: Any) -> Any:
-    """Arrays that this process can read whole; if there are several, NumPy's on every host.
+def gather_to_hosts(tree: Any) -> Any:
+    """A tree whose arrays this process can read in full.
 
-    All processes call it.
+    With several processes they are NumPy copies on every host, otherwise `tree` itself. All
+    processes must call it.
     """
     if jax.process_count() == 1:
         return tree

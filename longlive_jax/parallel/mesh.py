@@ -1,4 +1,4 @@
-"""The mesh: axes data, fsdp and sp, any of them 1."""
+"""The device mesh: axes data, fsdp and sp, each of size 1 or more."""
 
 import dataclasses
 import math
@@ -10,19 +10,19 @@ from jax.sharding import AxisType, Mesh
 
 DATA, FSDP, SP = AXES = ("data", "fsdp", "sp")
 BATCH = (DATA, FSDP)
-"""Samples are shared out over both: an fsdp rank holds parameters and has samples of its own."""
+"""The axes that shard the batch: every fsdp rank holds parameter shards and its own samples."""
 SHARDS = (FSDP, SP)
-"""Parameters are shared out over both: whoever splits a sequence can hold a part of them too."""
+"""The axes that shard parameters: devices that split a sequence hold parameter shards as well."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """Devices along each axis.
+    """Number of devices along each mesh axis.
 
     Attributes:
-      data: copies of all parameters, each with samples of its own.
-      fsdp: devices that share samples and parameters out among them (within a node, say).
-      sp: devices that share one sequence out by frames, and parameters as well; the innermost axis.
+      data: number of replicas of all parameters, each with its own samples.
+      fsdp: number of devices that shard both samples and parameters (within a node, for example).
+      sp: number of devices that shard one sequence by frames, and parameters; the innermost axis.
     """
 
     data: int = 1
@@ -32,7 +32,7 @@ class MeshSpec:
     def __post_init__(self) -> None:
         for name in AXES:
             if getattr(self, name) < 1:
-                raise ValueError(f"mesh.{name} is {getattr(self, name)}; give at least 1")
+                raise ValueError(f"mesh.{name} must be >= 1, got {getattr(self, name)}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -41,39 +41,40 @@ class MeshSpec:
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Total number of devices."""
         return math.prod(self.shape)
 
     @property
     def samples(self) -> int:
-        """Ways in which a batch is split."""
+        """Number of shards that a batch is split into: data * fsdp."""
         return self.data * self.fsdp
 
 
 def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), sp fastest.
+    """Builds the mesh over `devices` (default: all of them), with sp varying fastest.
 
-    Raises ValueError if the axes do not multiply to the number of devices.
+    Raises ValueError if the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if spec.size != len(devices):
         raise ValueError(
-            f"mesh data={spec.data}, fsdp={spec.fsdp}, sp={spec.sp} needs {spec.size} devices and "
-            f"there are {len(devices)}; change one axis so that the product is {len(devices)}"
+            f"mesh data={spec.data} x fsdp={spec.fsdp} x sp={spec.sp} needs {spec.size} devices, "
+            f"found {len(devices)}. Set mesh.data, mesh.fsdp and mesh.sp so that their product is "
+            f"{len(devices)}."
         )
     grid = np.asarray(devices, object).reshape(spec.shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_fits(spec: MeshSpec, *, heads: int, chunks: int, batch: int) -> None:
-    """ValueError if heads, the chunks of a sequence or the samples of a batch do not divide."""
-    for what, count, axis, parts in (
+    """Raises ValueError if the mesh does not divide the heads, the chunks or the batch size."""
+    for items, count, axis, num_shards in (
         ("attention heads", heads, "mesh.sp", spec.sp),
         ("chunks of a sequence", chunks, "mesh.sp", spec.sp),
         ("samples in a batch", batch, "mesh.data * mesh.fsdp", spec.samples),
     ):
-        if count % parts:
+        if count % num_shards:
             raise ValueError(
-                f"{count} {what} do not split over {axis} = {parts}; choose a divisor: "
+                f"{count} {items} do not split over {axis} = {num_shards}; choose a divisor: "
                 f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}"
             )

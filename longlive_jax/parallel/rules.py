@@ -1,4 +1,4 @@
-"""Which part of every parameter a device holds: one table from path to PartitionSpec."""
+"""Sharding rules: one table from parameter path to PartitionSpec."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -24,33 +24,33 @@ DIT: tuple[tuple[str, P], ...] = (
     (r"head/linear/kernel", _INPUTS),
     (r".*/(bias|scale|modulation)", P()),
 )
-"""The DiT: every matrix is split over fsdp and sp, vectors (0.1 % of it) are whole everywhere."""
+"""Rules for the DiT: matrices are sharded over fsdp and sp, vectors (0.1 % of it) replicated."""
 
 
 def specs_for(rules: Rules, tree: Any) -> Specs:
-    """The PartitionSpec of every leaf by the first rule that matches its whole path.
+    """PartitionSpec for every leaf, from the first rule whose pattern matches its full path.
 
-    Paths join keys by slashes. Raises ValueError for the paths that no rule matches, all at once.
+    Paths join keys with slashes. Raises ValueError naming all paths that no rule matches.
     """
     compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
-    missing: list[str] = []
+    unmatched: list[str] = []
 
     def spec_of(keys: tuple, _leaf: Any) -> P:
         path = path_of(keys)
         for pattern, spec in compiled:
             if pattern.fullmatch(path):
                 return spec
-        missing.append(path)
+        unmatched.append(path)
         return P()
 
-    found = jax.tree_util.tree_map_with_path(spec_of, tree)
-    if missing:
-        raise ValueError(f"no sharding rule for {', '.join(missing)}; add one to the table")
-    return found
+    specs = jax.tree_util.tree_map_with_path(spec_of, tree)
+    if unmatched:
+        raise ValueError(f"no sharding rule for {', '.join(unmatched)}; add one to the table")
+    return specs
 
 
 def path_of(keys: tuple) -> str:
-    """`blocks/ffn/up/kernel` for a key path of dictionaries, dataclasses and sequences."""
+    """A key path of dictionaries, dataclasses and sequences as `blocks/ffn/up/kernel`."""
     return "/".join(str(_name(key)) for key in keys)
 
 
@@ -62,39 +62,40 @@ def _name(key: Any) -> Any:
 
 
 def check_divides(mesh: Mesh, specs: Specs, tree: Any) -> None:
-    """ValueError naming the first array whose split axis is no multiple of the devices it has."""
+    """Raises ValueError for the first array with an axis that its mesh axes do not divide."""
 
     def check(keys: tuple, leaf: Any, spec: P) -> None:
         for size, names in zip(leaf.shape, spec, strict=False):
-            parts = parts_of(mesh.shape, names)
-            if size % parts:
+            shards = num_shards(mesh.shape, names)
+            if size % shards:
                 raise ValueError(
-                    f"{path_of(keys)} {leaf.shape}: an axis of {size} does not split into {parts} "
+                    f"{path_of(keys)} {leaf.shape}: an axis of {size} does not split into {shards} "
                     f"({names}); choose mesh axes whose product divides it"
                 )
 
     jax.tree_util.tree_map_with_path(check, tree, specs)
 
 
-def parts_of(sizes: Mapping[str, int], names: str | tuple[str, ...] | None) -> int:
-    """Devices along one entry of a PartitionSpec."""
-    parts = 1
+def num_shards(sizes: Mapping[str, int], names: str | tuple[str, ...] | None) -> int:
+    """Number of shards along one PartitionSpec entry: the product of its mesh axis sizes."""
+    shards = 1
     for name in (names,) if isinstance(names, str) else names or ():
-        parts *= sizes[name]
-    return parts
+        shards *= sizes[name]
+    return shards
 
 
 def shardings(mesh: Mesh, specs: Specs) -> Any:
-    """NamedShardings of a tree of specs."""
+    """NamedShardings for a tree of PartitionSpecs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def init_sharded(
     init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh, rules: Rules
 ) -> tuple[Any, Specs]:
-    """Parameters made where they stay, never whole on one device, and their specs.
+    """Parameters initialised directly as shards on their devices, and their PartitionSpecs.
 
-    Raises ValueError for parameters that no rule names or that do not split.
+    No device ever holds an unsharded copy. Raises ValueError for parameters that no rule matches
+    or that do not divide over the mesh.
     """
     shapes = jax.eval_shape(init, key)
     specs = specs_for(rules, shapes)
@@ -103,9 +104,10 @@ def init_sharded(
 
 
 def moment_specs(tx: optax.GradientTransformation, params: Any, specs: Specs) -> Specs:
-    """Specs of `tx.init(params)`: moments as their parameters, all else whole everywhere.
+    """PartitionSpecs for `tx.init(params)`: moments like their parameters, the rest replicated.
 
-    An array is the moment of a parameter if its path ends like that one's and the shapes agree.
+    An array counts as the moment of a parameter if its path ends with that parameter's path and
+    their shapes are equal.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     names = [(path_of(keys), leaf.shape) for keys, leaf in leaves]
@@ -113,10 +115,10 @@ def moment_specs(tx: optax.GradientTransformation, params: Any, specs: Specs) ->
 
     def spec_of(keys: tuple, leaf: Any) -> P:
         path = "/" + path_of(keys)
-        found = [
+        matches = [
             x for (name, shape), x in known if path.endswith("/" + name) and leaf.shape == shape
         ]
-        return found[0] if found else P()
+        return matches[0] if matches else P()
 
     return jax.tree_util.tree_map_with_path(spec_of, jax.eval_shape(tx.init, params))
 

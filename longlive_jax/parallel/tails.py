@@ -1,9 +1,10 @@
-"""A causal network over a clip that is cut between devices: every layer's past comes from the left.
+"""Sequence parallelism for causal networks: layers receive their padding from the left neighbour.
 
-All devices run a layer at once, each on its own frames, and fetch from their left neighbour the few
-last frames of that layer's input that it looks back at. Nobody computes a frame twice, where a halo
-of raw frames costs the whole receptive field again. A long clip is dealt out in rounds: the first
-device's past is then the last device's of the round before.
+All devices run a layer at the same time, each on its own frames. The causal padding of a device's
+input (its tail: the last input frames of the layer before these) comes from the left neighbour
+through `ppermute`. No frame is computed twice, whereas a halo of raw frames recomputes the full
+receptive field. Long clips are processed in rounds: the first device then receives its padding from
+the last device of the previous round.
 """
 
 import dataclasses
@@ -18,61 +19,78 @@ from longlive_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Fetched:
-    """A tail inside `shard_map`: puts the left neighbour's last frames in front of a layer's input.
+class FirstRoundTail:
+    """A tail inside `shard_map` that prepends the left neighbour's last frames to a layer's input.
 
-    The first device has no neighbour. What comes before its frames is `given` (a clip's first frame
-    is encoded apart), and its input begins with one latent's worth of frames that are not there, so
-    that all devices have equally many; `given` replaces the end of these.
+    The first device has no left neighbour. Its padding is `initial`, the tail after the clip's
+    first frame, which is encoded separately. So that all devices have equally many frames, its
+    input begins with one latent's worth of padding frames; `initial` overwrites the last of these.
 
     Attributes:
-      given: [b, n, h, w, c], the layer's tail after the frames before the first device's.
-      latents: latents a device makes.
+      initial: [b, n, h, w, c], the layer's tail just before the first device's frames.
+      latents: number of latents that each device computes per round.
     """
 
-    given: Array
+    initial: Array
     latents: int
 
     def __call__(self, x: Array) -> Array:
-        """[b, n + f, h, w, c]. Raises ValueError if a neighbour has fewer frames than needed."""
-        n = self.given.shape[1]
+        """Returns [b, n + f, h, w, c] for an input [b, f, h, w, c].
+
+        Raises ValueError if a neighbour has fewer than n frames.
+        """
+        n = self.initial.shape[1]
         _check(x, n, self.latents)
-        absent = x.shape[1] // self.latents
-        here = lax.axis_index(SP) == 0
-        # Before it is sent on: of two latents the first device has but one of its own.
-        kept = min(n, absent)
-        x = jnp.where(here, x.at[:, absent - kept : absent].set(self.given[:, n - kept :]), x)
-        seen = jnp.concatenate([_from_the_left(x, n), x], axis=1)
-        return jnp.where(here, seen.at[:, absent : absent + n].set(self.given), seen)
+        num_padding = x.shape[1] // self.latents
+        is_first = lax.axis_index(SP) == 0
+        # 1. Fill the padding before it is sent: with two latents, the first device has only one
+        # real latent to pass on.
+        m = min(n, num_padding)
+        filled = x.at[:, num_padding - m : num_padding].set(self.initial[:, n - m :])
+        x = jnp.where(is_first, filled, x)
+        # 2. Prepend the left neighbour's frames, or on the first device `initial`.
+        padded = jnp.concatenate([_from_left_neighbour(x, n), x], axis=1)
+        first = padded.at[:, num_padding : num_padding + n].set(self.initial)
+        return jnp.where(is_first, first, padded)
 
 
 @dataclasses.dataclass(frozen=True)
-class Continued:
-    """As `Fetched`, in a later round: the first device's past is `given`, and nothing is absent."""
+class LaterRoundTail:
+    """A tail like `FirstRoundTail` for later rounds: the first device has no padding frames.
 
-    given: Array
+    Attributes:
+      initial: [b, n, h, w, c], the layer's tail at the end of the previous round.
+      latents: number of latents that each device computes per round.
+    """
+
+    initial: Array
     latents: int
 
     def __call__(self, x: Array) -> Array:
-        """[b, n + f, h, w, c]. Raises ValueError if a neighbour has fewer frames than needed."""
-        n = self.given.shape[1]
+        """Returns [b, n + f, h, w, c] for an input [b, f, h, w, c].
+
+        Raises ValueError if a neighbour has fewer than n frames.
+        """
+        n = self.initial.shape[1]
         _check(x, n, self.latents)
-        past = jnp.where(lax.axis_index(SP) == 0, self.given, _from_the_left(x, n))
-        return jnp.concatenate([past, x], axis=1)
+        is_first = lax.axis_index(SP) == 0
+        tail = jnp.where(is_first, self.initial, _from_left_neighbour(x, n))
+        return jnp.concatenate([tail, x], axis=1)
 
 
-def fetched(tails: Any, latents: int) -> Any:
-    """A tree of tails, of the frames before the first device's, as a tree of `Fetched`."""
-    return jax.tree.map(lambda given: Fetched(given, latents), tails)
+def first_round_tails(tails: Any, latents: int) -> Any:
+    """A tree of tails, as they are just before the first device's frames, for the first round."""
+    return jax.tree.map(lambda initial: FirstRoundTail(initial, latents), tails)
 
 
-def continued(tails: Any, latents: int) -> Any:
-    """The tails that a round left on every device, as what the next round begins with."""
+def next_round_tails(tails: Any, latents: int) -> Any:
+    """The tails for the next round, given the tails that a round returned on every device."""
     last = lax.axis_size(SP) - 1
-    return jax.tree.map(lambda x: Continued(lax.ppermute(x, SP, [(last, 0)]), latents), tails)
+    return jax.tree.map(lambda x: LaterRoundTail(lax.ppermute(x, SP, [(last, 0)]), latents), tails)
 
 
-def _from_the_left(x: Array, n: int) -> Array:
+def _from_left_neighbour(x: Array, n: int) -> Array:
+    """The last `n` frames of the left neighbour; zeros on the first device."""
     pairs = [(i, i + 1) for i in range(lax.axis_size(SP) - 1)]
     return lax.ppermute(x[:, -n:], SP, pairs)
 
@@ -80,6 +98,6 @@ def _from_the_left(x: Array, n: int) -> Array:
 def _check(x: Array, n: int, latents: int) -> None:
     if x.shape[1] < n:
         raise ValueError(
-            f"{latents} latents a device are too few for a layer that looks back {n} frames; use a "
-            "smaller mesh.sp or longer clips, 2 latents a device at least"
+            f"{latents} latents a device are too few for a layer that looks back {n} frames; use "
+            "a smaller mesh.sp or longer clips, at least 2 latents a device"
         )

@@ -1,5 +1,7 @@
-"""Ulysses: sequence-sharded outside attention, head-sharded inside (Jacobs et al. 2023,
-arXiv:2309.14509; paper, section 3.1)."""
+"""Ulysses sequence parallelism: sequence-sharded outside attention, head-sharded inside it.
+
+Source: Jacobs et al. 2023, arXiv:2309.14509; paper, section 3.1.
+"""
 
 from collections.abc import Callable
 
@@ -16,16 +18,16 @@ type Exchange = Callable[..., Array]
 
 
 def exchange(x: Array, *, split: int, concat: int) -> Array:
-    """All-to-all over sp: axis `split` is shared out, axis `concat` brought together."""
+    """All-to-all over sp: axis `split` becomes sharded, axis `concat` is gathered."""
     return lax.all_to_all(x, SP, split_axis=split, concat_axis=concat, tiled=True)
 
 
 def ulysses(attend: AttentionFn, *, exchange: Exchange = exchange) -> AttentionFn:
     """Wraps `attend` for use inside `shard_map`.
 
-    `q, k, v` [b, l, n, d] are a device's part of the sequence, with all heads; so is the result.
-    The tokens describe the whole sequence, parts in the order of their devices, as `whole` makes
-    them once a step. `attend` sees the whole sequence and n / sp heads.
+    `q`, `k`, `v` [b, l, n, d] are a device's shard of the sequence with all heads, and so is the
+    result. The tokens describe the full sequence in device order, as `all_gather_tokens` returns
+    it (once per step). `attend` gets the full sequence and n / sp heads.
     """
 
     def sharded(q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens) -> Array:
@@ -35,6 +37,6 @@ def ulysses(attend: AttentionFn, *, exchange: Exchange = exchange) -> AttentionF
     return sharded
 
 
-def whole(tokens: Tokens) -> Tokens:
-    """Tokens [b, l] of every device along sp, one after the other."""
+def all_gather_tokens(tokens: Tokens) -> Tokens:
+    """The tokens [b, l] of all devices along sp, concatenated in device order."""
     return jax.tree.map(lambda x: lax.all_gather(x, SP, axis=1, tiled=True), tokens)

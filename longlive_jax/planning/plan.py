@@ -326,7 +326,7 @@ def _bytes_per_device(shapes: Any, specs: Any, mesh: dict[str, int]) -> int:
     """Bytes of one device's shards of a tree of arrays; `mesh` has the size of every axis."""
 
     def shard_bytes(x: jax.ShapeDtypeStruct, spec: P) -> int:
-        num_shards = math.prod(rules.parts_of(mesh, names) for names in spec)
+        num_shards = math.prod(rules.num_shards(mesh, names) for names in spec)
         return x.size * x.dtype.itemsize // num_shards
 
     return sum(jax.tree.leaves(jax.tree.map(shard_bytes, shapes, specs)))

@@ -73,7 +73,7 @@ def sample_chunk(
         state = dataclasses.replace(state, x=_clamp(state.x, request))
         timestep = jnp.where(request.clamped, 0.0, row.timestep)
         fresh = None
-        if row.spread is not None:
+        if row.noise_std is not None:
             fresh = chunk_noise(request.keys, k, state.x.shape[1:])
         return solvers.step(state, velocity(state.x, timestep), row, fresh), None
 

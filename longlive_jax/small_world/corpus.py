@@ -11,7 +11,7 @@ from rich.progress import track
 
 from longlive_jax.io.checkpoint import weights_fingerprint
 from longlive_jax.io.models import load_model
-from longlive_jax.parallel.hosts import first_process
+from longlive_jax.parallel.hosts import is_first_process
 from longlive_jax.small_world.windows import EncodedVideos, encode_videos
 from longlive_jax.spec import UserError
 
@@ -57,12 +57,12 @@ def encoded_corpus(
         batch=_BATCH,
     )
     total = -(-spec.videos // _BATCH)
-    batches = list(track(encoded, "encoding", total=total, disable=not first_process()))
+    batches = list(track(encoded, "encoding", total=total, disable=not is_first_process()))
     fields: dict[str, Any] = {
         field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(EncodedVideos)
     }
-    if first_process():
+    if is_first_process():
         save_corpus(path, EncodedVideos(**fields), origin)
     return EncodedVideos(**fields)
 

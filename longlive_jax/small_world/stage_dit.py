@@ -18,7 +18,7 @@ from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, encode_prompts
 from longlive_jax.models.wan import GATES, DiT, DiTConfig
 from longlive_jax.parallel import rules
-from longlive_jax.parallel.hosts import first_process, readable
+from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
 from longlive_jax.parallel.mesh import check_fits
 from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.quant.training import QuantizedTraining
@@ -33,7 +33,7 @@ from longlive_jax.small_world.windows import (
 )
 from longlive_jax.spec import UserError
 from longlive_jax.training.feed import feed_in_order
-from longlive_jax.training.metrics import mean_of
+from longlive_jax.training.metrics import mean_metrics
 from longlive_jax.training.objectives.batch import (
     ARLossSpec,
     TeacherForcingBatch,
@@ -260,9 +260,9 @@ class DiTStage(RunSpec):
             weights: Mapping[str, Params], step: int, workdir: pathlib.Path
         ) -> dict[str, float]:
             preview.write(weights["dit"], step, workdir)
-            params = readable(weights["dit"])
+            params = gather_to_hosts(weights["dit"])
             metrics = [measure(params, batches[i], jax.random.key(i)) for i in range(len(batches))]
-            return {f"held_out_{k}": x for k, x in mean_of(metrics).items()}
+            return {f"held_out_{k}": x for k, x in mean_metrics(metrics).items()}
 
         return evaluate
 
@@ -316,7 +316,7 @@ class DiTStage(RunSpec):
         if path.exists():
             return provenance | {"continues": json.loads(path.read_text())}
         continues = read_manifest(out)["provenance"].get("dit", {})
-        if first_process():
+        if is_first_process():
             workdir.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(continues))

@@ -26,7 +26,7 @@ from longlive_jax.io.checkpoint import TOKENIZER, CheckpointWriter, save_compone
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.umt5 import UMT5, Tokenizer, UMT5Config, encode_prompts
 from longlive_jax.models.umt5.tokenizer import EOS
-from longlive_jax.parallel.hosts import readable
+from longlive_jax.parallel.hosts import gather_to_hosts
 from longlive_jax.small_world.tokenizer import TEXT_LENGTH, UNKNOWN, world_tokenizer
 from longlive_jax.small_world.words import Scene, all_captions, all_scenes
 from longlive_jax.training.feed import feed_in_order
@@ -126,7 +126,7 @@ class TextStage(RunSpec):
         def evaluate(
             weights: Mapping[str, Params], step: int, workdir: pathlib.Path
         ) -> dict[str, float]:
-            umt5 = with_params(graphdef, readable(weights["umt5"]))
+            umt5 = with_params(graphdef, gather_to_hosts(weights["umt5"]))
             guess = {"guess_accuracy": guess_accuracy(umt5, tokenizer)}
             return guess | probe_accuracy(umt5, tokenizer)
 

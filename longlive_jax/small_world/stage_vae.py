@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from longlive_jax.io.checkpoint import save_component
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
-from longlive_jax.parallel.hosts import first_process, readable
+from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
 from longlive_jax.small_world import world
 from longlive_jax.training.feed import feed_in_order
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec
@@ -158,9 +158,9 @@ class VAEStage(RunSpec):
         def evaluate(
             weights: Mapping[str, Params], step: int, workdir: pathlib.Path
         ) -> dict[str, float]:
-            rebuilt = jnp.clip(round_trip(readable(weights["vae"]), held_out), -1, 1)
+            rebuilt = jnp.clip(round_trip(gather_to_hosts(weights["vae"]), held_out), -1, 1)
             frames = np.concatenate([np.asarray(held_out[0, ::8]), np.asarray(rebuilt[0, ::8])])
-            if first_process():
+            if is_first_process():
                 _save_frames(frames, workdir / f"reconstruction_{step:06d}.png")
             worst = jnp.mean((rebuilt - held_out) ** 2, axis=(2, 3, 4)).max()
             metrics = {

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices: made ahead by a thread, each process its own rows."""
+"""Input pipeline to the devices: prefetched batches, of which each process loads its own rows."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,90 +14,93 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax.parallel.mesh import BATCH, SP
 
 
-def own_rows(mesh: Mesh, rows: int) -> range:
-    """The rows of a batch of `rows` that devices of this process have, which are consecutive.
+def process_rows(mesh: Mesh, rows: int) -> range:
+    """The rows of a batch of `rows` that this process's devices hold; they are consecutive.
 
-    They follow from the devices' places in the mesh, not from the number of the process: processes
-    that share sequences need the same rows.
+    They follow from the positions of the devices in the mesh, not from the process index: processes
+    that shard the same sequences need the same rows.
     """
-    places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((rows,)).values()
-    spans = [place[0].indices(rows) for place in places if place is not None]
-    return range(min(s[0] for s in spans), max(s[1] for s in spans))
+    return _addressable_range(NamedSharding(mesh, P(BATCH)), rows)
 
 
-def skipped_by_all(skipped: int, first: int) -> int:
-    """Samples skipped in the whole job, by what each process has counted of its rows, from `first`
-    on. Processes that share rows share samples: of them the one that has met most counts.
+def total_skipped(skipped: int, first: int) -> int:
+    """Number of samples skipped by the job, from each process's count for its rows from `first` on.
 
-    All processes call it.
+    Processes with the same rows read the same samples; of these, the largest count is used. All
+    processes must call it.
     """
     if jax.process_count() == 1:
         return skipped
-    most: dict[int, int] = {}
+    largest: dict[int, int] = {}
     for row, count in multihost_utils.process_allgather(np.array([first, skipped])):
-        most[int(row)] = max(most.get(int(row), 0), int(count))
-    return sum(most.values())
+        largest[int(row)] = max(largest.get(int(row), 0), int(count))
+    return sum(largest.values())
 
 
-def placed(batch: Any, specs: Any, mesh: Mesh, *, rows: int, first: int = 0) -> Any:
-    """Arrays over the mesh from this process's rows of a batch, which start at row `first`.
+def device_put_batch(batch: Any, specs: Any, mesh: Mesh, *, rows: int, first: int = 0) -> Any:
+    """Global arrays over the mesh, from this process's rows of a batch, the first of them `first`.
 
-    `specs` is a tree of PartitionSpec for `batch` or a part of its structure; the first axis of
-    every array is that of the `rows` samples.
+    `specs` is a tree of PartitionSpec for `batch`, or a prefix of its tree; the first axis of every
+    global array has `rows` samples.
     """
 
-    def one(spec: P, part: Any) -> Any:
-        return jax.tree.map(lambda x: _whole(np.asarray(x), spec), part)
+    def put_subtree(spec: P, subtree: Any) -> Any:
+        return jax.tree.map(lambda x: global_array(np.asarray(x), spec), subtree)
 
-    def _whole(x: np.ndarray, spec: P) -> jax.Array:
-        def cut(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # asked for only where a device is ours
+    def global_array(x: np.ndarray, spec: P) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # JAX only asks for shards of this process's devices
             low, high, _ = index[0].indices(rows)
             return x[(slice(low - first, high - first), *index[1:])]
 
-        place = NamedSharding(mesh, P(*spec[: x.ndim]))
-        return jax.make_array_from_callback((rows, *x.shape[1:]), place, cut)
+        sharding = NamedSharding(mesh, P(*spec[: x.ndim]))
+        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, shard)
 
-    return jax.tree.map(one, specs, batch, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(put_subtree, specs, batch, is_leaf=lambda x: isinstance(x, P))
 
 
-def own_parts(mesh: Mesh) -> range:
-    """The places along the sp axis of devices of this process, which are consecutive."""
-    size = mesh.shape[SP]
-    places = NamedSharding(mesh, P(SP)).addressable_devices_indices_map((size,)).values()
-    spans = [place[0].indices(size) for place in places if place is not None]
+def process_shards(mesh: Mesh) -> range:
+    """The indices along the sp axis of this process's devices; they are consecutive."""
+    return _addressable_range(NamedSharding(mesh, P(SP)), mesh.shape[SP])
+
+
+def _addressable_range(sharding: NamedSharding, size: int) -> range:
+    """The range of an array of `size` entries that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map((size,)).values()
+    spans = [index[0].indices(size) for index in indices if index is not None]
     return range(min(s[0] for s in spans), max(s[1] for s in spans))
 
 
-def placed_parts(x: np.ndarray, mesh: Mesh, *, rows: int, first: int = 0) -> jax.Array:
-    """An array [rows, sp n, ...], samples over data and fsdp, axis 1 over sp.
+def device_put_shards(x: np.ndarray, mesh: Mesh, *, rows: int, first: int = 0) -> jax.Array:
+    """A global array [rows, sp n, ...], with samples sharded over data and fsdp, axis 1 over sp.
 
-    `x` [b, k n, ...] has this process's rows, from `first` on, and of these its k `own_parts`.
+    `x` [b, k n, ...] has this process's rows, the first of them `first`, and of these its k
+    `process_shards`.
     """
-    own = own_parts(mesh)
+    own = process_shards(mesh)
     width = x.shape[1] // len(own)
 
-    def cut(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # asked for only where a device is ours
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # JAX only asks for shards of this process's devices
         low, high, _ = index[0].indices(rows)
         left, right, _ = index[1].indices(mesh.shape[SP] * width)
         begin = own.start * width
         return x[low - first : high - first, left - begin : right - begin]
 
     shape = (rows, mesh.shape[SP] * width, *x.shape[2:])
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(BATCH, SP)), cut)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(BATCH, SP)), shard)
 
 
 class Feed:
-    """Batches, in order, as a context manager; counts the time waited and the samples skipped.
+    """An iterator over batches, in order; it is a context manager that closes its source.
 
     Attributes:
-      waited: seconds spent in waiting for batches.
-      skipped: samples that could not be used and were passed over, by this process.
+      waited: seconds spent waiting for batches.
+      skipped: samples that this process could not use and skipped.
     """
 
-    def __init__(self, made: Iterator[Any], close: Callable[[], None] = lambda: None):
-        self._made, self._close = made, close
+    def __init__(self, batches: Iterator[Any], close: Callable[[], None] = lambda: None):
+        self._batches, self._close = batches, close
         self.waited, self.skipped = 0.0, 0
 
     def __enter__(self) -> Self:
@@ -112,13 +115,13 @@ class Feed:
     def __next__(self) -> Any:
         begin = time.perf_counter()
         try:
-            return next(self._made)
+            return next(self._batches)
         finally:
             self.waited += time.perf_counter() - begin
 
 
 def feed_in_order(batches: Sequence[Any]) -> Callable[[int], Feed]:
-    """A function from a step to the `Feed` of the batches from there on, a few made ahead."""
+    """A function from a step to the `Feed` of the batches from that step on, with prefetching."""
 
     def begin(start: int) -> Feed:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=3)

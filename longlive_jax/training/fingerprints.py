@@ -1,7 +1,7 @@
-"""A number per array that changes when the array does.
+"""Checksums of arrays, which detect corrupt checkpoints.
 
-Orbax restores a flipped byte without a word. A position-weighted hash, computed where the data
-lies, is the same on every mesh and costs less than the save.
+Orbax does not notice a flipped byte when it restores. The checksum is a position-weighted hash that
+is computed on the devices, equal on every mesh, and cheaper than writing the checkpoint.
 """
 
 from typing import Any
@@ -17,32 +17,35 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
-    """Path -> 16 hexadecimal digits, for every array of `tree`."""
+    """The checksum of every array of `tree`, 16 hexadecimal digits, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    marks = jax.device_get(_marks([leaf for _, leaf in leaves]))
+    checksums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
     return {
         path_of(keys): f"{int(a):08x}{int(b):08x}"
-        for (keys, _), (a, b) in zip(leaves, marks, strict=True)
+        for (keys, _), (a, b) in zip(leaves, checksums, strict=True)
     }
 
 
 @jax.jit
-def _marks(leaves: list[Array]) -> list[Array]:
-    return [mark(x) for x in leaves]
+def _checksums(leaves: list[Array]) -> list[Array]:
+    return [checksum(x) for x in leaves]
 
 
-def mark(x: Array) -> Array:
-    """Two uint32 of an array of 1, 2 or 4 byte numbers; sums, so independent of any split."""
+def checksum(x: Array) -> Array:
+    """Checksum, uint32 [2], of an array of 1-, 2- or 4-byte numbers or of PRNG keys.
+
+    Both values are sums over the entries, so they do not depend on the sharding.
+    """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     word = lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = (word + jnp.uint32(0x9E3779B9)) * (place * jnp.uint32(2) + jnp.uint32(1))
+        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = (word + jnp.uint32(0x9E3779B9)) * (position * jnp.uint32(2) + jnp.uint32(1))
     mixed = (mixed ^ (mixed >> jnp.uint32(15))) * jnp.uint32(0x85EBCA6B)
     mixed = mixed ^ (mixed >> jnp.uint32(13))
-    sums = (mixed, mixed * (place | jnp.uint32(1)))
+    sums = (mixed, mixed * (position | jnp.uint32(1)))
     return jnp.stack([jnp.sum(s, dtype=jnp.uint32) for s in sums])

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from longlive_jax.spec import Failure
 from longlive_jax.training.checkpointing import TrainCheckpoints, parameter_digests
-from longlive_jax.training.feed import Feed, skipped_by_all
-from longlive_jax.training.metrics import MetricsLog, mean_of, peak_gib, plot_curves
+from longlive_jax.training.feed import Feed, total_skipped
+from longlive_jax.training.metrics import MetricsLog, mean_metrics, peak_gib, plot_curves
 from longlive_jax.training.preemption import Stopped, StopRequest
 from longlive_jax.training.state import TrainState
 from longlive_jax.training.task import Task
@@ -129,7 +129,7 @@ class _Run:
         log = MetricsLog(self.workdir, resume_at=start, write=self.first)
         self._bar.update(self._line, completed=start)
         try:
-            if self._evaluates_at(start) and not log.evaluated(start):  # interrupted before it
+            if self._evaluates_at(start) and not log.has_evaluation(start):  # interrupted before it
                 self._evaluate(state, start, log)
             state = self._steps(state, log, checkpoints, stop)
             checkpoints.wait()
@@ -258,12 +258,12 @@ class _Window:
     def close(self, feed: Feed) -> dict[str, float]:
         """Means, speed and memory of the window; `data_wait` is this process's share of time spent
         waiting for batches. Waits for the device; all processes call it."""
-        values = mean_of(self._metrics)
+        values = mean_metrics(self._metrics)
         rate = len(self._metrics) / (self._spent + time.perf_counter() - self._began)
         values["steps_per_s"] = rate
         values["data_wait"] = (feed.waited - self._waited) * rate / len(self._metrics)
         values |= self._speed(rate)
-        values["skipped"] = skipped_by_all(feed.skipped, self._first_row)
+        values["skipped"] = total_skipped(feed.skipped, self._first_row)
         values |= peak_gib()
         self._metrics, self._waited = [], feed.waited
         self._spent, self._began = 0.0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSON line a record, TensorBoard, and a picture of the curves."""
+"""Metrics of a run: records in `metrics.jsonl`, TensorBoard events, and a plot of the curves."""
 
 import contextlib
 import json
@@ -13,10 +13,14 @@ from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and to TensorBoard's files in `tensorboard/`.
+    """Appends records to `metrics.jsonl` and to TensorBoard event files in `tensorboard/`.
 
-    A restart drops those past the restored step. With `write=False` (all processes but the first)
-    records are kept in memory only.
+    After a restart at step `resume_at`, records of later steps are dropped. With `write=False` (all
+    processes but the first) records stay in memory only.
+
+    Attributes:
+      path: the `metrics.jsonl` file.
+      records: all records so far, each a dictionary with its "step".
     """
 
     def __init__(self, workdir: pathlib.Path, *, resume_at: int = 0, write: bool = True):
@@ -29,9 +33,12 @@ class MetricsLog:
             self._board = SummaryWriter(folder, purge_step=resume_at + 1, flush_secs=30)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """A record of what is finite: a noise level without a frame has no error."""
+        """Appends a record of the finite values.
+
+        A value may be NaN, such as the error at a noise level that no frame had.
+        """
         finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
-        record = {"step": step} | finite  # JSON has no other numbers
+        record = {"step": step} | finite  # JSON cannot represent NaN and infinity
         self.records.append(record)
         if self._board is None:
             return
@@ -40,14 +47,14 @@ class MetricsLog:
         for name, value in finite.items():
             self._board.add_scalar(name, value, step)
 
-    def evaluated(self, step: int) -> bool:
-        """Whether there is a record of an evaluation at a step; those of updates have a rate."""
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an evaluation at `step` is recorded; records of updates have `steps_per_s`."""
         return any(r["step"] == step and "steps_per_s" not in r for r in self.records)
 
     def close(self) -> None:
-        """Writes what TensorBoard has not got yet, unless the disk is full."""
+        """Flushes the TensorBoard events, unless the disk is full."""
         if self._board is not None:
-            with contextlib.suppress(OSError):  # the run is over, and its lines are in the file
+            with contextlib.suppress(OSError):  # the run is over, and metrics.jsonl is complete
                 self._board.close()
 
 
@@ -58,14 +65,14 @@ def _replace(path: pathlib.Path, text: str) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict]:
-    """The records of a `metrics.jsonl`; an unfinished last line is left out."""
+    """The records of a `metrics.jsonl` file, without an incomplete last line."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def mean_of(window: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Means over a window of device-side metrics, of the values that are finite if any is."""
+def mean_metrics(window: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Mean of each device-side metric over its finite values in `window`; NaN if it has none."""
     fetched = jax.device_get(window)
     columns = {k: np.array([float(m[k]) for m in fetched]) for k in fetched[0]}
     finite = {k: x[np.isfinite(x)] for k, x in columns.items()}
@@ -73,22 +80,22 @@ def mean_of(window: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 
 def peak_gib() -> dict[str, float]:
-    """The most memory that a device of this process has used so far, where the device tells."""
-    used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
-    known = [x for x in used if x is not None]
+    """Peak memory of this process's devices in GiB, the largest; empty if no device reports it."""
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    known = [x for x in peaks if x is not None]
     return {"peak_gib": max(known) / 2**30} if known else {}
 
 
 def plot_curves(runs: Mapping[str, list[dict]], path: pathlib.Path) -> None:
-    """Draws every logged number of the runs over the steps, one panel each, to a PNG.
+    """Plots every metric of the runs over the steps to a PNG, one panel per metric.
 
-    `runs` are records by the name that a legend gives them; of one run there is none.
+    `runs` maps the name of a run in the legend to its records; a single run has no legend.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = {k for records in runs.values() for r in records for k in r}
-    names = sorted(found - {"step", "bad_steps"})
+    keys = {k for records in runs.values() for r in records for k in r}
+    names = sorted(keys - {"step", "bad_steps"})
     if not names:
         return
     columns = min(3, len(names))
@@ -107,7 +114,7 @@ def plot_curves(runs: Mapping[str, list[dict]], path: pathlib.Path) -> None:
 
 
 def _draw(panel: Any, name: str, runs: Mapping[str, list[dict]]) -> None:
-    """One number of every run."""
+    """Plots one metric of every run; a positive loss or gradient norm gets a log scale."""
     lowest = math.inf
     for records in runs.values():
         points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]

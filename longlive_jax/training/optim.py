@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, from a spec to an optax chain."""
+"""Optimizers and learning-rate schedules: an optax chain from a spec."""
 
 import dataclasses
 
@@ -11,15 +11,18 @@ from longlive_jax.training.state import Params
 
 @dataclasses.dataclass(frozen=True)
 class OptimSpec:
-    """AdamW as in the paper's section 4.1, or Muon for matrices with Adam for the rest.
+    """AdamW as in the paper (section 4.1), or Muon for matrices and Adam for other parameters.
 
     Attributes:
       name: "adamw" or "muon".
-      lr: peak learning rate (of the matrices, for Muon).
-      adam_lr: what Muon's non-matrices use.
-      warmup: steps of linear warm-up.
-      decay: last fraction of the run over which the rate falls linearly to zero (0: constant).
-      clip: global gradient norm above which gradients are scaled down.
+      lr: peak learning rate (with Muon, of the matrices only).
+      adam_lr: peak learning rate of the parameters that Muon leaves to Adam.
+      b1: decay rate of Adam's first moment.
+      b2: decay rate of Adam's second moment.
+      weight_decay: decoupled weight decay.
+      warmup: number of linear warm-up steps.
+      decay: final fraction of the run in which the rate decays linearly to zero (0: no decay).
+      clip: maximum global gradient norm; larger gradients are scaled down to it.
     """
 
     name: str = "adamw"
@@ -36,18 +39,18 @@ class OptimSpec:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optim.name is {self.name!r}; choose 'adamw' or 'muon'")
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"optim.decay is {self.decay}; give a fraction of the run, 0 to 1")
+            raise ValueError(f"optim.decay must be a fraction from 0 to 1, got {self.decay}")
 
 
 def schedule(lr: float, spec: OptimSpec, steps: int) -> optax.Schedule:
     """Linear warm-up, constant, then linear decay to zero over the last `decay` of `steps`."""
-    falling = max(1, min(round(spec.decay * steps), steps - spec.warmup))
+    decay_steps = max(1, min(round(spec.decay * steps), steps - spec.warmup))
     pieces = [
         optax.linear_schedule(lr / max(1, spec.warmup), lr, max(1, spec.warmup)),
         optax.constant_schedule(lr),
-        optax.linear_schedule(lr, 0.0 if spec.decay else lr, falling),
+        optax.linear_schedule(lr, 0.0 if spec.decay else lr, decay_steps),
     ]
-    return optax.join_schedules(pieces, [spec.warmup, steps - falling])
+    return optax.join_schedules(pieces, [spec.warmup, steps - decay_steps])
 
 
 def make_optimizer(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
@@ -68,10 +71,11 @@ def make_optimizer(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
 
 
 def matrix_axes(params: Params):
-    """Which axes of each leaf form a matrix: every `kernel`, with taps joined to the inputs.
+    """The axes of each leaf that form a matrix for Muon, or None for leaves left to Adam.
 
-    The head's is none: its outputs have a scale of their own, which orthogonal steps ignore.
-    Leaves under `blocks` are stacked over layers; their first axis is a batch of matrices.
+    Every `kernel` is a matrix, with convolution taps merged into its input axes; except the head's,
+    whose outputs have a scale of their own that orthogonalised updates ignore. Leaves under
+    `blocks` are stacked over layers, so their first axis is a batch axis.
     """
 
     def axes(path, leaf):

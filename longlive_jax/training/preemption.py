@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGTERM and Ctrl-C let the update finish and save it."""
+"""Preemption: after SIGTERM or Ctrl-C the current step finishes and is checkpointed."""
 
 import signal
 import threading
@@ -13,7 +13,10 @@ from longlive_jax.spec import Failure
 
 
 class Stopped(Failure):
-    """A run that was told to stop and saved; `code` is 128 + the signal, as shells count."""
+    """A run that stopped on a signal after saving a checkpoint.
+
+    `code` is the exit code, 128 + the signal number by shell convention.
+    """
 
     def __init__(self, text: str, code: int):
         super().__init__(text)
@@ -21,36 +24,36 @@ class Stopped(Failure):
 
 
 class StopRequest:
-    """While entered, remembers a SIGTERM or the first Ctrl-C; a second Ctrl-C stops at once.
+    """A context that records SIGTERM and the first Ctrl-C; a second Ctrl-C interrupts immediately.
 
-    With more processes than one all of them stop after the same step: JAX's preemption service
-    passes a SIGTERM to any of them on to all, and Ctrl-C is not caught. Nor is anything elsewhere
-    than on the main thread.
+    In a multi-process job all processes stop after the same step: JAX's preemption service forwards
+    a SIGTERM of any process to all, and Ctrl-C is not caught. Outside the main thread no signal is
+    caught.
     """
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._signal: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             caught = (signal.SIGINT, signal.SIGTERM)
-            self._before = {number: signal.signal(number, self._remember) for number in caught}
+            self._previous = {number: signal.signal(number, self._record) for number in caught}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
-        self._say("Stopping: the update is finished and saved; Ctrl-C again stops at once.")
+        self._say("Stopping after this step is saved; Ctrl-C again stops at once.")
 
     def after(self, step: int) -> int | None:
-        """The signal to stop for after this step, the same in every process; None: go on."""
+        """The signal to stop for after `step`, equal in all processes; None to continue."""
         if jax.process_count() == 1:
             return self._signal
         if multihost_utils.reached_preemption_sync_point(step):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import BATCH
-from longlive_jax.training.feed import Feed, own_rows, placed
+from longlive_jax.training.feed import Feed, device_put_batch, process_rows
 from longlive_jax.training.update import Trainer
 from longlive_jax.typing import Params
 
@@ -38,7 +38,7 @@ def global_batches(feed: Callable[[int], Feed], mesh: Mesh, specs: Any = SAMPLES
     """Batches of which every process makes all rows; `specs` is a prefix of a batch's tree."""
 
     def put(batch: Any) -> Any:
-        return placed(batch, specs, mesh, rows=len(jax.tree.leaves(batch)[0]))
+        return device_put_batch(batch, specs, mesh, rows=len(jax.tree.leaves(batch)[0]))
 
     return Batches(feed, put)
 
@@ -47,10 +47,10 @@ def process_batches(
     feed: Callable[[int], Feed], mesh: Mesh, specs: Any, *, batch_size: int
 ) -> Batches:
     """Batches of `batch_size` rows of which every process makes its own."""
-    first = own_rows(mesh, batch_size).start
+    first = process_rows(mesh, batch_size).start
 
     def put(batch: Any) -> Any:
-        return placed(batch, specs, mesh, rows=batch_size, first=first)
+        return device_put_batch(batch, specs, mesh, rows=batch_size, first=first)
 
     return Batches(feed, put, first)
 

@@ -39,7 +39,7 @@ KINDS: dict[str, Callable[[Golden], Sequence[Case]]] = {
     "sampling_multishot": sampling.videos,
     "teacher_forcing_masks": tables.masks,
     "umt5_encoder": text.umt5_encoder,
-    "vae22": vae.whole_and_streamed,
+    "vae22": vae.full_and_streamed,
     "vae_halo": vae.halo,
 }
 """What exists. Every other `.npz` is reported as not implemented."""

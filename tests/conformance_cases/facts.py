@@ -1,4 +1,4 @@
-"""Constants and tables that the reference's code fixes."""
+"""Constants and tables from the reference's code."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PROSE = ("_note", "_quirks")
 
 
 def facts(path: Path) -> Sequence[Case]:
-    """Every fact that is a number or a constant; prose is left out."""
+    """Cases for all facts that are numbers or constants; prose is skipped."""
     known = json.loads(path.read_text(encoding="utf-8"))
     table = FlowSchedule(_shift(known))
     cases: list[Case] = []
@@ -44,9 +44,9 @@ def facts(path: Path) -> Sequence[Case]:
 
 def _shift(known: Mapping[str, Any]) -> float:
     for key in known:
-        if found := re.fullmatch(r"unipc_shift(\d+(?:\.\d+)?)", key):
-            return float(found[1])
-    raise ValueError("the file does not say the shift of the noise levels")
+        if match := re.fullmatch(r"unipc_shift(\d+(?:\.\d+)?)", key):
+            return float(match[1])
+    raise ValueError("the file does not give the shift of the noise levels")
 
 
 def _unipc(name: str, steps: int, table: FlowSchedule, want: Mapping[str, Any]) -> list[Case]:
@@ -58,14 +58,14 @@ def _unipc(name: str, steps: int, table: FlowSchedule, want: Mapping[str, Any]) 
     def levels() -> np.ndarray:
         return np.append(np.asarray(solver.sigma), 0.0)
 
-    def of_x0() -> np.ndarray:
+    def x0_sigma() -> np.ndarray:
         return table.sigmas[nearest()]
 
     return [
         compared(f"{name}/timesteps", EXACT, lambda: solver.timestep, want["timesteps"], differing),
         compared(f"{name}/sigmas", TIGHT, levels, want["sigmas"]),
         compared(f"{name}/nearest", EXACT, nearest, want["nearest_grid_index"], differing),
-        compared(f"{name}/x0_conversion_sigma", TIGHT, of_x0, want["x0_conversion_sigma"]),
+        compared(f"{name}/x0_conversion_sigma", TIGHT, x0_sigma, want["x0_conversion_sigma"]),
     ]
 
 
@@ -93,7 +93,7 @@ def _weight(want: Mapping[str, Any], table: FlowSchedule) -> list[Case]:
 
 
 def _model_error(want: Mapping[str, Any]) -> float:
-    """Share of the 5B model's sizes that our variant contradicts."""
+    """Fraction of the 5B model's sizes in which our variant differs."""
     dit, vae = variant("wan2_2_ti2v_5b")["dit"], VAEConfig()
     names = {"num_heads": "heads", "num_layers": "layers", "in_dim": "in_channels"}
     names |= {"out_dim": "out_channels"}

@@ -1,4 +1,4 @@
-"""Golden files, and models around the weights in them, loaded as the converter loads weights."""
+"""Golden files, and models with their weights, loaded in the same way as by the converter."""
 
 import dataclasses
 import functools
@@ -19,13 +19,18 @@ from longlive_jax.typing import Params
 
 
 class Golden:
-    """The arrays of a file by name, its `meta`, and its weights under `w/<original key>`."""
+    """A golden file.
+
+    Attributes:
+      arrays: arrays of the file by name; weights are under `w/<original key>`.
+      meta: settings of the file.
+    """
 
     def __init__(self, path: Path):
         with np.load(path, allow_pickle=False) as file:
             self.arrays: dict[str, np.ndarray] = {key: file[key] for key in file.files}
         if "__meta__" not in self.arrays:
-            raise ValueError("has no __meta__; it is no golden file")
+            raise ValueError("has no __meta__, so it is not a golden file")
         self.meta: dict[str, Any] = json.loads(bytes(self.arrays.pop("__meta__")))
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -35,7 +40,7 @@ class Golden:
         return key in self.arrays
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays whose names begin with `prefix`, by what follows it."""
+        """The arrays whose names begin with `prefix`, by the rest of their names."""
         return {
             key.removeprefix(prefix): value
             for key, value in self.arrays.items()
@@ -43,18 +48,25 @@ class Golden:
         }
 
     def frames(self, key: str, channels: int) -> jnp.ndarray:
-        """Latents or pixels as we keep them, `[b, f, h, w, c]`; theirs is on axis `channels`."""
+        """Latents or pixels `[b, f, h, w, c]`, whose channels are axis `channels` in the file."""
         return jnp.asarray(np.moveaxis(self.arrays[key], channels, -1))
 
     @functools.cached_property
     def dit(self) -> "Model":
-        """The DiT of the weights and of `meta["config"]`."""
+        """The DiT with the file's weights and `meta["config"]`."""
         return load("dit", self.under("w/"), self.meta["config"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model's structure, its parameters, and the state dict they came from."""
+    """A model from a state dict.
+
+    Attributes:
+      config: settings of the model.
+      graphdef: graph definition of the module.
+      params: parameters of the module.
+      leaves: arrays of `params` with their keys in the state dict.
+    """
 
     config: Any
     graphdef: nnx.GraphDef
@@ -62,11 +74,11 @@ class Model:
     leaves: Sequence[Leaf]
 
     def around(self, params: Params) -> Any:
-        """The module with these parameters."""
+        """The module with other parameters."""
         return with_params(self.graphdef, params)
 
     def state_dict(self, tree: Params, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """Some entries of a tree like `params` (gradients) under their original names."""
+        """The entries `keys` of a tree like `params` (such as gradients), by original key."""
         flat = flatten(tree)
         out: dict[str, np.ndarray] = {}
         for leaf in self.leaves:
@@ -80,31 +92,31 @@ class Model:
 def load(name: str, tensors: Mapping[str, np.ndarray], hints: Mapping[str, Any]) -> Model:
     """Component `name` ("dit", "vae" or "umt5") from a state dict in original naming.
 
-    Everything is done as in conversion: the naming is recognised, settings are read off the shapes
-    and checked against `hints`, and every key must be there in its shape and no other.
+    This follows the conversion: the naming is recognised, settings are inferred from the shapes and
+    checked against `hints`, and exactly the expected keys must exist in the expected shapes.
     """
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     component, table = identify(shapes, "weights of the golden")
     if component.name != name:
-        raise ValueError(f"weights are of {component.name}, not of {name}")
-    found = table.match_keys(shapes)
-    found.report.check(table.name)
-    return assemble(component, table, tensors, component.settings(found.shapes, hints))
+        raise ValueError(f"weights are those of {component.name}, not of {name}")
+    collected = table.match_keys(shapes)
+    collected.report.check(table.name)
+    return assemble(component, table, tensors, component.settings(collected.shapes, hints))
 
 
 def assemble(
     component: Component, table: KeyTable, tensors: Mapping[str, np.ndarray], config: Any
 ) -> Model:
-    """A model of known settings from a state dict through a key table."""
+    """A model with settings `config` from a state dict, through a key table."""
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     leaves = table.forward(shapes, expected=expected_shapes(component, config))
     flat = {}
     for leaf in leaves:
-        parts = [leaf.to_param(tensors[key]) for key in leaf.keys]
-        flat[leaf.path] = jnp.asarray(np.stack(parts) if leaf.rule.stacked else parts[0])
+        layers = [leaf.to_param(tensors[key]) for key in leaf.keys]
+        flat[leaf.path] = jnp.asarray(np.stack(layers) if leaf.rule.stacked else layers[0])
     make = component.make
     if make is None:
-        raise ValueError(f"{component.name} is no model of its own")
+        raise ValueError(f"{component.name} is not a model by itself")
     graphdef, _ = abstract(lambda: make(config))
     return Model(config, graphdef, nest(flat), leaves)
 
@@ -112,7 +124,7 @@ def assemble(
 def zeros_for(
     table: KeyTable, expected: Mapping[tuple[str, ...], tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """A state dict of zeros with every key that a model of these shapes has."""
+    """A state dict of zeros with all keys of a model with these shapes."""
     out: dict[str, np.ndarray] = {}
     for leaf in table.backward(expected):
         shape = leaf.shape[1:] if leaf.rule.stacked else leaf.shape

@@ -1,4 +1,4 @@
-"""Error recycling over successive steps, every draw being the reference's own."""
+"""Error recycling over successive steps, replayed with the reference's random numbers."""
 
 import dataclasses
 import functools
@@ -14,72 +14,69 @@ from conformance_cases.golden import Golden
 from conformance_cases.rows import EXACT, TIGHT, Case, compared, differing, later, relative
 from longlive_jax.diffusion.flow import FlowSchedule, corrupt, x0_from_velocity
 from longlive_jax.training.objectives import error_buffer as eb
-from longlive_jax.training.objectives.batch import (
-    ARLossSpec,
-    Draws,
-    TeacherForcingBatch,
-)
+from longlive_jax.training.objectives.batch import ARLossSpec, Draws, TeacherForcingBatch
 from longlive_jax.training.objectives.error_recycling import (
     Errors,
-    Pick,
     Recycled,
     RecyclingSpec,
-    Rolls,
     init_buffers,
-    observe,
     prediction_errors,
+    record_errors,
     recycle,
 )
+from longlive_jax.training.objectives.recycling_draws import InjectionDraws, RecyclingDraws
 from longlive_jax.training.objectives.teacher_forcing import (
     flow_loss,
 )
 
 REPLACE: dict[str, eb.Replacement] = {"random": "random", "fifo": "oldest", "l2": "nearest"}
 NEVER = 1.0
-"""A gate that no share opens."""
+"""The draw of a gate that is closed at any probability."""
 
 GIVEN = {"clean_latent", "noise", "index_draw", "initial_latent"}
 OPTIONS = {"i2v", "independent_first_frame"}
 
-matched = jax.jit(eb.matched, static_argnames="replace")
+sample_bucket = jax.jit(eb.sample_bucket, static_argnames="replace")
 
 
-def share_of(nth: int, count: int) -> float:
-    """A number in [0, 1) that means entry `nth` of `count`."""
-    return (nth + 0.5) / count
+def uniform_for(index: int, count: int) -> float:
+    """A number in [0, 1) that selects entry `index` of `count`."""
+    return (index + 0.5) / count
 
 
-def centred(scale: float, modulation: float) -> float:
-    """The number in [0, 1) that a factor in 1 - modulation to 1 + modulation was made from."""
+def uniform_of_scale(scale: float, modulation: float) -> float:
+    """The number in [0, 1) that gives a factor from 1 - modulation to 1 + modulation."""
     return (scale - 1) / (2 * modulation) + 0.5
 
 
 def contents(buffer: eb.Buffer, replace: eb.Replacement) -> np.ndarray:
-    """All entries of a buffer of one group, in the order of rows, columns and arrival."""
-    found = [
-        matched(buffer, row, column, share_of(nth, count), replace=replace)
-        for (row, column), count in np.ndenumerate(np.asarray(buffer.held))
-        for nth in range(count)
+    """All entries of a buffer of one group, ordered by row, column and arrival."""
+    entries = [
+        sample_bucket(buffer, row, column, uniform_for(index, count), replace=replace)
+        for (row, column), count in np.ndenumerate(np.asarray(buffer.counts))
+        for index in range(count)
     ]
-    return np.array(found).reshape(-1, *buffer.entries.shape[3:])
+    return np.array(entries).reshape(-1, *buffer.entries.shape[3:])
 
 
-def uniform_mask(got: Any, want: Any) -> float:
-    """`relative`, and nothing is like nothing."""
+def relative_or_empty(got: Any, want: Any) -> float:
+    """`relative`, but 0 for two empty arrays."""
     if np.size(want) or np.size(got):
         return relative(got, want)
     return 0.0
 
 
 class Steps:
-    """Successive training steps around a model without parameters."""
+    """Cases of successive training steps around a model without parameters."""
 
     def __init__(self, golden: Golden, run: Mapping[str, Any]):
+        # 1. Shapes.
         self.golden, self.name, self.calls = golden, run["name"], run["calls"]
         self.unknown = sorted(set(run["extra_args"]) - OPTIONS)
         self.chunk_frames, settings = run["num_frame_per_block"], run["error_recycling"]
         self.shape = tuple(run["shape"][i] for i in (0, 1, 3, 4, 2))
         self.blocks = self.shape[1] // self.chunk_frames
+        # 2. Settings.
         self.loss = ARLossSpec()
         self.schedule = FlowSchedule(self.loss.shift)
         self.spec = RecyclingSpec(
@@ -100,12 +97,14 @@ class Steps:
             warmup=settings["buffer_warmup_iter"],
             skip_first=settings.get("skip_block_0", False),
         )
-        self.played = functools.cache(self._play)
+        # 3. Jitted functions.
+        self.replayed = functools.cache(self._replay)
         options = {"chunk_frames": self.chunk_frames, "spec": self.spec, "loss": self.loss}
         self._recycle = jax.jit(partial(recycle, **options))
-        self._observe = jax.jit(partial(observe, **options))
+        self._record = jax.jit(partial(record_errors, **options))
 
     def cases(self) -> list[Case]:
+        """The cases of all steps."""
         if self.unknown:
             return [later(self.name, f"options {self.unknown}")]
         cases = []
@@ -114,75 +113,81 @@ class Steps:
                 if key in GIVEN:
                     continue
                 want = theirs if theirs.ndim < 5 else np.moveaxis(theirs, 2, -1)
-                got = partial(lambda i, key: self.played()[i][key], i, key)
-                cases.append(compared(f"{self.name}/{i}/{key}", TIGHT, got, want, uniform_mask))
+                got = partial(lambda i, key: self.replayed()[i][key], i, key)
+                cases.append(
+                    compared(f"{self.name}/{i}/{key}", TIGHT, got, want, relative_or_empty)
+                )
             for key, want in {
                 "total_added": call["total_added"],
                 "counts": self._counts(call["bucket_layout_after"]["latent_buffer"]),
             }.items():
-                got = partial(lambda i, key: self.played()[i][key], i, key)
+                got = partial(lambda i, key: self.replayed()[i][key], i, key)
                 cases.append(compared(f"{self.name}/{i}/{key}", EXACT, got, want, differing))
         return cases
 
     def _counts(self, layout: Sequence[tuple[str, int]]) -> np.ndarray:
-        held = np.zeros((self.spec.buffer.rows, self.spec.buffer.buckets), int)
+        counts = np.zeros((self.spec.buffer.rows, self.spec.buffer.buckets), int)
         for key, count in layout:
             row, bucket = [0, int(key)] if "(" not in key else map(int, key[1:-1].split(","))
-            held[row, bucket] = count
-        return held
+            counts[row, bucket] = count
+        return counts
 
     def _contents(self, buffer: eb.Buffer) -> np.ndarray:
         return contents(jax.tree.map(lambda x: x[0], buffer), self.spec.buffer.replace)
 
-    def _play(self) -> list[dict[str, Any]]:
+    def _replay(self) -> list[dict[str, Any]]:
         m, (h, w, c) = self.chunk_frames, self.shape[2:]
-        buffers, found = init_buffers(self.spec, (m, h, w, c)), []
+        buffers, results = init_buffers(self.spec, (m, h, w, c)), []
         for i, call in enumerate(self.calls):
             buffers, result = self._call(f"{self.name}/{i}/", call, buffers)
-            found.append(result)
-        return found
+            results.append(result)
+        return results
 
-    def _call(self, where: str, call: Mapping[str, Any], buffers):
+    def _call(self, prefix: str, call: Mapping[str, Any], buffers):
+        """The buffers after one step, and everything that the step computes."""
         golden, table, step = self.golden, self.schedule, call["global_step"]
-        buffers = dataclasses.replace(buffers, seen=jnp.asarray(step))
-        clean = golden.frames(f"{where}clean_latent", 2)
-        index = np.repeat(
-            golden[f"{where}index_draw"][:, :: self.chunk_frames], self.chunk_frames, axis=1
-        )
-        batch, draws = self._given(clean, golden.frames(f"{where}noise", 2), index)
+        # 1. Inputs and random numbers, from the file.
+        buffers = dataclasses.replace(buffers, num_updates=jnp.asarray(step))
+        clean = golden.frames(f"{prefix}clean_latent", 2)
+        chunk_index = golden[f"{prefix}index_draw"][:, :: self.chunk_frames]
+        index = np.repeat(chunk_index, self.chunk_frames, axis=1)
+        batch, draws = self._inputs(clean, golden.frames(f"{prefix}noise", 2), index)
         bucket = np.asarray(eb.bucket_of(index[:, :: self.chunk_frames], self.spec.buffer.buckets))
-        rolls = _Replay(self.spec, call["python_draws"], bucket, buffers, step).rolls()
-        mixed = self._recycle(rolls, batch, draws, buffers)
-        first = f"{where}initial_latent"
-        used = clamped(mixed, golden.frames(first, 2)) if first in golden else mixed
-        noisy = corrupt(used.batch.target, used.draws.noise, used.draws.sigma)
-        told = used.draws.timestep[:, :, None, None, None] / 1000
-        velocity = 0.3 * noisy + 0.1 * used.draws.context + 0.02 * told - 0.05
-        # the reference reads the level off the table, which ends just above 0
+        replay = _Replay(self.spec, call["python_draws"], bucket, buffers, step)
+        recycling_draws = replay.recycling_draws()
+        # 2. Recycling, and a forward pass of the trivial model.
+        recycled = self._recycle(recycling_draws, batch, draws, buffers)
+        first = f"{prefix}initial_latent"
+        used = clamped(recycled, golden.frames(first, 2)) if first in golden else recycled
+        noisy = corrupt(used.model_batch.target, used.draws.noise, used.draws.sigma)
+        timestep = used.draws.timestep[:, :, None, None, None] / 1000
+        velocity = 0.3 * noisy + 0.1 * used.draws.context + 0.02 * timestep - 0.05
+        # The reference takes the noise level from the table, which ends just above 0.
         sigma = jnp.asarray(table.sigmas)[table.index(used.draws.timestep)]
         x0 = x0_from_velocity(noisy, velocity, sigma)
+        # 3. Errors, and the updated buffers.
         errors = prediction_errors(velocity, batch, used)
         if first in golden:
-            errors = self._with_given(errors, x0 - clean, velocity, draws.sigma)
-        buffers = self._observe(rolls, errors, batch, used, buffers)
-        mask = batch.mask * ~used.draws.conditioning_frame
-        result = {
-            "latent_used": mixed.batch.target,
-            "noise_used": mixed.draws.noise,
+            errors = self._with_first_frame(errors, x0 - clean, velocity, draws.sigma)
+        buffers = self._record(recycling_draws, errors, batch, used, buffers)
+        loss_batch = dataclasses.replace(batch, mask=batch.mask * ~used.draws.conditioning_frame)
+        return buffers, {
+            "latent_used": recycled.model_batch.target,
+            "noise_used": recycled.draws.noise,
             "timestep": used.draws.timestep,
             "noisy_latents": noisy,
             "clean_x": used.draws.context,
             "flow_pred": velocity,
             "x0_pred": x0,
-            "loss": flow_loss(velocity, dataclasses.replace(batch, mask=mask), used.draws)[0],
+            "loss": flow_loss(velocity, loss_batch, used.draws)[0],
             "latent_buffer": self._contents(buffers.latent),
             "noise_buffer": self._contents(buffers.noise),
             "total_added": buffers.latent.added.sum(),
-            "counts": buffers.noise.held[0],
+            "counts": buffers.noise.counts[0],
         }
-        return buffers, result
 
-    def _given(self, clean, noise, index: np.ndarray) -> tuple[TeacherForcingBatch, Draws]:
+    def _inputs(self, clean, noise, index: np.ndarray) -> tuple[TeacherForcingBatch, Draws]:
+        """Batch and draws for these latents, this noise and these noise-level indices."""
         table, size = self.schedule, clean.shape[:2]
         chunk = jnp.tile(jnp.arange(self.blocks), (size[0], 2))
         zeros = jnp.zeros_like(chunk)
@@ -199,9 +204,12 @@ class Steps:
         )
 
     @staticmethod
-    def _with_given(errors: Errors, latent, velocity, sigma) -> Errors:
-        """With what the reference keeps of a given frame, which is nothing here: how far the
-        prediction lies from it, and the velocity as if it ought to be zero."""
+    def _with_first_frame(errors: Errors, latent, velocity, sigma) -> Errors:
+        """`errors` with the reference's values for a given first frame, for which ours are zero.
+
+        The latent error is the difference of the prediction from that frame; the noise error treats
+        zero as the target velocity.
+        """
         noise = velocity * (1 - sigma)[:, :, None, None, None]
         return Errors(
             errors.latent.at[:, :1].set(latent[:, :1]), errors.noise.at[:, :1].set(noise[:, :1])
@@ -209,10 +217,11 @@ class Steps:
 
 
 def clamped(used: Recycled, first: jnp.ndarray) -> Recycled:
-    """With the first frame of context and target set to a given one, at no noise."""
+    """`used` with the first frame of context and target set to `first`, at noise level 0."""
     draws = used.draws
+    target = used.model_batch.target.at[:, :1].set(first)
     return Recycled(
-        dataclasses.replace(used.batch, target=used.batch.target.at[:, :1].set(first)),
+        dataclasses.replace(used.model_batch, target=target),
         dataclasses.replace(
             draws,
             context=draws.context.at[:, :1].set(first),
@@ -225,80 +234,89 @@ def clamped(used: Recycled, first: jnp.ndarray) -> Recycled:
 
 
 class _Replay:
-    """The reference's random numbers of one step, in its order, as `Rolls`."""
+    """Converts the reference's random numbers of one step, in its order, to `RecyclingDraws`."""
 
-    def __init__(self, spec: RecyclingSpec, told: Sequence[Sequence], bucket, buffers, step: int):
-        self.spec, self.told, self.bucket = spec, iter(told), bucket
-        self.held = {k: np.asarray(getattr(buffers, k).held[0]) for k in ("latent", "noise")}
+    def __init__(
+        self, spec: RecyclingSpec, numbers: Sequence[Sequence], bucket, buffers, step: int
+    ):
+        self.spec, self.numbers, self.bucket = spec, iter(numbers), bucket
+        self.counts = {k: np.asarray(getattr(buffers, k).counts[0]) for k in ("latent", "noise")}
         self.step, self.shape = step, bucket.shape
 
-    def rolls(self) -> Rolls:
-        spec, open_ = self.spec, self.step >= self.spec.start
+    def recycling_draws(self) -> RecyclingDraws:
+        """The draws; raises ValueError if they do not use up the reference's numbers."""
+        spec, is_started = self.spec, self.step >= self.spec.start
         clean = self._gate(spec.clean > 0)
-        on = open_ and clean >= spec.clean
-        noise = self._pick(on, "noise", spec.noise, self._matching)
-        latent = self._pick(on, "latent", spec.latent, self._matching)
-        context = self._pick(on, "latent", spec.context, self._pooling, always=True)
+        enabled = is_started and clean >= spec.clean
+        noise = self._injection(enabled, "noise", spec.noise, self._count_matching)
+        latent = self._injection(enabled, "latent", spec.latent, self._count_matching)
+        context = self._injection(enabled, "latent", spec.context, self._count_row, always=True)
         update = self._gate(clean < spec.clean)
-        kept = clean >= spec.clean or update < spec.update
-        rolls = Rolls(
-            clean=self._all(clean), update=self._all(update),
+        is_stored = clean >= spec.clean or update < spec.update
+        draws = RecyclingDraws(
+            clean=self._per_sample(clean), update=self._per_sample(update),
             noise=noise, latent=latent, context=context,
-            old_latent=self._old("latent", kept), old_noise=self._old("noise", kept),
+            evict_latent=self._evictions("latent", is_stored),
+            evict_noise=self._evictions("noise", is_stored),
         )  # fmt: skip
-        if left := list(self.told):
-            raise ValueError(f"{len(left)} draws of the golden were not asked for: {left[0]}")
-        return rolls
+        if unused := list(self.numbers):
+            raise ValueError(f"{len(unused)} draws of the golden are unused, first {unused[0]}")
+        return draws
 
     def _next(self, kind: str) -> Sequence:
-        draw = next(self.told)
-        if draw[0] != kind:
-            raise ValueError(f"the golden draws {draw} where ours wants a {kind}")
-        return draw
+        number = next(self.numbers)
+        if number[0] != kind:
+            raise ValueError(f"the golden draws {number} where ours needs a {kind}")
+        return number
 
-    def _gate(self, asked: bool) -> float:
-        return self._next("random")[1] if asked else NEVER
+    def _gate(self, is_drawn: bool) -> float:
+        return self._next("random")[1] if is_drawn else NEVER
 
-    def _all(self, value: float) -> jnp.ndarray:
+    def _per_sample(self, value: float) -> jnp.ndarray:
         return jnp.full(self.shape[:1], value, jnp.float32)
 
     def _row(self, block: int) -> int:
         return block if self.spec.buffer.rows > 1 else 0
 
-    def _each(self) -> Iterator[tuple[tuple[int, int], int, int]]:
-        for place in np.ndindex(*self.shape):
-            yield place, self._row(place[1]), self.bucket[place]
+    def _each_chunk(self) -> Iterator[tuple[tuple[int, int], int, int]]:
+        """(sample and chunk), row and bucket of each chunk."""
+        for chunk in np.ndindex(*self.shape):
+            yield chunk, self._row(chunk[1]), self.bucket[chunk]
 
-    def _matching(self, held: np.ndarray, place, row: int, bucket: int) -> int:
-        return held[row, bucket]
+    def _count_matching(self, counts: np.ndarray, chunk, row: int, bucket: int) -> int:
+        return counts[row, bucket]
 
-    def _pooling(self, held: np.ndarray, place, row: int, bucket: int) -> int:
-        return 0 if self.spec.skip_first and place[1] == 0 else held[row].sum()
+    def _count_row(self, counts: np.ndarray, chunk, row: int, bucket: int) -> int:
+        return 0 if self.spec.skip_first and chunk[1] == 0 else counts[row].sum()
 
-    def _pick(
-        self, on: bool, name: str, share: float, count: Callable[..., int], always: bool = False
-    ) -> Pick:
-        held = self.held[name]
-        gate = self._gate(on and held.any() and (share > 0 or always))
-        shares, scales = np.zeros(self.shape), np.full(self.shape, 0.5)
-        for place, row, bucket in self._each() if gate < share else ():
-            if total := count(held, place, row, bucket):
-                _, among, nth = self._next("choice")
-                if among != total:
-                    raise ValueError(f"the golden chooses among {among}, ours among {total}")
-                shares[place] = share_of(nth, among)
+    def _injection(
+        self, enabled: bool, name: str, prob: float, count: Callable[..., int], always: bool = False
+    ) -> InjectionDraws:
+        """The draws for one kind of injection; `count` gives the entries a chunk chooses from."""
+        counts = self.counts[name]
+        gate = self._gate(enabled and counts.any() and (prob > 0 or always))
+        entries, scales = np.zeros(self.shape), np.full(self.shape, 0.5)
+        for chunk, row, bucket in self._each_chunk() if gate < prob else ():
+            if total := count(counts, chunk, row, bucket):
+                _, reference_total, index = self._next("choice")
+                if reference_total != total:
+                    raise ValueError(
+                        f"the golden chooses from {reference_total} entries, ours from {total}"
+                    )
+                entries[chunk] = uniform_for(index, total)
                 if self.spec.modulation:
-                    scales[place] = centred(self._next("uniform")[3], self.spec.modulation)
-        return Pick(self._all(gate), jnp.asarray(shares), jnp.asarray(scales))
+                    scale = self._next("uniform")[3]
+                    scales[chunk] = uniform_of_scale(scale, self.spec.modulation)
+        return InjectionDraws(self._per_sample(gate), jnp.asarray(entries), jnp.asarray(scales))
 
-    def _old(self, name: str, kept: bool) -> jnp.ndarray:
-        """Which entries give way, where buckets are full when their turn comes."""
-        held, shares = self.held[name].copy(), np.zeros(self.shape)
+    def _evictions(self, name: str, is_stored: bool) -> jnp.ndarray:
+        """The draws that choose the entries to replace, where buckets are full by then."""
+        counts, uniform = self.counts[name].copy(), np.zeros(self.shape)
         slots = self.spec.buffer.slots
-        for place, row, bucket in self._each() if kept else ():
-            if held[row, bucket] < slots:
-                held[row, bucket] += 1
+        for chunk, row, bucket in self._each_chunk() if is_stored else ():
+            if counts[row, bucket] < slots:
+                counts[row, bucket] += 1
             elif self.spec.buffer.replace == "random":
-                _, low, high, nth = self._next("randint_inclusive")
-                shares[place] = share_of(nth - low, high + 1 - low)
-        return jnp.asarray(shares)
+                _, low, high, index = self._next("randint_inclusive")
+                uniform[chunk] = uniform_for(index - low, high + 1 - low)
+        return jnp.asarray(uniform)

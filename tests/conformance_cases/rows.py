@@ -1,8 +1,9 @@
-"""Cases of golden files and the rows they become.
+"""Cases of golden files, and the rows of the report that they produce.
 
-The error of a case is max |ours - golden| / max |golden| over the arrays compared; for sampled
-latents the L2 norm of the difference over that of the golden, because a few steps of a solver
-amplify single values; and for whole numbers, masks and text the share that differs, to be 0.
+The error of a case is max |ours - golden| / max |golden| over the compared arrays. For sampled
+latents it is the L2 norm of the difference relative to that of the golden, because a few solver
+steps amplify single values. For integers, masks and text it is the fraction of entries that differ,
+which must be 0.
 """
 
 import dataclasses
@@ -14,20 +15,26 @@ import numpy as np
 
 EXACT = 0.0
 TIGHT = 1e-5
-"""Tables, which are a few float32 operations deep."""
+"""Tolerance for tables, which result from a few float32 operations."""
 CLOSE = 1e-4
-"""Models and sampling in float32."""
+"""Tolerance for models and sampling in float32."""
 
 PASS, FAIL, LATER = "pass", "fail", "not implemented"
 
 
-class NotThere(Exception):
-    """The project has no function for what a case asks."""
+class NotImplementedHere(Exception):
+    """Raised by a case that the project has no function for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One comparison: `measure` gives its error, or raises `NotThere`."""
+    """One comparison.
+
+    Attributes:
+      name: name of the case within its file.
+      tolerance: largest error that passes.
+      measure: computes the error, or raises `NotImplementedHere`.
+    """
 
     name: str
     tolerance: float
@@ -36,7 +43,16 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What became of a case. `error` is None where there is no finite number."""
+    """The result of a case.
+
+    Attributes:
+      file: name of the golden file.
+      case: name of the case.
+      error: measured error; None if it is not a finite number.
+      tolerance: largest error that passes; None if the case is not implemented.
+      status: "pass", "fail" or "not implemented".
+      reason: explanation of a failure.
+    """
 
     file: str
     case: str
@@ -46,17 +62,17 @@ class Row:
     reason: str = ""
 
     def public(self) -> dict[str, Any]:
-        """The row as the JSON report has it."""
+        """The row as it appears in the JSON report."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "reason"}
 
 
 def run(file: str, case: Case) -> Row:
-    """Measures a case; an exception in it is a failure with a reason."""
+    """Runs a case; an exception counts as a failure, with a reason."""
     try:
         error = float(case.measure())
-    except NotThere as reason:
+    except NotImplementedHere as reason:
         return Row(file, case.name, None, None, LATER, str(reason))
-    except Exception as problem:  # the cases after this one shall still be seen
+    except Exception as problem:  # the later cases must still run
         return broken(file, case.name, problem, case.tolerance)
     if not math.isfinite(error):
         return Row(file, case.name, None, case.tolerance, FAIL, f"the error is {error}")
@@ -65,7 +81,7 @@ def run(file: str, case: Case) -> Row:
 
 
 def broken(file: str, case: str, problem: Exception, tolerance: float | None = None) -> Row:
-    """The row of something that raised."""
+    """The row of a case or file that raised an exception."""
     first = (str(problem).strip() or "no message").splitlines()[0]
     return Row(file, case, None, tolerance, FAIL, f"{type(problem).__name__}: {first}")
 
@@ -77,36 +93,36 @@ def compared(
     want: Any,
     metric: Callable[[Any, Any], float] | None = None,
 ) -> Case:
-    """A case that computes `got()` and measures it against the golden, by default `relative`."""
+    """A case that compares `got()` with the golden `want`, by default with `relative`."""
     measure = relative if metric is None else metric
     return Case(name, tolerance, lambda: measure(got(), want))
 
 
 def later(name: str, reason: str = "") -> Case:
-    """A case that no function of the project serves yet."""
+    """A case that is not implemented yet."""
 
     def measure() -> float:
-        raise NotThere(reason)
+        raise NotImplementedHere(reason)
 
     return Case(name, EXACT, measure)
 
 
 def relative(got: Any, want: Any) -> float:
-    """max |got - want| / max |want|; the plain maximum where the golden is all zeros."""
+    """max |got - want| / max |want|, or max |got - want| if the golden is all zeros."""
     got, want = _pair(got, want)
     difference, scale = np.max(np.abs(got - want)), np.max(np.abs(want))
     return float(difference / scale if scale else difference)
 
 
 def distance(got: Any, want: Any) -> float:
-    """Relative L2 distance."""
+    """L2 distance relative to the norm of the golden."""
     got, want = _pair(got, want)
     scale = np.linalg.norm(want)
     return float(np.linalg.norm(got - want) / (scale or 1.0))
 
 
 def differing(got: Any, want: Any) -> float:
-    """Share of entries that are not equal."""
+    """Fraction of entries that differ."""
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
         raise ValueError(f"ours has shape {got.shape}, the golden {want.shape}")

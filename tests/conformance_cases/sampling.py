@@ -15,7 +15,7 @@ from conformance_cases.rows import (
     CLOSE,
     EXACT,
     Case,
-    NotThere,
+    NotImplementedHere,
     compared,
     differing,
     distance,
@@ -103,7 +103,7 @@ class Studio:
         if given:
             held = self.golden.frames("initial_latent", 2)
             if held.shape[1] != 1:
-                raise NotThere("more than one initial latent frame")
+                raise NotImplementedHere("more than one initial latent frame")
             first = held[:, 0]
         setting = VideoConditioning(
             solver=solvers.unipc(
@@ -124,12 +124,12 @@ class Studio:
         """What the cache keeps by these options."""
         unknown = sorted(key for key in set(options) - OPTIONS if options[key])
         if unknown:
-            raise NotThere(f"options {unknown}")
+            raise NotImplementedHere(f"options {unknown}")
         window = options.get("local_attn_size", self.golden.meta.get("local_attn_size", -1))
         window = chunks * self.chunk_frames if window < 0 else window
         sinks = options.get("sink_size", 0)
         if window % self.chunk_frames or sinks % self.chunk_frames:
-            raise NotThere(
+            raise NotImplementedHere(
                 f"window of {window} and sinks of {sinks} frames for chunks of {self.chunk_frames}"
             )
         return CachePolicy(
@@ -208,7 +208,7 @@ def _matched(cache: KVCache, key: str, theirs: np.ndarray) -> tuple[float, dict[
     dropped already, so it holds at least the chunks that we hold.
     """
     if cache.policy.relative_rope:
-        raise NotThere("keys are stored without rotation")
+        raise NotImplementedHere("keys are stored without rotation")
     found = CACHE_KEY.fullmatch(key)
     if found is None:
         raise ValueError(f"{key} is no cache")

@@ -18,10 +18,10 @@ from pallas_kernels.tokens import COLUMNS, Tokens, visible
 
 
 def flow_schedulers(golden: Golden) -> Sequence[Case]:
-    """UniPC of every number of steps in the file, and the training table."""
+    """UniPC for every number of steps in the file, and the training table."""
     shift = _shift(golden)
-    found = {int(n) for key in golden.arrays for n in re.findall(r"^unipc(\d+)_", key)}
-    cases = [case for steps in sorted(found) for case in _unipc(golden, steps, shift)]
+    counts = {int(n) for key in golden.arrays for n in re.findall(r"^unipc(\d+)_", key)}
+    cases = [case for steps in sorted(counts) for case in _unipc(golden, steps, shift)]
     for name, want in golden.under("fm_").items():
         table = FlowSchedule(shift, size=len(want))
         cases.append(compared(f"fm_{name}", TIGHT, partial(getattr, table, name), want))
@@ -29,29 +29,29 @@ def flow_schedulers(golden: Golden) -> Sequence[Case]:
 
 
 def _shift(golden: Golden) -> float:
-    """The file says it in its note, others of its kind may in their settings."""
+    """The shift of the noise levels, from the file's settings or else from its note."""
     for key in ("timestep_shift", "shift"):
         if key in golden.meta:
             return float(golden.meta[key])
-    found = re.search(r"\bshift[ =]+(\d+(?:\.\d+)?)", golden.meta.get("note", ""))
-    if found is None:
-        raise ValueError("neither settings nor note say the shift of the noise levels")
-    return float(found[1])
+    match = re.search(r"\bshift[ =]+(\d+(?:\.\d+)?)", golden.meta.get("note", ""))
+    if match is None:
+        raise ValueError("neither settings nor note give the shift of the noise levels")
+    return float(match[1])
 
 
 def _unipc(golden: Golden, steps: int, shift: float) -> list[Case]:
-    given = golden.under(f"unipc{steps}_")
+    arrays = golden.under(f"unipc{steps}_")
     solver = solvers.unipc(steps, shift=shift)
 
     def trajectory() -> Any:
-        weights = jnp.asarray(given["A"])
+        weights = jnp.asarray(arrays["A"])
 
         def body(state, row):
             velocity = jnp.tanh(state.x @ weights) + state.x * row.timestep / 1000
             state = solvers.step(state, velocity, row)
             return state, state.x
 
-        return jax.jit(lambda x: jax.lax.scan(body, solvers.start(x), solver)[1])(given["x0"])
+        return jax.jit(lambda x: jax.lax.scan(body, solvers.start(x), solver)[1])(arrays["x0"])
 
     def levels() -> np.ndarray:
         return np.append(np.asarray(solver.sigma), 0.0)
@@ -59,15 +59,15 @@ def _unipc(golden: Golden, steps: int, shift: float) -> list[Case]:
     name = f"unipc{steps}"
     return [
         compared(
-            f"{name}/timesteps", EXACT, lambda: solver.timestep, given["timesteps"], differing
+            f"{name}/timesteps", EXACT, lambda: solver.timestep, arrays["timesteps"], differing
         ),
-        compared(f"{name}/sigmas", TIGHT, levels, given["sigmas"]),
-        compared(f"{name}/trajectory", CLOSE, trajectory, given["traj"]),
+        compared(f"{name}/sigmas", TIGHT, levels, arrays["sigmas"]),
+        compared(f"{name}/trajectory", CLOSE, trajectory, arrays["traj"]),
     ]
 
 
 def masks(golden: Golden) -> Sequence[Case]:
-    """Who sees whom in teacher forcing, in both orders of the sequence."""
+    """Teacher-forcing attention masks, in both orders of the sequence."""
     return [
         compared(
             f"{order}_{i}",
@@ -87,16 +87,16 @@ def _mask(sizes: dict[str, int], *, natural: bool) -> np.ndarray:
     sequence = layout.teacher_forcing(frames, 1, tokens, chunk_frames=sizes["num_frame_per_block"])
     if natural:
         sequence = jax.tree.map(np.asarray, sequence)
-        sequence = _taken(sequence, natural_order(frames * tokens, sizes["sp_size"]))
+        sequence = _reorder(sequence, natural_order(frames * tokens, sizes["sp_size"]))
     return np.asarray(visible(sequence, sequence))
 
 
 def natural_order(tokens: int, devices: int) -> np.ndarray:
-    """Places in [clean; noisy] of a sequence split over devices, each with its share of both."""
-    share = np.arange(tokens).reshape(devices, -1)
-    return np.stack([share, share + tokens], axis=1).reshape(-1)
+    """Indices into [clean; noisy] in the order of devices that each have a shard of both."""
+    shards = np.arange(tokens).reshape(devices, -1)
+    return np.stack([shards, shards + tokens], axis=1).reshape(-1)
 
 
-def _taken(tokens: Tokens, order: np.ndarray) -> Tokens:
+def _reorder(tokens: Tokens, order: np.ndarray) -> Tokens:
     columns = {name: getattr(tokens, name)[..., order] for name in COLUMNS}
     return Tokens(pos=tokens.pos[..., order, :], **columns)

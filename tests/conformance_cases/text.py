@@ -11,7 +11,7 @@ from conformance_cases.rows import CLOSE, EXACT, Case, compared
 
 
 def umt5_encoder(golden: Golden) -> Sequence[Case]:
-    """Encoded rows, and that rows of padding are exactly zero."""
+    """The features of the encoder; at padding they must be exactly zero."""
     sizes = golden.meta["config"]
     hints = {"d_model": sizes["dim"], "d_ff": sizes["dim_ffn"]}
     hints |= {"num_heads": sizes["num_heads"], "num_layers": sizes["num_layers"]}
@@ -22,10 +22,10 @@ def umt5_encoder(golden: Golden) -> Sequence[Case]:
     def encode(params, ids, mask):
         return model.around(params)(ids, mask)
 
-    def rows():
+    def features():
         return np.asarray(encode(model.params, jnp.asarray(golden["ids"]), jnp.asarray(mask)))
 
     return [
-        compared("y", CLOSE, rows, golden["y"]),
-        Case("padding", EXACT, lambda: float(np.abs(rows()[~mask]).max(initial=0.0))),
+        compared("y", CLOSE, features, golden["y"]),
+        Case("padding", EXACT, lambda: float(np.abs(features()[~mask]).max(initial=0.0))),
     ]

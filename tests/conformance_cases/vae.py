@@ -1,4 +1,4 @@
-"""The VAE: whole clips, chunk by chunk, and sub-clips of a longer one."""
+"""The VAE on full clips, chunk by chunk, and on windows of a longer clip."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from longlive_jax.models.vae import VAEConfig, decode, decode_chunk, encode, enc
 from longlive_jax.parallel import halo as halo_window
 
 
-def whole_and_streamed(golden: Golden) -> Sequence[Case]:
-    """Encoding and decoding, at once, in a scan over chunks, and with the tails in our hands."""
+def full_and_streamed(golden: Golden) -> Sequence[Case]:
+    """Encoding and decoding in one call, in a scan over chunks, and with explicit tails."""
     model = load("vae", golden.under("w/"), _statistics(golden))
     _check_strides(model.config, golden.meta["config"])
     pixels, latents = golden.frames("pixels", 1), golden.frames("z_in", 1)
@@ -27,8 +27,8 @@ def whole_and_streamed(golden: Golden) -> Sequence[Case]:
         return jax.jit(lambda params: function(model.around(params), x, **options))(model.params)
 
     def streamed() -> jnp.ndarray:
-        pieces = [part for part in (latents[:, :2], latents[:, 2:]) if part.shape[1]]
-        return jnp.concatenate(_streamed(model, decode_chunk, pieces), axis=1)
+        chunks = [chunk for chunk in (latents[:, :2], latents[:, 2:]) if chunk.shape[1]]
+        return jnp.concatenate(_streamed(model, decode_chunk, chunks), axis=1)
 
     z, out = golden.frames("z", 1), golden.frames("pixels_out", 1)
     stream = [golden.frames(key, 1) for key in ("y_stream_0", "y_stream_1") if key in golden]
@@ -47,7 +47,7 @@ def _statistics(golden: Golden) -> dict[str, Any]:
 
 
 def _check_strides(config: VAEConfig, sizes: Mapping[str, Any]) -> None:
-    """Settings that were read off the shapes of weights, against what the file says they are."""
+    """Raises ValueError if the settings inferred from the weights differ from the file's."""
     ours = {
         "dim": config.encoder_dim,
         "dec_dim": config.decoder_dim,
@@ -57,66 +57,69 @@ def _check_strides(config: VAEConfig, sizes: Mapping[str, Any]) -> None:
     }
     theirs = {name: sizes[name] for name in ours}
     if ours != theirs:
-        raise ValueError(f"settings read off the weights are {ours}, the file says {theirs}")
+        raise ValueError(f"settings inferred from the weights are {ours}, the file has {theirs}")
 
 
-def _streamed(model: Model, function, pieces: Sequence[jnp.ndarray]) -> list[jnp.ndarray]:
-    """One call a piece, each given the tails that the one before left."""
+def _streamed(model: Model, function, chunks: Sequence[jnp.ndarray]) -> list[jnp.ndarray]:
+    """One call per chunk, each with the tails of the previous call."""
     step = jax.jit(lambda params, x, tails: function(model.around(params), x, tails))
     out, tails = [], None
-    for piece in pieces:
-        result, tails = step(model.params, piece, tails)
+    for chunk in chunks:
+        result, tails = step(model.params, chunk, tails)
         out.append(result)
     return out
 
 
 def halo(golden: Golden) -> Sequence[Case]:
-    """The whole clip, and sub-clips that begin some latents earlier than what is wanted of them."""
-    model, ratio = _encoder(golden), 2 ** sum(golden.meta["config"]["temperal_downsample"])
+    """The full clip, and windows with halos of several lengths before the latents to keep."""
+    # 1. The encoder, and the clip.
+    model, stride = _encoder(golden), 2 ** sum(golden.meta["config"]["temperal_downsample"])
     pixels = golden["pixels_uint8"].astype(np.float32) / np.float32(127.5) - 1
     video = jnp.asarray(np.moveaxis(pixels, 1, -1))
     step = jax.jit(lambda params, x, tails: encode_chunk(model.around(params), x, tails))
 
     def encoded(frames: jnp.ndarray) -> jnp.ndarray:
-        """A latent at a time, so that clips of all lengths share their compiled steps."""
-        cuts = [0, *range(1, frames.shape[1] + 1, ratio)]
+        """Encodes one latent at a time, so that clips of all lengths use the same programs."""
+        cuts = [0, *range(1, frames.shape[1] + 1, stride)]
         latents, tails = [], None
         for i in range(len(cuts) - 1):
             z, tails = step(model.params, frames[:, cuts[i] : cuts[i + 1]], tails)
             latents.append(z)
         return jnp.concatenate(latents, axis=1)
 
-    def whole() -> jnp.ndarray:
+    def full_clip() -> jnp.ndarray:
         return jax.jit(lambda params: encode(model.around(params), video))(model.params)
 
-    def of_window(halo: int) -> jnp.ndarray:
-        first, last, dropped = window(golden.meta, halo, ratio)
+    def windowed(halo: int) -> jnp.ndarray:
+        first, last, dropped = window(golden.meta, halo, stride)
         return encoded(video[:, first:last])[:, dropped:]
 
+    # 2. The cases.
     z = golden.frames("z_full", 1)
     cases = [
-        compared("z_full", CLOSE, whole, z),
+        compared("z_full", CLOSE, full_clip, z),
         compared("z_full_streamed", CLOSE, lambda: encoded(video), z),
     ]
     for case in golden.meta["cases"]:
         halo, want = case["halo"], golden.frames(f"z_sub/halo{case['halo']}", 1)
-        place = [case["raw_start"], case["raw_end"], case["dropped"]]
-        cut = partial(window, golden.meta, halo, ratio)
+        bounds = [case["raw_start"], case["raw_end"], case["dropped"]]
+        own = partial(window, golden.meta, halo, stride)
         cases += [
-            compared(f"halo{halo}/window", EXACT, cut, place, differing),
-            compared(f"halo{halo}", CLOSE, partial(of_window, halo), want),
+            compared(f"halo{halo}/window", EXACT, own, bounds, differing),
+            compared(f"halo{halo}", CLOSE, partial(windowed, halo), want),
         ]
     return cases
 
 
-def window(meta: Mapping[str, Any], halo: int, ratio: int) -> tuple[int, int, int]:
-    """(first raw frame, end, latents to drop) to get latents [keep_start, keep_end) of a clip."""
+def window(meta: Mapping[str, Any], halo: int, temporal_stride: int) -> tuple[int, int, int]:
+    """(first raw frame, end, latents to drop) for latents [keep_start, keep_end) of a clip."""
     keep = (meta["keep_start"], meta["keep_end"])
-    return dataclasses.astuple(halo_window.window(keep, halo=halo, ratio=ratio))
+    own = halo_window.window(keep, halo=halo, temporal_stride=temporal_stride)
+    return dataclasses.astuple(own)
 
 
 def _encoder(golden: Golden) -> Model:
-    """A VAE of which only the encoder is in the file; the decoder is zeros."""
+    """A VAE with the encoder of the file, and zeros for the decoder."""
     sizes, statistics = golden.meta["config"], _statistics(golden)
     config = VAEConfig(
         encoder_dim=sizes["dim"],
@@ -131,10 +134,10 @@ def _encoder(golden: Golden) -> Model:
     table = keys_vae.original(config.res_blocks, config.decoder_blocks)
     expected = expected_shapes(VAE, config)
     if expected is None:
-        raise ValueError("the VAE has no model")
-    absent = {
+        raise ValueError("the VAE component has no model")
+    decoder = {
         key: value
         for key, value in zeros_for(table, expected).items()
         if key.startswith(("decoder.", "conv2."))
     }
-    return assemble(VAE, table, {**absent, **golden.under("w/")}, config)
+    return assemble(VAE, table, {**decoder, **golden.under("w/")}, config)

@@ -1,3 +1,5 @@
+"""Token layouts against the reference's masks and attention traces."""
+
 import json
 
 import jax
@@ -10,9 +12,9 @@ from pallas_kernels.tokens import visible
 
 
 def attended(cuts, chunks, **settings):
-    """Chunks that each chunk sees, itself included."""
-    marks = np.isin(np.arange(chunks), cuts)
-    tokens = windowed(grid(chunks, 1, 1, chunk_frames=1), marks, **settings)
+    """The chunks that each chunk attends to, including itself."""
+    is_cut = np.isin(np.arange(chunks), cuts)
+    tokens = windowed(grid(chunks, 1, 1, chunk_frames=1), is_cut, **settings)
     return [np.flatnonzero(row).tolist() for row in np.asarray(visible(tokens, tokens))]
 
 
@@ -29,7 +31,7 @@ TRACES = {
 
 
 @pytest.mark.parametrize("cuts", TRACES)
-def test_windows_with_sinks_equal_the_reference_traces(cuts):
+def test_windows_with_sinks_equal_the_reference(cuts):
     want = rows(TRACES[cuts])
     assert attended(cuts, len(want), window=4, global_sinks=1) == want
 
@@ -39,7 +41,7 @@ def test_without_sinks_the_window_slides():
     assert attended((2,), 5, window=3, global_sinks=0, shot_sink=False) == want
 
 
-def test_the_shot_sink_is_the_last_cut_before():
+def test_the_shot_sink_is_the_last_earlier_cut():
     cuts = np.array([[0, 0, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0]], bool)
     want = [[-1, 0, 0, 2, 2, 4], [-1, 0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(shot_sinks(cuts), want)
@@ -57,21 +59,21 @@ def test_teacher_forcing_equals_the_reference_masks(goldens):
             np.testing.assert_array_equal(visible(tokens, tokens), z[f"logical_{i}"])
 
 
-def test_grid_counts_columns_fastest_and_adds_offsets_to_time_only():
+def test_grid_varies_columns_fastest_and_shifts_time_only():
     tokens = grid(2, 2, 3, chunk_frames=2, start=4)
     assert tokens.pos[:4].tolist() == [[4, 0, 0], [4, 0, 1], [4, 0, 2], [4, 1, 0]]
     assert tokens.chunk_index.tolist() == [2] * 12 and tokens.uniform_mask
-    shifted = grid(2, 1, 1, chunk_frames=1, shot_rope_offset=jnp.array([[0.0, 0.5], [8.0, 8.0]]))
-    assert shifted.pos[..., 0].tolist() == [[0, 1.5], [8, 9]]
-    assert shifted.chunk_index.tolist() == [[0, 1], [0, 1]]
-    moving = jax.jit(lambda start: grid(2, 1, 1, chunk_frames=2, start=start))(jnp.int32(6))
-    assert moving.pos[:, 0].tolist() == [6, 7] and moving.chunk_index.tolist() == [3, 3]
+    offset = grid(2, 1, 1, chunk_frames=1, shot_rope_offset=jnp.array([[0.0, 0.5], [8.0, 8.0]]))
+    assert offset.pos[..., 0].tolist() == [[0, 1.5], [8, 9]]
+    assert offset.chunk_index.tolist() == [[0, 1], [0, 1]]
+    traced = jax.jit(lambda start: grid(2, 1, 1, chunk_frames=2, start=start))(jnp.int32(6))
+    assert traced.pos[:, 0].tolist() == [6, 7] and traced.chunk_index.tolist() == [3, 3]
 
 
-def test_bad_layouts_are_named():
+def test_invalid_layouts_are_errors():
     with pytest.raises(ValueError, match="begin at a multiple"):
         grid(2, 1, 1, chunk_frames=2, start=3)
-    with pytest.raises(ValueError, match="no whole number"):
+    with pytest.raises(ValueError, match="not a multiple of chunk_frames"):
         teacher_forcing(5, 1, 1, chunk_frames=2)
     with pytest.raises(ValueError, match="use at least 3"):
         windows(np.zeros(4, bool), window=2, global_sinks=1)

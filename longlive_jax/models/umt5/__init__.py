@@ -1,4 +1,4 @@
-"""The text encoder: UMT5, its tokenizer, and `encode_prompts` which joins them."""
+"""The text encoder: UMT5, its tokenizer, and `encode_prompts`, which combines them."""
 
 from longlive_jax.models.umt5.config import UMT5Config
 from longlive_jax.models.umt5.encoder import UMT5

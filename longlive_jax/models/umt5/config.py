@@ -1,4 +1,4 @@
-"""Sizes of the text encoder."""
+"""Hyper-parameters of the text encoder."""
 
 import dataclasses
 
@@ -8,13 +8,20 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """Widths of a UMT5 encoder; the defaults are UMT5-XXL (5.7 billion parameters).
+    """Hyper-parameters of a UMT5 encoder; the defaults are UMT5-XXL (5.7 billion parameters).
 
     Attributes:
-      dim_attn: width of all heads together; it need not equal `dim`.
-      buckets: relative-position buckets of every layer's own table, half of them each way.
-      max_distance: positions further apart than this share one bucket.
-      dtype: what matrix products run in; norms, position bias and softmax are float32 regardless.
+      vocab_size: number of token embeddings.
+      dim: width of the residual stream.
+      dim_attn: total width of all attention heads; it need not equal `dim`.
+      ffn_dim: hidden width of the feed-forward layers.
+      heads: number of attention heads.
+      layers: number of encoder layers.
+      buckets: relative-position buckets of each layer's table, half of them per direction.
+      max_distance: distance from which on all positions share one bucket.
+      eps: epsilon of the norms.
+      dtype: dtype of matrix products; norms, position bias and softmax are always float32.
+      param_dtype: dtype of the parameters.
     """
 
     vocab_size: int = 256384
@@ -36,7 +43,7 @@ class UMT5Config:
                 "make it a multiple of heads"
             )
         if self.buckets < 4 or self.buckets % 4:
-            raise ValueError(f"buckets is {self.buckets}; it must be a positive multiple of 4")
+            raise ValueError(f"buckets must be a positive multiple of 4, got {self.buckets}")
         if self.max_distance <= self.buckets // 4:
             raise ValueError(
                 f"max_distance {self.max_distance} leaves no room for logarithmic buckets; "

@@ -1,8 +1,8 @@
-"""The UMT5 text encoder: T5 with a position table of its own in every layer (arXiv:2304.09151).
+"""The UMT5 text encoder: T5 with a separate position table in every layer (arXiv:2304.09151).
 
-Three things set it apart from the usual transformer: attention scores are not divided by the root
-of the head width (the initial weights are smaller instead), positions enter only as a learned bias
-per head and bucketed distance, and no layer has a bias vector.
+It differs from a standard transformer in three ways: attention scores are not divided by the square
+root of the head width (the initial weights are smaller instead), positions enter only as a learned
+bias per head and bucketed distance, and no layer has a bias vector.
 """
 
 import functools
@@ -21,14 +21,14 @@ from longlive_jax.typing import Array, Bool, Float, Int, typechecked
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
     """Bucket of every (query, key) pair, int32 [length, length] (T5, arXiv:1910.10683, 2.1).
 
-    With r = key - query, the second half of the buckets is for r > 0. Half of each direction's
-    buckets are exact distances; the others grow logarithmically and the last takes all from
-    max_distance on.
+    With r = key - query, the second half of the buckets is for r > 0. In each direction, half of
+    the buckets are exact distances; the others grow logarithmically, and the last bucket covers all
+    distances from `max_distance` on.
     """
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance, half = np.abs(relative), buckets // 2
     exact = half // 2
-    # float32, as in the reference: distances that are powers of two lie exactly on a boundary
+    # float32 as in the reference: powers of two are exactly on a bucket boundary
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
     growth = ratio / np.float32(np.log(max_distance / exact)) * (half - exact)
     far = np.minimum(exact + growth.astype(np.int32), half - 1)
@@ -36,7 +36,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, no bias; `std` is that of the initial weights."""
+    """Linear layer `x @ kernel` without bias; `std` is the standard deviation at initialisation."""
 
     def __init__(self, inputs: int, outputs: int, cfg: UMT5Config, *, std: float, rngs: nnx.Rngs):
         self.dtype = cfg.dtype
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of `count` rows."""
+    """Embedding table of `count` rows."""
 
     def __init__(self, count: int, width: int, cfg: UMT5Config, *, std: float, rngs: nnx.Rngs):
         self.embedding = nnx.Param(_normal(rngs, (count, width), std, cfg))
@@ -57,7 +57,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, statistics in float32."""
+    """RMS normalisation x / sqrt(mean(x^2) + eps) * scale, with statistics in float32."""
 
     def __init__(self, cfg: UMT5Config):
         self.eps, self.dtype = cfg.eps, cfg.dtype
@@ -70,7 +70,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Bidirectional self-attention with an additive bias and no scaling of the scores."""
+    """Bidirectional self-attention with an additive bias and unscaled scores."""
 
     def __init__(self, cfg: UMT5Config, *, rngs: nnx.Rngs):
         self.heads = cfg.heads
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """fc2(fc1(x) * GELU_tanh(gate(x)))."""
+    """Gated feed-forward layer fc2(fc1(x) * GELU_tanh(gate(x)))."""
 
     def __init__(self, cfg: UMT5Config, *, rngs: nnx.Rngs):
         self.gate = Linear(cfg.dim, cfg.ffn_dim, cfg, std=cfg.dim**-0.5, rngs=rngs)
@@ -104,7 +104,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each on a normed input and added to the stream."""
+    """Pre-norm transformer layer: attention, then feed-forward, each with a residual connection."""
 
     def __init__(self, cfg: UMT5Config, *, rngs: nnx.Rngs):
         std = (2 * cfg.buckets * cfg.heads) ** -0.5
@@ -123,7 +123,7 @@ class Block(nnx.Module):
 
 
 class UMT5(nnx.Module):
-    """Token numbers to features. Parameters of all layers are stacked along a leading axis."""
+    """The UMT5 encoder. The parameters of all layers are stacked along a leading axis."""
 
     def __init__(self, cfg: UMT5Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -139,11 +139,11 @@ class UMT5(nnx.Module):
         """Encodes padded token sequences.
 
         Args:
-          ids: token numbers in [0, vocab_size); what stands at padding does not matter.
-          mask: true at tokens, false at padding. Every row needs a token (the end mark at least).
+          ids: token ids in [0, vocab_size); ids at padding positions do not matter.
+          mask: true at tokens, false at padding. Every row needs at least one token (the end mark).
 
         Returns:
-          Features in `cfg.dtype`, zero at padding, as the reference hands them to the DiT.
+          Features in `cfg.dtype`, zero at padding, as the reference passes them to the DiT.
         """
         cfg = self.cfg
         buckets = jnp.asarray(relative_buckets(ids.shape[1], cfg.buckets, cfg.max_distance))

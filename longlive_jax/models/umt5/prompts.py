@@ -1,4 +1,4 @@
-"""Prompts to features: tokenizer and encoder together, every distinct prompt once."""
+"""Prompts to text features: the tokenizer and the encoder, run once per distinct prompt."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from longlive_jax.typing import Array, Bool, Float, Int32
 def encode_prompts(
     umt5: UMT5, tokenizer: Tokenizer, prompts: Sequence[str], *, length: int = 512
 ) -> Float[Array, "b t e"]:
-    """Features of every prompt, zero beyond its tokens; equal prompts are encoded once.
+    """Features of each prompt, zero beyond its tokens; equal prompts are encoded once.
 
-    Prompts run through the encoder one at a time, so there is one compilation for a `length`, and a
-    prompt's features are the same bits whatever it is encoded together with: a video streamed
-    prompt by prompt equals the one sampled from a whole script. A prompt of 512 tokens fills an
-    accelerator, so little is lost.
+    Prompts are encoded one at a time. So there is one compilation per `length`, and a prompt's
+    features are bit-identical whatever it is encoded together with: a video streamed prompt by
+    prompt equals one sampled from the full script. This costs little, because one prompt of 512
+    tokens already fills an accelerator.
 
     Raises:
       ValueError: no prompts, or a tokenizer with more pieces than the encoder has embeddings.
@@ -31,10 +31,10 @@ def encode_prompts(
             f"{umt5.cfg.vocab_size} embeddings; use the tokenizer that the encoder was trained with"
         )
     ids, mask = tokenizer.encode(prompts, length)
-    rows = [row.tobytes() for row in ids]
-    first = {row: i for i, row in reversed(list(enumerate(rows)))}
-    features = {row: _encode(umt5, ids[i : i + 1], mask[i : i + 1]) for row, i in first.items()}
-    return jnp.concatenate([features[row] for row in rows])
+    row_keys = [row.tobytes() for row in ids]
+    first = {key: i for i, key in reversed(list(enumerate(row_keys)))}
+    features = {key: _encode(umt5, ids[i : i + 1], mask[i : i + 1]) for key, i in first.items()}
+    return jnp.concatenate([features[key] for key in row_keys])
 
 
 @jax.jit

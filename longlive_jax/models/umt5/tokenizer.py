@@ -1,7 +1,7 @@
-"""Prompts to token numbers: text cleaning and a SentencePiece model.
+"""Prompts to token ids: text cleaning and a SentencePiece model.
 
-Works with the `spiece.model` of google/umt5-xxl and with any SentencePiece model that gives padding
-the number 0 and the end mark the number 1, as the T5 family does.
+Works with the `spiece.model` of google/umt5-xxl, and with any SentencePiece model in which padding
+has id 0 and the end mark id 1, as in the T5 family.
 """
 
 import dataclasses
@@ -23,35 +23,39 @@ _WHITESPACE = re.compile(r"\s+")
 
 
 def clean(text: str) -> str:
-    """Repairs broken Unicode, resolves HTML entities (twice), makes whitespace runs one space."""
+    """Repairs broken Unicode, unescapes HTML entities twice, and collapses whitespace."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _WHITESPACE.sub(" ", text).strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """A prompt that does not fit: its place in the list, its tokens, the limit, and what is kept.
+    """A prompt that is too long and is truncated.
 
-    Tokens and limit count the end mark.
+    Attributes:
+      index: position in the list of prompts, from 0.
+      tokens: number of tokens, including the end mark.
+      limit: maximum number of tokens, including the end mark.
+      retained: text that remains after truncation.
     """
 
     index: int
     tokens: int
     limit: int
-    kept: str
+    retained: str
 
     def __str__(self) -> str:
         return (
             f"prompt {self.index + 1} has {self.tokens} tokens, the text encoder reads "
-            f"{self.limit}; it is cut off after {self.kept[-40:]!r}"
+            f"{self.limit}; it is truncated after {self.retained[-40:]!r}"
         )
 
 
 class Tokenizer:
-    """A SentencePiece model; `source` is its file or the bytes of one.
+    """A tokenizer from a SentencePiece model; `source` is a path or the content of a model file.
 
-    Raises UserError if the file is missing, is no SentencePiece model, or numbers its special
-    tokens differently.
+    Raises UserError if the file is missing, is not a SentencePiece model, or has other ids for
+    padding and the end mark.
     """
 
     def __init__(self, source: str | Path | bytes):
@@ -79,20 +83,21 @@ class Tokenizer:
 
     @property
     def unknown(self) -> int:
-        """Number of the piece that stands for whatever the model cannot spell."""
+        """Id of the piece for unknown characters."""
         return self._pieces.unk_id()
 
     def pieces(self, text: str) -> list[str]:
-        """What the cleaned text is cut into, without the end mark."""
+        """The pieces of the cleaned text, without the end mark."""
         return self._pieces.EncodeAsPieces(clean(text))
 
     def encode(
         self, prompts: Sequence[str], length: int = 512
     ) -> tuple[Int32[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
-        """Token numbers padded to `length`, and a mask that is true at tokens.
+        """Token ids padded to `length`, and a mask that is true at tokens.
 
-        Every row ends in the end mark; a prompt too long for the row loses its end (`truncations`
-        tells which). The empty prompt is the end mark alone.
+        Every row ends with the end mark. Prompts that are too long are truncated; `truncations`
+        lists them. An empty prompt is only the end mark. Raises ValueError if `prompts` is a single
+        string or `length` is below 1.
         """
         _check(prompts, length)
         ids = np.full((len(prompts), length), PAD, np.int32)
@@ -103,15 +108,15 @@ class Tokenizer:
         return ids, mask
 
     def truncations(self, prompts: Sequence[str], length: int = 512) -> list[Truncation]:
-        """The prompts that `encode` would cut off at `length` tokens; worth a warning each."""
+        """The prompts that `encode` would truncate to `length` tokens, for warnings."""
         _check(prompts, length)
-        found = []
+        truncations = []
         for i, prompt in enumerate(prompts):
             row = self._pieces.EncodeAsIds(clean(prompt))
             if len(row) + 1 > length:
-                kept = self._pieces.DecodeIds(row[: length - 1])
-                found.append(Truncation(i, len(row) + 1, length, kept))
-        return found
+                retained = self._pieces.DecodeIds(row[: length - 1])
+                truncations.append(Truncation(i, len(row) + 1, length, retained))
+        return truncations
 
 
 def _read(path: Path) -> bytes:
@@ -128,4 +133,4 @@ def _check(prompts: Sequence[str], length: int) -> None:
     if isinstance(prompts, str):
         raise ValueError(f"prompts is the string {prompts[:40]!r}; give a list of strings")
     if length < 1:
-        raise ValueError(f"length is {length}; it must be at least 1, for the end mark")
+        raise ValueError(f"length must be >= 1 to fit the end mark, got {length}")

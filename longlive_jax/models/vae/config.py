@@ -1,4 +1,4 @@
-"""Hyper-parameters of the causal 3-D VAE of Wan 2.2, and its latent statistics."""
+"""Hyper-parameters and latent statistics of the causal 3-D VAE of Wan 2.2."""
 
 import dataclasses
 
@@ -29,8 +29,23 @@ WAN22_LATENT_STD = (
 class VAEConfig:
     """Widths and strides; the defaults are Wan2.2-TI2V-5B's VAE (704,688,668 parameters).
 
-    The clip `[b, 1 + 4(f-1), 16h, 16w, 3]` becomes latents `[b, f, h, w, z_dim]`: a 2x2 patchify
-    and three spatial halvings, two of which halve time as well.
+    A clip `[b, 1 + 4(f-1), 16h, 16w, 3]` is encoded to latents `[b, f, h, w, z_dim]`: a 2x2
+    patchify and three spatial downsamplings by 2, two of which also halve the frame rate.
+
+    Attributes:
+      encoder_dim: base channel width of the encoder.
+      decoder_dim: base channel width of the decoder.
+      z_dim: number of latent channels.
+      dim_mult: multipliers of the base width, one per stage, finest stage first.
+      res_blocks: residual blocks per encoder stage.
+      decoder_res_blocks: residual blocks per decoder stage; None means `res_blocks` + 1, as in Wan.
+      decoder_mult: width multipliers of the decoder, finest stage first; None means `dim_mult`, as
+        in Wan.
+      temporal_down: whether each stage but the last also halves the frame rate.
+      latent_mean: mean of each latent channel, subtracted when encoding.
+      latent_std: standard deviation of each latent channel, divided by when encoding.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
     """
 
     encoder_dim: int = 160
@@ -38,8 +53,8 @@ class VAEConfig:
     z_dim: int = 48
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     res_blocks: int = 2
-    decoder_res_blocks: int | None = None  # None: one more than the encoder, as in Wan
-    decoder_mult: tuple[int, ...] | None = None  # None: dim_mult, as in Wan; finest stage first
+    decoder_res_blocks: int | None = None
+    decoder_mult: tuple[int, ...] | None = None
     temporal_down: tuple[bool, ...] = (False, True, True)
     latent_mean: tuple[float, ...] = WAN22_LATENT_MEAN
     latent_std: tuple[float, ...] = WAN22_LATENT_STD
@@ -50,7 +65,7 @@ class VAEConfig:
         if len(self.temporal_down) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"temporal_down has {len(self.temporal_down)} entries for {len(self.dim_mult)} "
-                "stages; every stage but the last needs one"
+                "stages; give one for every stage but the last"
             )
         if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
             raise ValueError(
@@ -61,15 +76,18 @@ class VAEConfig:
 
     @property
     def encoder_widths(self) -> tuple[int, ...]:
+        """Channel widths: the input of the first encoder stage, then the output of every stage."""
         return tuple(self.encoder_dim * m for m in (1, *self.dim_mult))
 
     @property
     def decoder_widths(self) -> tuple[int, ...]:
+        """Channel widths: the input of the first decoder stage, then the output of every stage."""
         mult = self.dim_mult if self.decoder_mult is None else self.decoder_mult
         return tuple(self.decoder_dim * m for m in (mult[-1], *mult[::-1]))
 
     @property
     def decoder_blocks(self) -> int:
+        """Residual blocks per decoder stage."""
         return self.res_blocks + 1 if self.decoder_res_blocks is None else self.decoder_res_blocks
 
     @property
@@ -83,5 +101,5 @@ class VAEConfig:
         return 2 ** len(self.dim_mult)
 
     def num_raw_frames(self, latents: int) -> int:
-        """Raw frames of a clip of `latents` latents: the first latent is a single frame."""
+        """Number of raw frames in a clip of `latents` latents; the first latent is one frame."""
         return 1 + self.temporal_stride * (latents - 1)

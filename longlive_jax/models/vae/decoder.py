@@ -12,7 +12,7 @@ from longlive_jax.typing import Array, Float
 
 
 class UpStage(nnx.Module):
-    """Residual blocks, then a doubling with the duplicated input as a shortcut."""
+    """Residual blocks, then 2x upsampling with a channel-duplicating shortcut from the input."""
 
     def __init__(
         self, inputs: int, outputs: int, cfg: VAEConfig, *, up: bool, temporal: bool, rngs: nnx.Rngs
@@ -23,22 +23,22 @@ class UpStage(nnx.Module):
         self.up = Upsample(outputs, cfg, temporal=temporal, rngs=rngs) if up else None
 
     def __call__(self, x: Float[Array, "b f h w c"], tails):
-        first, entry = tails is None, x
+        first, stage_input = tails is None, x
         block_tails, up_tail = tails or ((None,) * len(self.resnets), None)
-        new = []
+        new_tails = []
         for block, tail in zip(self.resnets, block_tails, strict=True):
             x, tail = block(x, tail)
-            new.append(tail)
+            new_tails.append(tail)
         if self.up is not None:
             x, up_tail = self.up(x, up_tail)
-            x = x + duplicate_up(entry, self.outputs, time=self.time, space=2, first=first)
-        return x, (tuple(new), up_tail)
+            x = x + duplicate_up(stage_input, self.outputs, time=self.time, space=2, first=first)
+        return x, (tuple(new_tails), up_tail)
 
 
 class Decoder(nnx.Module):
-    """`[b, f, h, w, z]` to `[b, g, 16h, 16w, 3]`, not clipped.
+    """Decodes `[b, f, h, w, z]` to pixels `[b, g, 16h, 16w, 3]`, not clipped.
 
-    Tails are a pytree, or None at a clip's start.
+    Takes and returns the tails of all its layers as one pytree; they are None at a clip's start.
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
@@ -61,9 +61,9 @@ class Decoder(nnx.Module):
         )
         x, tail_in = self.conv_in(z, tail_in)
         x, mid_tails = self.mid(x, mid_tails)
-        new = []
+        new_tails = []
         for stage, tail in zip(self.stages, stage_tails, strict=True):
             x, tail = stage(x, tail)
-            new.append(tail)
+            new_tails.append(tail)
         x, tail_out = self.conv_out(jax.nn.silu(self.norm_out(x)), tail_out)
-        return unpatchify(x), (tail_in, mid_tails, tuple(new), tail_out)
+        return unpatchify(x), (tail_in, mid_tails, tuple(new_tails), tail_out)

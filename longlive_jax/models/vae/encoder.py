@@ -1,4 +1,4 @@
-"""The VAE's encoder: pixels to (unnormalised) latent means."""
+"""The VAE's encoder: pixels to unnormalised latent moments."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from longlive_jax.typing import Array, Float
 
 
 class DownStage(nnx.Module):
-    """Residual blocks, then a halving; the averaged input is added as a shortcut."""
+    """Residual blocks, then 2x downsampling, with a channel-averaging shortcut from the input."""
 
     def __init__(
         self,
@@ -32,19 +32,19 @@ class DownStage(nnx.Module):
     def __call__(self, x: Float[Array, "b f h w c"], tails):
         shortcut = average_down(x, self.outputs, time=self.time, space=self.space)
         block_tails, down_tail = tails or ((None,) * len(self.resnets), None)
-        new = []
+        new_tails = []
         for block, tail in zip(self.resnets, block_tails, strict=True):
             x, tail = block(x, tail)
-            new.append(tail)
+            new_tails.append(tail)
         if self.down is not None:
             x, down_tail = self.down(x, down_tail)
-        return x + shortcut, (tuple(new), down_tail)
+        return x + shortcut, (tuple(new_tails), down_tail)
 
 
 class Encoder(nnx.Module):
-    """`[b, f, h, w, 3]` in [-1, 1] to `[b, g, h/16, w/16, 2z]`.
+    """Encodes `[b, f, h, w, 3]` in [-1, 1] to moments `[b, g, h/16, w/16, 2z]`.
 
-    Tails are a pytree, or None at a clip's start.
+    Takes and returns the tails of all its layers as one pytree; they are None at a clip's start.
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
@@ -66,10 +66,10 @@ class Encoder(nnx.Module):
             (None, (None,) * len(self.stages), None, None)
         )
         x, tail_in = self.conv_in(patchify(video), tail_in)
-        new = []
+        new_tails = []
         for stage, tail in zip(self.stages, stage_tails, strict=True):
             x, tail = stage(x, tail)
-            new.append(tail)
+            new_tails.append(tail)
         x, mid_tails = self.mid(x, mid_tails)
         x, tail_out = self.conv_out(jax.nn.silu(self.norm_out(x)), tail_out)
-        return x, (tail_in, tuple(new), mid_tails, tail_out)
+        return x, (tail_in, tuple(new_tails), mid_tails, tail_out)

@@ -1,8 +1,9 @@
-"""Layers of the causal VAE. Whatever looks back in time takes a tail and hands back the next one.
+"""Layers of the causal VAE. Every causal layer takes and returns a cache, its tail.
 
-A tail is the end of the layer's previous input; `None` says that there was none (the start of a
-clip). Cutting a clip anywhere and passing tails along gives the same numbers as one call on the
-whole clip. Where a clip is cut between devices, a tail is a function that fetches it.
+A tail is the last frames of the layer's previous input, which act as causal padding; it is None at
+the start of a clip. Splitting a clip anywhere and passing the tails along gives the same numbers as
+one call on the full clip. When a clip is sharded over devices, a tail is a function that receives
+the frames from the neighbouring device (see `parallel.tails`).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from longlive_jax.models.vae.config import VAEConfig
 from longlive_jax.typing import Array, Float
 
 Tail = Array | Callable[[Array], Array] | None
-"""The frames before, or from a layer's input to that input with the frames before in front."""
+"""The preceding input frames, or a function from a layer's input to the input prefixed by them."""
 
 
 def _fan_in(key, shape, fan, dtype):
@@ -37,7 +38,7 @@ class Linear(nnx.Module):
 
 
 class Conv2d(nnx.Module):
-    """3x3 convolution applied to every frame; stride 2 pads only right and bottom."""
+    """3x3 convolution on each frame; with stride 2 it pads only the right and bottom edges."""
 
     def __init__(self, width: int, cfg: VAEConfig, *, stride: int = 1, rngs: nnx.Rngs):
         self.stride, self.dtype = stride, cfg.dtype
@@ -52,17 +53,17 @@ class Conv2d(nnx.Module):
 
 
 class CausalConv3d(nnx.Module):
-    """3x3x3 convolution that sees the present and the two frames before it.
+    """3x3x3 convolution over the current frame and the two before it.
 
-    The three temporal taps are stacked on the channel axis and done as one 2-D convolution: the
-    same sum, and several times faster than a 3-D one on CPUs.
+    The three temporal taps are stacked on the channel axis and computed as one 2-D convolution: the
+    sum is the same, and several times faster than a 3-D convolution on CPUs.
     """
 
     def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs, scale=1.0):
         self.dtype = cfg.dtype
-        # Only the present tap starts non-zero: trained on images, it is a video model at rest.
-        present = _fan_in(rngs.params(), (3, 3, inputs, outputs), 9 * inputs, cfg.param_dtype)
-        kernel = jnp.zeros((3, 3, 3, inputs, outputs), cfg.param_dtype).at[2].set(present * scale)
+        # Only the current frame's tap is non-zero at first, which equals a 2-D convolution.
+        current = _fan_in(rngs.params(), (3, 3, inputs, outputs), 9 * inputs, cfg.param_dtype)
+        kernel = jnp.zeros((3, 3, 3, inputs, outputs), cfg.param_dtype).at[2].set(current * scale)
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros(outputs, cfg.param_dtype))
 
@@ -71,16 +72,16 @@ class CausalConv3d(nnx.Module):
     ) -> tuple[Float[Array, "b f h w o"], Float[Array, "b 2 h w i"]]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         frames = x.shape[1]
-        seen = behind(_no_past(x, 2) if tail is None else tail, x)
+        padded = prepend_tail(_zero_tail(x, 2) if tail is None else tail, x)
         if tail is None and frames == 1:  # an image: the other taps would multiply zeros
-            return _conv2d_frames(x, kernel[2], 1, (1, 1)) + bias, seen[:, -2:]
-        taps = jnp.concatenate([seen[:, i : i + frames] for i in range(3)], axis=-1)
+            return _conv2d_frames(x, kernel[2], 1, (1, 1)) + bias, padded[:, -2:]
+        taps = jnp.concatenate([padded[:, i : i + frames] for i in range(3)], axis=-1)
         stacked = jnp.concatenate(list(kernel), axis=2)
-        return _conv2d_frames(taps, stacked, 1, (1, 1)) + bias, seen[:, -2:]
+        return _conv2d_frames(taps, stacked, 1, (1, 1)) + bias, padded[:, -2:]
 
 
 class RMSNorm(nnx.Module):
-    """x / |x| * sqrt(c) * gamma over the channel axis, in float32."""
+    """RMS normalisation over the channel axis, in float32: x / |x| * sqrt(c) * gamma."""
 
     def __init__(self, width: int, cfg: VAEConfig):
         self.gamma = nnx.Param(jnp.ones(width, cfg.param_dtype))
@@ -94,7 +95,7 @@ class RMSNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU, causal convolution; a shortcut, which is 1x1x1 where the width changes."""
+    """Norm, SiLU and causal convolution, twice, with a shortcut (1x1x1 if the width changes)."""
 
     def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.norm1 = RMSNorm(inputs, cfg)
@@ -126,7 +127,7 @@ class FrameAttention(nnx.Module):
 
 
 class Middle(nnx.Module):
-    """Residual block, attention, residual block: the deepest point of encoder and decoder."""
+    """Residual block, attention, residual block: the bottleneck of the encoder and the decoder."""
 
     def __init__(self, width: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.res0 = ResidualBlock(width, width, cfg, rngs=rngs)
@@ -140,12 +141,12 @@ class Middle(nnx.Module):
         return x, (tails0, tails1)
 
 
-def behind(tail: Array | Callable[[Array], Array], x: Float[Array, "b f h w c"]) -> Array:
-    """`x` with the frames before it in front."""
+def prepend_tail(tail: Array | Callable[[Array], Array], x: Float[Array, "b f h w c"]) -> Array:
+    """`x` prefixed by the frames of `tail`."""
     return tail(x) if callable(tail) else jnp.concatenate([tail, x], axis=1)
 
 
-def _no_past(x: Array, frames: int) -> Array:
+def _zero_tail(x: Array, frames: int) -> Array:
     return jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
 
 

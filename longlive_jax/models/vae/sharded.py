@@ -1,10 +1,10 @@
-"""Encoding clips over a mesh, exact, every device its own latents (paper, section 2.1).
+"""VAE encoding over a mesh: every device computes its own latents, exactly (paper, section 2.1).
 
-A causal encoder's latents need the frames before them. In the paper's way ("halo") a device encodes
-as many more of these as the encoder looks back, and drops their latents. Or ("tails") it fetches
-the end of every layer's past from its left neighbour, and encodes no frame that is another's. Both
-take a few latents at a time, so that working memory does not grow with the clip: with "tails" these
-are dealt out in rounds, each device the next few.
+The latents of a causal encoder depend on earlier frames. With the paper's method ("halo") a device
+also encodes as many earlier frames as the encoder looks back, and drops their latents. With "tails"
+it receives every layer's causal padding from its left neighbour, so no frame is encoded twice. Both
+methods encode a few latents at a time, so that working memory does not grow with the clip. With
+"tails" those steps are rounds, in which each device takes the next few latents of the clip.
 """
 
 import dataclasses
@@ -24,45 +24,46 @@ from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, encode_chunk, normalize_frames
 from longlive_jax.parallel.halo import equal_windows
 from longlive_jax.parallel.mesh import BATCH, SP
-from longlive_jax.parallel.tails import continued, fetched
+from longlive_jax.parallel.tails import first_round_tails, next_round_tails
 from longlive_jax.typing import Array, Float, Params, Shaped
 
 Method = Literal["halo", "tails"]
 
-AT_ONCE = 8
-"""Latents that a device encodes at a time, if its share can be cut so: a chunk of the 5B model."""
+LATENTS_PER_STEP = 8
+"""Maximum number of latents a device encodes at a time: a chunk of the 5B model."""
 
 
 def lookback(cfg: VAEConfig) -> int:
-    """Raw frames before its last one that a latent depends on: 112 for Wan 2.2, or 28 latents.
+    """Raw frames before its last one that a latent depends on: 112 (28 latents) for Wan 2.2.
 
-    Every convolution over time reaches back two frames at its own rate, a halving of it included.
+    Every temporal convolution, including the downsampling ones, looks back two frames at the frame
+    rate of its stage.
     """
-    rate = 1
+    stride = 1
     frames = 2
     for stage in range(len(cfg.dim_mult)):
-        frames += rate * 4 * cfg.res_blocks
+        frames += stride * 4 * cfg.res_blocks
         if stage < len(cfg.temporal_down) and cfg.temporal_down[stage]:
-            frames += 2 * rate
-            rate *= 2
-    return frames + rate * (8 + 2)  # two residual blocks in the middle, and the last convolution
+            frames += 2 * stride
+            stride *= 2
+    return frames + stride * (8 + 2)  # two residual blocks in the middle, and the last convolution
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEShardPlan:
-    """Which raw frames of a clip each device of an sp group encodes.
+    """The assignment of a clip's raw frames to the devices of an sp group.
 
     Attributes:
-      latents: of the clip, which has 1 + ratio (latents - 1) frames.
-      parts: devices.
+      latents: number of latents in the clip, which has 1 + temporal_stride (latents - 1) frames.
+      num_shards: number of devices along sp.
       method: "halo" or "tails".
-      halo: latents to encode besides one's own.
-      step: latents that a device encodes at a time.
-      ratio: raw frames a latent.
+      halo: number of extra latents to encode before a device's own, with "halo".
+      step: number of latents that a device encodes at a time.
+      temporal_stride: raw frames per latent.
     """
 
     latents: int
-    parts: int
+    num_shards: int
     method: Method
     halo: int
     step: int
@@ -70,126 +71,139 @@ class VAEShardPlan:
 
     @property
     def rounds(self) -> int:
-        """In how many parts a device's frames lie in the clip."""
-        return 1 if self.method == "halo" else self.latents // (self.parts * self.step)
+        """Number of separate frame ranges that a device encodes."""
+        return 1 if self.method == "halo" else self.latents // (self.num_shards * self.step)
 
     @property
     def starts(self) -> tuple[tuple[int, ...], ...]:
-        """Of the frames of each device, round by round; below 0 stand frames that are not there."""
+        """First raw frame of each device's range in each round; negative means padding frames."""
         if self.method == "halo":
             return tuple((w.first,) for w in self._windows)
-        run = self.temporal_stride * self.step
+        span = self.temporal_stride * self.step
         return tuple(
-            tuple(1 - self.temporal_stride + run * (p + self.parts * r) for r in range(self.rounds))
-            for p in range(self.parts)
+            tuple(
+                1 - self.temporal_stride + span * (p + self.num_shards * r)
+                for r in range(self.rounds)
+            )
+            for p in range(self.num_shards)
         )
 
     @property
     def frames(self) -> int:
-        """Raw frames that each encodes; "tails" also takes the clip's first one everywhere."""
+        """Raw frames per device; with "tails" every device also gets the clip's first frame."""
         if self.method == "halo":
             return self._windows[0].frames
-        return self.temporal_stride * self.latents // self.parts
+        return self.temporal_stride * self.latents // self.num_shards
 
     @property
-    def absent(self) -> int:
-        """Frames at the beginning of the first device's that are not there."""
+    def num_padding(self) -> int:
+        """Number of padding frames at the beginning of the first device's frames."""
         return max(0, -self.starts[0][0])
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """Latents that each makes before its own."""
+        """Number of leading latents that each device encodes and then drops."""
         if self.method == "halo":
             return tuple(w.dropped for w in self._windows)
-        return (0,) * self.parts
+        return (0,) * self.num_shards
 
-    def part(self, read: Callable[[int, int], np.ndarray], device: int) -> np.ndarray:
-        """Frames [b, n, h, w, 3] of one device, of a clip of which `read(first, last)` gives some.
+    def device_frames(self, read: Callable[[int, int], np.ndarray], device: int) -> np.ndarray:
+        """The frames [b, n, h, w, 3] for one device.
 
-        Nothing else of the clip is read.
+        `read(first, last)` returns frames [first, last) of the clip; only the device's own frames
+        are read.
         """
-        run = self.frames // self.rounds
-        found = [read(max(first, 0), first + run) for first in self.starts[device]]
-        frames = np.concatenate(found, axis=1) if len(found) > 1 else found[0]
-        absent = self.absent if device == 0 else 0
-        return np.pad(frames, ((0, 0), (absent, 0), (0, 0), (0, 0), (0, 0)))
+        span = self.frames // self.rounds
+        ranges = [read(max(first, 0), first + span) for first in self.starts[device]]
+        frames = np.concatenate(ranges, axis=1) if len(ranges) > 1 else ranges[0]
+        num_padding = self.num_padding if device == 0 else 0
+        return np.pad(frames, ((0, 0), (num_padding, 0), (0, 0), (0, 0), (0, 0)))
 
-    def wanted(self, devices: range) -> np.ndarray:
-        """Numbers of the raw frames that these devices encode, rising."""
-        run = self.frames // self.rounds
-        spans = [range(max(at, 0), at + run) for p in devices for at in self.starts[p]]
-        return np.unique(np.concatenate([np.asarray(span) for span in spans]))
+    def frame_indices(self, devices: range) -> np.ndarray:
+        """Indices of all raw frames that these devices encode, in ascending order."""
+        span = self.frames // self.rounds
+        ranges = [range(max(first, 0), first + span) for p in devices for first in self.starts[p]]
+        return np.unique(np.concatenate([np.asarray(indices) for indices in ranges]))
 
     @property
     def _windows(self):
         return equal_windows(
-            self.latents, self.parts, halo=self.halo, temporal_stride=self.temporal_stride
+            self.latents, self.num_shards, halo=self.halo, temporal_stride=self.temporal_stride
         )
 
 
-def sharing(
+def plan_vae_shards(
     cfg: VAEConfig,
     latents: int,
-    parts: int,
+    num_shards: int,
     method: Method | None = None,
     *,
-    at_once: int = AT_ONCE,
+    max_step: int = LATENTS_PER_STEP,
 ) -> VAEShardPlan:
-    """How `parts` devices share a clip out; by default in the way that takes the least work.
+    """Plans how `num_shards` devices encode a clip; the default method needs the fewest FLOPs.
 
-    That is "tails" wherever there are two devices, and two latents for each of them. A device
-    encodes up to `at_once` latents at a time, or all of its own if they have no divisor from 2 to
-    that. Raises ValueError if latents do not split, or are too few for "tails".
+    That is "tails" whenever there are at least two devices and two latents per device. A device
+    encodes up to `max_step` latents at a time, or all of its own at once if their number has no
+    divisor from 2 to `max_step`.
+
+    Raises:
+      ValueError: `num_shards` does not divide the latents, or they are too few for "tails".
     """
-    if latents % parts:
+    if latents % num_shards:
         raise ValueError(
-            f"{latents} latents do not split over mesh.sp = {parts}; choose a divisor of {latents}"
+            f"{latents} latents do not split over mesh.sp = {num_shards}; choose a divisor of "
+            f"{latents}"
         )
-    own = latents // parts
-    few = own < 2
-    if method == "tails" and few:
+    own = latents // num_shards
+    too_few = own < 2
+    if method == "tails" and too_few:
         raise ValueError(
-            f"{own} latents a device are too few to exchange tails; use a smaller "
-            "mesh.sp or longer clips, 2 latents a device at least, or a halo"
+            f"{own} latents a device are too few to exchange tails; use a smaller mesh.sp or "
+            "longer clips, at least 2 latents a device, or a halo"
         )
     halo = math.ceil(lookback(cfg) / cfg.temporal_stride)
-    step = max((n for n in range(2, at_once + 1) if own % n == 0), default=own)
-    steps: dict[Method, int] = {"halo": at_once, "tails": step}
-    ways = {
-        name: VAEShardPlan(latents, parts, name, halo, steps[name], cfg.temporal_stride)
+    step = max((n for n in range(2, max_step + 1) if own % n == 0), default=own)
+    steps: dict[Method, int] = {"halo": max_step, "tails": step}
+    plans = {
+        name: VAEShardPlan(latents, num_shards, name, halo, steps[name], cfg.temporal_stride)
         for name in ("halo", "tails")
-        if not (name == "tails" and few)
+        if not (name == "tails" and too_few)
     }
     if method is not None:
-        return ways[method]
-    return min(ways.values(), key=groups_encoded)
+        return plans[method]
+    return min(plans.values(), key=num_frame_groups)
 
 
-def groups_encoded(way: VAEShardPlan) -> int:
+def num_frame_groups(shard_plan: VAEShardPlan) -> int:
     """Groups of `temporal_stride` frames that a device encodes after the clip's first frame."""
-    return way.frames // way.temporal_stride
+    return shard_plan.frames // shard_plan.temporal_stride
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """Floating-point operations of encoding a clip's first frame, in one go with others (`leading`)
-    or `alone`, and of each group of frames after it."""
+class EncoderFlops:
+    """FLOPs of encoding parts of a clip.
+
+    Attributes:
+      leading: the clip's first frame, encoded in one call with later frames.
+      alone: the clip's first frame in a call of its own.
+      group: each later group of `temporal_stride` frames.
+    """
 
     leading: float
     alone: float
     group: float
 
 
-def flops_per_device(way: VAEShardPlan, cfg: VAEConfig, size: tuple[int, int]) -> float:
-    """Floating-point operations of encoding one clip of `size` (height, width) pixels."""
-    work = work_of(cfg, size)
-    first = work.leading if way.method == "halo" else work.alone
-    return first + groups_encoded(way) * work.group
+def flops_per_device(shard_plan: VAEShardPlan, cfg: VAEConfig, size: tuple[int, int]) -> float:
+    """FLOPs per device of encoding one clip of `size` (height, width) pixels."""
+    flops = encoder_flops(cfg, size)
+    first = flops.leading if shard_plan.method == "halo" else flops.alone
+    return first + num_frame_groups(shard_plan) * flops.group
 
 
 @functools.cache
-def work_of(cfg: VAEConfig, size: tuple[int, int]) -> Work:
-    """Counted by XLA in programs for these shapes, before optimization; nothing is allocated."""
+def encoder_flops(cfg: VAEConfig, size: tuple[int, int]) -> EncoderFlops:
+    """FLOPs as XLA counts them before optimisation, for frames of `size`; allocates nothing."""
     graphdef, params = abstract(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
 
     def run(params: Params, frames: Array, tails):
@@ -198,14 +212,15 @@ def work_of(cfg: VAEConfig, size: tuple[int, int]) -> Work:
     def frames(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, count, *size, 3), cfg.dtype)
 
-    def flops(count: int, tails) -> float:
-        counted = jax.jit(run).lower(params, frames(count), tails).cost_analysis()
-        assert counted is not None  # every backend counts
-        return counted["flops"]
+    def count_flops(count: int, tails) -> float:
+        cost = jax.jit(run).lower(params, frames(count), tails).cost_analysis()
+        assert cost is not None  # every backend provides it
+        return cost["flops"]
 
     _, tails = jax.eval_shape(run, params, frames(1), None)
-    group = flops(cfg.temporal_stride, tails)
-    return Work(flops(1 + cfg.temporal_stride, None) - group, flops(1, None), group)
+    group = count_flops(cfg.temporal_stride, tails)
+    leading = count_flops(1 + cfg.temporal_stride, None) - group
+    return EncoderFlops(leading, count_flops(1, None), group)
 
 
 def encode_sharded(
@@ -216,91 +231,111 @@ def encode_sharded(
     *,
     method: Method | None = None,
 ) -> Float[Array, "b g h w z"]:
-    """Latents of clips of 1 + 4 (g - 1) frames, samples over data and fsdp, latents over sp.
+    """Encodes clips of 1 + temporal_stride (g - 1) frames over a mesh.
 
-    The same as encoding them whole, to rounding. Raises ValueError as `sharing` does.
+    Samples are sharded over data and fsdp, latents over sp. The result equals encoding on one
+    device up to rounding. Raises ValueError as `plan_vae_shards` does.
     """
     cfg = with_params(graphdef, params).cfg
     latents = (video.shape[1] + cfg.temporal_stride - 1) // cfg.temporal_stride
-    way = sharing(cfg, latents, mesh.shape[SP], method)
-    padded = jnp.pad(video, ((0, 0), (way.absent, 0), (0, 0), (0, 0), (0, 0)))
-    begins = [start + way.absent for starts in way.starts for start in starts]
-    run = way.frames // way.rounds
-    parts = jnp.concatenate([padded[:, at : at + run] for at in begins], axis=1)
-    return encode_parts(graphdef, params, video[:, :1], parts, mesh, way)
+    shard_plan = plan_vae_shards(cfg, latents, mesh.shape[SP], method)
+    num_padding = shard_plan.num_padding
+    padded = jnp.pad(video, ((0, 0), (num_padding, 0), (0, 0), (0, 0), (0, 0)))
+    firsts = [first + num_padding for starts in shard_plan.starts for first in starts]
+    span = shard_plan.frames // shard_plan.rounds
+    frame_shards = jnp.concatenate([padded[:, i : i + span] for i in firsts], axis=1)
+    return encode_frame_shards(graphdef, params, video[:, :1], frame_shards, mesh, shard_plan)
 
 
-def encode_parts(
+def encode_frame_shards(
     graphdef: nnx.GraphDef[VAE],
     params: Params,
     first: Shaped[Array, "b 1 h w 3"],
-    parts: Shaped[Array, "b pn h w 3"],
+    frame_shards: Shaped[Array, "b pn h w 3"],
     mesh: Mesh,
-    way: VAEShardPlan,
+    shard_plan: VAEShardPlan,
 ) -> Float[Array, "b g h w z"]:
-    """As `encode_sharded`, of frames that are already where they are encoded.
+    """Encodes frames that are already on the devices that `shard_plan` assigns them to.
 
-    `parts` has `way.part` of every device side by side, each on its device, `first` the clips'
-    first frames on all (only "tails" looks at them).
+    Args:
+      graphdef: graph definition of the VAE.
+      params: parameters of the VAE, replicated.
+      first: the clips' first frames, replicated along sp (only "tails" uses them).
+      frame_shards: `shard_plan.device_frames` of all devices, concatenated and sharded over sp.
+      mesh: the device mesh.
+      shard_plan: the plan that assigned the frames.
+
+    Returns:
+      Latents, sharded as those of `encode_sharded`.
     """
-    own = {"halo": _encode_window, "tails": _encode_own}[way.method]
+    encode_shard = {"halo": _encode_window, "tails": _encode_rounds}[shard_plan.method]
     run = jax.shard_map(
-        functools.partial(own, graphdef, way),
+        functools.partial(encode_shard, graphdef, shard_plan),
         mesh=mesh,
         in_specs=(P(), P(BATCH), P(BATCH, SP)),
         out_specs=P(None, BATCH, SP),
         check_vma=False,
     )
-    rounds = run(params, first, parts)  # [r, b, latents of a round, h, w, z]
-    latents = jnp.moveaxis(rounds, 0, 1).reshape(first.shape[0], way.latents, *rounds.shape[3:])
+    rounds = run(params, first, frame_shards)  # [r, b, latents of a round, h, w, z]
+    latents = jnp.moveaxis(rounds, 0, 1)
+    latents = latents.reshape(first.shape[0], shard_plan.latents, *rounds.shape[3:])
     return jax.lax.with_sharding_constraint(latents, NamedSharding(mesh, P(BATCH, SP)))
 
 
 def _encode_window(
-    graphdef, way: VAEShardPlan, params: Params, _first: Array, window: Array
+    graphdef, shard_plan: VAEShardPlan, params: Params, _first: Array, window: Array
 ) -> Array:
-    """A device's latents [1, b, n, h, w, z] from frames that begin far enough before them."""
-    vae, run = with_params(graphdef, params), way.temporal_stride * way.step
-    begin = 1 + (window.shape[1] - 1) % run
+    """A device's latents [1, b, n, h, w, z], from its frames with the halo before them."""
+    vae, span = with_params(graphdef, params), shard_plan.temporal_stride * shard_plan.step
+    # 1. Encode the first frame and what does not fill a step, then scan over steps.
+    begin = 1 + (window.shape[1] - 1) % span
     start, tails = _encode(vae, window[:, :begin])
 
-    def go_on(tails: Any, frames: Array):
+    def step(tails: Any, frames: Array):
         latents, tails = _encode(vae, frames, tails)
         return tails, latents
 
-    rest = jax.lax.scan(go_on, tails, _runs(window[:, begin:], run))[1]
+    rest = jax.lax.scan(step, tails, _split_steps(window[:, begin:], span))[1]
     rest = jnp.moveaxis(rest, 0, 1).reshape(start.shape[0], -1, *start.shape[2:])
     latents = jnp.concatenate([start, rest], axis=1)
-    at = jnp.asarray(way.dropped)[jax.lax.axis_index(SP)]
-    return jax.lax.dynamic_slice_in_dim(latents, at, way.latents // way.parts, axis=1)[None]
+    # 2. Drop the halo's latents.
+    dropped = jnp.asarray(shard_plan.dropped)[jax.lax.axis_index(SP)]
+    own = shard_plan.latents // shard_plan.num_shards
+    return jax.lax.dynamic_slice_in_dim(latents, dropped, own, axis=1)[None]
 
 
-def _encode_own(graphdef, way: VAEShardPlan, params: Params, first: Array, own: Array) -> Array:
-    """A device's latents [r, b, n, h, w, z], round by round. The first frame leads the first
-    device's, in the place of what is absent; the others encode it too, in step, and do not use it.
+def _encode_rounds(
+    graphdef, shard_plan: VAEShardPlan, params: Params, first: Array, frames: Array
+) -> Array:
+    """A device's latents [r, b, n, h, w, z], one entry per round.
+
+    On the first device the clip's first frame takes the place of the padding. The others encode it
+    too, because devices run in lockstep, and ignore the result.
     """
     vae = with_params(graphdef, params)
-    runs = _runs(own, way.temporal_stride * way.step)
+    rounds = _split_steps(frames, shard_plan.temporal_stride * shard_plan.step)
+    # 1. The first frame, and the first round.
     start, tails = _encode(vae, first)
-    latents, tails = _encode(vae, runs[0], fetched(tails, way.step))
+    latents, tails = _encode(vae, rounds[0], first_round_tails(tails, shard_plan.step))
     leading = jnp.concatenate([start, latents[:, 1:]], axis=1)
     latents = jnp.where(jax.lax.axis_index(SP) == 0, leading, latents)
 
-    def go_on(tails: Any, frames: Array):
-        latents, tails = _encode(vae, frames, continued(tails, way.step))
+    # 2. The later rounds.
+    def step(tails: Any, frames: Array):
+        latents, tails = _encode(vae, frames, next_round_tails(tails, shard_plan.step))
         return tails, latents
 
-    rest = jax.lax.scan(go_on, tails, runs[1:])[1]
+    rest = jax.lax.scan(step, tails, rounds[1:])[1]
     return jnp.concatenate([latents[None], rest])
 
 
 def _encode(vae: VAE, frames: Array, tails: Any = None):
-    """Bytes become colours here, a run at a time."""
+    """`encode_chunk`, with uint8 frames normalised here, a step at a time, to save memory."""
     return encode_chunk(
         vae, normalize_frames(frames) if frames.dtype == jnp.uint8 else frames, tails
     )
 
 
-def _runs(frames: Array, length: int) -> Array:
-    """[b, r * length, ...] as [r, b, length, ...]."""
+def _split_steps(frames: Array, length: int) -> Array:
+    """Reshapes [b, r * length, ...] to [r, b, length, ...]."""
     return jnp.moveaxis(frames.reshape(frames.shape[0], -1, length, *frames.shape[2:]), 1, 0)

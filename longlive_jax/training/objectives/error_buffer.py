@@ -1,7 +1,8 @@
-"""Past prediction errors in buckets of temporal position and noise level (paper, appendix C).
+"""Buffers of past prediction errors, bucketed by temporal position and noise level.
 
-A buffer is state: arrays of fixed shape, taken and handed back. Where the reference asks a random
-generator, functions here take a number in [0, 1), so that whoever knows the numbers can replay.
+Source: paper, appendix C. A buffer is a pytree of fixed shapes; functions take one and return the
+next. Where the reference calls a random generator, functions here take a uniform number in [0, 1),
+so that a caller that knows the numbers can replay a run.
 """
 
 import dataclasses
@@ -18,33 +19,35 @@ from longlive_jax.diffusion.flow import TIMESTEPS
 from longlive_jax.typing import Array, Bool, Float, Int, Shaped
 
 Replacement = Literal["random", "oldest", "nearest"]
-"""What a new error takes the place of in a full bucket; "nearest" is by Euclidean distance."""
+"""Which entry of a full bucket a new error replaces; "nearest" is by Euclidean distance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BufferSpec:
-    """Size and layout of a buffer; `bytes_held` says what the two of a run take.
+    """Size and layout of a buffer; `buffer_bytes` computes the size of both buffers of a run.
 
-    Both hold `groups x rows x columns x slots` errors of one chunk each, allocated at once, never
-    more. A chunk of the 5B model at 1280x704 (8 x 44 x 80 x 48) is 2.58 MiB in bfloat16: with 10
-    buckets of 4 slots, videos of 64 s (48 rows) take 9.7 GiB, which is 2.4 GiB a device at
-    mesh.sp = 4, and videos of 16 s a quarter of that. The reference's 50 buckets of 500 take 35 GB
-    a device at sp = 4 without telling positions apart.
+    A buffer has room for `groups x rows x columns x slots` errors of one chunk each, allocated once
+    at the start. A chunk of the 5B model at 1280x704 (8 x 44 x 80 x 48) is 2.58 MiB in bfloat16.
+    With 10 buckets of 4 slots, both buffers together take 9.7 GiB for videos of 64 s (48 rows),
+    which is 2.4 GiB per device at mesh.sp = 4, and a quarter of that for videos of 16 s. The
+    reference's 50 buckets of 500 slots take 35 GB per device at sp = 4, without distinguishing
+    positions.
 
     Attributes:
-      rows: temporal positions told apart: as many as a clip has chunks, or 1.
-      by: what a position is. "column": a chunk's place in the training sequence, for clips that are
-        trained on whole; rows are then split over sp. "chunk": its number in the video, for windows
-        cut from anywhere; all from `rows - 1` on share the last row.
-      buckets: of noise levels, equally many entries of the table in each.
-      slots: errors in a bucket.
-      groups: buffers of their own, each for an equal share of a batch; 1: all samples share one.
-        They are split over mesh.data and mesh.fsdp, so as many as these give each rank its own.
-      dealt: rows share the buckets out, row r having r, r + rows, ..., in place of positions.
-        What falls into another row's bucket is not kept, and asked of the nearest bucket there is.
-        This is how the reference shards over sp (rows = sp) as released.
-      replace: what gives way in a full bucket.
-      dtype: of stored errors.
+      rows: number of temporal positions to distinguish: the number of chunks of a clip, or 1.
+      by: definition of a position. "column": a chunk's index in the training sequence, for training
+        on full clips; rows are then sharded over sp. "chunk": its index in the video, for windows
+        cut from anywhere; all chunks from index `rows - 1` on use the last row.
+      buckets: number of noise-level buckets, each an equal part of the table of levels.
+      slots: number of errors that a bucket has room for.
+      groups: number of independent buffers, each for an equal share of the batch; with 1 all
+        samples use the same buffer. Groups are sharded over mesh.data and mesh.fsdp, so that with
+        as many groups as batch shards each rank has its own.
+      dealt: distribute the buckets over the rows, row r having r, r + rows, ..., instead of
+        assigning rows to positions. Errors in another row's bucket are not stored, and lookups use
+        the row's nearest bucket. This is how the released reference shards over sp (rows = sp).
+      replace: entry that a new error replaces in a full bucket.
+      dtype: dtype of the stored errors.
     """
 
     rows: int = 1
@@ -59,55 +62,61 @@ class BufferSpec:
     def __post_init__(self) -> None:
         for name in ("rows", "buckets", "slots", "groups"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.buckets > TIMESTEPS:
-            raise ValueError(f"buckets is {self.buckets}; give at most {TIMESTEPS}, one a level")
+            raise ValueError(
+                f"buckets must be <= {TIMESTEPS}, the number of noise levels, got {self.buckets}"
+            )
         if self.dealt and self.by == "chunk":
-            raise ValueError("dealt gives rows no position; use it with by = 'column'")
+            raise ValueError("dealt = True needs by = 'column', got by = 'chunk'")
         if self.dealt and self.rows > self.buckets:
             raise ValueError(
-                f"{self.buckets} buckets cannot be dealt to {self.rows} rows; give fewer rows"
+                f"{self.buckets} buckets cannot be dealt to {self.rows} rows; use fewer rows"
             )
 
     @property
     def aligned(self) -> bool:
-        """Whether each row serves chunks of its own places in the training sequence."""
+        """Whether each row serves fixed positions of the training sequence."""
         return self.by == "column"
 
     @property
     def columns(self) -> int:
-        """Buckets of a row."""
+        """Number of buckets in a row."""
         return math.ceil(self.buckets / self.stride)
 
     @property
     def stride(self) -> int:
-        """From a bucket of a row to its next one."""
+        """Difference between the indices of a row's consecutive buckets."""
         return self.rows if self.dealt else 1
 
 
 @flax.struct.dataclass
 class Buffer:
-    """Errors of chunks, `entries`, and how many ever came into each bucket, `added`.
+    """Stored errors.
 
-    Functions of this module take a buffer of one group, that is, without the axis `g`.
+    Functions of this module take a buffer of one group, which has no axis `g`, unless they say so.
+
+    Attributes:
+      entries: errors of chunks, by group, row, column and slot.
+      added: number of errors ever added to each bucket.
     """
 
     entries: Float[Array, "*g r t s m h w c"]
     added: Int[Array, "*g r t"]
 
     @property
-    def held(self) -> Int[Array, "*g r t"]:
-        """Entries in each bucket."""
+    def counts(self) -> Int[Array, "*g r t"]:
+        """Number of entries now in each bucket."""
         return jnp.minimum(self.added, self.slots)
 
     @property
     def slots(self) -> int:
-        """Entries that a bucket has room for."""
+        """Number of entries that a bucket has room for."""
         return self.entries.shape[self.added.ndim]
 
 
 def empty(spec: BufferSpec, chunk_shape: tuple[int, ...]) -> Buffer:
-    """A buffer of all groups without entries, for errors of shape `chunk` (m, h, w, c)."""
+    """An empty buffer with all groups, for errors of shape `chunk_shape` (m, h, w, c)."""
     shape = (spec.groups, spec.rows, spec.columns)
     entries = jnp.zeros((*shape, spec.slots, *chunk_shape), jnp.dtype(spec.dtype))
     return Buffer(entries, jnp.zeros(shape, jnp.int32))
@@ -116,7 +125,7 @@ def empty(spec: BufferSpec, chunk_shape: tuple[int, ...]) -> Buffer:
 def bucket_of(
     index: Int[Array, "*n"], buckets: int, *, levels: int = TIMESTEPS
 ) -> Int[Array, "*n"]:
-    """The bucket of entries `index` of a table of noise levels; outside it, the nearest."""
+    """The bucket of each noise-level index; indices outside the table are clipped to it."""
     table = np.trunc(np.arange(levels) / (levels / buckets)).astype(np.int32)
     return jnp.asarray(np.minimum(table, buckets - 1))[jnp.clip(index, 0, levels - 1)]
 
@@ -124,47 +133,57 @@ def bucket_of(
 def column_of(
     spec: BufferSpec, row: Int[Array, "*n"], bucket: Int[Array, "*n"]
 ) -> tuple[Int[Array, "*n"], Bool[Array, "*n"]]:
-    """Where a row keeps a bucket, and whether it does; else the nearest that it has, the higher
-    of two equally near."""
+    """The column of a bucket in a row, and whether the row has that bucket.
+
+    If it has not, the column is that of its nearest bucket; ties go to the higher bucket.
+    """
     if not spec.dealt:
         return bucket, jnp.ones(bucket.shape, bool)
-    away = bucket - row
-    nearest = (2 * away + spec.stride) // (2 * spec.stride)
-    return jnp.clip(nearest, 0, (spec.buckets - 1 - row) // spec.stride), away % spec.stride == 0
+    distance = bucket - row
+    nearest = (2 * distance + spec.stride) // (2 * spec.stride)
+    column = jnp.clip(nearest, 0, (spec.buckets - 1 - row) // spec.stride)
+    return column, distance % spec.stride == 0
 
 
-def matched(
-    buffer: Buffer, row: Int[Array, ""], column: Int[Array, ""], share: Array, replace: Replacement
+def sample_bucket(
+    buffer: Buffer,
+    row: Int[Array, ""],
+    column: Int[Array, ""],
+    uniform: Array,
+    replace: Replacement,
 ) -> Float[Array, "m h w c"]:
-    """The error that lies `share` of the way through a bucket, float32; zeros if it is empty."""
-    count = buffer.held[row, column]
-    return _taken(buffer, row, column, _nth(share, count), replace)
+    """An error of one bucket, float32, chosen by `uniform` in [0, 1); zeros if it is empty."""
+    count = buffer.counts[row, column]
+    return _entry(buffer, row, column, _index(uniform, count), replace)
 
 
-def pooled(
-    buffer: Buffer, row: Int[Array, ""], share: Array, replace: Replacement
+def sample_row(
+    buffer: Buffer, row: Int[Array, ""], uniform: Array, replace: Replacement
 ) -> Float[Array, "m h w c"]:
-    """The error that lies `share` of the way through all buckets of a row, noisiest first."""
-    counts = buffer.held[row]
+    """An error of all buckets of a row, ordered from the noisiest, chosen as in `sample_bucket`."""
+    counts = buffer.counts[row]
     ends = jnp.cumsum(counts)
-    nth = _nth(share, ends[-1])
-    column = jnp.minimum(jnp.sum(nth >= ends), len(ends) - 1)
-    return _taken(buffer, row, column, nth - (ends - counts)[column], replace)
+    index = _index(uniform, ends[-1])
+    column = jnp.minimum(jnp.sum(index >= ends), len(ends) - 1)
+    return _entry(buffer, row, column, index - (ends - counts)[column], replace)
 
 
-def _nth(share: Array, count: Array) -> Array:
-    """Which of `count` things a number in [0, 1) means; below 0 if there are none."""
-    return jnp.minimum((share * count).astype(jnp.int32), count - 1)
+def _index(uniform: Array, count: Array) -> Array:
+    """Maps a number in [0, 1) to an index below `count`; -1 if `count` is 0."""
+    return jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
 
 
-def _taken(buffer: Buffer, row: Array, column: Array, nth: Array, replace: Replacement) -> Array:
-    """Entry `nth` of a bucket in the order of arrival (or of slots, where places are reused)."""
-    slot = nth
+def _entry(buffer: Buffer, row: Array, column: Array, index: Array, replace: Replacement) -> Array:
+    """Entry `index` of a bucket, float32; zeros if `index` is negative.
+
+    Entries count in order of arrival, or of slots where these are reused in another order.
+    """
+    slot = index
     if replace == "oldest":
-        before = buffer.added[row, column] - buffer.held[row, column]
-        slot = (before + nth) % buffer.slots
+        replaced = buffer.added[row, column] - buffer.counts[row, column]
+        slot = (replaced + index) % buffer.slots
     error = buffer.entries[row, column, jnp.maximum(slot, 0)].astype(jnp.float32)
-    return jnp.where(nth >= 0, error, 0.0)
+    return jnp.where(index >= 0, error, 0.0)
 
 
 def add(
@@ -173,21 +192,23 @@ def add(
     row: Int[Array, ""],
     column: Int[Array, ""],
     *,
-    share: Float[Array, ""],
+    uniform: Float[Array, ""],
     keep: Bool[Array, ""],
     replace: Replacement,
 ) -> Buffer:
-    """The buffer with one error more if `keep`; `share` says what gives way at random."""
+    """Adds one error to a bucket if `keep`; `uniform` chooses the entry for random replacement."""
+    # 1. Choose a slot: the next free one, or in a full bucket the one to replace.
     count = buffer.added[row, column]
     if replace == "random":
-        reused = _nth(share, jnp.asarray(buffer.slots))
+        replaced = _index(uniform, jnp.asarray(buffer.slots))
     elif replace == "oldest":
-        reused = count % buffer.slots
+        replaced = count % buffer.slots
     else:
-        old = buffer.entries[row, column].astype(jnp.float32)
-        reused = jnp.argmin(jnp.sum((old - error) ** 2, axis=(1, 2, 3, 4))).astype(jnp.int32)
-    slot = jnp.where(count < buffer.slots, count, reused)
-    slot = jnp.where(keep, slot, buffer.slots)  # out of range: nothing is written
+        entries = buffer.entries[row, column].astype(jnp.float32)
+        replaced = jnp.argmin(jnp.sum((entries - error) ** 2, axis=(1, 2, 3, 4))).astype(jnp.int32)
+    slot = jnp.where(count < buffer.slots, count, replaced)
+    # 2. Write the error. An index out of range writes nothing.
+    slot = jnp.where(keep, slot, buffer.slots)
     return Buffer(
         buffer.entries.at[row, column, slot].set(error.astype(buffer.entries.dtype), mode="drop"),
         buffer.added.at[row, column].add(keep.astype(jnp.int32)),
@@ -200,23 +221,23 @@ def add_all(
     row: Int[Array, "n"],
     column: Int[Array, "n"],
     *,
-    share: Float[Array, "n"],
+    uniform: Float[Array, "n"],
     keep: Bool[Array, "n"],
     replace: Replacement,
 ) -> Buffer:
-    """`add` of one error after the other."""
+    """Applies `add` to each error in turn."""
 
     def step(buffer: Buffer, item: tuple[Array, ...]) -> tuple[Buffer, None]:
-        error, row, column, share, keep = item
-        return add(buffer, error, row, column, share=share, keep=keep, replace=replace), None
+        error, row, column, uniform, keep = item
+        return add(buffer, error, row, column, uniform=uniform, keep=keep, replace=replace), None
 
-    return jax.lax.scan(step, buffer, (errors, row, column, share, keep))[0]
+    return jax.lax.scan(step, buffer, (errors, row, column, uniform, keep))[0]
 
 
 def rows_of(spec: BufferSpec, chunks: Int[Array, "b n"]) -> Int[Array, "b n"]:
-    """The row for every chunk of a sequence, given their numbers in the video.
+    """The buffer row of each chunk of a sequence, given the chunks' indices in the video.
 
-    Raises ValueError if they do not fill the rows evenly.
+    Raises ValueError as `check_rows` does.
     """
     count = chunks.shape[1]
     if not spec.aligned:
@@ -226,7 +247,7 @@ def rows_of(spec: BufferSpec, chunks: Int[Array, "b n"]) -> Int[Array, "b n"]:
 
 
 def check_rows(spec: BufferSpec, count: int) -> None:
-    """ValueError if the chunks of a sequence do not fill the rows evenly."""
+    """Raises ValueError if the number of rows does not divide the `count` chunks of a sequence."""
     if count % spec.rows:
         raise ValueError(
             f"{count} chunks of a sequence do not fill the error buffer's {spec.rows} rows evenly; "
@@ -235,7 +256,7 @@ def check_rows(spec: BufferSpec, count: int) -> None:
 
 
 def check_groups(spec: BufferSpec, samples: int) -> None:
-    """ValueError if the samples of a batch do not split into groups."""
+    """Raises ValueError if the number of groups does not divide the samples of a batch."""
     if samples % spec.groups:
         raise ValueError(
             f"{samples} samples do not split into recycling.buffer.groups = {spec.groups}; choose "
@@ -243,64 +264,75 @@ def check_groups(spec: BufferSpec, samples: int) -> None:
         )
 
 
-def drawn(
-    one: Callable[..., Array], buffer: Buffer, spec: BufferSpec, *items: Shaped[Array, "b n"]
+def sample_batch(
+    sample: Callable[..., Array], buffer: Buffer, spec: BufferSpec, *items: Shaped[Array, "b n"]
 ) -> Float[Array, "b n m h w c"]:
-    """`one(buffer, row, ...)`, an error, for the row and what else there is of every chunk."""
+    """Samples an error for each chunk of a batch from a buffer of all groups.
 
-    def several(lane: Buffer, *rest: Array) -> Array:
-        return jax.vmap(one, (None, *[0] * len(rest)))(lane, *rest)
+    `sample(buffer, row, ...)` returns one error; `items` are the row and its further arguments for
+    each chunk.
+    """
 
-    errors = jax.vmap(_by_row(several, spec))(buffer, *(_lanes(x, spec) for x in items))
-    return _flat(errors, items[0].shape[0], spec)
+    def sample_all(group: Buffer, *items: Array) -> Array:
+        return jax.vmap(sample, (None, *[0] * len(items)))(group, *items)
+
+    items_by_group = (_split_groups(x, spec) for x in items)
+    errors = jax.vmap(_vmap_rows(sample_all, spec))(buffer, *items_by_group)
+    return _merge_groups(errors, items[0].shape[0], spec)
 
 
-def stored(
+def add_batch(
     buffer: Buffer,
     spec: BufferSpec,
     row: Int[Array, "b n"],
     column: Int[Array, "b n"],
     errors: Float[Array, "b n m h w c"],
     *,
-    share: Float[Array, "b n"],
+    uniform: Float[Array, "b n"],
     keep: Bool[Array, "b n"],
-    among: Bool[Array, ""],
+    across_groups: Bool[Array, ""],
 ) -> Buffer:
-    """The buffer with the errors of a batch, sample by sample; arguments as of `add_all`.
+    """Adds the errors of a batch to a buffer of all groups, sample by sample.
 
-    Each group takes those of its own samples, and those of all while samples are shared `among`
-    groups. A mask decides, and not a branch, which would copy the buffer.
+    The arguments are those of `add_all`. Each group stores the errors of its own samples, or, if
+    `across_groups`, those of all samples. A mask selects them, because a branch would copy the
+    buffer.
     """
+    # 1. Mask the errors that each group stores.
     samples, groups = row.shape[0], jnp.arange(spec.groups)
     own = jnp.arange(samples) * spec.groups // samples == groups[:, None]
-    wanted = keep & (own | among)[:, :, None]
-    one = dataclasses.replace(spec, groups=1)
+    keep_by_group = keep & (own | across_groups)[:, :, None]
 
-    def run(lane: Buffer, row: Array, column: Array, errors: Array, share: Array, keep: Array):
-        return add_all(lane, errors, row, column, share=share, keep=keep, replace=spec.replace)
+    # 2. Offer all errors to every group.
+    def run(group: Buffer, row: Array, column: Array, errors: Array, uniform: Array, keep: Array):
+        return add_all(group, errors, row, column, uniform=uniform, keep=keep, replace=spec.replace)
 
-    items = (_lanes(x, one)[0] for x in (row, column, errors.astype(spec.dtype), share))
-    kept = jax.vmap(lambda x: _lanes(x, one)[0])(wanted)
+    single = dataclasses.replace(spec, groups=1)
+    arrays = (row, column, errors.astype(spec.dtype), uniform)
+    items = (_split_groups(x, single)[0] for x in arrays)
+    keep_items = jax.vmap(lambda x: _split_groups(x, single)[0])(keep_by_group)
     axes = (0, None, None, None, None, 0)
-    found = jax.vmap(_by_row(run, spec), axes)(buffer, *items, kept)
-    return jax.tree.map(lambda x: x[:, :, 0], found) if spec.aligned else found
+    updated = jax.vmap(_vmap_rows(run, spec), axes)(buffer, *items, keep_items)
+    return jax.tree.map(lambda x: x[:, :, 0], updated) if spec.aligned else updated
 
 
-def _by_row(run: Callable[..., Any], spec: BufferSpec) -> Callable[..., Any]:
-    """`run(buffer, row, ...)` for all rows at once if they are aligned: each call is then given a
-    buffer of one row, and a device needs no other's."""
+def _vmap_rows(run: Callable[..., Any], spec: BufferSpec) -> Callable[..., Any]:
+    """`run(buffer, row, ...)`, mapped over the rows if they are aligned.
 
-    def of_row(buffer: Buffer, row: Array, *rest: Array) -> Any:
-        lane = jax.tree.map(lambda x: x[None], buffer)
-        return run(lane, jnp.zeros_like(row), *rest)
+    Each call then gets a buffer of one row, so that a device needs no other device's rows.
+    """
 
-    return jax.vmap(of_row) if spec.aligned else run
+    def run_row(buffer: Buffer, row: Array, *rest: Array) -> Any:
+        single = jax.tree.map(lambda x: x[None], buffer)
+        return run(single, jnp.zeros_like(row), *rest)
+
+    return jax.vmap(run_row) if spec.aligned else run
 
 
-def _lanes(x: Array, spec: BufferSpec) -> Array:
-    """[b, n, ...] as [g, items, ...], or [g, r, items, ...] where rows are aligned.
+def _split_groups(x: Array, spec: BufferSpec) -> Array:
+    """Reshapes [b, n, ...] to [g, items, ...], or to [g, r, items, ...] if rows are aligned.
 
-    Items are in the order of samples, and of chunks within a sample.
+    Items are ordered by sample, then by chunk.
     """
     b, n, *rest = x.shape
     check_groups(spec, b)
@@ -310,8 +342,8 @@ def _lanes(x: Array, spec: BufferSpec) -> Array:
     return jnp.moveaxis(split, 2, 1).reshape(spec.groups, spec.rows, -1, *rest)
 
 
-def _flat(x: Array, samples: int, spec: BufferSpec) -> Array:
-    """The inverse of `_lanes`."""
+def _merge_groups(x: Array, samples: int, spec: BufferSpec) -> Array:
+    """The inverse of `_split_groups`."""
     if spec.aligned:
         rest = x.shape[3:]
         split = x.reshape(spec.groups, spec.rows, samples // spec.groups, -1, *rest)

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models.params import with_params
-from longlive_jax.parallel.balanced import paired
+from longlive_jax.parallel.balanced import interleave_shards
 from longlive_jax.parallel.fsdp import Gather
 from longlive_jax.parallel.mesh import AXES, BATCH, SP
 from longlive_jax.parallel.rules import Specs
-from longlive_jax.parallel.ulysses import exchange, ulysses, whole
+from longlive_jax.parallel.ulysses import all_gather_tokens, exchange, ulysses
 from longlive_jax.training.objectives.batch import Draws, TeacherForcingBatch, draw
 from longlive_jax.training.objectives.teacher_forcing import (
     ARSetup,
@@ -77,7 +77,9 @@ def balanced(batch: TeacherForcingBatch, num_shards: int) -> TeacherForcingBatch
                 f"{count} {name} chunks do not divide over mesh.sp = {num_shards}; choose a divisor"
             )
     columns = {name: getattr(batch, name) for name in CHUNK_COLUMNS}
-    columns = {k: paired(x[:, :first], x[:, first:], num_shards) for k, x in columns.items()}
+    columns = {
+        k: interleave_shards(x[:, :first], x[:, first:], num_shards) for k, x in columns.items()
+    }
     return dataclasses.replace(batch, **columns)
 
 
@@ -182,7 +184,7 @@ def _forward_on_shard(
         model_batch,
         draws,
         text,
-        gather_tokens=whole,
+        gather_tokens=all_gather_tokens,
         wrap_attention=partial(ulysses, exchange=sharded.exchange),
         materialize=gather,
     )

@@ -23,10 +23,10 @@ from longlive_jax.models.wan.dit import DiT, Materialize, identity
 from longlive_jax.training.objectives.batch import ARLossSpec, Draws, TeacherForcingBatch, draw
 from longlive_jax.training.objectives.error_recycling import (
     RecyclingSpec,
-    observe,
+    draw_recycling_for,
     prediction_errors,
+    record_errors,
     recycle,
-    roll_for,
 )
 from longlive_jax.typing import Array, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention, lay_out
@@ -125,20 +125,20 @@ class TeacherForcingLoss:
             loss, metrics, _ = run(params, target_batch, target_batch, draws, text)
             return loss, (metrics, loss_state)
 
-        # 2. Mix past errors into what the model sees.
+        # 2. Inject past errors into what the model sees.
         options: Any = {"chunk_frames": setup.chunk_frames, "spec": recycling, "loss": setup.spec}
-        rolls = roll_for(key, target_batch, chunk_frames=setup.chunk_frames)
-        used = recycle(rolls, target_batch, draws, loss_state, **options)
+        drawn = draw_recycling_for(key, target_batch, chunk_frames=setup.chunk_frames)
+        used = recycle(drawn, target_batch, draws, loss_state, **options)
 
         # 3. Predict, and compare with the original targets.
-        loss, metrics, velocity = run(params, target_batch, used.batch, used.draws, text)
+        loss, metrics, velocity = run(params, target_batch, used.model_batch, used.draws, text)
 
         # 4. Store the errors of this prediction.
         errors = prediction_errors(velocity, target_batch, used)
-        finite = jnp.isfinite(loss)
-        buffers = observe(rolls, errors, target_batch, used, loss_state, good=finite, **options)
-        held = jnp.sum(buffers.latent.held).astype(jnp.float32)
-        return loss, (metrics | {"errors_held": held}, buffers)
+        options["is_finite"] = jnp.isfinite(loss)
+        buffers = record_errors(drawn, errors, target_batch, used, loss_state, **options)
+        count = jnp.sum(buffers.latent.counts).astype(jnp.float32)
+        return loss, (metrics | {"stored_errors": count}, buffers)
 
     def without_recycling(self) -> "TeacherForcingLoss":
         """The loss on the data as they are, for evaluation."""

@@ -13,13 +13,17 @@ from longlive_jax.data.clips.batches import collate
 from longlive_jax.data.clips.loader import ClipFeed, ClipSource, FeedSpec
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.parallel.mesh import BATCH
-from longlive_jax.training.feed import Feed, own_rows
+from longlive_jax.training.feed import Feed, process_rows
 from longlive_jax.training.objectives import sharded
 from longlive_jax.training.objectives.batch import TeacherForcingBatch
 from longlive_jax.training.objectives.teacher_forcing import (
     TextFeatures,
 )
-from longlive_jax.training.stages.online_encoding import count_dropped, live_clips, placer
+from longlive_jax.training.stages.online_encoding import (
+    count_dropped,
+    make_online_encoder,
+    online_clips,
+)
 from longlive_jax.training.task import Batches, process_batches
 from longlive_jax.typing import Array
 
@@ -71,8 +75,8 @@ def clip_data(
     """The clips of a store, or those of a dataset of videos by the store's rules."""
     if videos is None:
         return ClipData(clips, clips.shape, clips.chunks, clips.manifest.texts_per_clip)
-    live = live_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
-    put = placer(live, checkpoint, mesh, BATCH_SPECS, batch_size)
+    live = online_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
+    put = make_online_encoder(live, checkpoint, mesh, BATCH_SPECS, batch_size)
     message = f"{live.left_out} samples of {videos} cannot be used; see `longlive data check`"
     notes = (message,) if live.left_out else ()
     return ClipData(live.source, live.shape, live.chunks, live.source.texts_per_clip, notes, put)
@@ -122,7 +126,7 @@ def split_inputs(arrays: Mapping[str, Array]) -> tuple[TeacherForcingBatch, Text
 def _feed(
     source: ClipSource, empty: np.ndarray, mesh: Mesh, spec: ClipBatchSpec, start: int
 ) -> Feed:
-    rows = own_rows(mesh, spec.batch_size)
+    rows = process_rows(mesh, spec.batch_size)
     feed_spec = FeedSpec(
         batch=spec.batch_size,
         rank=rows.start // len(rows),

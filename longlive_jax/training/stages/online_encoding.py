@@ -1,7 +1,8 @@
-"""Training on videos themselves: decoded by workers, encoded on the mesh before every update.
+"""Training directly on videos, which are encoded on the mesh before every update.
 
-A process decodes only the frames that its devices encode, and these only their own (paper, section
-2.1). What a clip is, and the texts, are those of a store that `longlive data encode` made.
+Worker processes decode the frames. A process decodes only the frames that its devices encode, and
+each device encodes only its own (paper, section 2.1). Clip boundaries and text features come from a
+store that `longlive data encode` made.
 """
 
 import dataclasses
@@ -27,67 +28,86 @@ from longlive_jax.io.checkpoint import read_manifest
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import params_of
 from longlive_jax.models.vae import VAEConfig
-from longlive_jax.models.vae.sharded import VAEShardPlan, encode_parts, sharing
+from longlive_jax.models.vae.sharded import VAEShardPlan, encode_frame_shards, plan_vae_shards
 from longlive_jax.parallel.mesh import SP
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.feed import own_parts, own_rows, placed, placed_parts
+from longlive_jax.training.feed import (
+    device_put_batch,
+    device_put_shards,
+    process_rows,
+    process_shards,
+)
 from longlive_jax.typing import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Live:
-    """Clips of a dataset of videos, for a mesh.
+class OnlineData:
+    """The clips of a video dataset, for encoding on a mesh.
 
     Attributes:
-      source: rows of this process's frames.
-      shape: of a clip's latents, (f, h, w, c).
-      chunks: of a clip.
-      left_out: samples that cannot be used, known before one is decoded.
-      way: how devices share a clip out.
+      source: rows with this process's raw frames.
+      shape: shape of a clip's latents, (f, h, w, c).
+      chunks: number of chunks per clip.
+      left_out: number of samples that are already known to be unusable.
+      shard_plan: assignment of a clip's raw frames to devices.
     """
 
     source: OnlineClips
     shape: tuple[int, int, int, int]
     chunks: int
     left_out: int
-    way: VAEShardPlan
+    shard_plan: VAEShardPlan
 
 
-def live_clips(
+def online_clips(
     dataset: str | Path, store: EncodedClips, checkpoint: str | Path, mesh: Mesh, *, anywhere: bool
-) -> Live:
-    """The clips of `dataset` by the rules of `store`; UserError for what does not fit together."""
-    rules = store.manifest.identity
-    held = read_manifest(checkpoint)["components"]["vae"]
-    vae = build(VAEConfig, held, path=f"{checkpoint}: vae")
-    join, (height, width) = build(JoinSpec, rules["join"], path=str(store.folder)), rules["size"]
+) -> OnlineData:
+    """The clips of `dataset`, cut and prompted as in `store`.
+
+    With `anywhere`, clips begin at random frames of their videos. Raises UserError if dataset,
+    store, checkpoint and mesh do not fit together.
+    """
+    # 1. Read the settings of the store and of the VAE.
+    identity = store.manifest.identity
+    settings = read_manifest(checkpoint)["components"]["vae"]
+    vae = build(VAEConfig, settings, path=f"{checkpoint}: vae")
+    join = build(JoinSpec, identity["join"], path=str(store.folder))
+    height, width = identity["size"]
     samples = find_samples(dataset)
     good = usable(samples, dataset)
+    # 2. Assign frames to devices.
     try:
-        way = sharing(vae, join.latents, mesh.shape[SP])
+        shard_plan = plan_vae_shards(vae, join.latents, mesh.shape[SP])
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from error
-    own = own_parts(mesh)
-    part = None if len(own) == mesh.shape[SP] else tuple(way.wanted(own).tolist())
+    own = process_shards(mesh)
+    all_local = len(own) == mesh.shape[SP]
+    part = None if all_local else tuple(shard_plan.frame_indices(own).tolist())
     videos = VideoClips(good, join, (height, width), part=part, anywhere=anywhere)
-    small = vae.spatial_stride
-    shape = (join.latents, height // small, width // small, vae.z_dim)
-    return Live(OnlineClips(videos, store), shape, join.chunks, len(samples) - len(good), way)
+    space = vae.spatial_stride
+    shape = (join.latents, height // space, width // space, vae.z_dim)
+    left_out = len(samples) - len(good)
+    return OnlineData(OnlineClips(videos, store), shape, join.chunks, left_out, shard_plan)
 
 
-def placer(
-    live: Live, checkpoint: str | Path, mesh: Mesh, specs: dict[str, P], rows: int
+def make_online_encoder(
+    clips: OnlineData, checkpoint: str | Path, mesh: Mesh, specs: dict[str, P], rows: int
 ) -> Callable[[dict[str, np.ndarray]], dict[str, Array]]:
-    """From this process's rows of a batch of `rows`, collated, to the batch with latents on the
-    mesh. `specs` say how its columns lie."""
-    way, own, first = live.way, own_parts(mesh), own_rows(mesh, rows).start
-    frames = way.wanted(own)
-    dtype = live.source.store.manifest.identity["computed_in"]
+    """A function that encodes a batch and puts it on the mesh.
+
+    It takes this process's rows of a batch of `rows`, collated, and returns the batch with latents
+    as global arrays, sharded by `specs` (PartitionSpec of each column).
+    """
+    shard_plan, own = clips.shard_plan, process_shards(mesh)
+    first = process_rows(mesh, rows).start
+    frames = shard_plan.frame_indices(own)
+    dtype = clips.source.store.manifest.identity["computed_in"]
     vae = load_model(checkpoint, "vae", dtype=jnp.dtype(dtype))
     params = jax.device_put(params_of(vae), NamedSharding(mesh, P()))
-    encoded = _encoder(nnx.graphdef(vae), way, mesh, specs)
+    encode = _encoder(nnx.graphdef(vae), shard_plan, mesh, specs)
+    put_shards = functools.partial(device_put_shards, mesh=mesh, rows=rows, first=first)
 
-    def place(batch: dict[str, np.ndarray]) -> dict[str, Array]:
+    def encode_batch(batch: dict[str, np.ndarray]) -> dict[str, Array]:
         columns = dict(batch)
         video, dropped = columns.pop("video"), columns.pop("dropped")
 
@@ -95,23 +115,29 @@ def placer(
             low, high = np.searchsorted(frames, (begin, end))
             return video[:, low:high]
 
-        parts = np.concatenate([way.part(read, device) for device in own], axis=1)
-        counts = np.repeat((dropped == "")[:, None], len(own), axis=1).astype(np.float32)
-        over = functools.partial(placed_parts, mesh=mesh, rows=rows, first=first)
-        lying = placed(columns, {k: specs[k] for k in columns}, mesh, rows=rows, first=first)
-        return encoded(params, over(parts), over(counts), lying)
+        shards = [shard_plan.device_frames(read, device) for device in own]
+        frame_shards = np.concatenate(shards, axis=1)
+        decoded = np.repeat((dropped == "")[:, None], len(own), axis=1).astype(np.float32)
+        column_specs = {k: specs[k] for k in columns}
+        on_mesh = device_put_batch(columns, column_specs, mesh, rows=rows, first=first)
+        return encode(params, put_shards(frame_shards), put_shards(decoded), on_mesh)
 
-    return place
+    return encode_batch
 
 
-def _encoder(graphdef: nnx.GraphDef, way: VAEShardPlan, mesh: Mesh, specs: dict[str, P]) -> Any:
-    """`(VAE parameters, parts, counts, columns) -> batch`; a clip that one process could not decode
-    counts on none."""
+def _encoder(
+    graphdef: nnx.GraphDef, shard_plan: VAEShardPlan, mesh: Mesh, specs: dict[str, P]
+) -> Any:
+    """A jitted function (VAE parameters, frame shards, decoded flags, columns) -> batch.
 
-    def run(params: Params, parts: Array, counts: Array, columns: dict[str, Array]):
-        first = parts[:, way.absent : way.absent + 1]
-        latents = encode_parts(graphdef, params, first, parts, mesh, way).astype(jnp.float32)
-        mask = columns["mask"] * jnp.min(counts, axis=1, keepdims=True)
+    A clip that one of the processes could not decode is masked out on all of them.
+    """
+
+    def run(params: Params, frame_shards: Array, decoded: Array, columns: dict[str, Array]):
+        first = frame_shards[:, shard_plan.num_padding : shard_plan.num_padding + 1]
+        latents = encode_frame_shards(graphdef, params, first, frame_shards, mesh, shard_plan)
+        latents = latents.astype(jnp.float32)
+        mask = columns["mask"] * jnp.min(decoded, axis=1, keepdims=True)
         batch = columns | {"context": latents, "target": latents, "mask": mask}
         return {
             name: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*specs[name])))
@@ -122,7 +148,7 @@ def _encoder(graphdef: nnx.GraphDef, way: VAEShardPlan, mesh: Mesh, specs: dict[
 
 
 def count_dropped(dropped: np.ndarray) -> int:
-    """Rows that came without their video; each is logged."""
+    """Number of rows whose video could not be decoded; logs the reason for each."""
     reasons = [reason for reason in dropped.tolist() if reason]
     for reason in reasons:
         logging.warning("left out %s", reason)

@@ -15,7 +15,7 @@ from longlive_jax.io.pictures import strip
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.umt5 import Tokenizer
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.parallel.hosts import first_process, readable
+from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.script import ShotScript
 from longlive_jax.sampling.settings import spec_for
@@ -50,8 +50,8 @@ class Preview:
         spec = self._spec
         if not spec.prompts:
             return
-        params = readable(params)
-        if not first_process():
+        params = gather_to_hosts(params)
+        if not is_first_process():
             return
         params = jax.device_put(params, jax.local_devices()[0])
         self._pipe = self._pipe or self._made(params)

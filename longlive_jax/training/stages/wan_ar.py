@@ -24,12 +24,12 @@ from longlive_jax.parallel.mesh import check_fits
 from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.metrics import mean_of
+from longlive_jax.training.metrics import mean_metrics
 from longlive_jax.training.objectives.batch import ARLossSpec, num_loss_frames
 from longlive_jax.training.objectives.error_recycling import (
     RecyclingSpec,
+    buffer_bytes,
     buffer_state,
-    bytes_held,
     check_recycling,
 )
 from longlive_jax.training.objectives.quantized import quantized
@@ -200,7 +200,7 @@ class WanARStage(RunSpec):
         """Memory of the error buffers; groups that do not divide over the mesh are replicated."""
         if self.recycling is None:
             return ()
-        gib = bytes_held(self.recycling, chunk_shape, mesh.shape) / 2**30
+        gib = buffer_bytes(self.recycling, chunk_shape, mesh.shape) / 2**30
         groups, ranks = self.recycling.buffer.groups, self.mesh.samples
         replicated = groups > 1 and groups % ranks != 0
         reason = f", replicated: {groups} groups do not divide over data * fsdp = {ranks}"
@@ -329,7 +329,7 @@ class WanARStage(RunSpec):
                     measure(params, batches.put(batch), jax.random.key(i))
                     for i, batch in zip(range(self.held_out_batches), feed, strict=False)
                 ]
-            return {f"held_out_{k}": x for k, x in mean_of(metrics).items()}
+            return {f"held_out_{k}": x for k, x in mean_metrics(metrics).items()}
 
         return evaluate
 

@@ -8,7 +8,7 @@ import pytest
 from longlive_jax.diffusion import flow
 
 
-def test_table_equals_the_reference(goldens):
+def test_the_table_equals_the_reference(goldens):
     schedule = flow.FlowSchedule()
     with np.load(goldens / "flow_schedulers.npz") as file:
         np.testing.assert_allclose(schedule.sigmas, file["fm_sigmas"], rtol=3e-7)
@@ -16,7 +16,7 @@ def test_table_equals_the_reference(goldens):
         np.testing.assert_allclose(schedule.weights, file["fm_weights"], atol=2e-5)
 
 
-def test_table_values():
+def test_values_of_the_table():
     schedule = flow.FlowSchedule()
     np.testing.assert_allclose(schedule.sigmas[:3], [1.0, 0.9998, 0.9996], atol=1e-6)
     assert schedule.timesteps[-1] == pytest.approx(4.980, abs=1e-3)
@@ -24,10 +24,10 @@ def test_table_values():
     assert schedule.weights[0] == 0
 
 
-def test_nearest_index():
+def test_index_is_the_nearest_entry():
     schedule = flow.FlowSchedule()
-    wanted = jnp.asarray(schedule.timesteps[[0, 17, 999]])
-    np.testing.assert_array_equal(schedule.index(wanted + 1e-3), [0, 17, 999])
+    timesteps = jnp.asarray(schedule.timesteps[[0, 17, 999]])
+    np.testing.assert_array_equal(schedule.index(timesteps + 1e-3), [0, 17, 999])
     assert int(schedule.index(jnp.zeros(()))) == 999
 
 

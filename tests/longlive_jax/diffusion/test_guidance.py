@@ -1,4 +1,4 @@
-"""Guidance calls the model once, on a doubled batch."""
+"""Classifier-free guidance, with one model call on a doubled batch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from longlive_jax.diffusion.guidance import guided
 
 
-def test_guidance_extrapolates_from_the_negative_half():
+def test_guidance_extrapolates_from_the_unconditional_half():
     calls = []
 
     def velocity(x, timestep):

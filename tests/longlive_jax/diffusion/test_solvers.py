@@ -1,5 +1,5 @@
-"""UniPC against the reference's trajectories and the linear response of its coefficients; the
-stochastic solver against what it must leave unchanged."""
+"""Solvers: UniPC against the reference's trajectories and against its linear response, and the
+stochastic solver against the invariants of the forward process."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from longlive_jax.diffusion import solvers
 
 
 def run(solver, x, velocity):
-    """Every sample along the way, by one scan."""
+    """The sample after each step, from one scan."""
 
     def body(state, row):
         state = solvers.step(state, velocity(state.x, row), row)
@@ -20,7 +20,7 @@ def run(solver, x, velocity):
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8])
-def test_trajectory_equals_the_reference(goldens, steps):
+def test_the_trajectory_equals_the_reference(goldens, steps):
     with np.load(goldens / "flow_schedulers.npz") as file:
         golden = {k.split("_", 1)[1]: file[k] for k in file.files if k.startswith(f"unipc{steps}_")}
     solver = solvers.unipc(steps)
@@ -51,7 +51,7 @@ def test_trajectory_equals_the_reference(goldens, steps):
     ],
 )
 def test_linear_response(steps, want):
-    """The sample as a combination of the noise and of unit estimates, one axis each."""
+    """The weights of the noise and of each step's estimate in the sample, one axis each."""
     solver = solvers.unipc(steps)
     state = solvers.start(jnp.eye(steps + 1)[0])
     for k in range(steps):
@@ -66,25 +66,25 @@ def test_linear_response(steps, want):
 
 @pytest.mark.parametrize("make", [solvers.unipc, solvers.euler, solvers.sde])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 50, 128])
-def test_any_number_of_steps_finds_a_constant(make, steps):
-    """If the estimate never changes, every solver lands on it exactly."""
+def test_a_constant_estimate_is_reached_exactly(make, steps):
+    """By every solver, for any number of steps."""
     goal = jnp.linspace(-1, 1, 8)
     solver = make(steps)
     state = solvers.start(jax.random.normal(jax.random.key(0), (8,)))
     for k in range(steps):
         row = jax.tree.map(lambda leaf, k=k: leaf[k], solver)
-        fresh = None if row.spread is None else jnp.ones(8)
+        fresh = None if row.noise_std is None else jnp.ones(8)
         state = solvers.step(state, (state.x - goal) / row.sigma, row, fresh)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(solver))
     np.testing.assert_allclose(state.x, goal, atol=1e-5)
 
 
-def test_reference_timesteps_of_50_steps():
+def test_timesteps_of_50_steps_equal_the_reference():
     np.testing.assert_array_equal(solvers.unipc(50).timestep[:5], [999, 995, 991, 987, 982])
 
 
 def test_second_order_beats_euler():
-    """On the exact flow of Gaussian data; not the last step, which is of first order by design."""
+    """On the exact flow of Gaussian data, without the last step, which is first-order by design."""
     variance = 0.3**2
 
     def scale(sigma):
@@ -107,7 +107,7 @@ def test_second_order_beats_euler():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 32])
 def test_fresh_noise_keeps_every_level(steps):
-    """For a known clean sample the solver's samples are those of the forward process."""
+    """For a known clean sample, the solver's samples follow the forward process."""
     goal, solver = 0.7, solvers.sde(steps)
     after = np.append(solver.sigma[1:], 0)
     gain = solver.predict[:, 1:].sum(1)
@@ -116,19 +116,19 @@ def test_fresh_noise_keeps_every_level(steps):
         (1 - after) * goal,
         atol=1e-6,
     )
-    variance = (solver.predict[:, 0] * solver.sigma) ** 2 + solver.spread**2
+    variance = (solver.predict[:, 0] * solver.sigma) ** 2 + solver.noise_std**2
     np.testing.assert_allclose(variance, after**2, atol=1e-6)
-    assert (solver.spread[:-1] > 0).all() and solver.spread[-1] == 0
+    assert (solver.noise_std[:-1] > 0).all() and solver.noise_std[-1] == 0
 
 
-def test_stochastic_solver_reaches_the_spread_of_gaussian_data_in_second_order():
-    """Exactly, from the coefficients; not the last step, which is of first order by design.
+def test_the_stochastic_solver_converges_to_the_data_std_in_second_order():
+    """Computed from the coefficients, without the last step, which is first-order by design.
 
-    The best estimate for Gaussian data is linear, so the covariance of the sample and the last
-    estimate is carried along instead of samples.
+    The optimal estimate for Gaussian data is linear, so the covariance of the sample and the last
+    estimate can be propagated instead of samples.
     """
 
-    def off(steps):
+    def std_error(steps):
         solver = solvers.sde(steps)
         sigma = np.asarray(solver.sigma, np.float64)
         level = (1 - sigma) ** 2 + sigma**2  # variance of a sample, for data of variance 1
@@ -136,24 +136,23 @@ def test_stochastic_solver_reaches_the_spread_of_gaussian_data_in_second_order()
         for k in range(steps - 1):
             clean, row = (1 - sigma[k]) / level[k], solver.predict[k]
             move = np.array([[row[0] + row[1] * clean, row[2]], [clean, 0.0]])
-            cov = move @ cov @ move.T + np.diag([solver.spread[k] ** 2, 0.0])
+            cov = move @ cov @ move.T + np.diag([solver.noise_std[k] ** 2, 0.0])
         return abs(np.sqrt(cov[0, 0] / level[-1]) - 1)
 
-    assert off(100) < 0.03
-    assert off(400) < 0.35 * off(200) < 0.35**2 * off(100)
+    assert std_error(100) < 0.03
+    assert std_error(400) < 0.35 * std_error(200) < 0.35**2 * std_error(100)
 
 
-def test_solver_draws_what_it_is_given():
-    """Another draw, another sample; the same draw, the same; and the draw enters by its spread."""
+def test_fresh_noise_is_scaled_by_its_std():
     solver, x = solvers.sde(4), jnp.linspace(-1, 1, 8)
     row = jax.tree.map(lambda leaf: leaf[1], solver)
     velocity = jnp.tanh(x)
-    with_none, with_one = (
+    without, with_noise = (
         solvers.step(solvers.start(x), velocity, row, jnp.full(8, fresh)).x for fresh in (0.0, 1.0)
     )
-    np.testing.assert_allclose(with_one - with_none, row.spread, rtol=1e-5)
+    np.testing.assert_allclose(with_noise - without, row.noise_std, rtol=1e-5)
 
 
-def test_zero_steps_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
+def test_zero_steps_is_an_error():
+    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         solvers.unipc(0)

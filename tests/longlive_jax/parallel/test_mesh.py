@@ -1,4 +1,4 @@
-"""Meshes: the order of devices, and what does not fit them."""
+"""Meshes: device order, and settings that do not fit them."""
 
 import jax
 import pytest
@@ -12,10 +12,12 @@ def test_sp_is_the_innermost_axis():
     assert [d.id for d in mesh.devices[0, 0]] == [d.id for d in jax.devices()[:4]]
 
 
-def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="sp=3 needs 3 devices and there are 8"):
+def test_a_mesh_of_the_wrong_size_raises():
+    with pytest.raises(
+        ValueError, match=r"data=1 x fsdp=1 x sp=3 needs 3 devices, found 8.*product is 8"
+    ):
         make_mesh(MeshSpec(sp=3))
-    with pytest.raises(ValueError, match=r"mesh\.data is 0"):
+    with pytest.raises(ValueError, match=r"mesh\.data must be >= 1, got 0"):
         MeshSpec(data=0)
 
 
@@ -27,7 +29,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
         ((8, 8, 3), "3 samples in a batch .* mesh.data \\* mesh.fsdp = 2"),
     ],
 )
-def test_what_does_not_split_is_named(sizes, message):
+def test_sizes_that_do_not_divide_are_named(sizes, message):
     heads, chunks, batch = sizes
     with pytest.raises(ValueError, match=message):
         check_fits(MeshSpec(data=1, fsdp=2, sp=4), heads=heads, chunks=chunks, batch=batch)

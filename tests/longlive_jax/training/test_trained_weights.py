@@ -1,4 +1,4 @@
-"""Weights out of a run's save, and packed from there."""
+"""Weights loaded from a training checkpoint, and quantised from it."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from longlive_jax.models.wan import DiTConfig
 from longlive_jax.quant.policy import named
 from longlive_jax.spec import UserError
 from longlive_jax.training.checkpointing import TrainCheckpoints
-from longlive_jax.training.trained_weights import SavedWeights
+from longlive_jax.training.trained_weights import TrainedWeights
 from tests.random_dit import random_dit
 
 DIT = DiTConfig(
@@ -19,23 +19,23 @@ DIT = DiTConfig(
 )  # fmt: skip
 
 
-def test_parameters_or_their_average(tmp_path):
+def test_loads_parameters_or_their_ema(tmp_path):
     _, params = random_dit(DIT)
-    average = jax.tree.map(lambda x: x + 1, params)
+    ema = jax.tree.map(lambda x: x + 1, params)
     save_component(tmp_path / "ck", "dit", params, DIT)
     workdir = tmp_path / "run"
-    with pytest.raises(UserError, match="holds no save of a run"):
-        SavedWeights.of(workdir, "ema", tmp_path / "ck", say=print)
+    with pytest.raises(UserError, match="has no checkpoint of a run"):
+        TrainedWeights.load(workdir, "ema", tmp_path / "ck", say=print)
     workdir.mkdir()
-    with TrainCheckpoints(workdir) as saves:
-        saves.save(7, {"params": params, "ema": average})
-    for part, tree in (("params", params), ("ema", average)):
-        weights = SavedWeights.of(workdir, part, tmp_path / "ck", say=print)
+    with TrainCheckpoints(workdir) as checkpoints:
+        checkpoints.save(7, {"params": params, "ema": ema})
+    for part, tree in (("params", params), ("ema", ema)):
+        weights = TrainedWeights.load(workdir, part, tmp_path / "ck", say=print)
         got = weights.read(("blocks", "ffn", "up", "bias"))
         np.testing.assert_array_equal(got, tree["blocks"]["ffn"]["up"]["bias"])
         quantize_checkpoint(tmp_path / "ck", tmp_path / part, named("fp8"), weights=weights)
     quantize_checkpoint(tmp_path / "ck", tmp_path / "own", named("fp8"))
-    own, one, other = (
+    from_checkpoint, from_params, from_ema = (
         read_manifest(tmp_path / name)["arrays"]["dit"] for name in ("own", "params", "ema")
     )
-    assert own == one != other
+    assert from_checkpoint == from_params != from_ema

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.parallel.hosts import Hosts, join, leave_at_once
+from longlive_jax.parallel.hosts import Hosts, abort_on_failure, join
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.spec import Failure
-from longlive_jax.training.feed import feed_in_order, own_rows
+from longlive_jax.training.feed import feed_in_order, process_rows
 from longlive_jax.training.loop import LoopSpec, train
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.task import Task, global_batches, process_batches
@@ -81,7 +81,7 @@ def make_trainer(mesh, rules=RULES):
 def regression_task(steps: int, delay: str) -> Task:
     count = jax.device_count()
     mesh = make_mesh(MeshSpec(*((1, 1, 1) if count == 1 else (count // 2, 2, 1))))
-    rows = own_rows(mesh, ROWS)
+    rows = process_rows(mesh, ROWS)
     batches = feed_in_order(Batches(steps, rows, delay))
 
     def skipping_feed(start):
@@ -146,7 +146,7 @@ def main(workdir: str, steps: str, delay: str, hosts: str = "") -> int:
             print(error)
             return error.code
     join(Hosts.parse(hosts))
-    return leave_at_once(lambda: run(workdir, steps, delay))
+    return abort_on_failure(lambda: run(workdir, steps, delay))
 
 
 if __name__ == "__main__":

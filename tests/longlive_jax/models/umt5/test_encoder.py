@@ -1,3 +1,5 @@
+"""UMT5 against the reference and against transformers, and its position buckets."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +15,14 @@ SMALL = UMT5Config(vocab_size=50, dim=24, dim_attn=32, ffn_dim=40, heads=4, laye
 
 
 def module_from(table, tensors, **settings):
-    """A UMT5 around the tensors of a state dict."""
+    """A UMT5 with the tensors of a state dict."""
     leaves = table.forward({key: value.shape for key, value in tensors.items()})
     cfg = config_of({leaf.path: leaf.shape for leaf in leaves}, **settings)
     graphdef, shapes = abstract(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
     flat = {}
     for leaf in leaves:
-        parts = [leaf.to_param(np.asarray(tensors[key])) for key in leaf.keys]
-        flat[leaf.path] = jnp.asarray(np.stack(parts) if leaf.rule.stacked else parts[0])
+        layers = [leaf.to_param(np.asarray(tensors[key])) for key in leaf.keys]
+        flat[leaf.path] = jnp.asarray(np.stack(layers) if leaf.rule.stacked else layers[0])
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: flat[tuple(key.key for key in path)], shapes
     )
@@ -71,7 +73,7 @@ def test_equals_transformers(fixtures):
     assert relative_error(got, want) < 1e-5
 
 
-def test_bfloat16_stays_near_float32(golden, weights):
+def test_bfloat16_is_close_to_float32(golden, weights):
     half = {key: value.astype(jnp.bfloat16) for key, value in weights.items()}
     umt5 = module_from(ORIGINAL, half, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     got = run(umt5, jnp.asarray(golden["ids"]), jnp.asarray(golden["mask"] > 0))
@@ -80,22 +82,22 @@ def test_bfloat16_stays_near_float32(golden, weights):
 
 
 @pytest.mark.parametrize("length", [2, 40, 512])
-def test_buckets_against_integer_arithmetic(length):
+def test_buckets_equal_integer_arithmetic(length):
     """8 + floor(8 log16(n / 8)) for 32 buckets up to 128: the largest i with n^8 >= 8^8 16^i."""
     got = relative_buckets(length, 32, 128)
     for distance in range(length):
         far = max((i for i in range(8) if distance**8 >= 8**8 * 16**i), default=0)
         want = distance if distance < 8 else 8 + far
-        assert got[distance, 0] == want, distance  # the key lies before the query
+        assert got[distance, 0] == want, distance  # the key is before the query
         assert got[0, distance] == want + 16 * (distance > 0), distance
 
 
-def test_buckets_as_a_literal_table():
+def test_buckets_equal_a_literal_table():
     want = [[0, 5, 6, 6], [1, 0, 5, 6], [2, 1, 0, 5], [2, 2, 1, 0]]
     np.testing.assert_array_equal(relative_buckets(4, 8, 16), want)
 
 
-def test_padding_changes_nothing_and_is_zero(small):
+def test_padding_has_no_effect_and_is_zero(small):
     ids = jnp.asarray([[7, 9, 3, 1, 0, 0, 0], [7, 9, 3, 1, 4, 4, 4]])
     mask = jnp.arange(7)[None] < jnp.asarray([[4], [4]])
     padded = run(small, ids, mask)
@@ -104,7 +106,7 @@ def test_padding_changes_nothing_and_is_zero(small):
     np.testing.assert_allclose(padded[:, :4], jnp.repeat(alone, 2, 0), atol=1e-5)
 
 
-def test_every_layer_has_its_own_positions(small):
+def test_each_layer_has_its_own_position_table(small):
     table = small.blocks.pos_embedding.embedding[...]
     assert table.shape == (3, 32, 4)
     ids, mask = jnp.asarray([[5, 6, 7, 1]]), jnp.ones((1, 4), bool)
@@ -117,7 +119,7 @@ def test_every_layer_has_its_own_positions(small):
         assert jnp.abs(changed - run(small, ids, mask)).max() > 1e-3
 
 
-def test_wrong_shapes_are_refused(small):
+def test_wrong_shapes_are_errors(small):
     with pytest.raises(Exception, match="mask"):
         small(jnp.ones((1, 4), jnp.int32), jnp.ones((1, 5), bool))
 
@@ -130,12 +132,12 @@ def test_wrong_shapes_are_refused(small):
         ({"max_distance": 8}, "max"),
     ],
 )
-def test_impossible_sizes(settings, message):
+def test_inconsistent_configs_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         UMT5Config(**settings)
 
 
-def test_the_large_encoder_traces_without_memory():
+def test_the_full_encoder_traces_without_allocation():
     cfg = UMT5Config(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     graphdef, params = abstract(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 5_680_910_336

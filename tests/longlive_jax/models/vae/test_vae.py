@@ -1,4 +1,4 @@
-"""The VAE against the reference's numbers, and every way of cutting a clip against the whole."""
+"""The VAE against the reference, and chunked processing against full clips."""
 
 import json
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longlive_jax.bench.timing import Compilations
 from longlive_jax.interop import keys_vae
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, decode_chunk, encode, encode_chunk
@@ -31,7 +32,7 @@ def golden(goldens):
 
 @pytest.fixture(scope="module")
 def reference(golden):
-    """The VAE of the golden file, through the converter's key table."""
+    """The VAE of the golden file, loaded through the converter's key table."""
     sizes = json.loads(bytes(golden["__meta__"]))["config"]
     cfg = VAEConfig(
         encoder_dim=sizes["dim"],
@@ -45,16 +46,16 @@ def reference(golden):
     graphdef, shapes = abstract(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
     table = keys_vae.original_for(weights)
     leaves = table.forward({key: value.shape for key, value in weights.items()})
-    found = {leaf.path: jnp.asarray(leaf.to_param(weights[leaf.keys[0]])) for leaf in leaves}
+    arrays = {leaf.path: jnp.asarray(leaf.to_param(weights[leaf.keys[0]])) for leaf in leaves}
     params = jax.tree_util.tree_map_with_path(
-        lambda path, _: found[tuple(str(key.key) for key in path)], shapes
+        lambda path, _: arrays[tuple(str(key.key) for key in path)], shapes
     )
     return with_params(graphdef, params)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Random weights everywhere, so that no layer is silent."""
+    """A VAE with random weights everywhere, so that every layer has an effect."""
     vae = VAE(TINY, rngs=nnx.Rngs(0))
     state = nnx.state(vae)
     keys = iter(jax.random.split(jax.random.key(1), 1000))
@@ -85,7 +86,7 @@ def test_streaming_equals_the_reference(golden, reference):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
-def test_chunked_equals_whole(tiny, chunk):
+def test_chunked_equals_the_full_clip(tiny, chunk):
     video = jax.random.uniform(jax.random.key(2), (2, 21, 32, 32, 3), minval=-1)
     z = encode(tiny, video)
     chex.assert_shape(z, (2, 6, 2, 2, 4))
@@ -98,15 +99,16 @@ def test_chunked_equals_whole(tiny, chunk):
 def test_one_compilation_serves_every_chunk_after_the_first(tiny):
     step = jax.jit(decode_chunk)
     z = jax.random.normal(jax.random.key(3), (1, 8, 2, 2, 4))
-    frames, tails = step(tiny, z[:, :2])
-    for i in (2, 4, 6):
-        more, tails = step(tiny, z[:, i : i + 2], tails)
-        frames = jnp.concatenate([frames, more], axis=1)
-    assert step._cache_size() == 2  # the first chunk, and all others
+    with Compilations() as compilations:
+        frames, tails = step(tiny, z[:, :2])
+        for i in (2, 4, 6):
+            more, tails = step(tiny, z[:, i : i + 2], tails)
+            frames = jnp.concatenate([frames, more], axis=1)
+    assert compilations.counts["decode_chunk"] == 2  # one for the first chunk, one for all others
     chex.assert_trees_all_close(frames, decode(tiny, z), rtol=1e-4, atol=1e-5)
 
 
-def test_the_future_does_not_reach_the_past(tiny):
+def test_decoding_is_causal(tiny):
     z = jax.random.normal(jax.random.key(4), (1, 5, 2, 2, 4))
     changed = z.at[:, 3:].add(1.0)
     a, b = decode(tiny, z), decode(tiny, changed)
@@ -124,24 +126,24 @@ def test_gradients_are_finite_on_a_black_clip(tiny):
     chex.assert_tree_all_finite(jax.grad(loss)(state))
 
 
-def test_parameter_count_of_wan():
+def test_parameter_count_equals_wan():
     _, shapes = abstract(lambda: VAE(VAEConfig(), rngs=nnx.Rngs(0)))
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(shapes)) == 704_688_668
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32, 3), (1, 5, 24, 32, 3)])
-def test_bad_sizes_are_named(tiny, shape):
+def test_sizes_that_do_not_fit_are_errors(tiny, shape):
     with pytest.raises(ValueError, match=r"3 frames cannot|24x32 pixels"):
         encode(tiny, jnp.zeros(shape))
 
 
-def test_later_chunks_are_whole_latents(tiny):
+def test_later_chunks_need_full_latents(tiny):
     _, tails = encode_chunk(tiny, jnp.zeros((1, 5, 32, 32, 3)))
-    with pytest.raises(ValueError, match="give 4n"):
+    with pytest.raises(ValueError, match="give 4n frames"):
         encode_chunk(tiny, jnp.zeros((1, 5, 32, 32, 3)), tails)
 
 
 @pytest.mark.parametrize("change", [{"temporal_down": (True,)}, {"latent_std": (1.0,)}])
-def test_config_that_does_not_fit_is_refused(change):
+def test_inconsistent_configs_are_errors(change):
     with pytest.raises(ValueError, match=r"stage|latent channel"):
         VAEConfig(**change)

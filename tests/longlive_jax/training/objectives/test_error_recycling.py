@@ -1,4 +1,4 @@
-"""Error recycling: what it mixes in, what it keeps, and what is refused."""
+"""Error recycling: which errors it injects and stores, and settings that are errors."""
 
 import dataclasses
 import functools
@@ -16,25 +16,21 @@ from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.parallel.rules import DIT as DIT_RULES
 from longlive_jax.parallel.rules import init_sharded, shardings
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.objectives.batch import (
-    ARLossSpec,
-)
+from longlive_jax.training.objectives.batch import ARLossSpec
 from longlive_jax.training.objectives.error_recycling import (
     Errors,
     RecyclingSpec,
+    buffer_specs,
     check_recycling,
     init_buffers,
-    observe,
-    partition,
     prediction_errors,
+    record_errors,
     recycle,
-    recycling_loss,
 )
 from longlive_jax.training.objectives.sharded import ShardedLoss, sharded_forward
 from longlive_jax.training.objectives.teacher_forcing import (
     ARSetup,
-    forward,
-    teacher_forcing_loss,
+    TeacherForcingLoss,
 )
 from pallas_kernels.tokens import EMPTY
 from tests.longlive_jax.training.recycled import (
@@ -43,128 +39,131 @@ from tests.longlive_jax.training.recycled import (
     CHUNKS,
     LOSS,
     SIZE,
+    assert_all_close,
+    compiled_with,
     episode,
-    given,
-    of,
+    make_inputs,
     rollout,
     spec_of,
-    uniform_mask,
 )
 from tests.tiny import activate_outputs
 
 
-def test_nothing_is_random_but_the_rolls():
+def test_equal_draws_give_equal_results():
     first, again = (rollout(spec_of(), steps=4) for _ in range(2))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_injections_are_what_the_buffers_hold():
-    """Each difference is an error of the right row and bucket, times a factor in bounds."""
+def test_injected_errors_come_from_the_buffers():
+    """Each difference is an error of the right row and bucket, times a factor within bounds."""
     spec = dataclasses.replace(spec_of(slots=1), clean=0.0, noise=1.0, latent=1.0, context=1.0)
-    batch, draws, rolls = given(0)
+    batch, draws, recycling_draws = make_inputs(0)
     key = jax.random.key(1)
     buffers = jax.tree.map(
         lambda x: jax.random.normal(key, x.shape) if x.ndim > 3 else jnp.ones_like(x),
         init_buffers(spec, (CHUNK, *SIZE)),
     )
-    used = of(recycle, spec)(rolls, batch, draws, buffers)
-    high = np.asarray(draws.timestep)[:, ::CHUNK] < np.float32(5000 / 6)  # of entry 500
-    found = {
+    used = compiled_with(recycle, spec)(recycling_draws, batch, draws, buffers)
+    high = np.asarray(draws.timestep)[:, ::CHUNK] < np.float32(5000 / 6)  # of table entry 500
+    injections = {
         "noise": (used.draws.noise - draws.noise, buffers.noise, (high, high)),
-        "latent": (used.batch.target - batch.target, buffers.latent, (high, high)),
+        "latent": (used.model_batch.target - batch.target, buffers.latent, (high, high)),
         "context": (used.draws.context - draws.context, buffers.latent, (0 * high, 0 * high + 1)),
     }
-    for name, (added, buffer, columns) in found.items():
+    for name, (added, buffer, columns) in injections.items():
         added = np.asarray(added).reshape(BATCH_SIZE, CHUNKS, -1)
-        held = np.asarray(buffer.entries[0, :, :, 0]).reshape(CHUNKS, 2, -1)
+        entries = np.asarray(buffer.entries[0, :, :, 0]).reshape(CHUNKS, 2, -1)
         for b, i in np.ndindex(BATCH_SIZE, CHUNKS):
-            options = [held[i, int(column[b, i])] for column in columns]
-            factors = [added[b, i] @ x / (x @ x) for x in options]
-            off = [np.abs(added[b, i] - f * x).max() for f, x in zip(factors, options, strict=True)]
-            best = int(np.argmin(off))
-            assert off[best] < 1e-5 and 0.7 <= factors[best] <= 1.3, (name, b, i)
+            candidates = [entries[i, int(column[b, i])] for column in columns]
+            factors = [added[b, i] @ x / (x @ x) for x in candidates]
+            residuals = [
+                np.abs(added[b, i] - f * x).max() for f, x in zip(factors, candidates, strict=True)
+            ]
+            best = int(np.argmin(residuals))
+            assert residuals[best] < 1e-5 and 0.7 <= factors[best] <= 1.3, (name, b, i)
 
 
-def test_nothing_is_mixed_in_before_the_start_nor_into_clean_samples():
-    batch, draws, rolls = given(0)
+def test_clean_samples_and_steps_before_the_start_get_no_errors():
+    batch, draws, recycling_draws = make_inputs(0)
     full = jax.tree.map(jnp.ones_like, init_buffers(spec_of(), (CHUNK, *SIZE)))
-    mixed = of(recycle, dataclasses.replace(spec_of(), start=9))
-    used = mixed(rolls, batch, draws, full)
-    uniform_mask((used.batch, used.draws), (batch, draws), 0)
-    used = mixed(rolls, batch, draws, dataclasses.replace(full, seen=jnp.array(9)))
-    moved = jnp.abs(used.batch.target - batch.target).max((1, 2, 3, 4))
-    assert used.clean.any() and moved.any()
-    assert not moved[used.clean].any()
+    run = compiled_with(recycle, dataclasses.replace(spec_of(), start=9))
+    used = run(recycling_draws, batch, draws, full)
+    assert_all_close((used.model_batch, used.draws), (batch, draws), 0)
+    started = dataclasses.replace(full, num_updates=jnp.array(9))
+    used = run(recycling_draws, batch, draws, started)
+    change = jnp.abs(used.model_batch.target - batch.target).max((1, 2, 3, 4))
+    assert used.clean.any() and change.any()
+    assert not change[used.clean].any()
 
 
-def test_errors_are_how_far_the_prediction_is_off():
-    batch, draws, rolls = given(0)
+def test_errors_are_differences_of_predictions_from_targets():
+    batch, draws, recycling_draws = make_inputs(0)
     spec = spec_of()
     buffers = init_buffers(spec, (CHUNK, *SIZE))
-    used = of(recycle, spec)(rolls, batch, draws, buffers)
-    uniform_mask((used.batch, used.draws), (batch, draws))  # nothing is held yet
-    right = draws.noise - batch.target
-    uniform_mask(prediction_errors(right, batch, used), Errors(*[jnp.zeros_like(right)] * 2))
-    off = prediction_errors(right + 1, batch, used)
-    sigma = jnp.broadcast_to(draws.sigma[..., None, None, None], right.shape)
-    uniform_mask(off, Errors(latent=-sigma, noise=1 - sigma), 1e-5)
+    used = compiled_with(recycle, spec)(recycling_draws, batch, draws, buffers)
+    assert_all_close((used.model_batch, used.draws), (batch, draws))  # the buffers are still empty
+    exact = draws.noise - batch.target
+    assert_all_close(prediction_errors(exact, batch, used), Errors(*[jnp.zeros_like(exact)] * 2))
+    errors = prediction_errors(exact + 1, batch, used)
+    sigma = jnp.broadcast_to(draws.sigma[..., None, None, None], exact.shape)
+    assert_all_close(errors, Errors(latent=-sigma, noise=1 - sigma), 1e-5)
 
 
-def test_a_given_image_stays_and_has_no_error():
+def test_a_conditioning_image_is_unchanged_and_has_no_error():
     loss = ARLossSpec(image_to_video=True)
     used, buffers = rollout(spec_of(), loss=loss)
-    batch, *_ = given(5)
-    for got, want in ((used.batch.target, batch.target), (used.draws.context, batch.context)):
+    batch, *_ = make_inputs(5)
+    for got, want in ((used.model_batch.target, batch.target), (used.draws.context, batch.context)):
         np.testing.assert_array_equal(got[:, 0], want[:, 0])
         assert jnp.abs(got - want)[:, 1].max() > 0.1
     assert not buffers.latent.entries[:, 0, :, :, 0].any()
     assert buffers.latent.entries[:, 0, :, :, 1].any()
 
 
-def test_what_is_not_kept():
-    """Padded chunks, errors that are not finite, clean samples, steps without an update."""
+def test_errors_that_are_not_stored():
+    """Non-finite ones, and those of padded chunks, clean samples and non-finite losses."""
     spec = dataclasses.replace(spec_of(rows=1, buckets=1, slots=99), clean=0.0, update=0.0)
-    batch, draws, rolls = given(0)
+    batch, draws, recycling_draws = make_inputs(0)
     buffers = init_buffers(spec, (CHUNK, *SIZE))
-    used = of(recycle, spec)(rolls, batch, draws, buffers)
-    keeping = of(observe, spec)
+    used = compiled_with(recycle, spec)(recycling_draws, batch, draws, buffers)
+    run = compiled_with(record_errors, spec)
 
     def count(errors, batch=batch, used=used, **more):
-        found = keeping(rolls, Errors(errors, errors), batch, used, buffers, **more)
-        return int(found.latent.added.sum())
+        updated = run(recycling_draws, Errors(errors, errors), batch, used, buffers, **more)
+        return int(updated.latent.added.sum())
 
-    fine, every = jnp.ones_like(batch.target), BATCH_SIZE * CHUNKS
-    assert count(fine) == every
-    assert count(fine.at[1, 5, 0, 0, 0].set(jnp.nan)) == every - 1
+    ones, total = jnp.ones_like(batch.target), BATCH_SIZE * CHUNKS
+    assert count(ones) == total
+    assert count(ones.at[1, 5, 0, 0, 0].set(jnp.nan)) == total - 1
     padded = dataclasses.replace(batch, mask=batch.mask.at[2, -3:].set(0.0))
-    assert count(fine, padded) == every - 2
-    some = dataclasses.replace(used, clean=jnp.array([True, False, False, True]))
-    assert count(fine, used=some) == every // 2
-    assert count(fine, good=jnp.array(False)) == 0
+    assert count(ones, padded) == total - 2
+    half_clean = dataclasses.replace(used, clean=jnp.array([True, False, False, True]))
+    assert count(ones, used=half_clean) == total // 2
+    assert count(ones, is_finite=jnp.array(False)) == 0
 
 
-def test_groups_share_their_errors_while_warming_up_only():
-    spec = spec_of(groups=2)  # warm until step 2
-    _, shared = rollout(spec, steps=3)
-    np.testing.assert_array_equal(*(x for x in shared.latent.entries))
-    _, apart = rollout(spec, steps=5)
-    assert jnp.abs(apart.latent.entries[0] - apart.latent.entries[1]).max() > 0.1
-    added = apart.latent.added.sum((1, 2)) - shared.latent.added.sum((1, 2))
+def test_groups_exchange_errors_only_during_warmup():
+    spec = spec_of(groups=2)  # warmup ends with step 2
+    _, warm = rollout(spec, steps=3)
+    np.testing.assert_array_equal(*(x for x in warm.latent.entries))
+    _, later = rollout(spec, steps=5)
+    assert jnp.abs(later.latent.entries[0] - later.latent.entries[1]).max() > 0.1
+    added = later.latent.added.sum((1, 2)) - warm.latent.added.sum((1, 2))
     assert (added <= 2 * BATCH_SIZE * CHUNKS // 2).all()
 
 
-def test_positions_of_windows_are_chunk_numbers():
-    """A row serves one number, wherever in an episode it stands; the last all later ones."""
+def test_rows_by_chunk_are_chunk_indices():
+    """A row serves one chunk index, anywhere in a window; the last row serves all later ones."""
     spec = dataclasses.replace(spec_of(by="chunk", rows=5), clean=0.0)
-    batch, draws, rolls = given(0)
+    batch, draws, recycling_draws = make_inputs(0)
     numbers = jnp.array([[EMPTY, 0, *range(3, 9), 0, 4, *range(3, 9)]] * BATCH_SIZE)
     batch = dataclasses.replace(batch, chunk_index=numbers)
     buffers = init_buffers(spec, (CHUNK, *SIZE))
-    used = of(recycle, spec)(rolls, batch, draws, buffers)
+    used = compiled_with(recycle, spec)(recycling_draws, batch, draws, buffers)
     errors = Errors(batch.target, batch.target)
-    found = of(observe, spec)(rolls, errors, batch, used, buffers)
-    np.testing.assert_array_equal(found.latent.added.sum((0, 2)), [4, 0, 0, 4, 24])
+    updated = compiled_with(record_errors, spec)(recycling_draws, errors, batch, used, buffers)
+    np.testing.assert_array_equal(updated.latent.added.sum((0, 2)), [4, 0, 0, 4, 24])
 
 
 DIT = DiTConfig(
@@ -173,9 +172,8 @@ DIT = DiTConfig(
 )  # fmt: skip
 
 
-def test_a_loss_that_recycles():
-    """While nothing is held it is the plain loss; a replay from the same buffers is the same; and
-    over a mesh it is what it is on one device."""
+def test_teacher_forcing_loss_with_recycling():
+    """With empty buffers it is the plain loss; it is reproducible, and the same over a mesh."""
     graphdef, _ = abstract(lambda: DiT(DIT, rngs=nnx.Rngs(0)))
     setup = ARSetup(graphdef, chunk_frames=CHUNK, empty_prompt=1, spec=LOSS)
     spec = dataclasses.replace(spec_of(), clean=0.0, latent=1.0)
@@ -185,48 +183,50 @@ def test_a_loss_that_recycles():
     def init(key):
         return activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(key))))
 
-    def step(run):
-        def judged(params, batch, used):
-            return run(params, batch, used.batch, used.draws, text)
+    def inputs(batch):
+        return batch, text
 
-        return jax.jit(recycling_loss(judged, chunk_frames=CHUNK, spec=spec, loss=LOSS))
-
+    # 1. Empty buffers.
     params = jax.jit(init)(jax.random.key(1))
-    want, _ = jax.jit(functools.partial(teacher_forcing_loss, setup))(params, batch, key, text)
-    alone = step(functools.partial(forward, setup))
+    recycling_loss = TeacherForcingLoss(setup, inputs, recycling=spec)
+    want, _ = jax.jit(recycling_loss.without_recycling())(params, batch, key)
+    single = jax.jit(recycling_loss)
     start = init_buffers(spec, (CHUNK, *SIZE))
-    loss, (metrics, once) = alone(params, batch, key, start)
+    loss, (metrics, once) = single(params, batch, key, start)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
-    assert metrics["errors_held"] == once.latent.held.sum() > BATCH_SIZE * CHUNKS / 2
-    mixed, (_, twice) = alone(params, batch, key, once)
-    assert abs(mixed - want) > 1e-3 and int(twice.seen) == 2
-    again, (_, replayed) = alone(params, batch, key, once)
-    assert again == mixed
-    uniform_mask(replayed, twice, 0)
+    assert metrics["stored_errors"] == once.latent.counts.sum() > BATCH_SIZE * CHUNKS / 2
+    # 2. With stored errors, twice.
+    recycled, (_, twice) = single(params, batch, key, once)
+    assert abs(recycled - want) > 1e-3 and int(twice.num_updates) == 2
+    again, (_, replayed) = single(params, batch, key, once)
+    assert again == recycled
+    assert_all_close(replayed, twice, 0)
 
+    # 3. Over a mesh.
     mesh = make_mesh(MeshSpec(data=2, sp=2), jax.devices()[:4])
-    held, specs = init_sharded(init, jax.random.key(1), mesh, DIT_RULES)
-    over = step(functools.partial(sharded_forward, setup, ShardedLoss(mesh, specs)))
-    buffers = jax.device_put(once, shardings(mesh, partition(spec)))
-    shared, (_, after) = over(held, batch, key, buffers)
-    np.testing.assert_allclose(shared, mixed, rtol=1e-5)
-    uniform_mask(after, twice, 1e-4)
+    param_shards, specs = init_sharded(init, jax.random.key(1), mesh, DIT_RULES)
+    forward = functools.partial(sharded_forward, sharded=ShardedLoss(mesh, specs))
+    sharded = jax.jit(dataclasses.replace(recycling_loss, forward=forward))
+    buffers = jax.device_put(once, shardings(mesh, buffer_specs(spec)))
+    loss, (_, updated) = sharded(param_shards, batch, key, buffers)
+    np.testing.assert_allclose(loss, recycled, rtol=1e-5)
+    assert_all_close(updated, twice, 1e-4)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"clean": 1.5}, "clean is 1.5; give a share, 0 to 1"),
-        ({"buffer": {"slots": 0}}, "slots is 0"),
+        ({"clean": 1.5}, "clean must be from 0 to 1, got 1.5"),
+        ({"buffer": {"slots": 0}}, "slots must be >= 1, got 0"),
         ({"buffer": {"replace": "newest"}}, "'newest' is not one of"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message):
+def test_invalid_settings_are_errors(settings, message):
     with pytest.raises(UserError, match=message):
         build(RecyclingSpec, settings, path="recycling")
 
 
-def test_what_does_not_split_is_refused():
+def test_sizes_that_do_not_divide_are_errors():
     mesh = make_mesh(MeshSpec(data=2, sp=4), jax.devices())
     with pytest.raises(ValueError, match="an axis of 6 does not split into 4"):
         init_buffers(spec_of(rows=6), (CHUNK, *SIZE), mesh)
@@ -243,7 +243,7 @@ def test_what_does_not_split_is_refused():
         ({"groups": 3}, (8, 8), "8 samples do not split into recycling.buffer.groups = 3"),
         ({"rows": 6}, (6, 6), "rows = 6 does not split over mesh.sp = 4; choose a multiple of 4"),
         ({"groups": 1}, (8, 8), None),
-        ({"groups": 4}, (8, 8), None),  # on a smaller mesh they were split
+        ({"groups": 4}, (8, 8), None),  # as from a run on a smaller mesh
         ({"rows": 5, "by": "chunk"}, (9, 7), None),
     ],
 )

@@ -61,10 +61,10 @@ def test_training_with_error_recycling_on_eight_devices_equals_one_device(data_d
 
     # 1. Metrics of updates and evaluation.
     for want, got in zip(records(single), records(eight), strict=True):
-        for name in ("loss", "grad_norm", "errors_held"):
+        for name in ("loss", "grad_norm", "stored_errors"):
             assert got[name] == pytest.approx(want[name], rel=2e-4), (want, got)
     last = records(single)[-1]
-    assert last["errors_held"] > 4 and last["tokens_per_s"] > 0
+    assert last["stored_errors"] > 4 and last["tokens_per_s"] > 0
     assert held_out_error(eight) == pytest.approx(held_out_error(single), rel=2e-4)
     assert (eight / "sample_000004.png").stat().st_size > 500
 
@@ -100,7 +100,7 @@ def test_resuming_on_other_meshes_gives_the_same_next_loss(data_dir, tmp_path):
 
     # 3. The third step is the same on all meshes.
     for name, record in last_records.items():
-        assert record["step"] == 3 and record["errors_held"] > 4, name
+        assert record["step"] == 3 and record["stored_errors"] > 4, name
         assert record["loss"] == pytest.approx(last_records["same"]["loss"], rel=1e-5), name
 
 
