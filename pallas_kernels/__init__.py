@@ -1,1 +1,4 @@
-"""Array-in, array-out operations with one reference each; imports nothing of longlive_jax."""
+"""Array-in, array-out operations, each with a reference implementation.
+
+Nothing here imports longlive_jax.
+"""

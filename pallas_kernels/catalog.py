@@ -1,8 +1,8 @@
-"""All Mosaic kernels, with what a compiler needs to know to build each at the 5B model's sizes.
+"""The catalog of all Mosaic kernels, and how to build each at the sizes of the 5B model.
 
-A kernel can be "interpreted" (its numbers compared with the oracle's in Pallas' interpreter, which
-also looks for races), "compiled" (for a chip that is not there) or "run". This table says how to
-do the second; `longlive kernels check` does it.
+A kernel is "interpreted" (compared with the reference in Pallas' interpreter, which also detects
+races), "compiled" (for a chip that need not be present) or "run" (on such a chip). The catalog
+holds what is needed to compile; `longlive kernels check` does so.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ BLACKWELL, HOPPER = ("sm_100a",), ("sm_90a",)
 TO_E2M1 = (r"F2FP\.SATFINITE\.E2M1\.",)
 FROM_E2M1 = (r"F2FP\.F16\.E2M1\.",)
 TOKENS, DIM, HEADS, WIDTH = 7040, 3072, 24, 128
-"""A chunk of eight latent frames, the channels of the 5B model, and its heads."""
+"""Tokens of a chunk of eight latent frames; channels, heads and head width of the 5B model."""
 MODULES = ("nvfp4.mosaic.matmul", "attention.mosaic.packed_op")
-"""Those with a CATALOG of their own: name -> (chips, build, instructions)."""
+"""Modules with their own CATALOG: name -> (chips, build, instructions)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One kernel, or the few that one function launches.
+    """One kernel, or the few kernels that one function launches.
 
     Attributes:
-      chips: architectures it is for.
-      build: gives a function and abstract arguments, so that tracing it launches the kernel.
-      instructions: patterns of those it is written for, all of them to be in its machine code.
+      chips: target architectures ("sm_90a", "sm_100a").
+      build: returns a function and abstract arguments; tracing the function launches the kernel.
+      instructions: patterns of SASS instructions that the machine code must contain.
     """
 
     chips: tuple[str, ...]
@@ -46,12 +46,12 @@ class Entry:
 
 @functools.cache
 def catalog() -> Mapping[str, Entry]:
-    """Kernels by name."""
-    found = dict(_ATTENTION | _NVFP4)
+    """All kernels by name."""
+    entries = dict(_ATTENTION | _NVFP4)
     for name in MODULES:
         module = importlib.import_module(f"pallas_kernels.{name}")
-        found |= {kernel: Entry(*entry) for kernel, entry in module.CATALOG.items()}
-    return MappingProxyType(found)
+        entries |= {kernel: Entry(*entry) for kernel, entry in module.CATALOG.items()}
+    return MappingProxyType(entries)
 
 
 def _attention(tokens: Tokens, q: Any, k: Any, v: Any) -> Any:
@@ -66,7 +66,7 @@ def _forward() -> tuple[Callable, tuple]:
 
 
 def _gradients() -> tuple[Callable, tuple]:
-    """The output, dq, dk and dv: three kernels."""
+    """Forward and backward pass: three kernels, for the output, for dq, and for dk and dv."""
     x, tokens = _heads()
 
     def gradients(q, k, v, grad):
@@ -77,34 +77,35 @@ def _gradients() -> tuple[Callable, tuple]:
 
 
 def _heads() -> tuple[jax.ShapeDtypeStruct, Tokens]:
-    """Two heads and four chunks, each of which sees those before it: kernels do not depend on the
-    number of either."""
+    """Operands of two heads and four block-causal chunks; no kernel depends on either number."""
     length = 1024
     tokens = make(np.zeros((length, 3), np.int32), np.arange(length) // (length // 4), False)
     return jax.ShapeDtypeStruct((1, length, 2, WIDTH), jnp.bfloat16), tokens
 
 
-def _quantize(rows: int = TOKENS, *, random: bool = False, dtype=jnp.bfloat16, **options) -> Build:
+def _quantize(
+    rows: int = TOKENS, *, stochastic: bool = False, dtype=jnp.bfloat16, **options
+) -> Build:
     def build() -> tuple[Callable, tuple]:
         from pallas_kernels.nvfp4.mosaic.quantize import quantize
 
         shapes = jax.ShapeDtypeStruct((rows, DIM), dtype), jax.ShapeDtypeStruct((), jnp.float32)
-        if not random:
+        if not stochastic:
             return functools.partial(quantize, **options), shapes
         return lambda x, amax, key: quantize(x, amax, key=key, **options), (*shapes, _key())
 
     return build
 
 
-def _both(*, random: bool) -> Build:
+def _quantize_both(*, stochastic: bool) -> Build:
     def build() -> tuple[Callable, tuple]:
         from pallas_kernels.nvfp4.mosaic.quantize import quantize_both
 
         x, amax = jax.ShapeDtypeStruct((TOKENS, DIM), jnp.bfloat16), jax.ShapeDtypeStruct((), "f4")
-        if not random:
+        if not stochastic:
             return quantize_both, (x, amax, amax)
         return (
-            lambda x, amax, turned, *keys: quantize_both(x, amax, turned, keys=keys),
+            lambda x, amax, amax_t, *keys: quantize_both(x, amax, amax_t, keys=keys),
             (x, amax, amax, _key(), _key()),
         )
 
@@ -121,7 +122,7 @@ def _dequantize() -> tuple[Callable, tuple]:
     return dequantize, (_packed((TOKENS, DIM), ()),)
 
 
-def _slots() -> tuple[Callable, tuple]:
+def _dequantize_slots() -> tuple[Callable, tuple]:
     from pallas_kernels.nvfp4.mosaic.dequantize import dequantize_slots
 
     cache = _packed((4, TOKENS * HEADS, WIDTH), (4,))
@@ -144,14 +145,14 @@ _ATTENTION = {
 _NVFP4 = {
     "nvfp4_quantize": Entry(BLACKWELL, _quantize(), TO_E2M1),
     "nvfp4_quantize_static": Entry(BLACKWELL, _quantize(rule="static_6"), TO_E2M1),
-    "nvfp4_quantize_stochastic": Entry(BLACKWELL, _quantize(random=True), TO_E2M1),
+    "nvfp4_quantize_stochastic": Entry(BLACKWELL, _quantize(stochastic=True), TO_E2M1),
     "nvfp4_quantize_rotated": Entry(BLACKWELL, _quantize(hadamard=True), TO_E2M1),
     "nvfp4_quantize_transposed": Entry(BLACKWELL, _quantize(transpose=True), TO_E2M1),
-    "nvfp4_quantize_both": Entry(BLACKWELL, _both(random=False), TO_E2M1),
-    "nvfp4_quantize_both_stochastic": Entry(BLACKWELL, _both(random=True), TO_E2M1),
+    "nvfp4_quantize_both": Entry(BLACKWELL, _quantize_both(stochastic=False), TO_E2M1),
+    "nvfp4_quantize_both_stochastic": Entry(BLACKWELL, _quantize_both(stochastic=True), TO_E2M1),
     "nvfp4_quantize_squares": Entry(
         BLACKWELL, _quantize(DIM, dtype=jnp.float32, block_rows=BLOCK), TO_E2M1
     ),
     "nvfp4_dequantize": Entry(BLACKWELL, _dequantize, FROM_E2M1),
-    "nvfp4_dequantize_slots": Entry(BLACKWELL, _slots, FROM_E2M1),
+    "nvfp4_dequantize_slots": Entry(BLACKWELL, _dequantize_slots, FROM_E2M1),
 }

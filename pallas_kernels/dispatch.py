@@ -1,4 +1,4 @@
-"""Choosing an implementation: a named one runs or raises, only "auto" chooses."""
+"""Choice of implementation: a named one runs or raises, only "auto" selects."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,10 @@ class Unsupported(NotImplementedError):
 
 
 def platform() -> str:
-    """The platform that a function traced now will run on: "cpu", "gpu" or "tpu"."""
+    """The platform of the current default device: "cpu", "gpu" or "tpu".
+
+    A function traced now will run there.
+    """
     device = jax.config.jax_default_device
     if device is None:
         return jax.default_backend()
@@ -20,8 +23,7 @@ def platform() -> str:
 
 
 def capability() -> str:
-    """CUDA compute capability ("9.0") of the device that a function traced now will run on; ""
-    where that is no GPU."""
+    """CUDA compute capability of the current default device ("9.0"), or "" without a GPU."""
     device: Any = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]

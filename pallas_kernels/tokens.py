@@ -1,7 +1,8 @@
-"""What each token is. Which keys a query may see, and where RoPE puts it, follow from this alone.
+"""Per-token columns, from which the attention mask and the RoPE positions follow.
 
-A mode of attention (bidirectional, block-causal, teacher-forced, cached, windowed with sinks) is
-not an argument but a set of columns; `visible` is the whole contract that an implementation keeps.
+An attention mode (bidirectional, block-causal, teacher forcing, cached, windowed with sinks) is
+not an argument but a set of column values. `visible` defines the mask that every attention
+implementation must reproduce.
 """
 
 from typing import Any
@@ -13,36 +14,36 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Real
 
 EMPTY = -1
-"""The chunk of a cache slot or padding token that holds nothing."""
+"""Chunk index of padding tokens and of empty cache slots."""
 
-COLUMNS = ("chunk_index", "noisy", "window_start", "sink", "global_sinks")
-"""What `visible` reads, one value a token."""
+VISIBILITY_COLUMNS = ("chunk_index", "noisy", "window_start", "sink", "global_sinks")
+"""Columns that `visible` reads, one value per token."""
 
 
 @flax.struct.dataclass
 class Tokens:
-    """Columns of a token sequence; every one may have a leading batch axis.
+    """Columns of a token sequence; each may have a leading batch axis.
 
-    `window_start`, `sink` and `global_sinks` are read from queries only, and limit how far back
-    they look: a past chunk is kept if it is at least `window_start`, or equals `sink`, or is below
-    `global_sinks`.
+    `window_start`, `sink` and `global_sinks` are read from queries only. They limit the visible
+    context: a past chunk is visible if its index is >= `window_start`, equal to `sink`, or
+    < `global_sinks`.
     """
 
     pos: Real[Array, "*b l 3"]
     """Frame, row and column for RoPE; frames may be fractional."""
     chunk_index: Int[Array, "*b l"]
-    """Index of the chunk, counted from the start of the video; `EMPTY` is seen by nobody."""
+    """Index of the chunk from the start of the video; keys with `EMPTY` are always masked."""
     noisy: Bool[Array, "*b l"]
-    """Being denoised; otherwise clean context."""
+    """Whether the token is being denoised; otherwise it is clean context."""
     window_start: Int[Array, "*b l"]
-    """The oldest chunk of the window; 0 is all of the past."""
+    """First chunk of the attention window; 0 for the whole past."""
     sink: Int[Array, "*b l"]
-    """One more chunk that stays visible (the shot sink), or `EMPTY`."""
+    """One more visible chunk (the shot sink), or `EMPTY`."""
     global_sinks: Int[Array, "*b l"]
-    """So many first chunks stay visible."""
+    """Number of leading chunks that stay visible (global sinks)."""
     uniform_mask: bool = flax.struct.field(pytree_node=False, default=False)
-    """All tokens of a sample see the same keys (they are of one chunk, all noisy or all clean), so
-    that the mask is one row a sample. Known while tracing; lets implementations skip the mask."""
+    """Whether all queries of a sample have the same mask (one chunk, all noisy or all clean), so
+    that the mask is one row per sample. Static; lets implementations avoid a mask."""
 
     def __len__(self) -> int:
         return self.chunk_index.shape[-1]
@@ -58,10 +59,10 @@ def make(
     global_sinks=0,
     uniform_mask: bool = False,
 ) -> Tokens:
-    """Tokens from columns or scalars; everything is broadcast to the shape of `pos[..., 0]`.
+    """Builds tokens from columns or scalars, broadcast to the shape of `pos[..., 0]`.
 
-    Columns given as NumPy arrays or Python numbers stay NumPy: attention then knows the mask while
-    it traces, and does no work for pairs that are never visible.
+    Columns given as NumPy arrays or Python numbers stay NumPy. Attention then knows the mask at
+    trace time and does no work for masked pairs.
     """
     shapes = (
         pos.shape[:-1],
@@ -92,7 +93,7 @@ def _column(x, shape: tuple[int, ...], dtype) -> Array:
 
 
 def concat(*parts: Tokens) -> Tokens:
-    """One sequence after the other; batch axes are broadcast."""
+    """Concatenates token sequences; batch axes are broadcast."""
     batch = np.broadcast_shapes(*(part.chunk_index.shape[:-1] for part in parts))
 
     def join(own: int, *columns: Array) -> Array:
@@ -101,16 +102,19 @@ def concat(*parts: Tokens) -> Tokens:
         return xp.concatenate(wide, axis=len(batch))
 
     pos = join(2, *(part.pos for part in parts))
-    columns: list[Any] = [join(1, *(getattr(part, name) for part in parts)) for name in COLUMNS]
+    columns: list[Any] = [
+        join(1, *(getattr(part, name) for part in parts)) for name in VISIBILITY_COLUMNS
+    ]
     return Tokens(pos, *columns)
 
 
 def visible(q: Tokens, k: Tokens) -> Bool[Array, "*b q k"]:
-    """Which queries see which keys.
+    """The attention mask: True where query q attends to key k.
 
-    A noisy query sees its own noisy chunk and the clean past, never its own clean copy; a clean one
-    sees its own clean chunk and the clean past; nobody sees noisy tokens of another chunk. Without
-    noisy tokens this is block-causal attention, and with a single chunk bidirectional attention.
+    A noisy query attends to its own noisy chunk and to the clean past, never to the clean copy of
+    its own chunk. A clean query attends to its own clean chunk and to the clean past. Noisy tokens
+    of other chunks are always masked. Without noisy tokens this is block-causal attention, and
+    with a single chunk it is bidirectional attention.
     """
     mine, noisy, window_start = (
         q.chunk_index[..., :, None],
@@ -118,9 +122,9 @@ def visible(q: Tokens, k: Tokens) -> Bool[Array, "*b q k"]:
         q.window_start[..., :, None],
     )
     theirs = k.chunk_index[..., None, :]
-    kept = (theirs >= window_start) | (theirs == q.sink[..., :, None])
-    kept = kept | (theirs < q.global_sinks[..., :, None])
-    clean = ((theirs < mine) & kept) | ((theirs == mine) & ~noisy)
+    in_context = (theirs >= window_start) | (theirs == q.sink[..., :, None])
+    in_context = in_context | (theirs < q.global_sinks[..., :, None])
+    clean = ((theirs < mine) & in_context) | ((theirs == mine) & ~noisy)
     own = noisy & (theirs == mine)
     noisy_key = k.noisy[..., None, :]
     # Operators only, so that NumPy columns give a NumPy mask.
@@ -128,8 +132,11 @@ def visible(q: Tokens, k: Tokens) -> Bool[Array, "*b q k"]:
 
 
 def visible_keys(q: Tokens, k: Tokens) -> Bool[Array, "*b k"]:
-    """The single row of `visible` when the queries are alike."""
+    """The single mask row of queries with `uniform_mask`.
+
+    Raises ValueError for queries without `uniform_mask`.
+    """
     if not q.uniform_mask:
-        raise ValueError("queries differ in what they see; use visible()")
-    first = Tokens(q.pos[..., :1, :], *(getattr(q, name)[..., :1] for name in COLUMNS))
+        raise ValueError("queries differ in their masks; use visible()")
+    first = Tokens(q.pos[..., :1, :], *(getattr(q, name)[..., :1] for name in VISIBILITY_COLUMNS))
     return visible(first, k)[..., 0, :]

@@ -1,8 +1,9 @@
-"""Attention alone, on teacher forcing: every implementation that runs here, in one run.
+"""Benchmark of attention with the teacher-forcing mask, with every implementation that runs here.
 
-Speeds are of useful work: the products of the pairs that are visible, four operations a pair, head
-and channel forward and ten backward (no recomputation counted). They are held against the rate of
-one large matrix product, measured in the same run, so that a slow or shared machine cancels.
+Speeds count useful work: the products of visible pairs, i.e. 4 operations per pair, head and
+channel in the forward pass and 10 in the backward pass (recomputation does not count). They are
+compared with the rate of a large matrix product measured in the same run, so that the load of the
+machine cancels.
 """
 
 import dataclasses
@@ -16,31 +17,33 @@ import numpy as np
 from longlive_jax.bench import flex_attention
 from longlive_jax.bench.timing import machine, peak_memory, repeated, report_settings
 from longlive_jax.layout import teacher_forcing
-from pallas_kernels.attention import lay_out, which
+from pallas_kernels.attention import make_attention, select_implementation
 from pallas_kernels.attention.tilemap import density, pad_tokens, tile_map
 from pallas_kernels.dispatch import Implementation, Unsupported
 from pallas_kernels.tokens import Tokens, visible
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "cudnn", "mosaic")
 FLEX = "flex_attention"
-LATENTS = 6  # latent frames of a second: 24 frames, four in a latent
-TILE = 128  # of queries and of keys, for the density that is reported
+LATENTS = 6  # latent frames per second: 24 frames, four per latent
+TILE = 128  # queries and keys of a tile, for the reported density
 WORK = {"forward": 4, "backward": 10, "forward_backward": 14}
-"""Useful operations a visible pair, head and channel."""
+"""Useful operations per visible pair, head and channel."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """One video, all clean frames and then all noisy ones, each seen as in training.
+    """A video of clean frames followed by noisy frames, masked as in training.
 
     Attributes:
-      seconds: of video, at 24 frames a second and four frames a latent.
-      chunk_frames: latent frames of a chunk.
-      rows, columns: tokens of a frame.
-      heads, width: of the attention.
-      dtype: of queries, keys and values.
-      repeats: calls that are timed, after one that is not.
-      product: size of the square matrix product whose rate is the measure.
+      seconds: seconds of video, at 24 frames per second and four frames per latent.
+      chunk_frames: latent frames per chunk.
+      rows: token rows per frame.
+      columns: token columns per frame.
+      heads: attention heads.
+      width: head width.
+      dtype: dtype of queries, keys and values.
+      repeats: number of timed calls, after one warm-up.
+      product: size of the square matrix product that serves as the yardstick.
     """
 
     seconds: float = 16.0
@@ -56,14 +59,14 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         for name in ("chunk_frames", "rows", "columns", "heads", "width", "repeats", "product"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype {self.dtype!r}; choose bfloat16 or float32")
         if self.frames < 1 or self.frames % self.chunk_frames:
             near = max(1, round(self.frames / self.chunk_frames)) * self.chunk_frames / LATENTS
             raise ValueError(
-                f"{self.seconds} seconds are {self.frames} latent frames, no whole number of "
-                f"chunks of {self.chunk_frames}; choose {near:.4g}"
+                f"{self.seconds} seconds are {self.frames} latent frames, which is not a multiple "
+                f"of {self.chunk_frames}; choose {near:.4g} seconds"
             )
 
     @property
@@ -72,11 +75,11 @@ class AttentionSpec:
         return round(LATENTS * self.seconds)
 
     def tokens(self) -> Tokens:
-        """Clean, then noisy."""
+        """The tokens of all clean frames, then of all noisy frames."""
         return teacher_forcing(self.frames, self.rows, self.columns, chunk_frames=self.chunk_frames)
 
     def pairs(self) -> int:
-        """Visible pairs of a query and a key."""
+        """The number of visible pairs of a query and a key."""
         frames = teacher_forcing(self.frames, 1, 1, chunk_frames=self.chunk_frames)
         return int(np.sum(visible(frames, frames))) * (self.rows * self.columns) ** 2
 
@@ -85,80 +88,85 @@ SMALL = {
     "seconds": 8.0, "rows": 4, "columns": 6, "heads": 2, "width": 64, "dtype": "float32",
     "repeats": 3, "product": 1024,
 }  # fmt: skip
-"""What a CPU does in seconds."""
+"""Settings that take seconds on a CPU."""
 
 
 def default_settings() -> dict[str, Any]:
-    """Settings of `AttentionSpec` that suit this machine."""
+    """Settings of `AttentionSpec` for this machine's backend."""
     return {} if jax.default_backend() == "gpu" else dict(SMALL)
 
 
 def bench_attention(spec: AttentionSpec) -> dict[str, Any]:
-    """Times all implementations; the report is ready for JSON and says why others were left out.
+    """Times all implementations; returns a JSON-serializable report.
 
-    Each entry has seconds, operations a second on useful work, and the share of the measured rate
-    of matrix products in the same dtype. Backward is what the gradient adds to the forward pass.
+    Each entry has seconds, useful operations per second, and their share of the measured rate of
+    matrix products in the same dtype. `backward` is the time that the gradient adds to the forward
+    pass. `not_run` holds the reasons why implementations were skipped.
     """
+    # 1. Measure the rate of matrix products.
     about, tokens = machine(), spec.tokens()
     rates = {name: _product_rate(spec, name) for name in dict.fromkeys(("bfloat16", spec.dtype))}
     useful = {k: n * spec.pairs() * spec.heads * spec.width for k, n in WORK.items()}
-    found: dict[str, Any] = {}
-    left_out: dict[str, str] = {}
+    results: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    # 2. Time the implementations that can run.
     for name in IMPLEMENTATIONS:
-        why = _refusal(spec, tokens, name)
+        why = refusal(spec, tokens, name)
         if why is None:
-            found[name] = _judged(_times(spec, tokens, name), useful, rates[spec.dtype])
+            results[name] = _with_rates(_times(spec, tokens, name), useful, rates[spec.dtype])
         else:
-            left_out[name] = why
+            skipped[name] = why
+    # 3. Time PyTorch's flex_attention in its own process.
     try:
-        other = flex_attention.in_a_process(_flex_settings(spec))
-        found[FLEX] = _judged(other, useful, rates[spec.dtype])
+        other = flex_attention.run_in_process(_flex_settings(spec))
+        results[FLEX] = _with_rates(other, useful, rates[spec.dtype])
     except flex_attention.CannotRun as error:
-        left_out[FLEX] = str(error)
+        skipped[FLEX] = str(error)
     return {
         "machine": about,
         "spec": report_settings(spec),
         "tokens": len(tokens),
         "useful_flop": useful,
-        "pairs": _pairs(spec, tokens),
+        "pairs": pair_shares(spec, tokens),
         "matmul_flop_per_second": rates,
-        "implementations": found,
-        "not_run": left_out,
-        "times_as_fast": _ratios(found),
+        "implementations": results,
+        "not_run": skipped,
+        "times_as_fast": _ratios(results),
         "peak": peak_memory(),
     }
 
 
-def _refusal(spec: AttentionSpec, tokens: Tokens, name: Implementation) -> str | None:
-    """Why an implementation is left out, or None."""
+def refusal(spec: AttentionSpec, tokens: Tokens, name: Implementation) -> str | None:
+    """The reason why an implementation is skipped, or None."""
     x = jax.ShapeDtypeStruct((1, len(tokens), spec.heads, spec.width), spec.dtype)
     try:
-        which(x, x, x, tokens, tokens, implementation=name)
+        select_implementation(x, x, x, tokens, tokens, implementation=name)
     except Unsupported as error:
         return str(error)
     if name != "reference":
         return None
-    needed, there = 5 * 4 * spec.heads * len(tokens) ** 2, _memory()
-    if needed > there / 2:
+    needed, memory = 5 * 4 * spec.heads * len(tokens) ** 2, memory_bytes()
+    if needed > memory / 2:
         return (
-            f"dense logits need about {needed / 2**30:.0f} GiB, half of {there / 2**30:.0f} serve"
+            f"dense logits need about {needed / 2**30:.0f} GiB, more than half of the "
+            f"{memory / 2**30:.0f} GiB available"
         )
     return None
 
 
-def _memory() -> int:
-    """Bytes that the device, or this host, has."""
+def memory_bytes() -> int:
+    """Memory of the device, or of this host, in bytes."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _times(spec: AttentionSpec, tokens: Tokens, name: Implementation) -> dict[str, Any]:
-    """Seconds of the forward pass, and of it with the gradients of queries, keys and values."""
+    """Seconds of the forward pass, and of forward and backward passes together."""
     shape = (1, len(tokens), spec.heads, spec.width)
     *qkv, grad = (
         jax.random.normal(key, shape, spec.dtype) for key in jax.random.split(jax.random.key(0), 4)
     )
-    attend = lay_out(tokens, tokens, implementation=name)
+    attend = make_attention(tokens, tokens, implementation=name)
 
     def both(*arguments):
         *qkv, grad = arguments
@@ -172,8 +180,8 @@ def _times(spec: AttentionSpec, tokens: Tokens, name: Implementation) -> dict[st
     }
 
 
-def _judged(times: dict[str, Any], useful: dict[str, int], rate: float) -> dict[str, Any]:
-    """Times with speeds; `backward` is the difference of medians."""
+def _with_rates(times: dict[str, Any], useful: dict[str, int], rate: float) -> dict[str, Any]:
+    """Times with rates of useful work; `backward` is the difference of medians."""
     seconds = {k: times[k]["median"] for k in ("forward", "forward_backward")}
     seconds["backward"] = max(seconds["forward_backward"] - seconds["forward"], 1e-9)
     speeds = {k: useful[k] / max(seconds[k], 1e-9) for k in WORK}
@@ -185,7 +193,7 @@ def _judged(times: dict[str, Any], useful: dict[str, int], rate: float) -> dict[
 
 
 def _product_rate(spec: AttentionSpec, dtype: str) -> float:
-    """Operations a second of one square matrix product."""
+    """Operations per second of a square matrix product."""
     n = spec.product
     a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
     product = jax.jit(
@@ -194,8 +202,8 @@ def _product_rate(spec: AttentionSpec, dtype: str) -> float:
     return float(f"{2 * n**3 / repeated(lambda: product(a, b), spec.repeats)['least']:.4g}")
 
 
-def _pairs(spec: AttentionSpec, tokens: Tokens) -> dict[str, Any]:
-    """Shares of all pairs: visible ones, and those of tiles that a kernel visits."""
+def pair_shares(spec: AttentionSpec, tokens: Tokens) -> dict[str, Any]:
+    """Fractions of all pairs: visible ones, and those in tiles that a kernel visits."""
     padded = pad_tokens(tokens, TILE)
     tiles = tile_map(padded, padded, q_tile=TILE, k_tile=TILE, rows="query")
     visited = density(tiles, tiles.count.shape[1])
@@ -211,12 +219,12 @@ def _flex_settings(spec: AttentionSpec) -> dict[str, Any]:
     return {**settings, "frames": spec.frames, "frame": spec.rows * spec.columns}
 
 
-def _ratios(found: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many times as fast each implementation is as each other one."""
+def _ratios(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The speedup of each implementation over each other one."""
 
     def ratio(a: str, b: str) -> dict[str, float]:
-        speeds = (found[name]["flop_per_second"] for name in (a, b))
+        speeds = (results[name]["flop_per_second"] for name in (a, b))
         ours, theirs = speeds
         return {k: round(ours[k] / theirs[k], 3) for k in WORK}
 
-    return {a: {b: ratio(a, b) for b in found if b != a} for a in found}
+    return {a: {b: ratio(a, b) for b in results if b != a} for a in results}

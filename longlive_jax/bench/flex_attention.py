@@ -1,8 +1,8 @@
-"""PyTorch's compiled flex_attention on the same layout, in a process of its own.
+"""PyTorch's compiled flex_attention with the same mask, in a separate process.
 
-Nothing here needs PyTorch: where it or a CUDA device is missing, `in_a_process` says so. The part
-that uses it runs as `python -m longlive_jax.bench.flex_attention SETTINGS`, without JAX, so that
-the two do not share a process (they do share the GPU, whose memory JAX may hold most of).
+PyTorch is optional: without it or without a CUDA device, `run_in_process` raises `CannotRun`. The
+code that uses PyTorch runs as `python -m longlive_jax.bench.flex_attention SETTINGS`, without JAX,
+so that the two do not share a process. They share the GPU, whose memory JAX may have reserved.
 """
 
 import importlib
@@ -16,49 +16,50 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 TIMEOUT = 1800
-"""Seconds after which the process is ended."""
+"""Seconds after which the process is killed."""
 PREFIX = "FLEX "
 
 
 class CannotRun(RuntimeError):
-    """flex_attention was not timed; the message says why."""
+    """flex_attention could not be timed; the message gives the reason."""
 
 
-def in_a_process(settings: dict[str, Any]) -> dict[str, Any]:
-    """Times of forward and forward with backward, or CannotRun.
+def run_in_process(settings: dict[str, Any]) -> dict[str, Any]:
+    """Times of the forward pass and of forward and backward passes; raises `CannotRun`.
 
-    `settings` are those of `AttentionSpec`, and `frames` and tokens of a `frame`.
+    `settings` are those of `AttentionSpec`, plus `frames` and the tokens per `frame`.
     """
     if importlib.util.find_spec("torch") is None:
-        raise CannotRun("PyTorch is not installed; `pip install torch` beside JAX to compare")
+        raise CannotRun("PyTorch is not installed; `pip install torch` to compare")
     command = [sys.executable, "-m", __name__, json.dumps(settings)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired as error:
-        raise CannotRun(f"not done after {TIMEOUT} s") from error
-    said = [line.removeprefix(PREFIX) for line in done.stdout.splitlines() if PREFIX in line]
-    if done.returncode or not said:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise CannotRun(f"timed out after {TIMEOUT} s") from error
+    lines = [line.removeprefix(PREFIX) for line in done.stdout.splitlines() if PREFIX in line]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise CannotRun(f"exit code {done.returncode}: {last}")
-    report = json.loads(said[-1])
+    report = json.loads(lines[-1])
     if "refusal" in report:
         raise CannotRun(report["refusal"])
     return report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a line that `in_a_process` reads."""
+    """Prints the line that `run_in_process` reads."""
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         report = timed(torch, json.loads(argv[0]), device="cuda")
     else:
-        report = {"refusal": f"PyTorch {torch.__version__} sees no CUDA device"}
+        report = {"refusal": f"PyTorch {torch.__version__} found no CUDA device"}
     print(PREFIX + json.dumps(report))
     return 0
 
 
 def timed(torch: Any, settings: dict[str, Any], *, device: str) -> dict[str, Any]:
-    """Seconds of compiled flex_attention with its own block mask, which is made once."""
+    """Seconds of compiled flex_attention with its block mask, which is built once."""
+    # 1. Mask, compiled function and random arguments.
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     length = 2 * settings["frames"] * settings["frame"]
     mask = torch.compile(flex.create_block_mask)(
@@ -78,6 +79,7 @@ def timed(torch: Any, settings: dict[str, Any], *, device: str) -> dict[str, Any
     def forward_backward() -> Any:
         return torch.autograd.grad(attend(q, k, v, block_mask=mask), (q, k, v), grad)
 
+    # 2. Time both passes.
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     return {
         "version": torch.__version__,
@@ -88,21 +90,21 @@ def timed(torch: Any, settings: dict[str, Any], *, device: str) -> dict[str, Any
 
 
 def mask_mod(torch: Any, settings: dict[str, Any]) -> Callable:
-    """Teacher forcing as flex_attention asks for it: by index of query and key."""
+    """The teacher-forcing mask as a flex_attention mask_mod, by index of query and key."""
     chunk_tokens = settings["chunk"] * settings["frame"]
     half = settings["frames"] * settings["frame"]
 
-    def seen(batch, head, query, key):
+    def is_visible(batch, head, query, key):
         mine, theirs = query % half // chunk_tokens, key % half // chunk_tokens
         noisy, noisy_key = query >= half, key >= half
         clean = (theirs < mine) | ((theirs == mine) & ~noisy)
         return torch.where(noisy_key, noisy & (theirs == mine), clean)
 
-    return seen
+    return is_visible
 
 
 def repeated(call: Callable[[], Any], repeats: int, wait: Callable[[], Any]) -> dict[str, Any]:
-    """As `timing.repeated`, which would bring JAX in."""
+    """`timing.repeated` without importing JAX."""
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()

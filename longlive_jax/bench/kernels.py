@@ -1,8 +1,8 @@
-"""What is known of every Pallas kernel: interpreted, compiled for a chip that is not there, run.
+"""The state of every Pallas kernel: interpreted, compiled for a chip, run on a GPU.
 
-Compiling says what a kernel is made of: the instructions it was written for, registers, spills and
-shared memory. Interpreting is done by the tests that compare a kernel with its oracle and look for
-races, here and now. Whether a kernel has run on a GPU, only a record of that can say.
+Compilation needs no GPU and reports a kernel's instructions, registers, spills and shared memory.
+Interpretation runs the tests that compare a kernel with its reference and detect races. Whether a
+kernel has run on a GPU is read from recorded results.
 """
 
 import collections
@@ -20,11 +20,11 @@ from longlive_jax.planning import deviceless
 from longlive_jax.spec import Failure, UserError, nearest
 
 ARCHITECTURES = {"sm_100a": "gb200", "sm_90a": "h200"}
-"""A chip of each, by the name of `bench.chips`."""
+"""Architecture -> a chip of it in `planning.chips`."""
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results")
 TIMEOUT = 1800
-"""Seconds after which a process is ended."""
+"""Seconds after which a process is killed."""
 
 _ATTENTION = (
     "tests/pallas_kernels/test_attention_mosaic.py"
@@ -54,25 +54,32 @@ INTERPRETED_BY = {
     "nvfp4_dequantize_slots": f"{_DEQUANTIZE}only_listed_slots_are_read",
     "nvfp4_matmul": f"{_MATMUL}more steps than stages, shared columns]",
 }
-"""The test that compares a kernel with its oracle in the interpreter and looks for races. The
-interpreter knows no pairs of multiprocessors, so kernels that work in pairs have none."""
+"""Kernel -> the test that compares it with its reference in the interpreter and detects races.
+The interpreter does not support pairs of multiprocessors, so kernels that use pairs have none."""
 
 Tick = Callable[[int, int], None]
-"""Told (done, total)."""
+"""Progress callback, called with (done, total)."""
 
 
 def check(
     chip: str, names: Sequence[str] | None = None, *, interpret: bool = True, ticks: Any = None
 ) -> list[dict[str, Any]]:
-    """One row for every kernel of a chip ("sm_100a"), or for the named ones.
+    """Checks the kernels of a chip ("sm_100a"), or only the named ones; returns one row each.
 
-    A row has kernel, chip, instructions (name -> count), spill_bytes, registers, smem_bytes,
-    tensor_columns, interpreted, compiled, executed_on (a device's name or None) and failures, what
-    is wrong in words. `interpreted` is None if nobody asked or the tests are not here.
-    `ticks(text)` gives a function that is told (done, total) of a part of the work. Raises
-    UserError for unknown chips and kernels and where nothing can be compiled, Failure if a process
-    does not end.
+    A row has the keys kernel, chip, instructions (name -> count), spill_bytes, registers,
+    smem_bytes, tensor_columns, interpreted (None if not requested or if the tests are missing),
+    compiled, executed_on (name of a device, or None) and failures (messages).
+
+    Args:
+      chip: architecture, a key of `ARCHITECTURES`.
+      names: kernels to check; None for all of the chip.
+      interpret: whether to run the interpreter tests.
+      ticks: `ticks(text)` returns a progress callback (done, total) for a phase of the work.
+
+    Raises UserError for unknown chips and kernels and if nothing can be compiled, and Failure if a
+    process does not finish.
     """
+    # 1. Check the arguments.
     target = _target(chip)
     if (why := deviceless.refusal()) is not None:
         raise UserError(f"kernels check: {why}")
@@ -83,9 +90,10 @@ def check(
         if name not in known:
             raise UserError(f"kernels check: no kernel {name!r} for {chip}{nearest(name, known)}")
     chosen = list(names or known)
-    began = ticks or (lambda text: lambda done, total: None)
-    compiled = _compiled(target, chosen, began("compiling"))
-    tests = _interpreted(chosen, began("interpreting")) if interpret else {}
+    # 2. Compile and interpret.
+    begin = ticks or (lambda text: lambda done, total: None)
+    compiled = compile_kernels(target, chosen, begin("compiling"))
+    tests = run_interpreter_tests(chosen, begin("interpreting")) if interpret else {}
     return [
         _row(name, chip, compiled[name], tests.get(name), executed_on(name, chip))
         for name in chosen
@@ -99,9 +107,9 @@ def _target(chip: str) -> str:
     return ARCHITECTURES[chip]
 
 
-def _row(name: str, chip: str, found: dict, interpreted: bool | None, device: str | None) -> dict:
-    """The kernels that one entry launches, as one row: sums, or the largest."""
-    kernels = found.get("compiled", [])
+def _row(name: str, chip: str, report: dict, interpreted: bool | None, device: str | None) -> dict:
+    """One row for the kernels that a catalog entry launches: sums, or maxima."""
+    kernels = report.get("compiled", [])
     counts: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
         counts.update(kernel["instructions"])
@@ -122,51 +130,51 @@ def _row(name: str, chip: str, found: dict, interpreted: bool | None, device: st
         "compiled": bool(kernels) and all(k["architecture"] == chip for k in kernels),
         "executed_on": device,
     }
-    return row | {"failures": _failures(row, found, kernels)}
+    return row | {"failures": _failures(row, report, kernels)}
 
 
-def _failures(row: dict[str, Any], found: dict[str, Any], kernels: list[dict]) -> list[str]:
+def _failures(row: dict[str, Any], report: dict[str, Any], kernels: list[dict]) -> list[str]:
     if not row["compiled"]:
         built = ", ".join(kernel["architecture"] for kernel in kernels)
-        return [found.get("failure") or f"compiled for {built or 'nothing'}"]
-    wrong = []
+        return [report.get("failure") or f"compiled for {built or 'nothing'}"]
+    failures = []
     if row["spill_bytes"]:
-        wrong.append(f"{row['spill_bytes']} bytes of registers spill")
+        failures.append(f"{row['spill_bytes']} bytes of registers spill")
     if lacking := sorted({pattern for kernel in kernels for pattern in kernel["lacking"]}):
-        wrong.append(f"instructions it is written for are missing: {', '.join(lacking)}")
+        failures.append(f"instructions it is written for are missing: {', '.join(lacking)}")
     if row["smem_bytes"] > deviceless.SHARED_MEMORY:
-        wrong.append(f"{row['smem_bytes']} bytes of shared memory")
+        failures.append(f"{row['smem_bytes']} bytes of shared memory")
     if row["tensor_columns"] > deviceless.TENSOR_COLUMNS:
-        wrong.append(f"{row['tensor_columns']} columns of tensor memory")
+        failures.append(f"{row['tensor_columns']} columns of tensor memory")
     if row["interpreted"] is False and row["kernel"] in INTERPRETED_BY:
-        wrong.append("its test in the interpreter fails")
-    return wrong
+        failures.append("its test in the interpreter fails")
+    return failures
 
 
-def _compiled(target: str, names: list[str], tick: Tick) -> dict[str, dict[str, Any]]:
-    """What the compilers said of each kernel, or {"failure": why}."""
+def compile_kernels(target: str, names: list[str], tick: Tick) -> dict[str, dict[str, Any]]:
+    """The compilers' report on each kernel, or {"failure": message}."""
     command = [sys.executable, "-m", "longlive_jax.bench.kernels_compile", target, *names]
-    found = {name: {"failure": "the compiler ended without a word"} for name in names}
+    reports = {name: {"failure": "the compiler exited without a message"} for name in names}
     done = 0
     tick(0, len(names))
-    for line in _lines(command, ROOT):
+    for line in process_lines(command, ROOT):
         if line.startswith(PREFIX):
-            said = json.loads(line.removeprefix(PREFIX))
-            found[said.pop("kernel")] = said
+            report = json.loads(line.removeprefix(PREFIX))
+            reports[report.pop("kernel")] = report
             done += 1
             tick(done, len(names))
-    return found
+    return reports
 
 
-def _interpreted(names: list[str], tick: Tick) -> dict[str, bool | None]:
-    """Whether each kernel's test passes; None if the tests are not here, False without one."""
+def run_interpreter_tests(names: list[str], tick: Tick) -> dict[str, bool | None]:
+    """Whether each kernel's test passes; None if the tests are not installed, False without one."""
     tests = sorted({INTERPRETED_BY[name] for name in names if name in INTERPRETED_BY})
     if not all((ROOT / test.partition("::")[0]).is_file() for test in tests):
         return dict.fromkeys(names)
     command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider"]
     passed, done = set(), 0
     tick(0, len(tests))
-    for line in _lines([*command, *tests], ROOT) if tests else ():
+    for line in process_lines([*command, *tests], ROOT) if tests else ():
         ended = next((test for test in tests if line.startswith(f"{test} ")), None)
         if ended is not None:
             done += 1
@@ -175,8 +183,8 @@ def _interpreted(names: list[str], tick: Tick) -> dict[str, bool | None]:
     return {name: INTERPRETED_BY.get(name) in passed for name in names}
 
 
-def _lines(command: list[str], folder: Path) -> Iterator[str]:
-    """A process's output as it comes; Failure if it does not end in time."""
+def process_lines(command: list[str], folder: Path) -> Iterator[str]:
+    """Yields the output lines of a process; raises Failure if it is killed or takes too long."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -191,7 +199,7 @@ def _lines(command: list[str], folder: Path) -> Iterator[str]:
         assert process.stdout is not None
         yield from process.stdout
         if process.wait() < 0:
-            raise Failure(f"kernels check: a process was killed, perhaps after {TIMEOUT} s")
+            raise Failure(f"kernels check: a process was killed (the timeout is {TIMEOUT} s)")
     finally:
         late.cancel()
         process.kill()
@@ -199,8 +207,10 @@ def _lines(command: list[str], folder: Path) -> Iterator[str]:
 
 
 def executed_on(name: str, chip: str, folder: Path = RESULTS) -> str | None:
-    """The device that a kernel ran on, by the records `kernels_*.json`: lists of rows with kernel,
-    chip and executed_on."""
+    """The device that a kernel has run on, or None.
+
+    It is read from `kernels_*.json` in `folder`: lists of rows with kernel, chip and executed_on.
+    """
     for file in sorted(folder.glob("kernels_*.json")):
         for row in json.loads(file.read_text()):
             if (row["kernel"], row["chip"]) == (name, chip) and row.get("executed_on"):

@@ -1,7 +1,7 @@
-"""Compiles kernels of the catalog for a GPU that is not here, in a process of its own.
+"""Compiles kernels of the catalog for a GPU that need not be present, in a separate process.
 
-`longlive_jax.bench.kernels` runs this module with a chip's name and those of kernels; it prints one
-line a kernel, as soon as that is done. Nothing may import JAX before `prepare`.
+`longlive_jax.bench.kernels` runs this module with the name of a chip and the names of kernels. It
+prints one line per kernel as soon as it is compiled. JAX must not be imported before `prepare`.
 """
 
 import json
@@ -15,21 +15,21 @@ PREFIX = "KERNEL "
 
 
 def main(argv: list[str]) -> int:
-    """`CHIP KERNEL...`, the chip as in `bench.chips`."""
+    """Arguments are `CHIP KERNEL...`, with a chip of `planning.chips`."""
     chip, *names = argv
     dump = deviceless.prepare()
     for name in names:
         try:
-            found = _compiled(chip, name, dump)
-        except Exception as error:  # whatever it is, the caller shows it as one line
-            found = {"failure": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
-        print(PREFIX + json.dumps({"kernel": name} | found), flush=True)
+            report = _compile(chip, name, dump)
+        except Exception as error:  # the caller shows any error as one line
+            report = {"failure": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+        print(PREFIX + json.dumps({"kernel": name} | report), flush=True)
         for file in dump.iterdir():
             file.unlink()
     return 0
 
 
-def _compiled(chip: str, name: str, dump: Path) -> dict[str, Any]:
+def _compile(chip: str, name: str, dump: Path) -> dict[str, Any]:
     from pallas_kernels.catalog import catalog
 
     entry = catalog()[name]

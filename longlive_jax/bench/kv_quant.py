@@ -32,7 +32,7 @@ from longlive_jax.sampling.script import Shot, ShotScript
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array
 from pallas_kernels.attention import attention
-from pallas_kernels.attention.packed import unpacked
+from pallas_kernels.attention.packed_kv import dequantize_kv
 from pallas_kernels.nvfp4 import BLOCK
 from pallas_kernels.tokens import Tokens, concat, make
 
@@ -184,7 +184,7 @@ def _errors(sample: Sample, form: KVFormat) -> tuple[Array, Array, Array]:
     want = past.attend(q, sample.own, seen, attention)
     packed = PackedLayerKV(pack_keys(past.k, form), pack_values(past.v, form), form)
     both = packed.attend(q, sample.own, seen, attention)
-    k = unpacked(packed.k.array, packed.k.offset, jnp.float32).reshape(past.k.shape)
+    k = dequantize_kv(packed.k.array, packed.k.offset, jnp.float32).reshape(past.k.shape)
     own_k, own_v = sample.own
     own_k = without_mean(own_k) if form.smoothing == "reference" else own_k
     keys = DenseLayerKV(k, past.v).attend(q, (own_k, own_v), seen, attention)

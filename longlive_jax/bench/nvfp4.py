@@ -1,9 +1,9 @@
-"""NVFP4 and FP8 one operation at a time: every implementation that runs here, in one run.
+"""Benchmark of single NVFP4 and FP8 operations, with every implementation that runs here.
 
-Speeds are of useful work: bytes that must be read and written once, or operations of the product.
-They are held against what this device reached a moment before, copying memory and multiplying
-matrices, and against the same thing in plain `jnp` under `jit` ("reference"), so that a slow or
-shared machine cancels. `bfloat16` is the product, or the attention, of numbers that are not packed.
+Speeds count useful work: bytes that must be read and written once, or operations of the product.
+They are compared with the rates of memory copies and matrix products measured on this device in the
+same run, and with plain `jnp` under `jit` ("reference"), so that the load of the machine cancels.
+"bfloat16" is the product or attention of unpacked values.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from longlive_jax.quant.packed import pack
 from longlive_jax.quant.policy import Format
 from longlive_jax.typing import Array
 from pallas_kernels.attention import attention
-from pallas_kernels.attention.packed import attention_packed
+from pallas_kernels.attention.packed_kv import attention_packed
 from pallas_kernels.dispatch import Implementation, Unsupported
 from pallas_kernels.nvfp4 import NVFP4, dequantize, matmul, quantize
 
@@ -28,17 +28,20 @@ PLAIN = "bfloat16"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NVFP4Spec:
-    """Sizes; the defaults are those of one chunk of the 5B model at 704x1280.
+    """Sizes of the benchmark; the defaults are one chunk of the 5B model at 704x1280.
 
     Attributes:
-      rows: tokens that meet a matrix.
-      inputs, outputs: of the matrix.
-      slots, tokens: chunks that are kept packed, and tokens in each.
-      heads, width: of the attention.
-      calls: made before one waits for the device; times are of one of them.
-      repeats: measurements, after one that is not counted.
-      product: size of the square matrix product whose rate is a limit.
-      copy: MiB that are copied, for the other limit.
+      rows: tokens that are multiplied with a matrix.
+      inputs: input channels of the matrix, a multiple of 16.
+      outputs: output channels of the matrix.
+      slots: packed chunks of the KV cache.
+      tokens: tokens per chunk.
+      heads: attention heads.
+      width: head width, a multiple of 16.
+      calls: calls per measurement, without waiting in between; times are per call.
+      repeats: number of measurements, after one warm-up.
+      product: size of the square matrix product whose rate is the compute limit.
+      copy: MiB copied to measure the memory limit.
     """
 
     rows: int = 7040
@@ -56,35 +59,34 @@ class NVFP4Spec:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; at least 1 is")
+                raise ValueError(f"{field.name} must be >= 1, got {getattr(self, field.name)}")
         for name in ("inputs", "width"):
             if getattr(self, name) % 16:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must split into blocks of 16"
-                )
+                raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
 
 
 SMALL = {
     "rows": 256, "inputs": 512, "outputs": 768, "slots": 2, "tokens": 96, "heads": 4, "width": 64,
     "calls": 1, "repeats": 3, "product": 1024, "copy": 64,
 }  # fmt: skip
-"""What a CPU does in seconds."""
+"""Settings that take seconds on a CPU."""
 
 
 def default_settings() -> dict[str, Any]:
-    """Settings of `NVFP4Spec` that suit this machine."""
+    """Settings of `NVFP4Spec` for this machine's backend."""
     return {} if jax.default_backend() == "gpu" else dict(SMALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One operation.
+    """One benchmarked operation.
 
     Attributes:
-      work: useful bytes, or floating-point operations, of a call.
+      work: useful bytes or floating-point operations per call.
       unit: "bytes" or "flop".
-      ways: name of an implementation to a function of `arguments`.
-      arguments: of all of them; `plain` are those of the way "bfloat16".
+      ways: implementation name -> function of `arguments`.
+      arguments: arguments of the implementations.
+      plain: arguments of the implementation "bfloat16".
     """
 
     work: float
@@ -95,10 +97,13 @@ class Op:
 
 
 def bench_nvfp4(spec: NVFP4Spec) -> dict[str, Any]:
-    """Times everything; the report is ready for JSON and says why ways were left out."""
+    """Times all operations; returns a JSON-serializable report.
+
+    `not_run` holds the reasons why implementations were skipped.
+    """
     about, limits = machine(), _limits(spec)
-    found: dict[str, Any] = {}
-    left_out: dict[str, str] = {}
+    operations: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
     for name, make in OPS.items():
         op = make(spec)
         rows: dict[str, Any] = {}
@@ -107,22 +112,22 @@ def bench_nvfp4(spec: NVFP4Spec) -> dict[str, Any]:
             try:
                 seconds = _seconds(spec, function, arguments)
             except Unsupported as error:
-                left_out[f"{name}/{way}"] = str(error)
+                skipped[f"{name}/{way}"] = str(error)
                 continue
-            rows[way] = _judged(op, seconds, limits)
-        found[name] = {"unit": op.unit, "work": op.work, "ways": _compared(rows)}
+            rows[way] = _with_rates(op, seconds, limits)
+        operations[name] = {"unit": op.unit, "work": op.work, "ways": _with_speedups(rows)}
     return {
         "machine": about,
         "spec": dataclasses.asdict(spec),
         "limits": limits,
-        "operations": found,
-        "not_run": left_out,
+        "operations": operations,
+        "not_run": skipped,
         "peak": peak_memory(),
     }
 
 
 def _seconds(spec: NVFP4Spec, function: Callable[..., Any], arguments: tuple) -> dict[str, float]:
-    """Of one call: several are under way at once, so that launching them costs nothing."""
+    """Seconds per call; several calls are in flight at once, which hides launch overhead."""
     compiled = jax.jit(function)
 
     def calls() -> Any:
@@ -136,7 +141,7 @@ def _seconds(spec: NVFP4Spec, function: Callable[..., Any], arguments: tuple) ->
 
 
 def _limits(spec: NVFP4Spec) -> dict[str, float]:
-    """Bytes a second of a copy or a negation, whichever is faster; FLOP/s of square products."""
+    """Measured limits: bytes/s of a copy or a negation (the faster one), FLOP/s of products."""
     x = jnp.ones(spec.copy * 2**18, jnp.float32)
     fastest = min(_seconds(spec, f, (x,))["least"] for f in (jnp.copy, jnp.negative))
     limits = {"bytes": 2 * x.nbytes / max(fastest, 1e-9)}
@@ -148,7 +153,8 @@ def _limits(spec: NVFP4Spec) -> dict[str, float]:
     return {k: float(f"{x:.4g}") for k, x in limits.items()}
 
 
-def _judged(op: Op, seconds: dict[str, float], limits: Mapping[str, float]) -> dict[str, Any]:
+def _with_rates(op: Op, seconds: dict[str, float], limits: Mapping[str, float]) -> dict[str, Any]:
+    """Times with the rate of useful work and its share of the limit."""
     rate = op.work / max(seconds["median"], 1e-9)
     return {
         "seconds": {k: float(f"{x:.4g}") for k, x in seconds.items()},
@@ -157,8 +163,8 @@ def _judged(op: Op, seconds: dict[str, float], limits: Mapping[str, float]) -> d
     }
 
 
-def _compared(rows: dict[str, Any]) -> dict[str, Any]:
-    """The same with how many times as fast each is as plain `jnp`, and as bfloat16."""
+def _with_speedups(rows: dict[str, Any]) -> dict[str, Any]:
+    """Adds the speedups over "reference" and over "bfloat16" to each row."""
     for base in ("reference", PLAIN):
         if base in rows:
             slow = rows[base]["per_second"]
@@ -171,22 +177,22 @@ def _normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> Array:
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def _packed_bytes(numbers: int) -> float:
-    """Codes and scales."""
-    return numbers * (1 / 2 + 1 / 16)
+def _packed_bytes(size: int) -> float:
+    """Bytes of the codes and scales of `size` values."""
+    return size * (1 / 2 + 1 / 16)
 
 
 def _by(function: Callable[..., Any], **settings: Any) -> dict[str, Callable[..., Any]]:
-    """The function with each implementation."""
+    """The function bound to each implementation, by name."""
 
-    def one(name: Implementation) -> Callable[..., Any]:
+    def bind(name: Implementation) -> Callable[..., Any]:
         return lambda *arguments: function(*arguments, implementation=name, **settings)
 
-    return {name: one(name) for name in IMPLEMENTATIONS}
+    return {name: bind(name) for name in IMPLEMENTATIONS}
 
 
 def _quantize(spec: NVFP4Spec) -> Op:
-    """Activations to codes and scales, their largest magnitude being known."""
+    """Quantization of activations with a given amax."""
     x = _normal(0, spec.rows, spec.inputs)
     amax = jnp.max(jnp.abs(x)).astype(jnp.float32)
 
@@ -197,13 +203,13 @@ def _quantize(spec: NVFP4Spec) -> Op:
 
 
 def _dequantize(spec: NVFP4Spec) -> Op:
-    """A matrix back to bfloat16."""
+    """Dequantization of a matrix to bfloat16."""
     a = quantize(_normal(0, spec.outputs, spec.inputs))
     return Op(2 * a.size + _packed_bytes(a.size), "bytes", _by(dequantize), (a,))
 
 
 def _matmul(spec: NVFP4Spec) -> Op:
-    """Packed times packed; in bfloat16, the same product of what was not packed."""
+    """The product of packed matrices; "bfloat16" is the product of the unpacked ones."""
     x, w = _normal(0, spec.rows, spec.inputs), _normal(1, spec.outputs, spec.inputs)
     ways = _by(matmul) | {PLAIN: lambda x, w: x @ w.T}
     flop = 2 * spec.rows * spec.inputs * spec.outputs
@@ -211,7 +217,7 @@ def _matmul(spec: NVFP4Spec) -> Op:
 
 
 def _linear(spec: NVFP4Spec) -> Op:
-    """A whole linear, activations quantized on the way: in FP8 and in NVFP4."""
+    """A linear layer with activations quantized on the fly, in FP8 and in NVFP4."""
     x, bias = _normal(0, spec.rows, spec.inputs), _normal(1, spec.outputs)
     kernel = _normal(2, spec.inputs, spec.outputs)
     four, eight = pack(kernel, Format()), pack(kernel, Format(kind="fp8"))
@@ -224,22 +230,22 @@ def _linear(spec: NVFP4Spec) -> Op:
     return Op(flop, "flop", ways, (x, four, eight, bias), (x, kernel, bias))
 
 
-def _window(spec: NVFP4Spec, seed: int) -> NVFP4:
+def _packed_window(spec: NVFP4Spec, seed: int) -> NVFP4:
     shape = (1, spec.slots, spec.tokens, spec.heads, spec.width)
     return quantize(_normal(seed, *shape), lead=2)
 
 
 def _kv_dequantize(spec: NVFP4Spec) -> Op:
-    """The keys of a window back to bfloat16."""
-    past = _window(spec, 0)
+    """Dequantization of the keys of a window to bfloat16."""
+    past = _packed_window(spec, 0)
     return Op(2 * past.size + _packed_bytes(past.size), "bytes", _by(dequantize), (past,))
 
 
 def _kv_attention(spec: NVFP4Spec) -> Op:
-    """A chunk's attention to itself and to a packed window; `bfloat16`: to one never packed."""
+    """Attention of a chunk to itself and to a packed window ("bfloat16": to an unpacked one)."""
     own = [_normal(i, 1, spec.tokens, spec.heads, spec.width) for i in range(3)]
-    k, v = _window(spec, 3), _window(spec, 4)
-    whole = [
+    k, v = _packed_window(spec, 3), _packed_window(spec, 4)
+    unpacked = [
         jnp.concatenate([part, dequantize(past).reshape(1, -1, *part.shape[2:])], axis=1)
         for part, past in ((own[1], k), (own[2], v))
     ]
@@ -249,7 +255,7 @@ def _kv_attention(spec: NVFP4Spec) -> Op:
         PLAIN: lambda q, k, v: attention(q, k, v),
     }
     flop = 4 * spec.tokens**2 * (spec.slots + 1) * spec.heads * spec.width
-    return Op(flop, "flop", ways, (*own, k, v), (own[0], *whole))
+    return Op(flop, "flop", ways, (*own, k, v), (own[0], *unpacked))
 
 
 OPS: Mapping[str, Callable[[NVFP4Spec], Op]] = {
@@ -260,4 +266,4 @@ OPS: Mapping[str, Callable[[NVFP4Spec], Op]] = {
     "kv_dequantize": _kv_dequantize,
     "kv_attention": _kv_attention,
 }
-"""In the order of the report."""
+"""Operation -> its builder, in the order of the report."""

@@ -1,8 +1,9 @@
 """`longlive kernels check --chip=sm_100a [--kernel=NAME ...] [--no-interpret] [--json]`.
 
-Compiles every Pallas kernel for a GPU that need not be there, interprets it, and says what it is
-made of. Exit code 1 if one does not compile, spills registers, lacks the instructions it is written
-for, takes more memory than there is, or gives wrong numbers in the interpreter.
+Compiles every Pallas kernel for a GPU that need not be present, runs it in the interpreter, and
+reports its instructions and resources. Exits with code 1 if a kernel does not compile, spills
+registers, lacks the instructions it is written for, exceeds the chip's memory, or gives wrong
+results in the interpreter.
 """
 
 import json
@@ -14,17 +15,17 @@ from longlive_jax.spec import UserError, nearest
 
 WHAT = ("check",)
 NUMBERS = {"spills": "spill_bytes", "regs": "registers", "shared": "smem_bytes"}
-"""Columns of the table, and what they are in a row."""
+"""Table column -> key of a row."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table, or JSON: a list of rows."""
+    """Prints the table, or with --json a list of rows."""
     parser = Parser("kernels", __doc__ or "")
     parser.add_argument("what", help=", ".join(WHAT))
     parser.add_argument(
         "--chip", required=True, help="sm_100a (GB200, B200) or sm_90a (H200, H100)"
     )
-    parser.add_argument("--kernel", action="append", help="only this one; may be given again")
+    parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
     parser.add_argument("--no-interpret", action="store_true", help="only compile")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     args = parser.parse_args(argv)
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """One line a kernel, and what is wrong below."""
+    """Prints one line per kernel, then the failures."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -70,7 +71,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def state(row: dict[str, Any]) -> str:
-    """In the three words there are."""
+    """The state of a kernel: any of "interpreted", "compiled for ..." and "run on ..."."""
     words = ["interpreted"] if row["interpreted"] else []
     words += [f"compiled for {row['chip']}"] if row["compiled"] else []
     words += [f"run on {row['executed_on']}"] if row["executed_on"] else []

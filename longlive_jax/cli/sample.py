@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     out = check_writable(args.out)
     folder = _checkpoint(args.checkpoint or settings.get("checkpoint"))
     pipe = Pipeline.from_checkpoint(folder, **(settings.get("sample") or {}))
-    for line in pipe.served():
+    for line in pipe.describe_kernels():
         print(f"dit: {line}")
     video = _given_video(args.video, pipe, scripts)
     batches = [scripts[i : i + args.batch] for i in range(0, len(scripts), args.batch)]

@@ -1,1 +1,1 @@
-"""Which matrices are computed in which format: policies, training in NVFP4, packed inference."""
+"""Quantized matrices: policies (the format of each matrix), NVFP4 training, packed inference."""

@@ -1,8 +1,8 @@
-"""The two ways to compute with NVFP4: packed, or as the values it holds.
+"""Two arithmetics for NVFP4: packed, and simulated in bfloat16.
 
-`Packed` is for chips with block-scaled tensor cores and for the oracle: four-bit arrays, products
-of packed operands. `Simulated` is for all others: the same values in bfloat16, which holds them
-exactly, through the bfloat16 product. Both give the same numbers but for the order of sums.
+`PackedArithmetic` multiplies packed 4-bit operands; it is for chips with block-scaled tensor cores
+and for the reference. `SimulatedArithmetic` is for all other devices: it multiplies the same values
+in bfloat16, which represents them exactly. Both give the same results up to the order of sums.
 """
 
 import dataclasses
@@ -20,35 +20,41 @@ from pallas_kernels.nvfp4 import (
     matmul,
     quantize,
     rotate,
-    which,
+    select_implementation,
 )
-from pallas_kernels.nvfp4.reference import largest
-from pallas_kernels.nvfp4.units import Units, contract, rotate_rows, simulate, units_of
+from pallas_kernels.nvfp4.reference import max_abs
+from pallas_kernels.nvfp4.simulated import (
+    SimulatedNVFP4,
+    contract,
+    from_packed,
+    rotate_rows,
+    simulate,
+)
 
-__all__ = ["Arithmetic", "arithmetic", "turned"]
+__all__ = ["Arithmetic", "arithmetic", "transpose_tiles"]
 
 type Operand = Any
-"""What an arithmetic's `quantize` gives, a pytree."""
+"""A quantized operand, as returned by `Arithmetic.quantize`; a pytree."""
 
 
 class Arithmetic(Protocol):
-    """Quantizes matrices and multiplies them with a packed W^T [o, i] and with each other."""
+    """Quantizes matrices, and multiplies them with each other and with a packed W^T [o, i]."""
 
-    def largest(self, x: Float[Array, "m k"], rotated: bool) -> Float32[Array, ""]:
-        """max |x|; `rotated`: of its rows after the Hadamard transform."""
+    def max_abs(self, x: Float[Array, "m k"], rotated: bool) -> Float32[Array, ""]:
+        """max |x|; of x with its columns rotated by the Hadamard transform if `rotated`."""
 
     def quantize(
         self, x: Float[Array, "m k"], rule: Rule, amax: Array, *, key: Array | None
     ) -> Operand:
-        """In blocks along k."""
+        """Quantizes x in blocks along k."""
 
-    def across(
+    def quantize_columns(
         self, x: Float[Array, "m k"], rule: Rule, amax: Array, *, key: Array | None, rotated: bool
     ) -> Operand:
-        """In blocks along m, `rotated` first."""
+        """Quantizes x in blocks along m, after the Hadamard transform if `rotated`."""
 
     def values(self, a: Operand) -> Array:
-        """bfloat16 [m, k] of what `quantize` gave."""
+        """The values of a result of `quantize`, bfloat16 [m, k]."""
 
     def forward(self, x: Operand, packed: NVFP4) -> Float32[Array, "m o"]:
         """x @ W."""
@@ -57,29 +63,37 @@ class Arithmetic(Protocol):
         """grad @ W^T."""
 
     def outer(self, x: Operand, grad: Operand) -> Float32[Array, "i o"]:
-        """x^T @ grad of two that `across` gave."""
+        """x^T @ grad, for two results of `quantize_columns`."""
 
 
 def arithmetic(implementation: Implementation) -> Arithmetic:
-    """How an implementation computes on the device of a function traced now."""
-    chosen = which("matmul", implementation=implementation)
+    """The arithmetic of an implementation on the current default device."""
+    chosen = select_implementation("matmul", implementation=implementation)
     blackwell = capability().startswith("10.")
-    return Simulated() if chosen == "xla" and not blackwell else Packed(implementation)
+    return (
+        SimulatedArithmetic()
+        if chosen == "xla" and not blackwell
+        else PackedArithmetic(implementation)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
-    """Four-bit arrays throughout; `turned` tiles instead of a second W."""
+class PackedArithmetic:
+    """4-bit arrays throughout; W is transposed by `transpose_tiles` rather than packed twice.
+
+    Attributes:
+      implementation: implementation of quantize, dequantize and matmul.
+    """
 
     implementation: Implementation = "auto"
 
-    def largest(self, x, rotated):
-        return largest(rotate(x.T) if rotated else x)
+    def max_abs(self, x, rotated):
+        return max_abs(rotate(x.T) if rotated else x)
 
     def quantize(self, x, rule, amax, *, key):
         return quantize(x, rule=rule, amax=amax, key=key, implementation=self.implementation)
 
-    def across(self, x, rule, amax, *, key, rotated):
+    def quantize_columns(self, x, rule, amax, *, key, rotated):
         return quantize(
             x,
             rule=rule,
@@ -97,7 +111,7 @@ class Packed:
         return self._times(x, packed)
 
     def backward(self, grad, packed):
-        return self._times(grad, turned(packed))
+        return self._times(grad, transpose_tiles(packed))
 
     def outer(self, x, grad):
         return self._times(x, grad)
@@ -107,34 +121,34 @@ class Packed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Simulated:
-    """Values that NVFP4 holds, where the arrays lie: nothing is packed or transposed but W."""
+class SimulatedArithmetic:
+    """NVFP4 values in bfloat16, in the layout of the operands; only W is packed and transposed."""
 
-    def largest(self, x, rotated):
-        return largest(rotate_rows(x) if rotated else x)
+    def max_abs(self, x, rotated):
+        return max_abs(rotate_rows(x) if rotated else x)
 
     def quantize(self, x, rule, amax, *, key):
         return simulate(x, rule=rule, amax=amax, key=key)
 
-    def across(self, x, rule, amax, *, key, rotated):
-        seen = rotate_rows(x) if rotated else x
-        return simulate(seen, rule=rule, amax=amax, key=key, axis=0)
+    def quantize_columns(self, x, rule, amax, *, key, rotated):
+        operand = rotate_rows(x) if rotated else x
+        return simulate(operand, rule=rule, amax=amax, key=key, axis=0)
 
-    def values(self, a: Units):
+    def values(self, a: SimulatedNVFP4):
         return a.values.astype(jnp.bfloat16)
 
     def forward(self, x, packed):
-        return contract(x, units_of(packed), (1, 1))
+        return contract(x, from_packed(packed), (1, 1))
 
     def backward(self, grad, packed):
-        return contract(grad, units_of(packed), (1, 0))
+        return contract(grad, from_packed(packed), (1, 0))
 
     def outer(self, x, grad):
         return contract(x, grad, (0, 0))
 
 
-def turned(a: NVFP4) -> NVFP4:
-    """The transposed matrix, last two axes, of one in tiles of 16 x 16: the same numbers."""
+def transpose_tiles(a: NVFP4) -> NVFP4:
+    """Transposes the last two axes of a matrix in tiles of 16 x 16, exactly."""
     scales = jnp.swapaxes(a.scales[..., ::BLOCK, :], -1, -2)
     scales = jnp.repeat(scales, BLOCK, axis=-2)
     return dataclasses.replace(a, codes=jnp.swapaxes(a.codes, -1, -2), scales=scales)

@@ -1,8 +1,8 @@
-"""Matrices in FP8 for GPUs without FP4 units: E4M3, a scale a row of the matrix, a scale a token.
+"""FP8 matrices for GPUs without FP4 units: E4M3 with one scale per matrix row and one per token.
 
-The product's operands are FP8 themselves, so XLA hands them to the tensor cores as they are: by
-cuBLASLt or by a kernel of its own, whichever is faster on the chip. Both scales are factors of the
-finished sums. Casts saturate at 448, where a plain cast to float8_e4m3fn gives NaN.
+The operands of the product are FP8, so XLA uses FP8 tensor cores, through cuBLASLt or its own
+kernel, whichever is faster on the chip. Both scales multiply the sums afterwards. Casts saturate at
+448, where a plain cast to float8_e4m3fn gives NaN.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ from longlive_jax.typing import Array, Float, Float32
 __all__ = ["Fp8Kernel", "dequantize_rows", "matmul_rows", "pack_fp8", "quantize_rows"]
 
 F8 = jnp.float8_e4m3fn
-LARGEST = 448.0
+E4M3_MAX = 448.0
 
 
 def quantize_rows(x: Float[Array, "*rows k"]) -> tuple[Array, Float32[Array, "*rows"]]:
-    """E4M3 codes `[*rows, k]`, rounded to nearest even, and a scale a row: x ~ code * scale.
+    """E4M3 codes `[*rows, k]`, rounded to nearest even, and one scale per row: x ~ code * scale.
 
-    A row of zeros has scale 0. NaN and infinities go through to the row's result as NaN.
+    A row of zeros has scale 0. NaN and infinity make the whole row NaN.
     """
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST
+    scale = jnp.max(jnp.abs(x), axis=-1) / E4M3_MAX
     unit = jnp.where(scale == 0, 1.0, scale)[..., None]
-    return jnp.clip(x / unit, -LARGEST, LARGEST).astype(F8), scale
+    return jnp.clip(x / unit, -E4M3_MAX, E4M3_MAX).astype(F8), scale
 
 
 def dequantize_rows(codes: Array, scale: Float32[Array, "*rows"]) -> Float32[Array, "*rows k"]:
-    """`code * scale`."""
+    """The values `code * scale`."""
     return codes.astype(jnp.float32) * scale[..., None]
 
 
@@ -46,10 +46,10 @@ def matmul_rows(
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "m n"]:
-    """`[m, k] x [n, k]` in FP8, summed in float32, times both scales.
+    """`[m, k] x [n, k]` in FP8, accumulated in float32, times both scales.
 
-    In bfloat16 the sums are handed over in bfloat16, before they are scaled: a product of 7040 x
-    3072 is then written and read at half the bytes, for one rounding of 1/512 more.
+    With `out_dtype` bfloat16 the sums are rounded to bfloat16 before they are scaled. A result of
+    7040 x 3072 is then written and read at half the bytes, for one more rounding error of 1/512.
     """
     contract = (((1,), (1,)), ((), ()))
     sums = lax.dot_general(x, w, contract, preferred_element_type=jnp.dtype(out_dtype))
@@ -62,12 +62,12 @@ def matmul_rows(
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Kernel:
-    """A kernel `[*layers, i, o]`, held transposed, that multiplies itself.
+    """An FP8 kernel `[*layers, i, o]`, stored transposed.
 
     Attributes:
       codes: float8_e4m3fn `[*layers, o, i]`.
       scales: float32 `[*layers, o]`.
-      branch: LoRA beside it, in high precision.
+      branch: unmerged LoRA in high precision, or None.
     """
 
     codes: Array
@@ -76,17 +76,17 @@ class Fp8Kernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel it stands for, `[*layers, i, o]`."""
+        """The shape of the original kernel, `[*layers, i, o]`."""
         *layers, outputs, inputs = self.codes.shape
         return (*layers, inputs, outputs)
 
     @property
     def nbytes(self) -> int:
-        """Of codes and scales on the device."""
+        """Bytes of codes and scales on the device."""
         return self.codes.size + 4 * self.scales.size
 
     def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
-        """`x @ kernel + bias` in the dtype of `x`; a token's scale is found as it comes."""
+        """`x @ kernel + bias` in the dtype of `x`; the scale of each token is computed here."""
         rows = x.reshape(-1, x.shape[-1])
         y = matmul_rows(*quantize_rows(rows), self.codes, self.scales, out_dtype=x.dtype)
         if self.branch is not None:
@@ -99,7 +99,7 @@ class Fp8Kernel:
 
 
 def pack_fp8(kernel: Float[Array, "*layers i o"]) -> Fp8Kernel:
-    """The kernel in FP8, one layer after the other."""
+    """Quantizes a kernel to FP8, one layer after the other."""
     if kernel.ndim > 2:
         return lax.map(pack_fp8, kernel)
     return Fp8Kernel(*quantize_rows(kernel.T))

@@ -1,9 +1,9 @@
-"""A low-rank branch beside a matrix that stays as it is (LoRA; paper, sections 2.2 and 3.1).
+"""Low-rank branches of frozen matrices (LoRA; paper, sections 2.2 and 3.1).
 
     y = x W + (x A) B * alpha / r        A [i, r], B [r, o], in high precision
 
-`LowRank` is the branch, `LoRAKernel` the matrix with it: put among a model's parameters in the
-place of an array. Packed kernels take the branch into their own product.
+`LowRank` is the branch. `LoRAKernel` is a matrix with a branch; it replaces an array among a
+model's parameters. Packed kernels fuse the branch into their own product.
 """
 
 import dataclasses
@@ -23,30 +23,41 @@ __all__ = ["LoRAKernel", "LowRank", "with_branches"]
 @partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale"])
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """`(x @ a) @ b * scale`; both may have leading layer axes, as kernels have."""
+    """The branch `(x @ a) @ b * scale`.
+
+    Attributes:
+      a: down projection, with leading layer axes like the kernel's.
+      b: up projection.
+      scale: alpha / r.
+    """
 
     a: Float[Array, "*layers i r"]
     b: Float[Array, "*layers r o"]
     scale: float = 1.0
 
     def down(self, x: Float[Array, "... i"]) -> Float[Array, "... r"]:
-        """`x @ a * scale` in the dtype of `x`: what `b` is still to be multiplied with."""
-        found = jnp.matmul(x, self.a.astype(x.dtype), preferred_element_type=jnp.float32)
-        return (found * self.scale).astype(x.dtype)
+        """`x @ a * scale` in the dtype of `x`: the input of `up`."""
+        product = jnp.matmul(x, self.a.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (product * self.scale).astype(x.dtype)
 
     def up(self, x: Float[Array, "... r"]) -> Float[Array, "... o"]:
-        """The result of `down` times `b`, in float32."""
+        """`x @ b` in float32, for a result of `down`."""
         return jnp.matmul(x, self.b.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        """The branch's share of the result, in the dtype of `x`."""
+        """The branch's term of the result, in the dtype of `x`."""
         return self.up(self.down(x)).astype(x.dtype)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kernel", "branch"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class LoRAKernel:
-    """An array with a branch beside it; only the branch is what LoRA trains."""
+    """A frozen kernel with a low-rank branch; LoRA trains only the branch.
+
+    Attributes:
+      kernel: the frozen kernel.
+      branch: the low-rank branch.
+    """
 
     kernel: Float[Array, "*layers i o"]
     branch: LowRank
@@ -64,20 +75,20 @@ class LoRAKernel:
 
 
 def with_branches(params: Params, branches: Mapping[str, LowRank]) -> Params:
-    """Parameters in which each kernel at a path of `branches` (`blocks/ffn/up/kernel`) has its one.
+    """Adds each branch to the kernel at its path (`blocks/ffn/up/kernel`).
 
-    Raises ValueError for a path at which there is no kernel.
+    Raises ValueError if there is no kernel at a path of `branches`.
     """
-    found: set[str] = set()
+    matched: set[str] = set()
 
-    def place(keys: tuple, leaf: Any) -> Any:
+    def attach(keys: tuple, leaf: Any) -> Any:
         path = path_of(keys)
         if path not in branches:
             return leaf
-        found.add(path)
+        matched.add(path)
         return LoRAKernel(leaf, branches[path])
 
-    changed = jax.tree_util.tree_map_with_path(place, params)
-    if lacking := sorted(set(branches) - found):
+    changed = jax.tree_util.tree_map_with_path(attach, params)
+    if lacking := sorted(set(branches) - matched):
         raise ValueError(f"no kernel at {', '.join(lacking[:4])} for a LoRA")
     return changed

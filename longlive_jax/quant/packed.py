@@ -1,8 +1,8 @@
-"""Matrices in NVFP4 that serve inference: W4A4 (paper, section 3.1; Appendix D).
+"""Packed NVFP4 matrices for inference: W4A4 (paper, section 3.1 and appendix D).
 
-The full-precision matrix is gone; activations are quantized as they come, with one amax a call. A
-LoRA is either merged before packing, Q(W + B A), or a branch beside the packed matrix, which the
-product adds in the same pass: Q(x) Q(W) + (x A) B.
+The full-precision matrix is dropped; activations are quantized on the fly, with one amax per call.
+A LoRA is either merged before packing, Q(W + B A), or kept as a branch that the product adds in the
+same pass: Q(x) Q(W) + (x A) B.
 """
 
 import collections
@@ -22,9 +22,16 @@ from longlive_jax.quant.low_rank import LowRank
 from longlive_jax.quant.policy import Format, QuantPolicy, path_of
 from longlive_jax.typing import Array, Float, Params
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, matmul, quantize, which
+from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, matmul, quantize, select_implementation
 
-__all__ = ["Fp8Kernel", "PackedKernel", "pack", "quantize_params", "resident_bytes", "served"]
+__all__ = [
+    "Fp8Kernel",
+    "PackedKernel",
+    "describe_kernels",
+    "pack",
+    "quantize_params",
+    "resident_bytes",
+]
 
 
 @functools.partial(
@@ -34,13 +41,13 @@ __all__ = ["Fp8Kernel", "PackedKernel", "pack", "quantize_params", "resident_byt
 )
 @dataclasses.dataclass(frozen=True)
 class PackedKernel:
-    """A kernel `[*layers, i, o]`, held transposed, that multiplies itself.
+    """An NVFP4 kernel `[*layers, i, o]`, stored transposed.
 
     Attributes:
       weight: `[*layers, o, i]`, blocks along i.
-      branch: LoRA beside it, in high precision.
-      activations: scale rule of what it is multiplied with.
-      implementation: of quantize and matmul.
+      branch: unmerged LoRA in high precision, or None.
+      activations: scale rule of the activations.
+      implementation: implementation of quantize and matmul.
     """
 
     weight: NVFP4
@@ -50,20 +57,20 @@ class PackedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel it stands for, `[*layers, i, o]`."""
+        """The shape of the original kernel, `[*layers, i, o]`."""
         *layers, outputs, inputs = self.weight.shape
         return (*layers, inputs, outputs)
 
     @property
     def nbytes(self) -> int:
-        """Of the packed matrix on the device."""
+        """Bytes of the packed matrix on the device."""
         return self.weight.nbytes
 
     def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
-        """`x @ kernel + bias` in the dtype of `x`: branch and bias are added before the rounding.
+        """`x @ kernel + bias` in the dtype of `x`.
 
-        (The reference rounds to bfloat16 first.) A branch in float32 is not for tensor cores and
-        is added apart.
+        Branch and bias are added before the rounding (the reference rounds to bfloat16 first). With
+        float32 activations the branch cannot use tensor cores and is added separately.
         """
         rows, branch = x.reshape(-1, x.shape[-1]), self.branch
         fused = branch is not None and x.dtype == jnp.bfloat16
@@ -88,11 +95,11 @@ class PackedKernel:
 def pack(
     kernel: Float[Array, "*layers i o"], form: Format, *, implementation: Implementation = "auto"
 ) -> PackedKernel | Fp8Kernel:
-    """A kernel in a format, one layer after the other, so that memory holds one in float32."""
+    """Quantizes a kernel, one layer at a time, so that only one layer is in float32."""
     if form.kind == "fp8":
         return pack_fp8(kernel)
 
-    def one(layer: Array) -> NVFP4:
+    def quantize_layer(layer: Array) -> NVFP4:
         return quantize(
             layer,
             rule=form.weights,
@@ -101,7 +108,7 @@ def pack(
             implementation=implementation,
         )
 
-    weight = one(kernel) if kernel.ndim == 2 else lax.map(one, kernel)
+    weight = quantize_layer(kernel) if kernel.ndim == 2 else lax.map(quantize_layer, kernel)
     return PackedKernel(weight, None, form.activations, implementation)
 
 
@@ -113,21 +120,22 @@ def quantize_params(
     implementation: Implementation = "auto",
     dtype: DTypeLike | None = None,
 ) -> Params:
-    """Parameters in which the kernels that the policy picks are packed; their arrays are dropped.
+    """Quantizes the kernels that the policy selects.
 
     Args:
-      params: of a model, kernels `[*layers, i, o]`; under `jax.eval_shape` shapes are enough.
-      branches: by path of the kernel (`blocks/ffn/up/kernel`), to be kept beside the packed one.
-      dtype: of all other floating-point parameters; as they are if None.
+      params: parameters of a model, kernels `[*layers, i, o]`; abstract under `jax.eval_shape`.
+      policy: selects the kernels and their formats.
+      branches: unmerged LoRA branches by path of the kernel (`blocks/ffn/up/kernel`).
+      implementation: implementation of quantize and matmul.
+      dtype: dtype of all other floating-point parameters; None keeps theirs.
 
-    Raises ValueError where the policy does not fit the model, and for a branch beside no packed
-    kernel.
+    Raises ValueError if the policy does not match the model or a branch has no packed kernel.
     """
     formats, branches = policy.formats(params), dict(branches or {})
     if homeless := sorted(set(branches) - set(formats)):
         raise ValueError(f"{policy.name} packs no kernel at {', '.join(homeless[:4])} for a LoRA")
 
-    def place(keys: tuple, leaf: Array) -> Any:
+    def convert(keys: tuple, leaf: Array) -> Any:
         path = path_of(keys)
         if path in formats:
             packed = pack(leaf, formats[path], implementation=implementation)
@@ -135,11 +143,11 @@ def quantize_params(
         floating = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if floating else leaf
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(convert, params)
 
 
-def served(params: Params) -> tuple[str, ...]:
-    """One line for each kind of packed matrix: its rules, how many, and what multiplies it."""
+def describe_kernels(params: Params) -> tuple[str, ...]:
+    """One line for each kind of packed matrix: count, scale rules and implementation."""
     kinds = collections.Counter[str]()
     for node in jax.tree.leaves(params, is_leaf=_is_packed):
         if _is_packed(node):
@@ -152,16 +160,19 @@ def _is_packed(node: Any) -> bool:
 
 
 def _kind(node: PackedKernel | Fp8Kernel) -> str:
-    beside = "" if node.branch is None else ", a LoRA beside"
+    lora = "" if node.branch is None else ", with a LoRA branch"
     if isinstance(node, Fp8Kernel):
-        return f"FP8 E4M3{beside}; quantize: xla, matmul: xla"
+        return f"FP8 E4M3{lora}; quantize: xla, matmul: xla"
     rules = f"weights {node.weight.rule}, activations {node.activations}"
-    by = (f"{op}: {which(op, implementation=node.implementation)}" for op in ("quantize", "matmul"))
-    return f"NVFP4 ({rules}){beside}; {', '.join(by)}"
+    implementations = (
+        f"{op}: {select_implementation(op, implementation=node.implementation)}"
+        for op in ("quantize", "matmul")
+    )
+    return f"NVFP4 ({rules}){lora}; {', '.join(implementations)}"
 
 
 def resident_bytes(params: Params) -> dict[str, int]:
-    """Bytes on the device: of `packed` kernels (their branches apart) and of all the `rest`."""
+    """Bytes on the device: `packed` kernels without their branches, and the `rest`."""
     sizes = {"packed": 0, "rest": 0}
     for node in jax.tree.leaves(params, is_leaf=_is_packed):
         if _is_packed(node):

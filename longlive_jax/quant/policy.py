@@ -1,9 +1,9 @@
-"""Which matrices are quantized, and how: a table from path to format (paper, sections 2.2 and 3.1).
+"""Quantization policies: tables from parameter path to format (paper, sections 2.2 and 3.1).
 
-A policy is data. It says nothing about the model: it is given parameters (or their shapes) and
-picks kernels by path, `blocks/ffn/up/kernel`, stacked over layers or not. Of Wan2.2-TI2V-5B it
-picks the 300 linears of the blocks: those of text, time, patches and head are 2 % of the numbers,
-and steer every layer or write the result.
+A policy is data and independent of the model: given parameters or their shapes, it selects kernels
+by path (`blocks/ffn/up/kernel`), stacked over layers or not. In Wan2.2-TI2V-5B the policies here
+select the 300 linears of the blocks. The linears of text, time, patches and head stay in high
+precision: they are 2 % of the parameters, and every layer or the output depends on them.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ __all__ = ["POLICIES", "Format", "QuantPolicy", "QuantSpec", "Recipe", "named", 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a matrix in NVFP4 is trained (paper, section 2.2).
+    """Training recipe of an NVFP4 matrix (paper, section 2.2).
 
     Attributes:
-      gradients: scale rule of what comes back from above.
-      stochastic: round it up or down by chance, so that its mean is right; else to nearest.
-      hadamard: rotate both operands of the matrix's gradient over runs of 16 tokens (RHT).
-      twice: that gradient takes the activations as the forward product saw them, quantized, and
-        quantizes them again (the reference); else it quantizes the activations themselves.
+      gradients: scale rule of the output gradient.
+      stochastic: round the output gradient stochastically, so that it is unbiased; else to nearest.
+      hadamard: rotate both operands of the weight gradient over groups of 16 tokens (RHT).
+      twice: compute the weight gradient from the activations of the forward product, quantized a
+        second time (as the reference does); else quantize the original activations.
     """
 
     gradients: Rule = "mse"
@@ -42,14 +42,14 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a matrix and the activations that meet it are stored in.
+    """Format of a matrix and of its activations.
 
     Attributes:
-      kind: "nvfp4", or "fp8" (E4M3, a scale a row, a scale a token), which has none of the rest.
+      kind: "nvfp4", or "fp8" (E4M3, one scale per row and per token), which ignores the rest.
       weights: scale rule of the matrix.
-      tile: rows that share a scale: 16 (so the transposed matrix has the same blocks) or 1.
-      activations: scale rule of what it is multiplied with.
-      recipe: of training; None: for inference only.
+      tile: rows that share a scale: 16 (the transposed matrix then has the same blocks) or 1.
+      activations: scale rule of the activations.
+      recipe: training recipe, or None for inference only.
     """
 
     kind: Literal["nvfp4", "fp8"] = "nvfp4"
@@ -60,26 +60,30 @@ class Format:
 
     def __post_init__(self) -> None:
         if self.recipe is not None and (self.kind, self.tile) != ("nvfp4", 16):
-            raise ValueError("a recipe of training needs NVFP4 in tiles of 16 x 16")
+            raise ValueError("a training recipe needs NVFP4 in tiles of 16 x 16")
 
     def __str__(self) -> str:
         if self.kind == "fp8":
-            return "FP8 E4M3: a scale a row of the matrix, a scale a token"
+            return "FP8 E4M3: one scale per matrix row, one per token"
         parts = [f"weights {self.weights} in {self.tile}x{BLOCK} blocks"]
         parts.append(f"activations {self.activations}")
         if (recipe := self.recipe) is not None:
             rounding = "stochastic" if recipe.stochastic else "to nearest"
             parts.append(f"gradients {recipe.gradients}, {rounding}")
-            parts += ["Hadamard over tokens for the weights' gradient"] * recipe.hadamard
+            parts += ["Hadamard over tokens for the weight gradient"] * recipe.hadamard
             parts += ["activations quantized twice"] * recipe.twice
         return f"NVFP4: {', '.join(parts)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantPolicy:
-    """A name and rules: the first pattern that matches a matrix's whole path says its format.
+    """A named list of rules; the first pattern that matches a matrix's full path gives its format.
 
-    A matrix that no pattern matches stays as it is.
+    Matrices that match no pattern are not quantized.
+
+    Attributes:
+      name: name of the policy.
+      rules: pairs of a regular expression and a format.
     """
 
     name: str
@@ -87,27 +91,27 @@ class QuantPolicy:
 
     @property
     def trains(self) -> bool:
-        """Whether every format has a recipe of training."""
+        """Whether every format has a training recipe."""
         return all(form.recipe is not None for _, form in self.rules)
 
     def formats(self, params: Params) -> dict[str, Format]:
-        """The format of every kernel that has one, by path.
+        """The formats of the selected kernels, by path.
 
-        `params` are arrays or shapes, kernels `[*layers, i, o]`. Raises ValueError for a pattern
-        that matches none, and for a matrix whose axes do not split into blocks.
+        `params` are arrays or shapes, kernels `[*layers, i, o]`. Raises ValueError if a pattern
+        matches nothing or the axes of a matrix do not split into blocks.
         """
         shapes = kernels(params)
-        found: dict[str, Format] = {}
+        formats: dict[str, Format] = {}
         for pattern, form in self.rules:
             matched = [path for path in shapes if re.fullmatch(pattern, path)]
             if not matched:
                 raise ValueError(
                     f"quant.policy {self.name}: no matrix matches {pattern!r}{nearest('', shapes)}"
                 )
-            found = dict.fromkeys(matched, form) | found
-        for path, form in found.items():
+            formats = dict.fromkeys(matched, form) | formats
+        for path, form in formats.items():
             self._check(path, shapes[path], form)
-        return {path: found[path] for path in shapes if path in found}
+        return {path: formats[path] for path in shapes if path in formats}
 
     def _check(self, path: str, shape: tuple[int, ...], form: Format) -> None:
         axes = {"inputs": shape[-2]}
@@ -121,7 +125,8 @@ class QuantPolicy:
                 )
 
     def describe(self, params: Params) -> str:
-        """One line: how many matrices, layers counted, and numbers have which format."""
+        """One line: the number of matrices (counted per layer) and the share of parameters in each
+        format."""
         if not self.rules:
             return f"{self.name}: no matrix is quantized"
         shapes, formats = kernels(params), self.formats(params)
@@ -136,14 +141,14 @@ class QuantPolicy:
 
 
 def kernels(params: Params) -> dict[str, tuple[int, ...]]:
-    """Shapes of all matrices by path, layers first where they are stacked."""
+    """Shapes of all matrices by path; stacked matrices have leading layer axes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    found = {path_of(keys): leaf.shape for keys, leaf in leaves}
-    return {p: x for p, x in found.items() if p.rpartition("/")[2] == "kernel" and len(x) > 1}
+    shapes = {path_of(keys): leaf.shape for keys, leaf in leaves}
+    return {p: x for p, x in shapes.items() if p.rpartition("/")[2] == "kernel" and len(x) > 1}
 
 
 def path_of(keys: tuple) -> str:
-    """`blocks/ffn/up/kernel` for the keys of nested dictionaries."""
+    """The path of a leaf, `blocks/ffn/up/kernel`, from its pytree keys."""
     return "/".join(str(getattr(key, "key", key)) for key in keys)
 
 
@@ -152,7 +157,7 @@ def _count(shapes: Any) -> int:
 
 
 LINEARS = r"blocks/.*/kernel"
-"""All linears of the DiT's blocks."""
+"""Pattern of all linears in the DiT's blocks."""
 
 _POLICIES = (
     QuantPolicy("none"),
@@ -165,12 +170,12 @@ _POLICIES = (
     ),
 )
 POLICIES: Mapping[str, QuantPolicy] = {policy.name: policy for policy in _POLICIES}
-"""By name. Rules are the reference's: `nvfp4` those of its packed checkpoints, `nvfp4_train` those
-of its AR training."""
+"""Policies by name. Scale rules are the reference's: `nvfp4` uses those of its packed checkpoints,
+`nvfp4_train` those of its AR training."""
 
 
 def named(name: str) -> QuantPolicy:
-    """The policy of this name; ValueError if there is none."""
+    """The policy of this name; raises ValueError if there is none."""
     if name not in POLICIES:
         raise ValueError(f"quant.policy: unknown {name!r}{nearest(name, POLICIES)}")
     return POLICIES[name]
@@ -178,11 +183,12 @@ def named(name: str) -> QuantPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """A run's precision.
+    """Quantization settings of a run.
 
     Attributes:
       policy: name of one of `POLICIES`.
-      implementation: of quantize and of the products; "auto" takes what is proven for the device.
+      implementation: implementation of quantize and matmul; "auto" selects one that has been tested
+        on the device.
     """
 
     policy: str = "none"

@@ -1,19 +1,19 @@
-"""The matrix product of training in NVFP4, forward and backward (paper, section 2.2; Figure 3).
+"""The matrix product of NVFP4 training, forward and backward (paper, section 2.2; figure 3).
 
     y  = Q(x) Q(W)              x in blocks of 16 along the inputs, W in tiles of 16 x 16
-    dx = Q(dy) Q(W)^T           dy along the outputs, rounded by chance; W's tiles turn as they are
-    dW = Q(R x)^T Q(R dy)       both along the tokens, rotated by R (RHT), dy rounded by chance
+    dx = Q(dy) Q(W)^T           dy along the outputs, stochastic rounding; W's tiles transpose
+    dW = Q(R x)^T Q(R dy)       both along the tokens, rotated by R (RHT); dy stochastic
     db = sum of dy              float32
 
-Products add up in float32. What dW takes of x is quantized in the forward pass, from the same x as
-the other, and waits for the backward pass in the place of x: 4.5 bits a number where arrays are
-packed, 16 where they are simulated (`arithmetic`). No activation is quantized from its own
-quantized form (`Recipe.twice` is the reference's way, which does).
+Products accumulate in float32. The operand x of dW is quantized in the forward pass, from the
+original x, and saved for the backward pass instead of x: 4.5 bits per value when packed, 16 when
+simulated (`arithmetic`). No activation is quantized twice (the reference does so; see
+`Recipe.twice`).
 
-The scale of a whole tensor is taken over all tokens of all devices that share them out (`axes`), so
-it does not depend on the mesh; nor do blocks, if runs of 16 tokens lie on one device. In a last run
-that is not full, zeros stand for the rest. What is drawn for rounding belongs to places in a
-device's array, so other meshes draw other numbers of the same distribution.
+The amax of a tensor is computed over all tokens on all devices (`axes`), so it does not depend on
+the mesh. Neither do the blocks, if groups of 16 tokens are on one device. An incomplete last group
+is padded with zeros. Rounding noise depends on the index within a device's array, so another mesh
+draws other noise from the same distribution.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ from longlive_jax.typing import Array, Float, Float32
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.nvfp4 import BLOCK, NVFP4, Rule
 
-__all__ = ["How", "TrainingKernel", "product"]
+__all__ = ["ProductConfig", "TrainingKernel", "product"]
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
-    """What is known of a product before it is computed.
+class ProductConfig:
+    """Static settings of a product.
 
     Attributes:
-      form: its format, with a recipe of training.
-      axes: of the mesh, over which tokens are shared out; () outside of `shard_map`.
-      implementation: of quantize and matmul.
+      form: format of the matrix, with a training recipe.
+      axes: mesh axes over which tokens are sharded; () outside of `shard_map`.
+      implementation: implementation of quantize and matmul.
     """
 
     form: Format
@@ -48,108 +48,119 @@ class How:
 
     @property
     def recipe(self) -> Recipe:
-        """Of training."""
+        """The training recipe."""
         assert self.form.recipe is not None
         return self.form.recipe
 
-    def quantized(self, x: Float[Array, "m k"], rule: Rule, key: Array | None = None) -> Operand:
-        """`x` in blocks along k."""
-        by = arithmetic(self.implementation)
-        return by.quantize(x, rule, self._over_all(by.largest(x, False)), key=key)
+    def quantize(self, x: Float[Array, "m k"], rule: Rule, key: Array | None = None) -> Operand:
+        """Quantizes `x` in blocks along k."""
+        ops = arithmetic(self.implementation)
+        return ops.quantize(x, rule, self._global_max(ops.max_abs(x, False)), key=key)
 
-    def across(self, x: Float[Array, "m k"], rule: Rule, key: Array | None = None) -> Operand:
-        """`x` in blocks along m, rotated if the recipe says so."""
-        by, rotated = arithmetic(self.implementation), self.recipe.hadamard
-        x = self._whole_runs(x)
-        amax = self._over_all(by.largest(x, rotated))
-        return by.across(x, rule, amax, key=key, rotated=rotated)
+    def quantize_columns(
+        self, x: Float[Array, "m k"], rule: Rule, key: Array | None = None
+    ) -> Operand:
+        """Quantizes `x` in blocks along m, rotated if the recipe says so.
 
-    def _over_all(self, amax: Array) -> Array:
+        Raises ValueError on a mesh if m is not a multiple of 16.
+        """
+        ops, rotated = arithmetic(self.implementation), self.recipe.hadamard
+        x = self._pad_groups(x)
+        amax = self._global_max(ops.max_abs(x, rotated))
+        return ops.quantize_columns(x, rule, amax, key=key, rotated=rotated)
+
+    def _global_max(self, amax: Array) -> Array:
         return lax.pmax(amax, self.axes) if self.axes else amax
 
-    def _whole_runs(self, x: Array) -> Array:
-        """Zeros after the last token up to a whole run; on a mesh runs must be whole already."""
+    def _pad_groups(self, x: Array) -> Array:
+        """Pads tokens with zeros to a multiple of 16; on a mesh they must be one already."""
         lacking = -x.shape[0] % BLOCK
         if lacking and self.axes:
             raise ValueError(
-                f"{x.shape[0]} tokens of a device are no whole runs of {BLOCK}, which NVFP4 "
-                "training rotates; choose a latent size or a mesh that gives a multiple"
+                f"NVFP4 training needs a multiple of {BLOCK} tokens per device, got {x.shape[0]}; "
+                "choose another latent size or mesh"
             )
         return jnp.pad(x, ((0, lacking), (0, 0)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(
-    how: How,
+    config: ProductConfig,
     x: Float[Array, "... i"],
     master: Float[Array, "i o"],
     packed: NVFP4,
     bias: Float[Array, "o"],
     key: Array,
 ) -> Float[Array, "... o"]:
-    """`x @ W + bias` in the dtype of `x`; `packed` is W^T and stands for `master` everywhere.
+    """`x @ W + bias` in the dtype of `x`, with the recipe's gradients.
 
-    `master` gets W's gradient and is not read. `key` is for rounding by chance.
+    `packed` is the quantized W^T, used in both passes. `master` receives W's gradient; its values
+    are not read. `key` is the PRNG key of stochastic rounding.
     """
-    return _forward(how, x, master, packed, bias, key)[0]
+    return _forward(config, x, master, packed, bias, key)[0]
 
 
-def _forward(how: How, x: Array, master: Array, packed: NVFP4, bias: Array, key: Array):
-    by, rule = arithmetic(how.implementation), how.form.activations
+def _forward(
+    config: ProductConfig, x: Array, master: Array, packed: NVFP4, bias: Array, key: Array
+):
+    ops, rule = arithmetic(config.implementation), config.form.activations
     rows = x.reshape(-1, x.shape[-1])
-    found = how.quantized(rows, rule)
-    y = by.forward(found, packed) + bias.astype(jnp.float32)
-    kept = how.across(by.values(found) if how.recipe.twice else rows, rule)
+    quantized = config.quantize(rows, rule)
+    y = ops.forward(quantized, packed) + bias.astype(jnp.float32)
+    residual = config.quantize_columns(ops.values(quantized) if config.recipe.twice else rows, rule)
     like = tuple(jnp.zeros((0,), a.dtype) for a in (x, master, bias))
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1), (kept, packed, key, like)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1), (residual, packed, key, like)
 
 
-def _backward(how: How, saved, grad: Array):
-    kept, packed, key, like = saved
-    by, recipe = arithmetic(how.implementation), how.recipe
+def _backward(config: ProductConfig, saved, grad: Array):
+    residual, packed, key, like = saved
+    ops, recipe = arithmetic(config.implementation), config.recipe
     rows = grad.reshape(-1, grad.shape[-1])
-    keys = _keys(how, key, rows) if recipe.stochastic else (None, None)
-    to_x = by.backward(how.quantized(rows, recipe.gradients, keys[0]), packed)
-    to_master = by.outer(kept, how.across(rows, recipe.gradients, keys[1]))
-    to_bias = jnp.sum(rows.astype(jnp.float32), axis=0)
-    found = (to_x.reshape(*grad.shape[:-1], -1), to_master, to_bias)
-    to_x, to_master, to_bias = (g.astype(a.dtype) for g, a in zip(found, like, strict=True))
-    return to_x, to_master, None, to_bias, None
+    keys = _keys(config, key, rows) if recipe.stochastic else (None, None)
+    dx = ops.backward(config.quantize(rows, recipe.gradients, keys[0]), packed)
+    dw = ops.outer(residual, config.quantize_columns(rows, recipe.gradients, keys[1]))
+    db = jnp.sum(rows.astype(jnp.float32), axis=0)
+    gradients = (dx.reshape(*grad.shape[:-1], -1), dw, db)
+    dx, dw, db = (g.astype(a.dtype) for g, a in zip(gradients, like, strict=True))
+    return dx, dw, None, db, None
 
 
 product.defvjp(_forward, _backward)
 
 
-def _keys(how: How, key: Array, rows: Float[Array, "m k"]) -> Array:
-    """One for either quantization, and others for the same key elsewhere: on another device, and
-    for another part of the tokens (as where a feed-forward takes them in parts)."""
-    for axis in how.axes:
+def _keys(config: ProductConfig, key: Array, rows: Float[Array, "m k"]) -> Array:
+    """Two keys, one for each quantization of the output gradient.
+
+    They differ between devices and between chunks of tokens with the same key (a feed-forward layer
+    may process its tokens in chunks).
+    """
+    for axis in config.axes:
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    part = jnp.sum(rows, dtype=jnp.float32)
-    return jax.random.split(jax.random.fold_in(key, lax.bitcast_convert_type(part, jnp.uint32)))
+    total = jnp.sum(rows, dtype=jnp.float32)
+    return jax.random.split(jax.random.fold_in(key, lax.bitcast_convert_type(total, jnp.uint32)))
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["master", "packed", "key"],
-    meta_fields=["how"],
+    meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainingKernel:
-    """A matrix as the loss sees it, in the place of an array among a model's parameters.
+    """A matrix in NVFP4 training, which replaces an array among a model's parameters.
 
     Attributes:
-      master: float32 `[*layers, i, o]`, which gets the gradient.
-      packed: the same transposed, `[*layers, o, i]`, in tiles; made once an update.
-      key: `[*layers]`, for rounding by chance.
-      how: what the product does.
+      master: float32 `[*layers, i, o]`, receives the gradient.
+      packed: quantized transpose `[*layers, o, i]` in tiles, recomputed at every update.
+      key: `[*layers]` PRNG keys of stochastic rounding.
+      config: settings of the product.
     """
 
     master: Float32[Array, "*layers i o"]
     packed: NVFP4
     key: Array
-    how: How
+    config: ProductConfig
 
     def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
         """`x @ kernel + bias` in the dtype of `x`, with the recipe's gradients."""
-        return product(self.how, x, self.master, self.packed, bias, self.key)
+        return product(self.config, x, self.master, self.packed, bias, self.key)

@@ -26,7 +26,7 @@ from longlive_jax.quant.packed import quantize_params
 from longlive_jax.quant.policy import Format, QuantSpec, named
 from longlive_jax.spec import UserError
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.nvfp4 import which
+from pallas_kernels.nvfp4 import select_implementation
 
 __all__ = ["load_dit"]
 
@@ -97,6 +97,6 @@ def _check_available(formats: dict[str, Format], quant: QuantSpec) -> None:
     if "nvfp4" in kinds:
         try:
             for op in ("matmul", "quantize"):
-                which(op, implementation=name)
+                select_implementation(op, implementation=name)
         except (Unsupported, ValueError) as error:
             raise UserError(f"quant.implementation: {error}") from error

@@ -34,7 +34,7 @@ from longlive_jax.models.vae import VAE
 from longlive_jax.models.wan import DiT, TextKV
 from longlive_jax.models.wan.cache import KVCache, empty_cache
 from longlive_jax.models.wan.packed_cache import Packed
-from longlive_jax.quant.packed import served
+from longlive_jax.quant.packed import describe_kernels
 from longlive_jax.sampling.drivers import ChunkInputs, Sampler, VideoConditioning
 from longlive_jax.sampling.load import load_dit
 from longlive_jax.sampling.script import ShotScript, check_size
@@ -45,7 +45,7 @@ from longlive_jax.sampling.timeline import Plan, plan
 from longlive_jax.spec import UserError, build
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.attention import AttentionFn, attention
-from pallas_kernels.attention.packed import which_packed
+from pallas_kernels.attention.packed_kv import select_packed_implementation
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import NVFP4
 
@@ -112,9 +112,9 @@ class Pipeline:
         other.spec = build(SampleSpec, dataclasses.asdict(self.spec) | changes, path="sample")
         return other
 
-    def served(self) -> tuple[str, ...]:
+    def describe_kernels(self) -> tuple[str, ...]:
         """One line for each kind of packed matrix of the DiT, and what multiplies it."""
-        return served(self.params)
+        return describe_kernels(self.params)
 
     def sample(self, scripts: Scripts, **options: Any) -> UInt8[np.ndarray, "b f h w 3"]:
         """All frames of one script or a batch of them; `options` as in `stream`.
@@ -247,7 +247,7 @@ class Pipeline:
     def _check_reader(self, batch: int, size: tuple[int, int]) -> None:
         keys, offset = jax.eval_shape(lambda: _keys(self.cache(batch, size)))
         try:
-            which_packed(
+            select_packed_implementation(
                 jax.ShapeDtypeStruct((batch, 1, *keys.shape[-2:]), self.cfg.dtype),
                 keys, offset, implementation="mosaic",
             )  # fmt: skip

@@ -1,6 +1,18 @@
-"""Softmax attention between the pairs that `tokens.visible` allows."""
+"""Softmax attention masked by `tokens.visible`."""
 
-from pallas_kernels.attention.api import AttentionFn, attention, attention_with_lse, which
-from pallas_kernels.attention.layouts import Layout, lay_out
+from pallas_kernels.attention.api import (
+    AttentionFn,
+    attention,
+    attention_with_lse,
+    select_implementation,
+)
+from pallas_kernels.attention.fixed_mask import FixedMaskAttention, make_attention
 
-__all__ = ["AttentionFn", "Layout", "attention", "attention_with_lse", "lay_out", "which"]
+__all__ = [
+    "AttentionFn",
+    "FixedMaskAttention",
+    "attention",
+    "attention_with_lse",
+    "make_attention",
+    "select_implementation",
+]

@@ -1,4 +1,4 @@
-"""attention(): checks, choice of implementation, and the type that wrappers keep."""
+"""`attention` and `attention_with_lse`: argument checks and choice of implementation."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import cudnn, reference, xla
-from pallas_kernels.attention.segments import by_segments, segments
+from pallas_kernels.attention.segments import attend_segments, segments
 from pallas_kernels.dispatch import Implementation, Unsupported, platform
 from pallas_kernels.tokens import Tokens
 
 AttentionFn = Callable[..., Array]
-"""`(q, k, v, q_tokens, k_tokens) -> out`, as `attention`; what parallelism wraps."""
+"""`(q, k, v, q_tokens, k_tokens) -> out`, the signature of `attention`.
+
+Sequence parallelism wraps such a function.
+"""
 
 
 def _mosaic(*arguments) -> tuple[Array, Array]:
-    from pallas_kernels.attention.mosaic import op  # half a second that CPUs need not spend
+    from pallas_kernels.attention.mosaic import op  # takes 0.5 s to import; only GPUs need it
 
     return op.attend_with_lse(*arguments)
 
@@ -33,7 +36,7 @@ _RUN_WITH_LSE: dict[str, Callable[..., tuple[Array, Array]]] = {
     "mosaic": _mosaic,
 }
 _MASKED_INSIDE = ("reference", "mosaic")
-"""Implementations that need no `segments`."""
+"""Implementations that apply the mask themselves and need no `segments`."""
 
 
 def attention(
@@ -45,17 +48,21 @@ def attention(
     *,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b q n d"]:
-    """softmax(q k^T / sqrt(d)) v over the pairs that `visible(q_tokens, k_tokens)` allows.
+    """softmax(q k^T / sqrt(d)) v with the mask `visible(q_tokens, k_tokens)`.
 
-    Without tokens every pair is visible. A query that sees nothing gives zeros. The softmax is in
-    float32; the result has the dtype of `v`. Raises ValueError for tokens that do not fit the
-    arrays and `Unsupported` where a named implementation cannot run.
+    Without tokens nothing is masked. Fully masked queries give zeros. The softmax is computed in
+    float32; the result has the dtype of `v`. Raises ValueError if tokens do not match the arrays,
+    and `Unsupported` if a named implementation cannot run.
     """
     check(q, k, q_tokens, k_tokens)
-    chosen = which(q, k, v, q_tokens, k_tokens, implementation=implementation)
+    chosen = select_implementation(q, k, v, q_tokens, k_tokens, implementation=implementation)
     run = _RUN[chosen]
-    parts = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
-    return run(q, k, v, q_tokens, k_tokens) if parts is None else by_segments(run, q, k, v, parts)
+    segment_list = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
+    return (
+        run(q, k, v, q_tokens, k_tokens)
+        if segment_list is None
+        else attend_segments(run, q, k, v, segment_list)
+    )
 
 
 def attention_with_lse(
@@ -67,25 +74,25 @@ def attention_with_lse(
     *,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b q n"]]:
-    """`attention`, and the natural log-sum-exp of every query's visible, scaled logits.
+    """`attention` and the natural log-sum-exp of each query's visible, scaled logits.
 
-    The latter is float32, -inf for a query that sees nothing; both are differentiable. Attention
-    over disjoint sets of keys is merged by it. "auto" is "xla"; cuDNN does not serve.
+    The log-sum-exp is float32 and -inf for fully masked queries; it merges attention over disjoint
+    sets of keys. Both results are differentiable. "auto" selects "xla"; "cudnn" is not supported.
     """
     check(q, k, q_tokens, k_tokens)
     chosen: Implementation = "xla" if implementation == "auto" else implementation
-    which(q, k, v, q_tokens, k_tokens, implementation=chosen)
+    select_implementation(q, k, v, q_tokens, k_tokens, implementation=chosen)
     if chosen not in _RUN_WITH_LSE:
         known = ", ".join(_RUN_WITH_LSE)
         raise Unsupported(f"{chosen} attention gives no log-sum-exp; choose from {known}")
     run = _RUN_WITH_LSE[chosen]
-    parts = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
-    if parts is None:
+    segment_list = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
+    if segment_list is None:
         return run(q, k, v, q_tokens, k_tokens)
-    return by_segments(run, q, k, v, parts, lse=True)
+    return attend_segments(run, q, k, v, segment_list, lse=True)
 
 
-def which(
+def select_implementation(
     q: Array | jax.ShapeDtypeStruct,
     k: Array | jax.ShapeDtypeStruct,
     v: Array | jax.ShapeDtypeStruct,
@@ -94,11 +101,12 @@ def which(
     *,
     implementation: Implementation = "auto",
 ) -> Implementation:
-    """The implementation that `attention` uses for these arguments, by name.
+    """The name of the implementation that `attention` uses for these arguments.
 
-    "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that is one row a sample or falls
-    into `segments`), else "xla". "mosaic" has not run on a GPU yet and so is only taken by name;
-    which of its kernels, the compute capability of the device says.
+    "auto" selects "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that is one row per
+    sample or splits into `segments`), else "xla". "mosaic" has not run on a GPU yet and is used
+    only if named; the device's compute capability selects its kernels. Raises ValueError for an
+    unknown name and `Unsupported` if the named implementation cannot run.
     """
     why = cudnn.refusal(q, q_tokens, segments(q_tokens, k_tokens))
     if implementation == "auto":
@@ -121,7 +129,7 @@ def check(
     q_tokens: Tokens | None,
     k_tokens: Tokens | None,
 ) -> None:
-    """Raises ValueError for tokens that do not fit the arrays."""
+    """Raises ValueError if tokens do not match the arrays."""
     if (q_tokens is None) != (k_tokens is None):
         raise ValueError("give tokens for queries and keys, or for neither")
     for name, x, tokens in (("query", q, q_tokens), ("key", k, k_tokens)):

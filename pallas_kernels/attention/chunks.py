@@ -1,8 +1,9 @@
-"""Attention of chunks that see few chunks, for columns that differ between samples.
+"""Windowed attention by chunks, for masks that differ between samples.
 
-In a window of W chunks every chunk sees at most W, however long the sequence. Where each sample has
-its own cuts, and so its own sinks, the chunks seen are data; this picks their keys by a product
-with a one-hot matrix (exact, and its gradient is a product too) and attends densely to them alone.
+In a window of W chunks, every chunk attends to at most W chunks, however long the sequence. If
+samples have different cuts and so different sinks, the visible chunks are data. `attend_chunks`
+gathers their keys with a one-hot matrix product (exact, and its gradient is a product as well) and
+attends densely to those only.
 """
 
 import jax
@@ -22,24 +23,26 @@ def attend_chunks(
     size: int,
     most: int,
 ) -> Float[Array, "b q n d"]:
-    """The same as `attention` for sequences of whole chunks of `size` alike tokens.
+    """`attention` for sequences of chunks of `size` tokens that share their mask columns.
 
-    Exact as long as no query sees more than `most` runs of `size` keys; keys beyond that many are
-    dropped, so `most` must be the true bound (the window). Float32 softmax.
+    The softmax is in float32. Exact if no query attends to more than `most` chunks of keys; further
+    chunks are dropped, so `most` must be the true bound (the window length).
     """
     b, length, heads, width = q.shape
-    seen = visible(_firsts(q_tokens, size), _firsts(k_tokens, size))
-    seen = jnp.broadcast_to(seen, (b, *seen.shape[-2:]))
-    found, index = jax.lax.top_k(seen.astype(jnp.int32), most)  # visible runs first
+    # 1. The indices of the visible chunks of each chunk.
+    visible_chunks = visible(_firsts(q_tokens, size), _firsts(k_tokens, size))
+    visible_chunks = jnp.broadcast_to(visible_chunks, (b, *visible_chunks.shape[-2:]))
+    is_visible, index = jax.lax.top_k(visible_chunks.astype(jnp.int32), most)  # visible runs first
     index = index.reshape(b, -1)
 
     def picked(x: Array) -> Array:
-        runs = x.reshape(b, seen.shape[-1], size * heads * width)
-        return _picked(runs, index).reshape(b, seen.shape[-2], most * size, heads, width)
+        runs = x.reshape(b, visible_chunks.shape[-1], size * heads * width)
+        return _picked(runs, index).reshape(b, visible_chunks.shape[-2], most * size, heads, width)
 
-    rows = q.reshape(b, seen.shape[-2], size, heads, width)
+    # 2. Masked softmax over the gathered keys.
+    rows = q.reshape(b, visible_chunks.shape[-2], size, heads, width)
     logits = jnp.einsum("bcqnd,bcknd->bcnqk", rows, picked(k), preferred_element_type=jnp.float32)
-    mask = jnp.repeat(found > 0, size, axis=-1)[:, :, None, None]
+    mask = jnp.repeat(is_visible > 0, size, axis=-1)[:, :, None, None]
     logits = jnp.where(mask, logits * width**-0.5, -1e30)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
@@ -50,7 +53,7 @@ def attend_chunks(
 
 @jax.custom_vjp
 def _picked(runs: Float[Array, "b k x"], index: Int[Array, "b s"]) -> Float[Array, "b s x"]:
-    """`runs[index]` in every sample, and its gradient, as products that need no transposition."""
+    """`runs[index]` of every sample; gather and gradient are one-hot products."""
     pick = jax.nn.one_hot(index, runs.shape[1], dtype=runs.dtype)
     return jnp.einsum("bsk,bkx->bsx", pick, runs, precision="highest")
 
@@ -69,7 +72,7 @@ _picked.defvjp(_picked_forward, _picked_backward)
 
 
 def _firsts(tokens: Tokens, size: int) -> Tokens:
-    """The first token of every run of `size`."""
+    """The first token of every chunk of `size` tokens."""
     pos = tokens.pos[..., ::size, :]
     names = ("chunk_index", "noisy", "window_start", "sink", "global_sinks")
     return Tokens(pos, *(getattr(tokens, name)[..., ::size] for name in names))

@@ -1,8 +1,8 @@
-"""cuDNN's fused attention for queries that all see the same keys: cached sampling, cross-attention.
+"""cuDNN's fused attention, for a mask of one row per sample: cached sampling, cross-attention.
 
-cuDNN masks cheaply only by the number of leading keys. Cached sampling brings its own keys first
-and fills cache slots in order, so visible keys normally are leading ones; whether they are is
-checked at run time, and the other case takes the blocked path.
+cuDNN masks cheaply only by the number of leading keys. In cached sampling the chunk's own keys come
+first and cache slots are filled in order, so the visible keys normally are the leading ones. This
+is checked at run time; otherwise the blocked implementation runs.
 """
 
 import jax
@@ -17,17 +17,17 @@ from pallas_kernels.tokens import Tokens, visible_keys
 
 
 def refusal(
-    q: Array | jax.ShapeDtypeStruct, q_tokens: Tokens | None, parts: list[Segment] | None
+    q: Array | jax.ShapeDtypeStruct, q_tokens: Tokens | None, segment_list: list[Segment] | None
 ) -> str | None:
-    """Why cuDNN cannot run this, or None."""
+    """The reason why cuDNN cannot run these arguments, or None."""
     if platform() not in ("gpu", "cuda"):
         return "needs a CUDA device"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs 16-bit arguments, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"needs heads of a multiple of 8 up to 128, not {q.shape[-1]}"
-    if q_tokens is not None and parts is None and not q_tokens.uniform_mask:
-        return "queries differ in what they see"
+    if q_tokens is not None and segment_list is None and not q_tokens.uniform_mask:
+        return "needs one mask row per sample; queries differ in their masks"
     return None
 
 
@@ -38,13 +38,13 @@ def attend(
     q_tokens: Tokens | None,
     k_tokens: Tokens | None,
 ) -> Float[Array, "b q n d"]:
-    """The same as `reference.attend` where `refusal` has nothing to say."""
+    """Computes `reference.attend`; requires that `refusal` is None."""
     if q_tokens is None or k_tokens is None:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    seen = visible_keys(q_tokens, k_tokens)
-    seen = jnp.broadcast_to(seen, (q.shape[0], k.shape[1]))
-    counts = seen.sum(-1, dtype=jnp.int32)
-    leading = jnp.all(seen == (jnp.arange(k.shape[1]) < counts[:, None])) & jnp.all(counts > 0)
+    mask = visible_keys(q_tokens, k_tokens)
+    mask = jnp.broadcast_to(mask, (q.shape[0], k.shape[1]))
+    counts = mask.sum(-1, dtype=jnp.int32)
+    leading = jnp.all(mask == (jnp.arange(k.shape[1]) < counts[:, None])) & jnp.all(counts > 0)
 
     def fused(q, k, v):
         rows = jnp.full(q.shape[:1], q.shape[1], jnp.int32)

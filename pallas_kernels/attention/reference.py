@@ -1,4 +1,4 @@
-"""The oracle: dense float32 softmax over the visible pairs."""
+"""Reference attention: dense masked softmax in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def attend(
     q_tokens: Tokens | None,
     k_tokens: Tokens | None,
 ) -> Float[Array, "b q n d"]:
-    """softmax(q k^T / sqrt(d)) v over visible pairs; a query that sees nothing gives zeros."""
+    """Masked softmax(q k^T / sqrt(d)) v; fully masked queries give zeros."""
     return attend_with_lse(q, k, v, q_tokens, k_tokens)[0]
 
 
@@ -25,22 +25,22 @@ def attend_with_lse(
     q_tokens: Tokens | None,
     k_tokens: Tokens | None,
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b q n"]]:
-    """`attend`, and the log-sum-exp of each query's visible logits, -inf if it sees nothing.
+    """`attend` and the log-sum-exp of each query's visible logits; -inf for fully masked queries.
 
-    That is natural, in float32, of q k^T / sqrt(d). Parts of a softmax over disjoint sets of keys
-    merge by it: out = sum_i exp(lse_i - lse) out_i with lse = logsumexp_i lse_i.
+    The log-sum-exp is the natural one of q k^T / sqrt(d), in float32. It merges attention over
+    disjoint sets of keys: out = sum_i exp(lse_i - lse) out_i with lse = logsumexp_i lse_i.
     """
     q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     logits = jnp.einsum("bqnd,bknd->bnqk", q, k) * q.shape[-1] ** -0.5
     if q_tokens is not None and k_tokens is not None:
-        seen = visible(q_tokens, k_tokens)
-        seen = seen[:, None] if seen.ndim == 3 else seen
-        weights = jax.nn.softmax(logits, axis=-1, where=seen)
-        weights = jnp.where(seen, weights, 0.0)
-        any_seen = jnp.any(seen, axis=-1)
-        # Blind rows sum over everything first, so that no gradient is NaN.
-        lse = jax.nn.logsumexp(logits, axis=-1, where=seen | ~any_seen[..., None])
-        lse = jnp.where(any_seen, lse, -jnp.inf)
+        mask = visible(q_tokens, k_tokens)
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        weights = jax.nn.softmax(logits, axis=-1, where=mask)
+        weights = jnp.where(mask, weights, 0.0)
+        any_visible = jnp.any(mask, axis=-1)
+        # Fully masked rows sum over all keys first, so that no gradient is NaN.
+        lse = jax.nn.logsumexp(logits, axis=-1, where=mask | ~any_visible[..., None])
+        lse = jnp.where(any_visible, lse, -jnp.inf)
     else:
         weights = jax.nn.softmax(logits, axis=-1)
         lse = jax.nn.logsumexp(logits, axis=-1)

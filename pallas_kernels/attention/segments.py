@@ -1,9 +1,9 @@
-"""Block sparsity without a mask, for token columns that are known while tracing.
+"""Block sparsity without a mask, for tokens that are concrete at trace time.
 
-Tokens come in runs (the frames of a chunk, clean or noisy), and all tokens of a run see the same
-runs. So attention splits exactly into one unmasked attention a run of queries over the slices of
-keys it sees: teacher forcing of c chunks does (c + 1) / 4c of the dense work, and implementations
-that know no masks (cuDNN) serve.
+Consecutive tokens with equal mask columns (the frames of a chunk, clean or noisy) form a run, and
+all queries of a run attend to the same runs of keys. Attention therefore splits exactly into one
+unmasked attention per run of queries, over slices of the keys. Teacher forcing of c chunks does
+(c + 1) / 4c of the dense work, and implementations without masks (cuDNN) can be used.
 """
 
 import dataclasses
@@ -15,15 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.tokens import COLUMNS, Tokens, visible
+from pallas_kernels.tokens import VISIBILITY_COLUMNS, Tokens, visible
 
-MOST = 64
-"""More runs of queries than this are left to a mask: every one is traced and compiled apart."""
+MAX_SEGMENTS = 64
+"""Maximum number of segments; each is traced and compiled separately. More need a mask."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Queries `start:stop`, and the slices of keys all of them see (none: zeros)."""
+    """A run of queries and the key slices that all of them attend to.
+
+    Attributes:
+      start: first query.
+      stop: end of the queries, exclusive.
+      keys: (start, stop) of the visible key slices; empty if the queries are fully masked.
+    """
 
     start: int
     stop: int
@@ -31,55 +37,59 @@ class Segment:
 
 
 def segments(q: Tokens | None, k: Tokens | None) -> list[Segment] | None:
-    """The runs of queries; None if columns are traced, differ between samples or make too many."""
+    """Splits queries into segments.
+
+    Returns None if columns are traced or differ between samples, or if there would be more than
+    `MAX_SEGMENTS`.
+    """
     if q is None or k is None:
         return None
     q_rows, k_rows = _columns(q), _columns(k)
     if q_rows is None or k_rows is None:
         return None
     q_starts = _run_starts(q_rows)
-    if len(q_starts) > MOST:
+    if len(q_starts) > MAX_SEGMENTS:
         return None
     k_starts = _run_starts(k_rows[:2])  # visibility of a key depends on chunk and noisy
-    seen = visible(_at(q_rows, q_starts), _at(k_rows, k_starts))
+    visible_runs = visible(_select_tokens(q_rows, q_starts), _select_tokens(k_rows, k_starts))
     q_stops = [*q_starts[1:], len(q)]
     k_stops = np.append(k_starts[1:], len(k))
     return [
         Segment(int(start), int(stop), _slices(k_starts[row], k_stops[row]))
-        for start, stop, row in zip(q_starts, q_stops, seen, strict=True)
+        for start, stop, row in zip(q_starts, q_stops, visible_runs, strict=True)
     ]
 
 
-def by_segments(
+def attend_segments(
     run: Callable[..., Any],
     q: Float[Array, "b q n d"],
     k: Float[Array, "b k n d"],
     v: Float[Array, "b k n d"],
-    parts: list[Segment],
+    segment_list: list[Segment],
     *,
     lse: bool = False,
 ) -> Any:
-    """`run(q, k, v, None, None)` for every segment, joined in order.
+    """Calls `run(q, k, v, None, None)` for every segment and concatenates the results.
 
-    With `lse`, `run` gives a pair: the output and the log-sum-exp [b, q, n].
+    With `lse`, `run` returns a pair: the output and the log-sum-exp [b, q, n].
     """
-    found = []
-    for part in parts:
-        rows = q[:, part.start : part.stop]
-        if part.keys:
-            keys, values = (_take(x, part.keys) for x in (k, v))
-            found.append(run(rows, keys, values, None, None))
+    outputs = []
+    for segment in segment_list:
+        rows = q[:, segment.start : segment.stop]
+        if segment.keys:
+            keys, values = (_take(x, segment.keys) for x in (k, v))
+            outputs.append(run(rows, keys, values, None, None))
         else:
             zeros = jnp.zeros_like(rows, dtype=v.dtype)
-            found.append((zeros, jnp.full(rows.shape[:3], -jnp.inf)) if lse else zeros)
-    if len(found) == 1:
-        return found[0]
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
+            outputs.append((zeros, jnp.full(rows.shape[:3], -jnp.inf)) if lse else zeros)
+    if len(outputs) == 1:
+        return outputs[0]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *outputs)
 
 
 def _columns(tokens: Tokens) -> np.ndarray | None:
-    """[columns, l] int32 of the one sample that stands for all, or None."""
-    columns = [getattr(tokens, name) for name in COLUMNS]
+    """The columns that all samples share, [columns, l] int32; None if traced or different."""
+    columns = [getattr(tokens, name) for name in VISIBILITY_COLUMNS]
     if any(isinstance(x, jax.Array) for x in columns):
         return None
     rows = np.stack([np.asarray(x, np.int32).reshape(-1, len(tokens)) for x in columns])
@@ -90,14 +100,14 @@ def _run_starts(rows: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(True, (rows[:, 1:] != rows[:, :-1]).any(0)))
 
 
-def _at(rows: np.ndarray, index: np.ndarray) -> Tokens:
+def _select_tokens(rows: np.ndarray, index: np.ndarray) -> Tokens:
     chunk, noisy, *rest = rows[:, index]
     pos: Any = np.zeros((len(index), 3), np.int32)
     return Tokens(pos, chunk, noisy.astype(bool), *rest)
 
 
 def _slices(starts: np.ndarray, stops: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Runs as (start, stop), neighbours merged."""
+    """Runs as (start, stop) slices, adjacent ones merged."""
     merged: list[tuple[int, int]] = []
     for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         if merged and merged[-1][1] == start:

@@ -1,4 +1,4 @@
-"""Attention in plain XLA operations: dense where that is small, else block by block."""
+"""Attention in plain XLA operations: dense for small logits, else blocked."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.attention import blocked
-from pallas_kernels.attention.blocked import NEVER, log_sum, product
+from pallas_kernels.attention.blocked import MASKED_LOGIT, log_sum, product
 from pallas_kernels.dispatch import platform
 from pallas_kernels.tokens import Tokens, visible, visible_keys
 
 DENSE_BYTES = 1 << 26
-"""Logits larger than this are done in blocks."""
+"""Size of the float32 logits in bytes above which attention is blocked."""
 
 
 def attend(
@@ -23,10 +23,10 @@ def attend(
     *,
     dense_bytes: int | None = None,
 ) -> Float[Array, "b q n d"]:
-    """The same as `reference.attend`, with matrix products in the dtype of the arguments, those of
-    the gradient too; differentiable in reverse.
+    """`reference.attend` with matrix products in the dtype of the arguments, gradient included.
 
-    CPUs have no fast batched products of 16-bit arguments into float32, so there it is all float32.
+    Differentiable in reverse mode. CPUs have no fast batched products of 16-bit operands with
+    float32 accumulation, so on CPUs everything is float32.
     """
     return attend_with_lse(q, k, v, q_tokens, k_tokens, dense_bytes=dense_bytes)[0]
 
@@ -40,7 +40,7 @@ def attend_with_lse(
     *,
     dense_bytes: int | None = None,
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b q n"]]:
-    """`attend`, and what `reference.attend_with_lse` gives beside it."""
+    """`attend` and the log-sum-exp of `reference.attend_with_lse`."""
     if platform() == "cpu" and v.dtype != jnp.float32:
         q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         out, lse = attend_with_lse(q32, k32, v32, q_tokens, k_tokens, dense_bytes=dense_bytes)
@@ -49,30 +49,30 @@ def attend_with_lse(
     limit = DENSE_BYTES if dense_bytes is None else dense_bytes
     if 4 * b * n * length * k.shape[1] <= limit:
         return _dense(q, k, v, _mask(q_tokens, k_tokens))
-    return blocked.attend_with_lse(q, k, v, q_tokens, k_tokens, one_by_one=platform() == "cpu")
+    return blocked.attend_with_lse(q, k, v, q_tokens, k_tokens, per_head=platform() == "cpu")
 
 
 def _mask(q_tokens: Tokens | None, k_tokens: Tokens | None) -> Bool[Array, "#b #n #q k"] | None:
-    """Broadcastable to logits [b, n, q, k]; None if everything is visible."""
+    """The mask, broadcastable to logits [b, n, q, k]; None without tokens."""
     if q_tokens is None or k_tokens is None:
         return None
     if q_tokens.uniform_mask:
-        seen = visible_keys(q_tokens, k_tokens)
-        return seen.reshape(-1, 1, 1, seen.shape[-1])
-    seen = visible(q_tokens, k_tokens)
-    return seen.reshape(-1, 1, *seen.shape[-2:])
+        mask = visible_keys(q_tokens, k_tokens)
+        return mask.reshape(-1, 1, 1, mask.shape[-1])
+    mask = visible(q_tokens, k_tokens)
+    return mask.reshape(-1, 1, *mask.shape[-2:])
 
 
-def _dense(q, k, v, seen):
+def _dense(q, k, v, mask):
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     logits = _logits(q, k)
-    if seen is not None:
-        logits = jnp.where(seen, logits, NEVER)
+    if mask is not None:
+        logits = jnp.where(mask, logits, MASKED_LOGIT)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - top)
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
-    # Dividing after the product touches [q, d] numbers instead of [q, k].
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0.0)
+    # Normalizing after the product touches [q, d] values instead of [q, k].
     total = weights.sum(-1)
     out = jnp.einsum("bnqk,bknd->bqnd", weights.astype(v.dtype), v)
     total, top = (jnp.swapaxes(x, 1, 2) for x in (total, top[..., 0]))
@@ -82,7 +82,7 @@ def _dense(q, k, v, seen):
 
 @jax.custom_vjp
 def _logits(q: Float[Array, "b q n d"], k: Float[Array, "b k n d"]) -> Float[Array, "b n q k"]:
-    """In float32; its gradient's products take what its own do."""
+    """Float32 logits; the gradient's products take operands of the same dtype as the forward's."""
     return product("bqnd,bknd->bnqk", q, k)
 
 

@@ -1,6 +1,6 @@
-"""NVFP4: four-bit floats with a scale for 16 neighbours and one for the whole (paper 2.2)."""
+"""NVFP4: 4-bit floats with one scale per 16 values and one per tensor (paper, section 2.2)."""
 
-from pallas_kernels.nvfp4.api import dequantize, matmul, quantize, which
+from pallas_kernels.nvfp4.api import dequantize, matmul, quantize, select_implementation
 from pallas_kernels.nvfp4.format import (
     BLOCK,
     LIMITS,
@@ -26,8 +26,8 @@ __all__ = [
     "pack",
     "quantize",
     "rotate",
+    "select_implementation",
     "swizzle",
     "unpack",
     "unswizzle",
-    "which",
 ]

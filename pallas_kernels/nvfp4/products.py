@@ -1,4 +1,4 @@
-"""The product of two NVFP4 matrices without a kernel of our own."""
+"""Products of two NVFP4 matrices without a custom kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.dispatch import capability
-from pallas_kernels.nvfp4.format import BLOCK, NVFP4, dequantize_reference, unit
+from pallas_kernels.nvfp4.format import BLOCK, NVFP4, dequantize_reference, global_scale
 
 LowRank = tuple[Float[Array, "m r"], Float[Array, "r n"]]
 
@@ -19,7 +19,7 @@ def reference(
     low_rank: LowRank | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
 ) -> Float[Array, "m n"]:
-    """As `api.matmul`: dequantized to float32, multiplied in float32."""
+    """Computes `api.matmul` from operands dequantized to float32."""
     x, y = (dequantize_reference(c, jnp.float32) for c in (a, b))
     product = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
     return _finish(product, bias, low_rank, out_dtype)
@@ -33,9 +33,9 @@ def xla(
     low_rank: LowRank | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
 ) -> Float[Array, "m n"]:
-    """As `api.matmul`: the block-scaled product of the library on chips that have one (10.x).
+    """Computes `api.matmul` with XLA's block-scaled product on Blackwell (capability 10.x).
 
-    Elsewhere code times scale, which bfloat16 holds exactly, through the bfloat16 product.
+    Elsewhere it multiplies code times scale, which bfloat16 represents exactly, in bfloat16.
     """
     if capability().startswith("10."):
         product = block_scaled(a, b)
@@ -43,18 +43,18 @@ def xla(
         product = lax.dot_general(
             _unscaled(a), _unscaled(b), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-    return _finish(product * (unit(a) * unit(b)), bias, low_rank, out_dtype)
+    return _finish(product * (global_scale(a) * global_scale(b)), bias, low_rank, out_dtype)
 
 
 def block_scaled(a: NVFP4, b: NVFP4) -> Float32[Array, "m n"]:
-    """The product of codes times scales, for XLA to give to the library."""
+    """The product of codes times scales, which XLA passes to cuBLAS."""
     x, y, x_scales, y_scales = (c[None] for c in (a.codes, b.codes, a.scales, b.scales))
     product = jax.nn.scaled_matmul(x, y, x_scales, y_scales, preferred_element_type=jnp.float32)
     return product[0]
 
 
 def _unscaled(a: NVFP4) -> Array:
-    """Code times scale: six significant bits at most."""
+    """Code times scale in bfloat16, exact: at most six significant bits."""
     codes = a.codes.astype(jnp.bfloat16).reshape(*a.shape[:-1], -1, BLOCK)
     return (codes * a.scales.astype(jnp.bfloat16)[..., None]).reshape(a.shape)
 

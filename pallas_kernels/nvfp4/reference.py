@@ -1,8 +1,8 @@
-"""Quantization to NVFP4 in float32, bit for bit as LongLive 2.0 quantizes (paper 2.2, App. F).
+"""Reference quantization to NVFP4 in float32, bit-exact with LongLive 2.0 (paper 2.2, App. F).
 
-Here a block that exceeds 6 by the rounding of a tiny scale saturates, where the published
-PyTorch code wraps to -0. Not a number and infinity pass through: the block, and `amax` and with
-it the whole, if it is taken of `x`, dequantize to NaN. An `amax` below `TINY` counts as 0.
+One difference: a block that exceeds 6 because its tiny scale was rounded saturates here, while the
+published PyTorch code wraps to -0. A block with NaN or infinity dequantizes to NaN, and so does the
+whole tensor if `amax` is computed from `x`. An `amax` below `TINY` counts as 0.
 """
 
 import functools
@@ -12,40 +12,55 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.nvfp4.format import BLOCK, CODE, LIMITS, NVFP4, SCALE, Rule, constant, over
+from pallas_kernels.nvfp4.format import (
+    BLOCK,
+    CODE,
+    LIMITS,
+    NVFP4,
+    SCALE,
+    Rule,
+    amax_divisor,
+    expand_amax,
+)
 from pallas_kernels.nvfp4.hadamard import rotate
-from pallas_kernels.nvfp4.rounding import MOST as MOST
-from pallas_kernels.nvfp4.rounding import by_chance, to_nearest, to_scale
+from pallas_kernels.nvfp4.rounding import MAX_SCALE as MAX_SCALE
+from pallas_kernels.nvfp4.rounding import stochastic_round, to_nearest, to_scale
 
 TINY = 2.0**-104
-"""So that one over the smallest scale is finite."""
+"""Smallest `amax`; above it, the inverse of the smallest scale is finite."""
 
-Draws = tuple[Array, Array]
-"""For each entry a draw from [0, 1) for "becomes 6", and one for "becomes 4"."""
+RoundingNoise = tuple[Array, Array]
+"""Uniform noise in [0, 1) for each entry: for a largest code of 6, and for one of 4."""
 
 
-def oriented(x: Float[Array, "*rows k"], transpose: bool, hadamard: bool) -> Array:
-    """What is quantized: the last two axes of `x` swapped, and its last axis rotated, if wanted."""
+def transpose_and_rotate(x: Float[Array, "*rows k"], transpose: bool, hadamard: bool) -> Array:
+    """Optionally swaps the last two axes of `x`, then optionally rotates the last axis."""
     x = jnp.swapaxes(x, -1, -2) if transpose else x
     return rotate(x) if hadamard else x
 
 
-def largest(x: Float[Array, "*lead_rows k"], lead: int = 0) -> Float32[Array, "*lead"]:
-    """max |x| over all but the leading axes; NaN where there is one."""
+def max_abs(x: Float[Array, "*lead_rows k"], lead: int = 0) -> Float32[Array, "*lead"]:
+    """max |x| in float32 over all but the leading axes; NaN if there is a NaN."""
     return _peak(x.astype(jnp.float32), tuple(range(lead, x.ndim)))
 
 
 def _peak(x: Float32[Array, "*n"], axes: tuple[int, ...], keepdims: bool = False) -> Array:
-    """max |x| by the bits, which grow with the number and are largest for NaN: XLA's maximum of
-    floats over an axis may pass it over."""
+    """max |x| over axes, computed on the bits, which are monotonic and largest for NaN.
+
+    XLA's floating-point maximum over an axis may ignore NaN.
+    """
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     most = jnp.max(bits, axis=axes, keepdims=keepdims, initial=0)
     return lax.bitcast_convert_type(most, jnp.float32)
 
 
-def feed_in_order(errors: Float32[Array, "*n rows blocks 16"]) -> Float32[Array, "*n 1 blocks 1"]:
-    """The sum over each tile in the order of PyTorch on x86: of two candidates that err alike, the
-    last bit of their sums picks one. Eight lanes, up to four sums in each of them, then across.
+def sum_in_pytorch_order(
+    errors: Float32[Array, "*n rows blocks 16"],
+) -> Float32[Array, "*n 1 blocks 1"]:
+    """Sums errors over each tile in the summation order of PyTorch on x86.
+
+    The order matters: when two candidates have equal errors, the last bit of the sums decides.
+    PyTorch uses eight lanes with up to four partial sums each, then adds across lanes.
     """
     *n, rows, blocks, width = errors.shape
     flat = jnp.swapaxes(errors, -3, -2).reshape(*n, blocks, rows * width // 8, 8)
@@ -66,21 +81,21 @@ def quantize(
     amax: Float32[Array, "*lead"] | None = None,
     transpose: bool = False,
     hadamard: bool = False,
-    draws: Draws | None = None,
+    noise: RoundingNoise | None = None,
 ) -> NVFP4:
-    """As `api.quantize`, but rounds by given draws, in the shape of the result, not by a key."""
-    x = oriented(x, transpose, hadamard)
-    amax = largest(x, lead) if amax is None else jnp.asarray(amax, jnp.float32)
+    """`api.quantize` with explicit rounding noise, in the shape of the result, instead of a key."""
+    x = transpose_and_rotate(x, transpose, hadamard)
+    amax = max_abs(x, lead) if amax is None else jnp.asarray(amax, jnp.float32)
     tiles = functools.partial(_tiles, block_rows=block_rows)
-    by = None if draws is None else (tiles(draws[0]), tiles(draws[1]))
-    values, scales = _encode(tiles(x.astype(jnp.float32)), amax, rule, by)
+    tiled_noise = None if noise is None else (tiles(noise[0]), tiles(noise[1]))
+    values, scales = _encode(tiles(x.astype(jnp.float32)), amax, rule, tiled_noise)
     scales = jnp.broadcast_to(scales, (*values.shape[:-1], 1)).astype(SCALE)
     codes, scales = (_untiled(a, x.shape) for a in (values.astype(CODE), scales))
     return NVFP4(codes, scales, amax, rule)
 
 
 def _tiles(x: Array, block_rows: int) -> Float[Array, "*n rows blocks 16"]:
-    """What shares a scale, on the third axis from the end and the last; rows filled up with 0."""
+    """Splits x so that axes -3 and -1 share a scale; missing rows are padded with zeros."""
     if block_rows == 1:
         return x.reshape(*x.shape[:-1], 1, -1, BLOCK)
     missing = -x.shape[-2] % block_rows
@@ -89,7 +104,7 @@ def _tiles(x: Array, block_rows: int) -> Float[Array, "*n rows blocks 16"]:
 
 
 def _untiled(tiles: Array, shape: tuple[int, ...]) -> Array:
-    """Entries of tiles in the rows of an array of `shape`, without those that filled it up."""
+    """The inverse of `_tiles` for an array of `shape`, without the padding."""
     *before, rows, _ = (1, *shape)
     width = tiles.shape[-2] * tiles.shape[-1]
     return tiles.reshape(*before, -1, width)[..., :rows, :].reshape(*shape[:-1], width)
@@ -99,47 +114,53 @@ def _encode(
     t: Float32[Array, "*n rows blocks 16"],
     amax: Array,
     rule: Rule,
-    draws: Draws | None,
+    noise: RoundingNoise | None,
 ) -> tuple[Array, Array]:
-    """Values of the codes, and those of the scales, [*n, 1, blocks, 1]."""
-    amax = over(amax, t.ndim)
-    grow = jnp.where(amax < TINY, 0.0, constant(rule) / amax)
+    """Values of the codes [*n, rows, blocks, 16] and of the scales [*n, 1, blocks, 1]."""
+    # 1. Scales for a largest code of M2, from each block's peak.
+    amax = expand_amax(amax, t.ndim)
+    grow = jnp.where(amax < TINY, 0.0, amax_divisor(rule) / amax)
     shrink = 1 / lax.optimization_barrier(grow)
     peak = _peak(t, (-3, -1), keepdims=True)
     wanted = (third(peak) / 2 if LIMITS[rule][0] == 6 else peak / 4) * grow
 
-    def candidate(factor: float, draw: Array | None) -> tuple[Array, Array]:
+    # 2. Round to the candidate scales.
+    def candidate(factor: float, candidate_noise: Array | None) -> tuple[Array, Array]:
         step = jnp.where(peak < jnp.inf, to_scale(factor * wanted), jnp.nan)
         u = t * jnp.where(step == 0, 0.0, 1 / (shrink * step))
         u = 0.0 - (-u)  # -0 becomes 0
-        return to_nearest(u) if draw is None else by_chance(u, draw), step
+        return to_nearest(u) if candidate_noise is None else stochastic_round(
+            u, candidate_noise
+        ), step
 
-    first, second = (None, None) if draws is None else draws
+    first, second = (None, None) if noise is None else noise
     values, scale = candidate(1.0, first)
     if rule in ("static_6", "static_4"):
         return values, scale
     values_4, scale_4 = candidate(1.5, second)
 
+    # 3. Take the candidate with the smaller error in each block.
     def error(values: Array, scale: Array) -> Array:
         off = third(values * scale * amax) / 512 - t  # 6 * 256 is 3 * 512
         if rule == "abs_max":
             return jnp.max(jnp.abs(off), axis=(-3, -1), keepdims=True)
-        return feed_in_order(square(off) if rule == "mse" else jnp.abs(off))
+        return sum_in_pytorch_order(square(off) if rule == "mse" else jnp.abs(off))
 
     four = error(values_4, scale_4) < error(values, scale)
     return jnp.where(four, values_4, values), jnp.where(four, scale_4, scale)
 
 
 def square(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
-    """x * x, whose rounding the bound keeps: it stands between the product and the sum that
-    compilers would make one step."""
+    """x * x, rounded separately: the bound prevents fusing the product into a following sum."""
     return jnp.minimum(x * x, jnp.finfo(jnp.float32).max)
 
 
 def third(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
-    """x / 3, rounded as division rounds, also by compilers that make a division by a constant a
-    product with its inverse, and of a product and a sum one step: three times `near` is exact, so
-    is what remains of `x`, and either way of adding a third of that is right.
+    """x / 3, correctly rounded.
+
+    It stays correct under compilers that replace a division by a constant with a product and that
+    fuse a product and a sum: `3 * near` is exact, so is the remainder of x, and adding a third of
+    the remainder rounds correctly with or without fusion.
     """
     inverse = jnp.float32(1 / 3)
     near = lax.reduce_precision(x * inverse, exponent_bits=8, mantissa_bits=20)

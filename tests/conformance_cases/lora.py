@@ -1,4 +1,4 @@
-"""A DiT with LoRA: beside its kernels, merged into them, and what the adapters' gradients are."""
+"""Conformance of a DiT with LoRA: unmerged, merged, and the gradients of the adapters."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from longlive_jax.quant.low_rank import LoRAKernel, LowRank, with_branches
 
 
 def adapted(golden: Golden) -> Sequence[Case]:
-    """Outputs without LoRA, with it and with it merged; merged weights; loss and gradients."""
+    """Outputs without LoRA, with LoRA and with merged LoRA; merged weights; loss and gradients."""
     lora = _Adapted(golden)
     cases = [
         compared(name, CLOSE, compute, golden.frames(name, 1))
@@ -39,7 +39,7 @@ def adapted(golden: Golden) -> Sequence[Case]:
 
 
 class _Adapted:
-    """The computations on a golden of LoRA."""
+    """Computations on a golden with LoRA."""
 
     def __init__(self, golden: Golden):
         self.golden, self.model = golden, golden.dit
@@ -67,7 +67,7 @@ class _Adapted:
         return dit(x, jnp.asarray(golden["t"]), dit.text_kv(prompts_of_blocks(golden)), tokens)[0]
 
     def _result(self):
-        """(loss, velocity, gradients by path of the kernel)."""
+        """Returns (loss, velocity, gradients by path of the kernel)."""
 
         @jax.jit
         @partial(jax.value_and_grad, has_aux=True)
@@ -80,7 +80,7 @@ class _Adapted:
         return loss, velocity, grads
 
     def _merged(self):
-        """The model's parameters with every LoRA in its kernel."""
+        """The model's parameters with every LoRA merged into its kernel."""
         return jax.tree.map(
             lambda x: x.merged() if isinstance(x, LoRAKernel) else x,
             with_branches(self.model.params, self.branches),

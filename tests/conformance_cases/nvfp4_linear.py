@@ -1,8 +1,8 @@
-"""The linear of NVFP4 training: its result and its gradients, rounded to nearest.
+"""Conformance of the linear of NVFP4 training: result and gradients, rounded to nearest.
 
-The golden rounds every product to bfloat16, ours stay float32. So an error counts from the nearest
-number that would have been rounded to the golden's, not from the golden. The golden's bias gradient
-is added up in bfloat16 and compared as such.
+The golden rounds every product to bfloat16, while ours stay float32. Errors are therefore measured
+from the nearest value that rounds to the golden's. The golden's bias gradient is summed in bfloat16
+and compared with a bfloat16 tolerance.
 """
 
 import functools
@@ -17,11 +17,11 @@ import numpy as np
 from conformance_cases.golden import Golden
 from conformance_cases.rows import TIGHT, Case, compared
 from longlive_jax.quant.policy import Format, Recipe
-from longlive_jax.quant.recipe import How, product
+from longlive_jax.quant.recipe import ProductConfig, product
 from pallas_kernels.nvfp4 import quantize
 
 BFLOAT16 = 2.0**-8
-"""Of sums added up in bfloat16."""
+"""Tolerance of sums in bfloat16."""
 
 
 def linear(golden: Golden) -> Sequence[Case]:
@@ -65,14 +65,16 @@ def _cases(golden: Golden, name: str, rules: Mapping[str, Any]) -> list[Case]:
 
 def _results(golden: Golden, form: Format) -> dict[str, Any]:
     x, w, b, dy = (jnp.asarray(golden[f"linear/{key}"]) for key in ("x", "w", "b", "dy"))
-    how = How(form, implementation="reference")  # of blocks that err alike it picks the golden's
+    config = ProductConfig(
+        form, implementation="reference"
+    )  # with equal errors it picks the golden's scale
 
     @jax.jit
     def run(x, kernel, b, dy):
         options: dict[str, Any] = {"implementation": "reference", "transpose": True}
         packed = quantize(kernel, rule=form.weights, block_rows=form.tile, **options)
         key = jax.random.key(0)
-        y, back = jax.vjp(lambda x, k, b: product(how, x, k, packed, b, key), x, kernel, b)
+        y, back = jax.vjp(lambda x, k, b: product(config, x, k, packed, b, key), x, kernel, b)
         return y, *back(dy)
 
     y, dx, dw, db = run(x, w.T, b, dy)
@@ -80,8 +82,10 @@ def _results(golden: Golden, form: Format) -> dict[str, Any]:
 
 
 def _beyond_rounding(got: Any, want: Any, *, bias: np.ndarray | None) -> float:
-    """max of |got - want| beyond half a unit of bfloat16's last place, over max |want|; with a bias
-    beyond another half of the sum before it."""
+    """max |got - want| beyond half a bfloat16 unit in the last place, over max |want|.
+
+    With a bias, another half unit of the sum before it is allowed.
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"ours has shape {got.shape}, the golden {want.shape}")
@@ -92,5 +96,5 @@ def _beyond_rounding(got: Any, want: Any, *, bias: np.ndarray | None) -> float:
 
 
 def _half_place(x: np.ndarray) -> np.ndarray:
-    """Half of the last of a bfloat16's 8 significant bits."""
+    """Half a unit in the last place of a bfloat16, which has 8 significant bits."""
     return np.ldexp(1.0, np.frexp(x)[1] - 9)

@@ -14,7 +14,7 @@ from conformance_cases.rows import CLOSE, EXACT, TIGHT, Case, compared, differin
 from longlive_jax import layout
 from longlive_jax.diffusion import solvers
 from longlive_jax.diffusion.flow import FlowSchedule
-from pallas_kernels.tokens import COLUMNS, Tokens, visible
+from pallas_kernels.tokens import VISIBILITY_COLUMNS, Tokens, visible
 
 
 def flow_schedulers(golden: Golden) -> Sequence[Case]:
@@ -98,5 +98,5 @@ def natural_order(tokens: int, devices: int) -> np.ndarray:
 
 
 def _reorder(tokens: Tokens, order: np.ndarray) -> Tokens:
-    columns = {name: getattr(tokens, name)[..., order] for name in COLUMNS}
+    columns = {name: getattr(tokens, name)[..., order] for name in VISIBILITY_COLUMNS}
     return Tokens(pos=tokens.pos[..., order, :], **columns)

@@ -1,8 +1,9 @@
-"""Compiles attention and its gradient for one chip and prints what the compilers said, as JSON.
+"""Compiles attention and its gradient for one chip and prints the compilers' report as JSON.
 
     python tests/pallas_kernels/compile_kernel.py h200 128
 
-A process of its own: Mosaic takes one chip a process, and settings are read when JAX is imported.
+It runs as a separate process: Mosaic compiles for one chip per process, and settings are read when
+JAX is imported.
 """
 
 import json
@@ -22,7 +23,7 @@ HEADS = 2
 
 
 def gradients(q, k, v, grad):
-    """Output, log-sum-exp and the gradients of all arguments: all three kernels."""
+    """Output, log-sum-exp and the gradients of all arguments; launches all three kernels."""
     tokens = teacher_forcing(4, 8, 15, chunk_frames=1)
 
     def attend(q, k, v):

@@ -1,4 +1,4 @@
-"""The compiler without a chip, for the tests of kernels."""
+"""Compilation without a GPU, for the tests of kernels."""
 
 from longlive_jax.planning.deviceless import (
     SHARED_MEMORY,

@@ -16,7 +16,7 @@ SIZE, WINDOW = 6, 4
 
 
 def sequence_tokens():
-    """Two samples of nine clean and nine noisy chunks, cut at different places, one chunk empty."""
+    """Two samples of nine clean and nine noisy chunks, with different cuts and one empty chunk."""
     cuts = np.zeros((2, 9), bool)
     cuts[0, [3]] = cuts[1, [2, 6]] = True
     window_start, sink = windows(jnp.asarray(cuts), window=WINDOW, global_sinks=1)
@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_the_oracle():
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, tokens, tokens), q, k, v)
         return out, pull(g)
 
-    # The empty chunk sees others, though nobody sees it; all rows are compared.
+    # The empty chunk attends to others, although it is masked itself; all rows are compared.
     chex.assert_trees_all_close(
         jax.jit(value_and_grads, static_argnums=0)(fast),
         jax.jit(value_and_grads, static_argnums=0)(slow),

@@ -1,4 +1,4 @@
-"""The kernels: numbers and races in the interpreter, compilation without the chip."""
+"""The attention kernels: results and races in the interpreter, compilation without a GPU."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ import pytest
 from longlive_jax.layout import grid, teacher_forcing, windowed
 from pallas_kernels.attention import attention, reference
 from pallas_kernels.attention.mosaic import op
-from pallas_kernels.attention.mosaic.columns import MaskColumns, mask_columns, seen
+from pallas_kernels.attention.mosaic.columns import MaskColumns, code_mask, mask_columns
 from pallas_kernels.attention.mosaic.targets import BLACKWELL, HOPPER, TARGETS, Target
 from pallas_kernels.attention.tilemap import pad_tokens
 from pallas_kernels.dispatch import Unsupported
@@ -27,7 +27,7 @@ CUTS = np.array([False, False, True, False])
 
 
 def balanced(frames: int):
-    """Clean and noisy frames of one of two ranks, then of the other."""
+    """Balanced order: clean and noisy frames of one of two ranks, then of the other."""
     parts = itertools.product(range(2), (False, True))
     return concat(
         *(grid(frames, 4, 9, chunk_frames=1, start=frames * r, noisy=n) for r, n in parts)
@@ -52,22 +52,22 @@ SMALL = {
     "two chunks": lambda: grid(4, 5, 7, chunk_frames=2),
     "one small chunk": lambda: grid(2, 5, 12, chunk_frames=2),
 }
-"""Of a tile or two, which the interpreter can do in every run of the tests."""
+"""Layouts of a tile or two, which the interpreter can run in every run of the tests."""
 QUICK = ("teacher forcing", "window and sinks", *SMALL)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_columns_say_what_is_visible(name):
+def test_mask_columns_equal_the_mask(name):
     tokens = pad_tokens(LAYOUTS[name](), 32)
     columns = mask_columns(tokens, tokens)
-    got = seen(lambda i: columns.query[:, i, :, None], columns.key[:, None, :])
+    got = code_mask(lambda i: columns.query[:, i, :, None], columns.key[:, None, :])
     np.testing.assert_array_equal(got, visible(tokens, tokens))
 
 
-def test_columns_of_a_window_that_begins_after_a_clean_chunk():
+def test_mask_columns_of_a_window_that_starts_after_a_clean_chunk():
     tokens = pad_tokens(grid(4, 2, 2, chunk_frames=1), 4).replace(window_start=jnp.full((1, 16), 3))
     columns: MaskColumns = mask_columns(tokens, tokens)
-    got = seen(lambda i: columns.query[:, i, :, None], columns.key[:, None, :])
+    got = code_mask(lambda i: columns.query[:, i, :, None], columns.key[:, None, :])
     np.testing.assert_array_equal(got, visible(tokens, tokens))
 
 
@@ -107,28 +107,28 @@ def check_against_the_oracle(
         jax.random.normal(key, shape).astype(jnp.bfloat16)
         for key in jax.random.split(jax.random.key(0), 4)
     )
-    to_lse = jax.random.normal(jax.random.key(1), shape[:-1])
-    mask = op.mask_of(tokens, tokens, target=target)
-    found, pull = jax.vjp(lambda *qkv: op.attend_mask(*qkv, mask, interpret=interpret), *arguments)
-    got = (*found, *pull((grad, to_lse)))
+    d_lse = jax.random.normal(jax.random.key(1), shape[:-1])
+    mask = op.make_mask(tokens, tokens, target=target)
+    out, pull = jax.vjp(lambda *qkv: op.attend_mask(*qkv, mask, interpret=interpret), *arguments)
+    got = (*out, *pull((grad, d_lse)))
     exact = [x.astype(jnp.float32) for x in arguments]
-    found, pull = jax.vjp(lambda *qkv: reference.attend_with_lse(*qkv, tokens, tokens), *exact)
-    want = (*found, *pull((grad.astype(jnp.float32), to_lse)))
+    out, pull = jax.vjp(lambda *qkv: reference.attend_with_lse(*qkv, tokens, tokens), *exact)
+    want = (*out, *pull((grad.astype(jnp.float32), d_lse)))
     assert [distance(a, b) < 5e-3 for a, b in zip(got, want, strict=True)] == [True] * 5
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
-def test_odd_and_unequal_lengths_and_queries_that_see_nothing(target):
+def test_odd_and_unequal_lengths_and_fully_masked_queries(target):
     keys = grid(3, 7, 9, chunk_frames=1)
-    blind = make(np.zeros((5, 3), np.int32), EMPTY, False)
-    queries = concat(grid(1, 7, 9, chunk_frames=1, start=2, noisy=True), blind)
+    masked = make(np.zeros((5, 3), np.int32), EMPTY, False)
+    queries = concat(grid(1, 7, 9, chunk_frames=1, start=2, noisy=True), masked)
     k_tokens = concat(keys, queries)
     assert (len(queries), len(k_tokens)) == (68, 257)
     q, k = (
         jax.random.normal(jax.random.key(i), (1, len(t), 1, 64)).astype(jnp.bfloat16)
         for i, t in enumerate((queries, k_tokens))
     )
-    mask = op.mask_of(queries, k_tokens, target=target)
+    mask = op.make_mask(queries, k_tokens, target=target)
     with no_races(kernels=1):
         out, lse = op.attend_mask(q, k, k, mask, interpret=SIMULATED)
     exact = (x.astype(jnp.float32) for x in (q, k, k))
@@ -139,11 +139,11 @@ def test_odd_and_unequal_lengths_and_queries_that_see_nothing(target):
 
 
 @pytest.mark.parametrize(("capability", "target"), [("9.0", HOPPER), ("10.0", BLACKWELL)])
-def test_the_chip_at_hand_chooses_the_kernels(capability, target, monkeypatch):
+def test_the_device_selects_the_kernels(capability, target, monkeypatch):
     monkeypatch.setattr(op, "platform", lambda: "gpu")
     monkeypatch.setattr(op, "capability", lambda: capability)
     tokens = grid(1, 8, 8, chunk_frames=1)
-    assert op.mask_of(tokens, tokens).target is target
+    assert op.make_mask(tokens, tokens).target is target
     assert op.refusal(jax.ShapeDtypeStruct((1, 64, 1, 128), jnp.bfloat16)) is None
 
 
@@ -155,7 +155,9 @@ def test_the_chip_at_hand_chooses_the_kernels(capability, target, monkeypatch):
         ("10.0", "bfloat16", 96, "heads are 96 wide; it takes 64 or 128"),
     ],
 )
-def test_it_says_what_it_does_not_take(capability, dtype, width, message, monkeypatch):
+def test_unsupported_arguments_are_refused_with_a_reason(
+    capability, dtype, width, message, monkeypatch
+):
     monkeypatch.setattr(op, "platform", lambda: "gpu")
     monkeypatch.setattr(op, "capability", lambda: capability)
     x = jnp.ones((1, 64, 1, width), dtype)
@@ -163,7 +165,7 @@ def test_it_says_what_it_does_not_take(capability, dtype, width, message, monkey
         attention(x, x, x, implementation="mosaic")
 
 
-def test_it_refuses_what_it_cannot_run():
+def test_it_is_refused_without_a_gpu():
     tokens = grid(1, 8, 8, chunk_frames=1)
     x = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
     if jax.default_backend() == "gpu":

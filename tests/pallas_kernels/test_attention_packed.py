@@ -1,4 +1,4 @@
-"""Attention to packed keys: all implementations against the oracle; the kernel is compiled."""
+"""Attention to packed keys: all implementations against the oracle; compilation of the kernel."""
 
 import json
 import os
@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import attention, packed, reference
+from pallas_kernels.attention import attention, packed_kv, reference
 from pallas_kernels.attention.mosaic import packed_op
-from pallas_kernels.attention.packed import attention_packed, unpacked, which_packed
+from pallas_kernels.attention.packed_kv import (
+    attention_packed,
+    dequantize_kv,
+    select_packed_implementation,
+)
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import BLOCK, NVFP4, dequantize
 from pallas_kernels.nvfp4.format import CODE, SCALE
@@ -23,7 +27,7 @@ from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
 
 def problem(*, batch=1, slots=2, tokens=64, heads=2, width=64, own=40, dtype=jnp.bfloat16):
-    """(q, own k, own v, packed k, packed v), an offset, and tokens: the first slot is empty."""
+    """(q, own k, own v, packed k, packed v), an offset, and tokens whose first slot is empty."""
     rng = np.random.default_rng(0)
     q, k, v = (
         jnp.asarray(rng.standard_normal((batch, own, heads, width)), dtype) for _ in range(3)
@@ -53,32 +57,32 @@ def distance(got, want) -> float:
     ("dtype", "most", "restored"), [(jnp.float32, 1e-5, True), (jnp.bfloat16, 1e-2, False)]
 )
 def test_unpacking_equals_the_oracle(dtype, most, restored):
-    arguments, offset, tokens = problem(batch=2, dtype=dtype)
-    given = offset if restored else None
-    want = attention_packed(*arguments, *tokens, offset=given, implementation="reference")
+    arguments, mean, tokens = problem(batch=2, dtype=dtype)
+    offset = mean if restored else None
+    want = attention_packed(*arguments, *tokens, offset=offset, implementation="reference")
     for implementation in ("auto", "xla"):
-        got = attention_packed(*arguments, *tokens, offset=given, implementation=implementation)
+        got = attention_packed(*arguments, *tokens, offset=offset, implementation=implementation)
         assert got.dtype == dtype and distance(got, want) < most
     q, k, v, past_k, past_v = arguments
     k, v = (
         jnp.concatenate([x, dequantize(y, jnp.float32).reshape(2, -1, *x.shape[2:])], axis=1)
         for x, y in ((k, past_k), (v, past_v))
     )
-    shift = jnp.repeat(offset, 64, axis=2).reshape(2, -1, 2, 64) if restored else 0.0
+    shift = jnp.repeat(mean, 64, axis=2).reshape(2, -1, 2, 64) if restored else 0.0
     plain = attention(q, k.at[:, 40:].add(shift), v, *tokens, implementation="reference")
     assert distance(want, plain) < most
 
 
-def test_an_offset_a_token_is_restored():
+def test_an_offset_per_token_is_restored():
     arguments, _, _ = problem(dtype=jnp.float32)
     mean = jnp.arange(2 * 64 * 2, dtype=jnp.bfloat16).reshape(1, 2, 64, 2, 1)
-    got = unpacked(arguments[3], mean, jnp.float32)
+    got = dequantize_kv(arguments[3], mean, jnp.float32)
     want = dequantize(arguments[3], jnp.float32) + mean.astype(jnp.float32)
     np.testing.assert_array_equal(got, want.reshape(1, -1, 2, 64))
 
 
 def test_the_kernel_equals_the_oracle():
-    """Two tiles a slot, queries that fill no tile, an empty slot, an offset, and no race."""
+    """Two tiles per slot, an incomplete query tile, an empty slot, an offset, and no race."""
     arguments, offset, tokens = problem(heads=1, tokens=128)
     want = attention_packed(*arguments, *tokens, offset=offset, implementation="reference")
     with no_races(kernels=2):  # own keys, packed keys
@@ -86,31 +90,32 @@ def test_the_kernel_equals_the_oracle():
     assert distance(got, want) < 5e-3
 
 
-def test_the_kernel_without_an_offset_and_where_nothing_is_seen():
-    (_, k, _, past_k, past_v), _, (_, every) = problem(heads=1)
-    blind = make(np.zeros((8, 3), np.int32), EMPTY, False)
-    queries = concat(make(np.zeros((32, 3), np.int32), 2, True), blind)
-    past = make(np.zeros((128, 3), np.int32), every.chunk_index[40:], False)
+def test_the_kernel_without_an_offset_and_with_fully_masked_queries():
+    (_, k, _, past_k, past_v), _, (_, k_tokens) = problem(heads=1)
+    masked = make(np.zeros((8, 3), np.int32), EMPTY, False)
+    queries = concat(make(np.zeros((32, 3), np.int32), 2, True), masked)
+    past = make(np.zeros((128, 3), np.int32), k_tokens.chunk_index[40:], False)
     with no_races(kernels=1):
-        out, lse = packed_op.attend_past(k, past_k, past_v, queries, past, interpret=SIMULATED)
-    keys, values = (unpacked(x, None, jnp.float32) for x in (past_k, past_v))
+        out, lse = packed_op.attend_packed(k, past_k, past_v, queries, past, interpret=SIMULATED)
+    keys, values = (dequantize_kv(x, None, jnp.float32) for x in (past_k, past_v))
     want, want_lse = reference.attend_with_lse(k.astype(jnp.float32), keys, values, queries, past)
     assert distance(out, want) < 5e-3
     np.testing.assert_allclose(lse, want_lse, atol=2e-3)
     assert not np.asarray(out[0, -8:], np.float32).any() and np.isneginf(lse[0, -8:]).all()
 
 
-def test_parts_merge_by_their_log_sum_exp():
+def test_results_merge_by_their_log_sum_exp():
     keys = jax.random.split(jax.random.key(1), 4)
-    one, two = (jax.random.normal(key, (1, 5, 2, 8)) for key in keys[:2])
+    first, second = (jax.random.normal(key, (1, 5, 2, 8)) for key in keys[:2])
     a, b = (jax.random.normal(key, (1, 5, 2)) for key in keys[2:])
-    blind = jnp.full_like(a, -jnp.inf)
+    masked = jnp.full_like(a, -jnp.inf)
     weight = jax.nn.sigmoid(a - b)[..., None]
+    merge = packed_op.merge_by_lse
     np.testing.assert_allclose(
-        packed_op.merged((one, a), (two, b)), weight * one + (1 - weight) * two, atol=1e-6
+        merge((first, a), (second, b)), weight * first + (1 - weight) * second, atol=1e-6
     )
-    np.testing.assert_allclose(packed_op.merged((one, a), (two, blind)), one, atol=1e-6)
-    assert not np.asarray(packed_op.merged((one, blind), (two, blind))).any()
+    np.testing.assert_allclose(merge((first, a), (second, masked)), first, atol=1e-6)
+    assert not np.asarray(merge((first, masked), (second, masked))).any()
 
 
 @pytest.mark.parametrize(
@@ -121,23 +126,24 @@ def test_parts_merge_by_their_log_sum_exp():
         ("10.0", {"dtype": jnp.float32}, "bfloat16 queries, not float32"),
         ("10.0", {"width": 96}, "heads are 96 wide; it takes 64 or 128"),
         ("10.0", {"tokens": 80}, "a slot holds 80 tokens; it takes multiples of 64"),
-        ("10.0", {"each": True}, "a mean a channel, not one a token"),
+        ("10.0", {"per_token": True}, "one mean per channel, not one per token"),
     ],
 )
-def test_the_kernel_says_what_it_does_not_take(capability, change, message, monkeypatch):
-    monkeypatch.setattr(packed, "platform", lambda: "gpu" if capability else "cpu")
-    monkeypatch.setattr(packed, "capability", lambda: capability)
-    each, change = "each" in change, {k: v for k, v in change.items() if k != "each"}
-    (q, _, _, past, _), offset, _ = jax.eval_shape(lambda: problem(**change))
-    offset = jax.ShapeDtypeStruct((1, 2, 64, 2, 1), jnp.bfloat16) if each else offset
+def test_the_kernel_refuses_unsupported_arguments(capability, change, message, monkeypatch):
+    monkeypatch.setattr(packed_kv, "platform", lambda: "gpu" if capability else "cpu")
+    monkeypatch.setattr(packed_kv, "capability", lambda: capability)
+    per_token = "per_token" in change
+    sizes = {name: x for name, x in change.items() if name != "per_token"}
+    (q, _, _, past, _), offset, _ = jax.eval_shape(lambda: problem(**sizes))
+    offset = jax.ShapeDtypeStruct((1, 2, 64, 2, 1), jnp.bfloat16) if per_token else offset
     with pytest.raises(Unsupported, match=message):
-        which_packed(q, past, offset, implementation="mosaic")
+        select_packed_implementation(q, past, offset, implementation="mosaic")
 
 
-def test_auto_never_is_the_kernel(monkeypatch):
-    monkeypatch.setattr(packed, "capability", lambda: "10.0")
+def test_auto_never_selects_the_kernel(monkeypatch):
+    monkeypatch.setattr(packed_kv, "capability", lambda: "10.0")
     arguments, offset, _ = problem()
-    assert which_packed(arguments[0], arguments[3], offset) == "xla"
+    assert select_packed_implementation(arguments[0], arguments[3], offset) == "xla"
 
 
 @pytest.mark.skipif(deviceless.refusal() is not None, reason=f"{deviceless.refusal()}")
@@ -157,7 +163,7 @@ def test_it_compiles_onto_tensor_cores_without_spills(width, offset):
     (kernel,) = json.loads(done.stdout.splitlines()[-1])
     assert kernel["architecture"] == "sm_100a" and kernel["spilled_bytes"] == 0
     assert kernel["tensor_core"]["UTCHMMA"] >= 8
-    # One conversion turns two codes: all of a thread's row of a tile.
+    # One conversion handles two codes; together they cover a thread's row of a tile.
     conversions = [
         n for name, n in kernel["instructions"].items() if name.startswith("F2FP.F16.E2M1")
     ]

@@ -8,13 +8,13 @@ import pytest
 from longlive_jax.layout import grid, teacher_forcing, windowed
 from pallas_kernels.attention.tilemap import TileMap, density, pad_tokens, tile_map
 from pallas_kernels.tokens import Tokens, concat, visible
-from tests.pallas_kernels.programs import equations
+from tests.pallas_kernels import hlo
 
 CUTS = np.array([False, False, True, False, False, True, False, False])
 
 
 def interleaved(ranks):
-    """Every rank holds the clean and the noisy tokens of its own frames, one rank after another."""
+    """Balanced order: the clean and the noisy tokens of each rank's frames, rank after rank."""
     parts = []
     for rank in range(ranks):
         for noisy in (False, True):
@@ -38,20 +38,20 @@ LAYOUTS = {
 
 
 def tile_maps(q: Tokens, k: Tokens, **sizes: int) -> list[TileMap]:
-    """The map by queries and the map by keys."""
+    """The map of query tiles and the map of key tiles."""
     return [tile_map(q, k, rows=rows, **sizes) for rows in ("query", "key")]
 
 
 def dense(tokens: Tokens, q_tile: int, k_tile: int) -> np.ndarray:
-    """0 none, 1 some, 2 all pairs visible, for every pair of tiles: [b, q tiles, k tiles]."""
-    seen = np.asarray(visible(pad_tokens(tokens, q_tile), pad_tokens(tokens, k_tile)))
-    b, length, keys = seen.shape
-    seen = seen.reshape(b, length // q_tile, q_tile, keys // k_tile, k_tile)
-    return seen.any((2, 4)).astype(int) + seen.all((2, 4))
+    """Kinds of all pairs of tiles [b, q tiles, k tiles]: 0 masked, 1 mixed, 2 fully visible."""
+    mask = np.asarray(visible(pad_tokens(tokens, q_tile), pad_tokens(tokens, k_tile)))
+    b, length, keys = mask.shape
+    mask = mask.reshape(b, length // q_tile, q_tile, keys // k_tile, k_tile)
+    return mask.any((2, 4)).astype(int) + mask.all((2, 4))
 
 
 def spread(tiles: TileMap, columns: int) -> np.ndarray:
-    """The map as [b, rows, columns]."""
+    """The kinds of a map as [b, rows, columns]."""
     tiles = jax.tree.map(np.asarray, tiles)
     kinds = np.zeros((*tiles.count.shape, columns), int)
     for index in np.ndindex(*tiles.start.shape):
@@ -70,9 +70,9 @@ def test_ranges_are_the_tiles_of_the_mask(layout, q_tile, k_tile):
     by_query, by_key = tile_maps(q, k, q_tile=q_tile, k_tile=k_tile)
     want = dense(tokens, q_tile, k_tile)
     for got in (spread(by_query, want.shape[2]), spread(by_key, want.shape[1]).swapaxes(1, 2)):
-        np.testing.assert_array_equal(got == 2, (want == 2) & (got == 2))  # full is full
-        assert (got[want > 0] > 0).all()  # nothing visible is left out
-        if max(q_tile, k_tile) <= 8 and layout != "ranks":  # at most two kinds of tokens a tile
+        np.testing.assert_array_equal(got == 2, (want == 2) & (got == 2))  # full tiles are full
+        assert (got[want > 0] > 0).all()  # every tile with a visible pair is covered
+        if max(q_tile, k_tile) <= 8 and layout != "ranks":  # at most two kinds of tokens per tile
             np.testing.assert_array_equal(got, want)
 
 
@@ -86,8 +86,8 @@ def test_traced_columns_give_the_same_map():
         np.testing.assert_array_equal(spread(a, columns), spread(b, columns))
 
 
-def test_rows_are_made_many_at_a_time():
-    """64, and the last time those that are left, where columns are traced."""
+def test_rows_are_computed_64_at_a_time():
+    """150 rows take three iterations, whose arrays cover 64 rows."""
     tokens = grid(150, 2, 4, chunk_frames=1)
     q, columns = pad_tokens(tokens, 8), 150
 
@@ -99,8 +99,9 @@ def test_rows_are_made_many_at_a_time():
         np.testing.assert_array_equal(spread(traced, columns), spread(known, columns))
     want = dense(tokens, 8, 8)
     np.testing.assert_array_equal(spread(run(q)[0], columns), want)
-    loops = [x for x in equations(jax.make_jaxpr(run)(q).jaxpr) if x.primitive.name == "scan"]
-    assert [loop.params["length"] for loop in loops] == [3, 3]
+    program = jitted.lower(q).compile().as_text()
+    assert hlo.loop_lengths(program) == [3, 3]
+    assert hlo.largest_array(program) <= 64 * columns * 4  # both ends of 64 tiles and of all
 
 
 def test_traced_columns_of_many_ranks_lose_nothing():
@@ -111,7 +112,7 @@ def test_traced_columns_of_many_ranks_lose_nothing():
     np.testing.assert_array_equal(known.count, traced.count)
 
 
-def test_too_many_ranges_end_in_one_that_covers_the_rest():
+def test_the_last_range_covers_the_rest_if_there_are_too_many():
     tokens = interleaved(4)
     q = pad_tokens(tokens, 6)
     few = tile_map(q, q, q_tile=6, k_tile=6, rows="query", ranges=2)

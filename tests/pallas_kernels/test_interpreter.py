@@ -1,4 +1,4 @@
-"""The race detector of the tests, on a kernel that races."""
+"""The race detector of the tests, on a kernel with a race, and its version guard."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.pallas_kernels.interpreter import SIMULATED, no_races
+from tests.pallas_kernels.interpreter import SIMULATED, no_races, private_modules
 
 
 def copied(x, *, by_both: bool):
-    """`x` through shared memory, which one warpgroup fills, or both at once."""
+    """Copies `x` through shared memory, which one warpgroup fills, or both at once."""
 
     def kernel(source, out, buffer):
         warpgroup = jax.lax.axis_index("warpgroup")
@@ -45,8 +45,8 @@ def test_a_race_of_any_kernel_is_found(last, jitted):
         return copied(copied(x, by_both=not last), by_both=last)
 
     run = jax.jit(both) if jitted else both
-    found = f"with races, in order: .{not last}, {last}."
-    with pytest.raises(AssertionError, match=found), no_races(kernels=2):
+    message = f"with races, in order: .{not last}, {last}."
+    with pytest.raises(AssertionError, match=message), no_races(kernels=2):
         run(jnp.ones(64))
 
 
@@ -60,3 +60,9 @@ def test_clean_kernels_pass_and_are_counted():
         no_races(kernels=2),
     ):
         copied(x, by_both=False)
+
+
+def test_other_versions_of_jax_are_skipped(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.12.0")
+    with pytest.raises(pytest.skip.Exception, match=r"JAX 0\.11\.x, this is JAX 0\.12\.0"):
+        private_modules()

@@ -7,7 +7,7 @@ from pallas_kernels.tokens import EMPTY, concat, make, visible, visible_keys
 
 
 def tokens(text, **columns):
-    """One token a word: chunk number, 'n' behind it if noisy; '-' is an empty slot."""
+    """One token per word: the chunk index, followed by 'n' if noisy; '-' is an empty slot."""
     words = text.split()
     chunk = np.array([EMPTY if word == "-" else int(word.rstrip("n")) for word in words])
     noisy = np.array([word.endswith("n") for word in words])
@@ -28,8 +28,8 @@ CASES = {
         "x.....\nxx....\nxxx...\n...x..\nx...x.\nxx...x",
     ),
     "denoising against a cache": ("4n 4n", {}, "4n 4n 0 2 3 -", "xxxxx.\nxxxxx."),
-    "remembering": ("4 4", {}, "4 4 0 2 3 -", "xxxxx.\nxxxxx."),
-    "noisy neighbours are hidden": ("1 1n", {}, "0n 1n 2n", "...\n.x."),
+    "writing context to the cache": ("4 4", {}, "4 4 0 2 3 -", "xxxxx.\nxxxxx."),
+    "noisy tokens of other chunks are masked": ("1 1n", {}, "0n 1n 2n", "...\n.x."),
     "window": ("5", {"window_start": 3}, "0 1 2 3 4 5 6", "...xxx."),
     "window and shot sink": ("5", {"window_start": 4, "sink": 2}, "0 1 2 3 4 5 6", "..x.xx."),
     "window, shot and global sinks": (
@@ -38,7 +38,7 @@ CASES = {
         "0 1 2 3 4 5 5n",
         "x.x.x.x",
     ),
-    "padding queries see nothing": ("- -", {}, "- 0 0n", "...\n..."),
+    "padding queries are fully masked": ("- -", {}, "- 0 0n", "...\n..."),
 }
 
 
@@ -51,7 +51,7 @@ def test_visible_as_a_table(case):
     np.testing.assert_array_equal(traced, table(want))
 
 
-def test_one_row_serves_queries_that_are_alike():
+def test_queries_with_a_uniform_mask_need_one_row():
     q = tokens("3n 3n", window_start=2, global_sinks=1, uniform_mask=True)
     k = tokens("3n 3n 0 1 2 -")
     np.testing.assert_array_equal(visible_keys(q, k), visible(q, k)[0])
@@ -59,7 +59,7 @@ def test_one_row_serves_queries_that_are_alike():
         visible_keys(q.replace(uniform_mask=False), k)
 
 
-def test_columns_stay_numpy_until_something_is_traced():
+def test_columns_stay_numpy_unless_an_argument_is_traced():
     own, slots = tokens("1n 1n", uniform_mask=True), tokens("0 0")
     assert isinstance(visible(own, concat(own, slots)), np.ndarray)
     batched = make(jnp.zeros((2, 2, 3), jnp.int32), jnp.array([[0, 0], [0, EMPTY]]), False)

@@ -35,7 +35,7 @@ from longlive_jax.models.wan.attention import KV, AttentionContext
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.attention import AttentionFn
-from pallas_kernels.attention.packed import attention_packed, unpacked
+from pallas_kernels.attention.packed_kv import attention_packed, dequantize_kv
 from pallas_kernels.nvfp4 import NVFP4, Rule, quantize
 from pallas_kernels.nvfp4.format import BLOCK, SCALE, pack, unpack
 
@@ -150,7 +150,7 @@ class PackedLayerKV:
         """
         if self.form.reader == "mosaic":
             return self._read(q, own, seen)
-        past = (unpacked(x.array, x.offset, own[0].dtype) for x in (self.k, self.v))
+        past = (dequantize_kv(x.array, x.offset, own[0].dtype) for x in (self.k, self.v))
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
         k = seen.rotate_keys(k)
         if self.form.smoothing == "reference":

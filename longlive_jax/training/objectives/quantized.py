@@ -31,7 +31,7 @@ def quantized(
     try:
         quant = QuantizedTraining.of(spec, AXES if mesh.size > 1 else ())
         quant.describe(shapes)  # finds what does not fit the model
-        quant.check_parts(specs, shapes, mesh.shape)
+        quant.check_shards(specs, shapes, mesh.shape)
     except (ValueError, Unsupported) as error:
         raise UserError(f"config.{error}") from error
     if quant.policy.rules and mesh.size > 1:

@@ -29,7 +29,7 @@ from longlive_jax.training.objectives.error_recycling import (
     recycle,
 )
 from longlive_jax.typing import Array, Float, Int, Key, Params
-from pallas_kernels.attention import AttentionFn, attention, lay_out
+from pallas_kernels.attention import AttentionFn, attention, make_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.tokens import Tokens, make
 
@@ -55,7 +55,7 @@ _LEVELS = {
 
 def self_attention(tokens: Tokens, *, implementation: Implementation = "auto") -> AttentionFn:
     """Self-attention over a sequence of these tokens."""
-    return lay_out(tokens, tokens, implementation=implementation)
+    return make_attention(tokens, tokens, implementation=implementation)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Block-sparse attention backward on Blackwell: one kernel for dq, one for dk and dv.
 
-The same sums as Hopper's, by other hands: one warp loads tiles, one issues products, and two
-warpgroups take turns at the steps, turning the logits of theirs into the operands of the sums.
-These stay in tensor memory until the end. Products of the next step run while a step is computed.
-Neither kernel needs atomics: the result does not depend on timing.
+The algorithm is that of `hopper_backward` with other roles. One warp loads tiles and one issues
+matrix products. Two warpgroups alternate steps; each turns the logits of its step into operands of
+the gradient products, which accumulate in tensor memory. The products of the next step overlap the
+computation of the current one. Neither kernel uses atomics, so results are deterministic.
 """
 
 import dataclasses
@@ -25,29 +25,35 @@ from pallas_kernels.attention.mosaic.blackwell_forward import (
     drain,
     load,
     overlapped,
-    row_of,
+    row_values,
     slots,
 )
-from pallas_kernels.attention.mosaic.columns import SINKS, seen
-from pallas_kernels.attention.mosaic.parts import (
+from pallas_kernels.attention.mosaic.columns import GLOBAL_SINKS, code_mask
+from pallas_kernels.attention.mosaic.primitives import (
     LOG2_E,
     MASKED,
     SWIZZLED,
-    Saved,
-    tall,
-    whole,
-    wide,
+    BackwardInputs,
+    broadcast_batch,
+    per_column,
+    per_row,
 )
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
 
-COMPUTING = 2  # warpgroups that compute, each every second step
-CONTROL_REGISTERS, COMPUTE_REGISTERS = 96, 208  # 512 in all warpgroups together
+COMPUTING = 2  # computing warpgroups; each takes every second step
+CONTROL_REGISTERS, COMPUTE_REGISTERS = 96, 208  # 512 for all three warpgroups
 
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
-    """Rows of a block, rows of a step, and steps that are loaded ahead."""
+    """Tile sizes of the backward kernels.
+
+    Attributes:
+      rows: rows of a thread block.
+      step: rows of the other operand per step.
+      stages: pipeline stages, i.e. steps that are loaded ahead.
+    """
 
     rows: int = 128
     step: int = 64
@@ -55,7 +61,7 @@ class BackwardTiles:
 
 
 def query_gradient(
-    saved: Saved, tiles: TileMap, size: BackwardTiles, *, interpret=None
+    saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, *, interpret=None
 ) -> Float[Array, "b q n d"]:
     """dq; `tiles` maps `size.rows` queries to tiles of `size.step` keys."""
     (dq,) = _call(_query_body, ("number",), saved, tiles, size, (saved.q,), interpret)
@@ -63,15 +69,17 @@ def query_gradient(
 
 
 def key_value_gradient(
-    saved: Saved, tiles: TileMap, size: BackwardTiles, *, interpret=None
+    saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, *, interpret=None
 ) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"]]:
     """(dk, dv); `tiles` maps `size.rows` keys to tiles of `size.step` queries."""
     numbers = ("columns", "float", "float")
     return _call(_key_value_body, numbers, saved, tiles, size, (saved.k, saved.v), interpret)
 
 
-def _call(make_body, numbers, saved: Saved, tiles: TileMap, size: BackwardTiles, like, interpret):
-    """Runs a body whose steps load two tiles and these kinds of numbers."""
+def _call(
+    make_body, numbers, saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, like, interpret
+):
+    """Launches a kernel whose steps load two tiles and per-row values of the kinds `numbers`."""
     b, length, heads, width = like[0].shape
     kernel = plgpu.kernel(
         make_body(size, width),
@@ -86,8 +94,8 @@ def _call(make_body, numbers, saved: Saved, tiles: TileMap, size: BackwardTiles,
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    query, key = (whole(x, b) for x in (saved.columns.query, saved.columns.key))
-    maps = jax.tree.map(lambda x: whole(x, b), tiles)
+    query, key = (broadcast_batch(x, b) for x in (saved.columns.query, saved.columns.key))
+    maps = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
     return kernel(
         saved.q, saved.k, saved.v, saved.grad, saved.lse, saved.delta, query, key,
         maps.start, maps.stop, maps.full, maps.count,
@@ -95,15 +103,21 @@ def _call(make_body, numbers, saved: Saved, tiles: TileMap, size: BackwardTiles,
 
 
 def _scratch(size: BackwardTiles, width: int, dtype, numbers, sums: int):
+    """Shared memory (`_s`), tensor memory (`_t`) and barriers.
+
+    `here` barriers signal that a tile has arrived, `used` that its slot may be overwritten.
+    """
+    # 1. Buffers in shared memory.
     own = plgpu.SMEM((size.rows, width), dtype, transforms=SWIZZLED)
     tile = plgpu.SMEM((size.stages, size.step, width), dtype, transforms=SWIZZLED)
     kinds = {
         "number": plgpu.SMEM((size.stages, size.step), jnp.int32),
         "float": plgpu.SMEM((size.stages, size.step), jnp.float32),
-        "columns": plgpu.SMEM((size.stages, SINKS + 1, size.step), jnp.int32),
+        "columns": plgpu.SMEM((size.stages, GLOBAL_SINKS + 1, size.step), jnp.int32),
     }
     operand = plgpu.SMEM((COMPUTING, size.rows, size.step), dtype, transforms=SWIZZLED)
 
+    # 2. Barriers, one per pipeline stage or per computing warpgroup.
     def staged(arrivals: int):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=size.stages)
 
@@ -129,26 +143,30 @@ def _scratch(size: BackwardTiles, width: int, dtype, numbers, sums: int):
 def _query_body(size: BackwardTiles, width: int):
     shape = (size.rows, size.step)
 
-    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dq, **shared):
-        batch, head, rows = _place(size)
+    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dq, **buffers):
+        batch, head, rows = _block_position(size)
 
+        # Per-row values of the block, kept in registers.
         def prepare():
-            top, drop = (row_of(x.at[batch, head, rows]) for x in (lse, delta))
-            per_row = [row_of(query.at[batch, i, rows]) for i in range(query.shape[1])]
+            top, row_delta = (row_values(x.at[batch, head, rows]) for x in (lse, delta))
+            row_codes = [row_values(query.at[batch, i, rows]) for i in range(query.shape[1])]
 
-            def weigh(logits, is_full, code_s):
+            def softmax_weights(logits, is_full, code_s):
                 def masked(logits):
-                    mask = seen(lambda i: wide(per_row[i], shape), _columns(code_s, shape))
+                    mask = code_mask(
+                        lambda i: per_row(row_codes[i], shape), _load_columns(code_s, shape)
+                    )
                     return jnp.where(mask, logits, MASKED)
 
                 logits = lax.cond(is_full, lambda x: x, masked, logits)
-                return jnp.exp2(logits - wide(top, shape))
+                return jnp.exp2(logits - per_row(top, shape))
 
-            def dropped(to_weights, code_s):
-                return to_weights - wide(drop, shape)
+            def subtract_delta(d_weights, code_s):
+                return d_weights - per_row(row_delta, shape)
 
-            return weigh, dropped
+            return softmax_weights, subtract_delta
 
+        # Tiles of a step, and where the sum goes.
         groups = (
             (lambda part: k.at[batch, part, head],),
             (lambda part: v.at[batch, part, head],),
@@ -156,7 +174,7 @@ def _query_body(size: BackwardTiles, width: int):
         )
         results = ((dq.at[batch, rows, head], width**-0.5),)
         own = tuple(x.at[batch, rows, head] for x in (q, grad))
-        _roles(size, width, own, groups, (start, stop, full, count), prepare, results, **shared)
+        _roles(size, width, own, groups, (start, stop, full, count), prepare, results, **buffers)
 
     return body
 
@@ -164,25 +182,30 @@ def _query_body(size: BackwardTiles, width: int):
 def _key_value_body(size: BackwardTiles, width: int):
     shape = (size.rows, size.step)
 
-    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dk, dv, **shared):
-        batch, head, rows = _place(size)
+    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dk, dv, **buffers):
+        batch, head, rows = _block_position(size)
 
+        # Per-row values of the block, kept in registers.
         def prepare():
-            code = row_of(key.at[batch, rows])
+            code = row_values(key.at[batch, rows])
 
-            def weigh(logits, is_full, columns_s, lse_s, delta_s):
+            def softmax_weights(logits, is_full, columns_s, lse_s, delta_s):
                 def masked(logits):
-                    mask = seen(lambda i: _columns(columns_s.at[i], shape), wide(code, shape))
+                    mask = code_mask(
+                        lambda i: _load_columns(columns_s.at[i], shape),
+                        per_row(code, shape),
+                    )
                     return jnp.where(mask, logits, MASKED)
 
                 logits = lax.cond(is_full, lambda x: x, masked, logits)
-                return jnp.exp2(logits - _columns(lse_s, shape))
+                return jnp.exp2(logits - _load_columns(lse_s, shape))
 
-            def dropped(to_weights, columns_s, lse_s, delta_s):
-                return to_weights - _columns(delta_s, shape)
+            def subtract_delta(d_weights, columns_s, lse_s, delta_s):
+                return d_weights - _load_columns(delta_s, shape)
 
-            return weigh, dropped
+            return softmax_weights, subtract_delta
 
+        # Tiles of a step, and where the sums go.
         groups = (
             (lambda part: q.at[batch, part, head],),
             (lambda part: grad.at[batch, part, head],),
@@ -194,32 +217,33 @@ def _key_value_body(size: BackwardTiles, width: int):
         )
         results = ((dk.at[batch, rows, head], width**-0.5), (dv.at[batch, rows, head], 1.0))
         own = tuple(x.at[batch, rows, head] for x in (k, v))
-        _roles(size, width, own, groups, (start, stop, full, count), prepare, results, **shared)
+        _roles(size, width, own, groups, (start, stop, full, count), prepare, results, **buffers)
 
     return body
 
 
-def _place(size: BackwardTiles):
-    """Batch, head and rows of this block."""
+def _block_position(size: BackwardTiles):
+    """Batch, head and rows of this thread block."""
     head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
     return batch, head, pl.ds(row * size.rows, size.rows)
 
 
 def _roles(
-    size: BackwardTiles, width: int, own, groups, maps, prepare: Callable, results, **shared
+    size: BackwardTiles, width: int, own, groups, maps, prepare: Callable, results, **buffers
 ):
-    """Who does what in a block of `own` rows, whose steps need the tiles and numbers of `groups`.
+    """Assigns the roles in a thread block of `own` rows; a step loads the sources in `groups`.
 
-    `prepare()` loads what a warpgroup keeps of its rows and gives two functions of the products of
-    a step: `weigh(logits, is_full, *numbers)` the weights, `dropped(to_weights, *numbers)` their
-    gradient less delta. `results` are where the sums go, and their scales.
+    `prepare()` loads the block's per-row values and returns `softmax_weights(logits, is_full,
+    *numbers)` and `subtract_delta(d_weights, *numbers)`. `results` are (output, scale) of each sum.
     """
+    # 1. The tile ranges of this block.
     warpgroup = lax.axis_index("warpgroup")
     row, batch = (lax.axis_index(name) for name in ("row", "batch"))
     *parts, count = maps
     ranges = tuple(x.at[batch, row] for x in parts)
     steps = count[batch, row]
 
+    # 2. Loader and issuer warps.
     @pl.when(warpgroup == CONTROL)
     def _control():
         plgpu.set_max_registers(CONTROL_REGISTERS, action="decrease")
@@ -228,32 +252,33 @@ def _roles(
         def _warps(warp):
             @pl.when(warp == LOADER)
             def _load():
-                for source, target in zip(own, shared["own_s"], strict=True):
-                    plgpu.copy_gmem_to_smem(source, target, shared["own_here"])
-                staged = (shared[name] for name in ("targets", "here", "used"))
+                for source, target in zip(own, buffers["own_s"], strict=True):
+                    plgpu.copy_gmem_to_smem(source, target, buffers["own_here"])
+                staged = (buffers[name] for name in ("targets", "here", "used"))
                 produce(ranges, steps, size.stages, size.step, groups, *staged)
 
             @pl.when(warp == ISSUER)
             def _issue():
-                _products(size, steps, **shared)
+                _products(size, steps, **buffers)
 
+    # 3. Computing warpgroups, which also write the results.
     @pl.when(warpgroup != CONTROL)
     def _compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        turn = warpgroup - 1
-        _steps(size, width, turn, ranges, steps, *prepare(), **shared)
+        parity = warpgroup - 1
+        _steps(size, width, parity, ranges, steps, *prepare(), **buffers)
         for i, (out, scale) in enumerate(results):
 
-            @pl.when(turn == i)
+            @pl.when(parity == i)
             def _result(i=i, out=out, scale=scale):
-                _write(size, width, steps, shared["sums_t"][i], shared["own_s"][i], out, scale)
+                _write(size, width, steps, buffers["sums_t"][i], buffers["own_s"][i], out, scale)
 
 
 def _products(
     size, steps, *, own_s, own_here, targets, here, used, products_t, products_full, products_free,
     operands_s, operands_full, operands_free, sums_t, sums_full, **_,
 ):  # fmt: skip
-    """Issues every product; the sums of a step come after the products of the next one."""
+    """Issues all products: those of step t + 1 before the gradient products of step t."""
     tiles = [group[0] for group in targets[:2]]
     plgpu.barrier_wait(own_here)
 
@@ -286,66 +311,69 @@ def _products(
 
 
 def _steps(
-    size, width, turn, ranges, steps, weigh, dropped, *, targets, here, used, products_t,
-    products_full, products_free, operands_s, operands_full, operands_free, sums_full, **_,
+    size, width, parity, ranges, steps, softmax_weights, subtract_delta, *, targets, here, used,
+    products_t, products_full, products_free, operands_s, operands_full, operands_free, sums_full,
+    **_,
 ):  # fmt: skip
-    """Turns the products of every second step into operands, from step `turn` on."""
-    columns = pl.ds(turn * size.step, size.step)
+    """Computes the operands of the gradient products in every second step, from step `parity`."""
+    columns = pl.ds(parity * size.step, size.step)
 
     def step(t, slot, tile, is_full, carry):
         plgpu.barrier_wait(here[2].at[slot])
 
-        @pl.when(lax.rem(t, jnp.int32(COMPUTING)) == turn)
+        @pl.when(lax.rem(t, jnp.int32(COMPUTING)) == parity)
         def _mine():
             numbers = [x.at[slot] for x in targets[2]]
-            plgpu.barrier_wait(products_full[0].at[turn])
+            plgpu.barrier_wait(products_full[0].at[parity])
             logits = load(products_t[0].at[:, columns]) * (width**-0.5 * LOG2_E)
-            weights = weigh(logits, is_full, *numbers)
+            weights = softmax_weights(logits, is_full, *numbers)
 
             @pl.when(t >= COMPUTING)
             def _wait_operands_free():
-                plgpu.barrier_wait(operands_free.at[turn])
+                plgpu.barrier_wait(operands_free.at[parity])
 
             for target in operands_s[1:]:
-                target.at[turn][...] = weights.astype(target.dtype)
-            plgpu.barrier_wait(products_full[1].at[turn])
-            to_weights = load(products_t[1].at[:, columns])
+                target.at[parity][...] = weights.astype(target.dtype)
+            plgpu.barrier_wait(products_full[1].at[parity])
+            d_weights = load(products_t[1].at[:, columns])
             plgpu.wait_load_tmem()
-            plgpu.barrier_arrive(products_free.at[turn])
-            to_logits = weights * dropped(to_weights, *numbers)
-            operands_s[0].at[turn][...] = to_logits.astype(operands_s[0].dtype)
+            plgpu.barrier_arrive(products_free.at[parity])
+            d_logits = weights * subtract_delta(d_weights, *numbers)
+            operands_s[0].at[parity][...] = d_logits.astype(operands_s[0].dtype)
             plgpu.commit_smem()  # also orders the plain reads of numbers before the next TMA write
-            plgpu.barrier_arrive(operands_full.at[turn])
+            plgpu.barrier_arrive(operands_full.at[parity])
 
         plgpu.barrier_arrive(used[2].at[slot])
         return carry
 
     walk(ranges, steps, size.stages, step, ())
 
-    @pl.when(steps > turn)
+    @pl.when(steps > parity)
     def _last_operands_free():
-        plgpu.barrier_wait(operands_free.at[turn])
+        plgpu.barrier_wait(operands_free.at[parity])
 
     plgpu.barrier_wait(sums_full)
 
 
 def _write(size, width, steps, sum_t, own_s, out, scale):
-    """A sum, scaled, to global memory by way of the own rows, which no product reads any more.
-    Without steps it holds whatever was there before."""
+    """Writes a scaled sum to global memory through `own_s`, which no product reads any more.
+
+    Without steps the tensor memory is uninitialised, and zeros are written.
+    """
     zeros = plgpu.layout_cast(jnp.zeros((size.rows, PIECE), jnp.float32), LAYOUT)
     for i in range(width // PIECE):
         columns = pl.ds(i * PIECE, PIECE)
-        found = lax.cond(
+        values = lax.cond(
             steps > 0, lambda x: x * scale, lambda x: zeros, load(sum_t.at[:, columns])
         )
-        own_s.at[:, columns][...] = found.astype(own_s.dtype)
+        own_s.at[:, columns][...] = values.astype(own_s.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(own_s, out)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _columns(ref, shape):
-    """Numbers of columns, repeated for every row."""
+def _load_columns(ref, shape):
+    """Per-column values, broadcast to all rows."""
     numbers = plgpu.load(ref, layout=LAYOUT.reduce(0), optimized=False)
-    # One row of numbers alone would be taken for Hopper's layout.
-    return plgpu.layout_cast(tall(numbers, shape), LAYOUT)
+    # A single row of values would be inferred to have Hopper's layout.
+    return plgpu.layout_cast(per_column(numbers, shape), LAYOUT)

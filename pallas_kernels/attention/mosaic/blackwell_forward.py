@@ -1,9 +1,9 @@
-"""Block-sparse attention forward on Blackwell: tcgen05, tensor memory, five roles.
+"""Block-sparse attention forward on Blackwell: tcgen05 and tensor memory, with four roles.
 
-One warp loads tiles, one issues products, a warpgroup does the softmax and another one gathers the
-values: the running maximum changes the scale of what was summed before, and rescaling in registers
-keeps that off the tensor core's way. Logits of the next tile are computed while this tile's softmax
-runs.
+One warp loads tiles, one issues matrix products, one warpgroup computes the softmax, and another
+accumulates the weighted values. The accumulator must be rescaled whenever the running maximum
+changes; doing so in registers keeps the tensor core busy. The logits of the next tile are computed
+during the softmax of the current one.
 """
 
 import dataclasses
@@ -16,21 +16,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mosaic.columns import MaskColumns, seen
-from pallas_kernels.attention.mosaic.parts import LOG2_E, MASKED, SWIZZLED, tall, whole, wide
+from pallas_kernels.attention.mosaic.columns import MaskColumns, code_mask
+from pallas_kernels.attention.mosaic.primitives import (
+    LOG2_E,
+    MASKED,
+    SWIZZLED,
+    broadcast_batch,
+    per_column,
+    per_row,
+)
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
 
 LAYOUT = plgpu.Layout.TCGEN05
 CONTROL, SOFTMAX, GATHER = range(3)  # warpgroups
 LOADER, ISSUER = range(2)  # warps of the first
-PIECE = 64  # columns of the output at once: one swizzled tile, beside the sums in registers
+PIECE = 64  # output columns handled at once: one swizzled tile
 PARAMETERS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """Queries of a block, keys of a step, and steps that are loaded ahead."""
+    """Tile sizes of the forward kernel.
+
+    Attributes:
+      rows: queries of a thread block.
+      keys: keys per step.
+      stages: pipeline stages, i.e. steps that are loaded ahead.
+    """
 
     rows: int = 128
     keys: int = 64
@@ -47,7 +60,7 @@ def forward(
     *,
     interpret=None,
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b n q"]]:
-    """The same as `hopper_forward.forward`."""
+    """Computes the same as `hopper_forward.forward`."""
     b, length, heads, width = q.shape
     kernel = plgpu.kernel(
         _body(size, width),
@@ -63,8 +76,8 @@ def forward(
         compiler_params=PARAMETERS,
         **({} if interpret is None else {"interpret": interpret}),
     )
-    query, key = (whole(x, b) for x in (columns.query, columns.key))
-    maps = jax.tree.map(lambda x: whole(x, b), tiles)
+    query, key = (broadcast_batch(x, b) for x in (columns.query, columns.key))
+    maps = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
     return kernel(q, k, v, query, key, maps.start, maps.stop, maps.full, maps.count)
 
 
@@ -75,13 +88,18 @@ def _scratch(size: ForwardTiles, width: int, dtype):
 
 
 def scratch(size, width: int, dtype, *, masks: int = 1):
-    """What a forward pass needs beside the tiles of keys, values and their columns, which come in
-    `masks` copies."""
+    """Scratch of a forward pass, without the tiles of keys, values and mask columns.
+
+    Names ending in `_s` are shared memory and in `_t` tensor memory. `here`, `used`, `full` and
+    `free` are barriers: data has arrived, slot may be overwritten, written, read. `masks` copies
+    fill the mask columns of a step.
+    """
     once, staged = plgpu.Barrier(), plgpu.Barrier(num_barriers=size.stages)
     twice = plgpu.Barrier(num_barriers=2)
     product = plgpu.Barrier(orders_tensor_core=True)
     product_staged = plgpu.Barrier(num_barriers=size.stages, orders_tensor_core=True)
     product_twice = plgpu.Barrier(num_barriers=2, orders_tensor_core=True)
+    # Buffers and their barriers, in the order in which a step uses them.
     return {
         "q_s": plgpu.SMEM((size.rows, width), dtype, transforms=SWIZZLED),
         "q_here": once,
@@ -106,13 +124,15 @@ def scratch(size, width: int, dtype, *, masks: int = 1):
 
 
 def _body(size: ForwardTiles, width: int):
-    def body(q, k, v, query, key, start, stop, full, count, out, lse, **shared):
+    def body(q, k, v, query, key, start, stop, full, count, out, lse, **buffers):
+        # 1. The tile ranges and rows of this thread block.
         warpgroup = lax.axis_index("warpgroup")
         head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
         ranges = tuple(x.at[batch, row] for x in (start, stop, full))
         steps = count[batch, row]
         rows = pl.ds(row * size.rows, size.rows)
 
+        # 2. Roles: loader and issuer warps, softmax warpgroup, accumulating warpgroup.
         @pl.when(warpgroup == CONTROL)
         def _control():
             plgpu.set_max_registers(64, action="decrease")
@@ -122,30 +142,30 @@ def _body(size: ForwardTiles, width: int):
                 @pl.when(warp == LOADER)
                 def _load():
                     plgpu.copy_gmem_to_smem(
-                        q.at[batch, rows, head], shared["q_s"], shared["q_here"]
+                        q.at[batch, rows, head], buffers["q_s"], buffers["q_here"]
                     )
                     groups = (
                         (lambda part: k.at[batch, part, head],),
                         (lambda part: v.at[batch, part, head],),
                         (lambda part: key.at[batch, part],),
                     )
-                    parts = (shared[name] for name in ("targets", "here", "used"))
+                    parts = (buffers[name] for name in ("targets", "here", "used"))
                     produce(ranges, steps, size.stages, size.keys, groups, *parts)
 
                 @pl.when(warp == ISSUER)
                 def _issue():
-                    products(size, width, steps, **shared)
+                    products(size, width, steps, **buffers)
 
         @pl.when(warpgroup == SOFTMAX)
         def _softmax():
             plgpu.set_max_registers(216, action="increase")
             columns = query.at[batch, :, rows]
-            softmax(size, width, columns, ranges, steps, lse.at[batch, head, rows], **shared)
+            softmax(size, width, columns, ranges, steps, lse.at[batch, head, rows], **buffers)
 
         @pl.when(warpgroup == GATHER)
         def _gather():
             plgpu.set_max_registers(216, action="increase")
-            gather(size, width, steps, out.at[batch, rows, head], **shared)
+            gather(size, width, steps, out.at[batch, rows, head], **buffers)
 
     return body
 
@@ -154,10 +174,11 @@ def products(
     size, width, steps, *, q_s, q_here, targets, here, used, logits_t, logits_full, logits_free,
     weights_s, weights_full, weights_free, values_t, values_full, values_free, **_,
 ):  # fmt: skip
-    """Issues every product; the values of a step come after the logits of the next one."""
+    """Issues all products: the logits of step t + 1 before the weighted values of step t."""
     (k_s,), (v_s,), _ = targets
     plgpu.barrier_wait(q_here)
 
+    # First product of a step: queries times keys.
     def logits(t):
         slot, half = slots(t, size.stages)
         plgpu.barrier_wait(here[0].at[slot])
@@ -172,6 +193,7 @@ def products(
         )
         plgpu.tcgen05_commit_arrive(logits_full.at[half])
 
+    # Second product of a step: weights times values.
     def values(t):
         slot, half = slots(t, size.stages)
         plgpu.barrier_wait(here[1].at[slot])
@@ -190,10 +212,10 @@ def products(
     drain(steps, logits_free, values_free)
 
 
-def softmax(size, width, query, ranges, steps, lse, *, norm_s, norm_full, lse_s, **shared):
-    """The weights of every step, then what divides their sums, and the log-sum-exp."""
-    columns = [row_of(query.at[i]) for i in range(query.shape[0])]
-    top, total = _weights(size, width, columns, ranges, steps, **shared)
+def softmax(size, width, query, ranges, steps, lse, *, norm_s, norm_full, lse_s, **buffers):
+    """Computes the weights of every step, then the normalizer and the log-sum-exp."""
+    columns = [row_values(query.at[i]) for i in range(query.shape[0])]
+    top, total = _weights(size, width, columns, ranges, steps, **buffers)
     empty = top <= MASKED
     norm_s[...] = jnp.where(empty, 0.0, 1 / total)
     plgpu.barrier_arrive(norm_full)
@@ -205,21 +227,23 @@ def softmax(size, width, query, ranges, steps, lse, *, norm_s, norm_full, lse_s,
 
 def _weights(
     size, width, columns, ranges, steps, *, weights_s, weights_full, weights_free, fade_s,
-    fade_full, fade_free, **shared,
+    fade_full, fade_free, **buffers,
 ):  # fmt: skip
-    """Online softmax over the tiles of all ranges: row maxima and row sums."""
+    """Online softmax over the tiles of all ranges; returns row maxima and row sums."""
     shape = (size.rows, size.keys)
     start = (jnp.full(shape[:1], MASKED, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
 
     def step(t, slot, tile, is_full, carry):
+        # 1. Weights relative to the new maximum; `fade` rescales the earlier sums.
         top, total = carry
         half = lax.rem(t, jnp.int32(2))
-        logits = _logits(size, width, columns, (slot, half), is_full, **shared)
+        logits = _logits(size, width, columns, (slot, half), is_full, **buffers)
         new_top = jnp.maximum(top, logits.max(axis=1))
         fade = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logits - wide(new_top, shape))
+        weights = jnp.exp2(logits - per_row(new_top, shape))
         total = total * fade + weights.sum(axis=1)
 
+        # 2. Pass the rescaling factor to the accumulating warpgroup, the weights to the products.
         @pl.when(t >= 2)
         def _wait_fade_free():
             plgpu.barrier_wait(fade_free.at[half])
@@ -250,9 +274,9 @@ def _logits(
     size, width, columns, at, is_full, *, targets, here, used, logits_t, logits_full, logits_free,
     **_,
 ):  # fmt: skip
-    """A step's logits times log2 e, masked.
+    """The masked logits of a step, times log2 e.
 
-    A second target beside the codes is what a tile adds to those of each row.
+    An optional second target holds a shift that the tile adds to the logits of each row.
     """
     slot, half = at
     plgpu.barrier_wait(logits_full.at[half])
@@ -263,7 +287,7 @@ def _logits(
     plgpu.barrier_wait(here[2].at[slot])
     code_s, *shift_s = (x.at[slot] for x in targets[2])
     if shift_s:
-        logits = logits + wide(row_of(shift_s[0]), logits.shape)
+        logits = logits + per_row(row_values(shift_s[0]), logits.shape)
         plgpu.commit_smem()  # as in _masked
     mask = functools.partial(_masked, columns=columns, code_s=code_s)
     logits = lax.cond(is_full, lambda x: x, mask, logits)
@@ -272,21 +296,21 @@ def _logits(
 
 
 def _rows(arrays):
-    """Arrays of one number a row in the layout of rows."""
+    """Arrays with one value per row, in the row layout."""
     return tuple(plgpu.layout_cast(x, LAYOUT.reduce(1)) for x in arrays)
 
 
 def _masked(logits, *, columns, code_s):
     code = plgpu.load(code_s, layout=LAYOUT.reduce(0), optimized=False)
-    plgpu.commit_smem()  # this plain read comes before the next TMA write
-    # A row of codes alone would be taken for Hopper's layout.
-    code = plgpu.layout_cast(tall(code, logits.shape), LAYOUT)
-    mask = seen(lambda i: wide(columns[i], logits.shape), code)
+    plgpu.commit_smem()  # orders this plain read before the next TMA write
+    # A single row of codes would be inferred to have Hopper's layout.
+    code = plgpu.layout_cast(per_column(code, logits.shape), LAYOUT)
+    mask = code_mask(lambda i: per_row(columns[i], logits.shape), code)
     return jnp.where(mask, logits, MASKED)
 
 
 def overlapped(steps, first, second):
-    """Calls `first(t)` of every step, and `second(t)` after the `first` of the next one."""
+    """Software pipelining: calls `second(t)` of each step after `first(t + 1)`."""
 
     def step(t, _):
         first(t)
@@ -303,7 +327,7 @@ def overlapped(steps, first, second):
 
 
 def drain(steps, *barriers):
-    """Waits for the last use of both halves, so that no phase ends unobserved."""
+    """Waits for the last use of both buffers, so that every barrier phase is observed."""
 
     @pl.loop(0, lax.min(steps, jnp.int32(2)))
     def _wait(i):
@@ -316,18 +340,18 @@ def gather(
     size, width, steps, out, *, q_s, values_t, values_full, values_free,
     fade_s, fade_full, fade_free, norm_s, norm_full, **_,
 ):  # fmt: skip
-    """Adds up the values of all steps and writes the output."""
+    """Accumulates the weighted values of all steps and writes the output."""
     shape = (size.rows, PIECE)
     zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), LAYOUT)
 
     def step(t, sums):
         half = lax.rem(t, jnp.int32(2))
         plgpu.barrier_wait(fade_full.at[half])
-        fade = row_of(fade_s.at[half])
+        fade = row_values(fade_s.at[half])
         plgpu.barrier_arrive(fade_free.at[half])
         plgpu.barrier_wait(values_full.at[half])
         sums = tuple(
-            x * wide(fade, shape) + load(values_t.at[:, pl.ds(half * width + i * PIECE, PIECE)])
+            x * per_row(fade, shape) + load(values_t.at[:, pl.ds(half * width + i * PIECE, PIECE)])
             for i, x in enumerate(sums)
         )
         plgpu.wait_load_tmem()
@@ -336,22 +360,25 @@ def gather(
 
     sums = lax.fori_loop(0, steps, step, (zeros,) * (width // PIECE))
     plgpu.barrier_wait(norm_full)
-    norm = row_of(norm_s)
-    # All products are over, so the place of the queries is free.
+    norm = row_values(norm_s)
+    # All products are finished, so the queries' buffer can be reused.
     for i, x in enumerate(sums):
-        q_s.at[:, pl.ds(i * PIECE, PIECE)][...] = (x * wide(norm, shape)).astype(q_s.dtype)
+        q_s.at[:, pl.ds(i * PIECE, PIECE)][...] = (x * per_row(norm, shape)).astype(q_s.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_s, out)
     plgpu.wait_smem_to_gmem(0)
 
 
 def slots(t, stages: int):
+    """The pipeline slot and the buffer half of step `t`."""
     return lax.rem(t, jnp.int32(stages)), lax.rem(t, jnp.int32(2))
 
 
 def load(ref):
+    """Loads from tensor memory in the tcgen05 layout."""
     return plgpu.async_load_tmem(ref, layout=LAYOUT)
 
 
-def row_of(ref):
+def row_values(ref):
+    """Loads one value per row of a tile."""
     return plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False)

@@ -1,4 +1,4 @@
-"""Token columns in the form the kernels mask with: four numbers a query, one a key."""
+"""Mask columns of the kernels: four integers per query and one per key."""
 
 from collections.abc import Callable
 
@@ -8,18 +8,22 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.tokens import Tokens
 
-NEVER = 1 << 30
-"""The code of a key that nobody sees."""
-LIMIT, SINCE, SINK, SINKS = range(4)
-"""Rows of a query column."""
+INVISIBLE = 1 << 30
+"""Code of a key that is always masked."""
+LIMIT, WINDOW_START, SINK, GLOBAL_SINKS = range(4)
+"""Row indices of `MaskColumns.query`."""
 
 
 @flax.struct.dataclass
 class MaskColumns:
-    """Codes are twice a chunk, plus one if noisy, so that one comparison answers for both.
+    """The mask `visible(q, k)` as integer codes: twice the chunk index, plus one if noisy.
 
-    A query sees the noisy key whose code is its LIMIT, and clean keys with codes below LIMIT that
-    are at least SINCE, equal to SINK, or below SINKS.
+    A query attends to noisy keys whose code equals its LIMIT, and to clean keys with code < LIMIT
+    that are >= WINDOW_START, equal to SINK, or < GLOBAL_SINKS.
+
+    Attributes:
+      query: LIMIT, WINDOW_START, SINK and GLOBAL_SINKS of each query, as codes.
+      key: code of each key; `INVISIBLE` for padding.
     """
 
     query: Int[Array, "b 4 q"]
@@ -27,24 +31,25 @@ class MaskColumns:
 
 
 def mask_columns(q: Tokens, k: Tokens) -> MaskColumns:
-    """`visible(q, k)` as columns; tokens with a batch axis (`pad_tokens`)."""
+    """Builds the mask columns of `visible(q, k)`; tokens have a batch axis (`pad_tokens`)."""
     clean = ~q.noisy & (q.chunk_index >= 0)
     limit = 2 * (q.chunk_index + clean) + q.noisy
-    # A clean query sees its own chunk whatever its window is.
+    # A clean query always attends to its own chunk, whatever its window.
     window_start = jnp.where(clean, jnp.minimum(q.window_start, q.chunk_index), q.window_start)
     columns = jnp.stack([limit, 2 * window_start, 2 * q.sink, 2 * q.global_sinks], axis=1)
-    code = jnp.where(k.chunk_index >= 0, 2 * k.chunk_index + k.noisy, NEVER)
+    code = jnp.where(k.chunk_index >= 0, 2 * k.chunk_index + k.noisy, INVISIBLE)
     return MaskColumns(columns.astype(jnp.int32), code.astype(jnp.int32))
 
 
-def seen(column: Callable[[int], Array], code: Array) -> Bool[Array, "..."]:
-    """The mask; `column(i)` gives row i of the query columns, broadcastable against key codes.
+def code_mask(column: Callable[[int], Array], code: Array) -> Bool[Array, "..."]:
+    """Evaluates the mask from query columns and key codes.
 
-    Columns are asked for one at a time, where they are used, so that few are in registers at once.
+    `column(i)` returns row i of the query columns, broadcastable against the key codes. Columns are
+    read one at a time, where they are used, to limit register pressure.
     """
-    kept = code >= column(SINCE)
-    kept = kept | (code == column(SINK))
-    kept = kept | (code < column(SINKS))
+    in_context = code >= column(WINDOW_START)
+    in_context = in_context | (code == column(SINK))
+    in_context = in_context | (code < column(GLOBAL_SINKS))
     limit = column(LIMIT)
     noisy = (code & 1) == 1
-    return (noisy & (code == limit)) | (~noisy & ((code | 1) < limit) & kept)
+    return (noisy & (code == limit)) | (~noisy & ((code | 1) < limit) & in_context)

@@ -1,8 +1,9 @@
 """Block-sparse attention backward on Hopper: one kernel for dq, one for dk and dv.
 
-Probabilities are computed again from the forward's log-sum-exp (arXiv:2205.14135, algorithm 4), so
-nothing of size [queries, keys] exists. dq walks the map of query tiles; dk and dv walk the map of
-key tiles with everything transposed. Neither needs atomics: the result does not depend on timing.
+Probabilities are recomputed from the forward pass's log-sum-exp (arXiv:2205.14135, algorithm 4), so
+no [queries, keys] array is materialized. The dq kernel walks the map of query tiles; the dk and dv
+kernel walks the map of key tiles, with everything transposed. Neither uses atomics, so results are
+deterministic.
 """
 
 import dataclasses
@@ -15,23 +16,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mosaic.columns import SINKS, seen
+from pallas_kernels.attention.mosaic.columns import GLOBAL_SINKS, code_mask
 from pallas_kernels.attention.mosaic.hopper_forward import (
     LAYOUT,
     WARPGROUPS,
     add_product,
-    column,
+    col_values,
     product,
-    row_of,
+    row_values,
 )
-from pallas_kernels.attention.mosaic.parts import (
+from pallas_kernels.attention.mosaic.primitives import (
     LOG2_E,
     MASKED,
     SWIZZLED,
-    Saved,
-    tall,
-    whole,
-    wide,
+    BackwardInputs,
+    broadcast_batch,
+    per_column,
+    per_row,
 )
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
@@ -39,7 +40,13 @@ from pallas_kernels.attention.tilemap import TileMap
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
-    """Rows that a warpgroup owns, rows of a step, and steps that are loaded ahead."""
+    """Tile sizes of the backward kernels.
+
+    Attributes:
+      own: rows of a warpgroup.
+      step: rows of the other operand per step.
+      stages: pipeline stages, i.e. steps that are loaded ahead.
+    """
 
     own: int = 64
     step: int = 64
@@ -47,12 +54,12 @@ class BackwardTiles:
 
     @property
     def rows(self) -> int:
-        """Rows of a block, which share their tile of the map."""
+        """Rows of a thread block, i.e. of a tile of the map."""
         return WARPGROUPS * self.own
 
 
 def query_gradient(
-    saved: Saved, tiles: TileMap, size: BackwardTiles, *, interpret=None
+    saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, *, interpret=None
 ) -> Float[Array, "b q n d"]:
     """dq; `tiles` maps `size.rows` queries to tiles of `size.step` keys."""
     staged = (("tile", "number"), ("tile",))
@@ -61,15 +68,18 @@ def query_gradient(
 
 
 def key_value_gradient(
-    saved: Saved, tiles: TileMap, size: BackwardTiles, *, interpret=None
+    saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, *, interpret=None
 ) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"]]:
     """(dk, dv); `tiles` maps `size.rows` keys to tiles of `size.step` queries."""
     staged = (("tile", "columns", "float"), ("tile", "float"))
     return _call(_key_value_body, staged, saved, tiles, size, (saved.k, saved.v), interpret)
 
 
-def _call(make_body, groups, saved: Saved, tiles: TileMap, size: BackwardTiles, like, interpret):
-    """Runs a body whose steps load `groups` of parts of these kinds."""
+def _call(
+    make_body, groups, saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, like, interpret
+):
+    """Launches a kernel whose steps load `groups` of buffers of the given kinds."""
+    # 1. Buffers of each kind.
     b, length, heads, width = like[0].shape
     own = plgpu.SMEM((WARPGROUPS, size.own, width), saved.q.dtype, transforms=SWIZZLED)
     slots = (size.stages, size.step)
@@ -77,9 +87,10 @@ def _call(make_body, groups, saved: Saved, tiles: TileMap, size: BackwardTiles, 
         "tile": plgpu.SMEM((*slots, width), saved.q.dtype, transforms=SWIZZLED),
         "number": plgpu.SMEM(slots, jnp.int32),
         "float": plgpu.SMEM(slots, jnp.float32),
-        "columns": plgpu.SMEM((size.stages, SINKS + 1, size.step), jnp.int32),
+        "columns": plgpu.SMEM((size.stages, GLOBAL_SINKS + 1, size.step), jnp.int32),
     }
     used = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=size.stages)
+    # 2. The kernel. `here` barriers: data has arrived; `used`: a slot may be overwritten.
     kernel = plgpu.kernel(
         make_body(size, width, interpret is not None),
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
@@ -101,8 +112,8 @@ def _call(make_body, groups, saved: Saved, tiles: TileMap, size: BackwardTiles, 
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    query, key = (whole(x, b) for x in (saved.columns.query, saved.columns.key))
-    maps = jax.tree.map(lambda x: whole(x, b), tiles)
+    query, key = (broadcast_batch(x, b) for x in (saved.columns.query, saved.columns.key))
+    maps = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
     return kernel(
         saved.q, saved.k, saved.v, saved.grad, saved.lse, saved.delta, query, key,
         maps.start, maps.stop, maps.full, maps.count,
@@ -112,29 +123,29 @@ def _call(make_body, groups, saved: Saved, tiles: TileMap, size: BackwardTiles, 
 def _query_body(size: BackwardTiles, width: int, simulated: bool):
     shape = (size.own, size.step)
 
-    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dq, **shared):
-        def compute(place, rows, ranges, steps, own, staged_s, here, used):
-            batch, head = place
+    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dq, **buffers):
+        def compute(position, rows, ranges, steps, own, tiles, here, used):
+            batch, head = position
             q_s, grad_s = own
-            top, drop = (row_of(x.at[batch, head, rows]) for x in (lse, delta))
-            per_row = [row_of(query.at[batch, i, rows]) for i in range(query.shape[1])]
+            top, row_delta = (row_values(x.at[batch, head, rows]) for x in (lse, delta))
+            row_codes = [row_values(query.at[batch, i, rows]) for i in range(query.shape[1])]
 
-            def step(t, slot, tile, is_full, acc):
-                (k_s, code_s), (v_s,) = ((x.at[slot] for x in group) for group in staged_s)
+            def step(t, slot, tile, is_full, acc):  # dq += weights * (grad @ v^T - delta) @ k
+                (k_s, code_s), (v_s,) = ((x.at[slot] for x in group) for group in tiles)
                 plgpu.barrier_wait(here[0].at[slot])
                 logits = product(q_s, k_s, shape) * (width**-0.5 * LOG2_E)
 
                 def mask():
-                    code = tall(column(code_s), shape)
-                    return seen(lambda i: wide(per_row[i], shape), code)
+                    code = per_column(col_values(code_s), shape)
+                    return code_mask(lambda i: per_row(row_codes[i], shape), code)
 
                 logits = _masked(logits, is_full, mask)
-                weights = jnp.exp2(logits - wide(top, shape))
+                weights = jnp.exp2(logits - per_row(top, shape))
                 plgpu.barrier_wait(here[1].at[slot])
-                to_weights = product(grad_s, v_s, shape)
+                d_weights = product(grad_s, v_s, shape)
                 plgpu.barrier_arrive(used[1].at[slot])
-                to_logits = weights * (to_weights - wide(drop, shape))
-                acc = add_product(acc, to_logits.astype(k.dtype), k_s, simulated)
+                d_logits = weights * (d_weights - per_row(row_delta, shape))
+                acc = add_product(acc, d_logits.astype(k.dtype), k_s, simulated)
                 plgpu.barrier_arrive(used[0].at[slot])
                 return acc
 
@@ -151,7 +162,7 @@ def _query_body(size: BackwardTiles, width: int, simulated: bool):
             )
 
         ranges = (start, stop, full, count)
-        _roles(size, (q, grad), sources, ranges, compute, **shared)
+        _roles(size, (q, grad), sources, ranges, compute, **buffers)
 
     return body
 
@@ -159,38 +170,38 @@ def _query_body(size: BackwardTiles, width: int, simulated: bool):
 def _key_value_body(size: BackwardTiles, width: int, simulated: bool):
     shape = (size.own, size.step)
 
-    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dk, dv, **shared):
-        def compute(place, rows, ranges, steps, own, staged_s, here, used):
-            batch, head = place
+    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dk, dv, **buffers):
+        def compute(position, rows, ranges, steps, own, tiles, here, used):
+            batch, head = position
             k_s, v_s = own
-            code = row_of(key.at[batch, rows])
+            code = row_values(key.at[batch, rows])
 
-            def step(t, slot, tile, is_full, carry):
-                to_k, to_v = carry
-                (q_s, columns_s, lse_s), (grad_s, delta_s) = (
-                    (x.at[slot] for x in group) for group in staged_s
-                )
+            def step(t, slot, tile, is_full, carry):  # dv += weights @ grad, dk += d_logits @ q
+                dk_sum, dv_sum = carry
+                (q_s, code_s, lse_s), (grad_s, delta_s) = ((x.at[slot] for x in g) for g in tiles)
                 plgpu.barrier_wait(here[0].at[slot])
                 logits = product(k_s, q_s, shape) * (width**-0.5 * LOG2_E)
 
                 def mask():
-                    return seen(lambda i: tall(column(columns_s.at[i]), shape), wide(code, shape))
+                    return code_mask(
+                        lambda i: per_column(col_values(code_s.at[i]), shape), per_row(code, shape)
+                    )
 
                 logits = _masked(logits, is_full, mask)
-                weights = jnp.exp2(logits - tall(column(lse_s), shape))
+                weights = jnp.exp2(logits - per_column(col_values(lse_s), shape))
                 plgpu.barrier_wait(here[1].at[slot])
-                to_v = add_product(to_v, weights.astype(q.dtype), grad_s, simulated)
-                to_weights = product(v_s, grad_s, shape)
-                to_logits = weights * (to_weights - tall(column(delta_s), shape))
+                dv_sum = add_product(dv_sum, weights.astype(q.dtype), grad_s, simulated)
+                d_weights = product(v_s, grad_s, shape)
+                d_logits = weights * (d_weights - per_column(col_values(delta_s), shape))
                 plgpu.barrier_arrive(used[1].at[slot])
-                to_k = add_product(to_k, to_logits.astype(q.dtype), q_s, simulated)
+                dk_sum = add_product(dk_sum, d_logits.astype(q.dtype), q_s, simulated)
                 plgpu.barrier_arrive(used[0].at[slot])
-                return to_k, to_v
+                return dk_sum, dv_sum
 
             zeros = (_zeros(size.own, width), _zeros(size.own, width))
-            to_k, to_v = walk(ranges, steps, size.stages, step, zeros)
-            k_s[...] = (to_k * width**-0.5).astype(k_s.dtype)
-            v_s[...] = to_v.astype(v_s.dtype)
+            dk_sum, dv_sum = walk(ranges, steps, size.stages, step, zeros)
+            k_s[...] = (dk_sum * width**-0.5).astype(k_s.dtype)
+            v_s[...] = dv_sum.astype(v_s.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(k_s, dk.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(v_s, dv.at[batch, rows, head])
@@ -198,18 +209,18 @@ def _key_value_body(size: BackwardTiles, width: int, simulated: bool):
 
         sources = functools.partial(_query_parts, q, grad, query, lse, delta)
         ranges = (start, stop, full, count)
-        _roles(size, (k, v), sources, ranges, compute, **shared)
+        _roles(size, (k, v), sources, ranges, compute, **buffers)
 
     return body
 
 
 def _masked(logits, is_full, mask):
-    """Logits of visible pairs; `mask()` says which those are where a tile is not full."""
+    """Masks the logits of a tile that is not full; `mask()` computes the mask."""
     return lax.cond(is_full, lambda x: x, lambda x: jnp.where(mask(), x, MASKED), logits)
 
 
 def _query_parts(q, grad, query, lse, delta, batch, head):
-    """What a step over queries loads, in the two groups in which it is needed."""
+    """Sources of a step over queries, in two groups that are loaded separately."""
     return (
         (
             lambda part: q.at[batch, part, head],
@@ -221,7 +232,7 @@ def _query_parts(q, grad, query, lse, delta, batch, head):
 
 
 def _roles(size, own, sources, ranges, compute, *, own_s, own_here, staged_s, here, used):
-    """One warpgroup loads all steps; every other loads its own rows and computes."""
+    """Assigns the roles: one warpgroup loads all steps; the others load their rows and compute."""
     warpgroup = lax.axis_index("warpgroup")
     head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
     *parts, count = ranges

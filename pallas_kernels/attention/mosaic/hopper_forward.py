@@ -1,7 +1,7 @@
 """Block-sparse attention forward on Hopper: wgmma, TMA, one loading and two computing warpgroups.
 
-FlashAttention-3's shape (arXiv:2407.08608) over the ranges of a tile map: empty tiles cost nothing,
-full ones no mask.
+The structure is FlashAttention-3's (arXiv:2407.08608), over the ranges of a tile map: fully masked
+tiles are skipped, and full tiles need no mask.
 """
 
 import dataclasses
@@ -13,18 +13,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mosaic.columns import MaskColumns, seen
-from pallas_kernels.attention.mosaic.parts import LOG2_E, MASKED, SWIZZLED, tall, whole, wide
+from pallas_kernels.attention.mosaic.columns import MaskColumns, code_mask
+from pallas_kernels.attention.mosaic.primitives import (
+    LOG2_E,
+    MASKED,
+    SWIZZLED,
+    broadcast_batch,
+    per_column,
+    per_row,
+)
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
 
-WARPGROUPS = 2  # that compute
+WARPGROUPS = 2  # computing warpgroups
 LAYOUT = plgpu.Layout.WGMMA
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """Queries of a warpgroup, keys of a step, and steps that are loaded ahead."""
+    """Tile sizes of the forward kernel.
+
+    Attributes:
+      queries: queries of a warpgroup.
+      keys: keys per step.
+      stages: pipeline stages, i.e. steps that are loaded ahead.
+    """
 
     queries: int = 64
     keys: int = 128
@@ -32,7 +45,7 @@ class ForwardTiles:
 
     @property
     def rows(self) -> int:
-        """Queries of a block, which share their tile of the map."""
+        """Queries of a thread block, i.e. of a tile of the map."""
         return WARPGROUPS * self.queries
 
 
@@ -46,12 +59,13 @@ def forward(
     *,
     interpret=None,
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b n q"]]:
-    """Output and log-sum-exp (base 2, of scaled logits; -MASKED where a query sees nothing).
+    """Output and base-2 log-sum-exp of the scaled logits; -MASKED for fully masked queries.
 
-    Lengths are multiples of `size.rows` and `size.keys`; `tiles` maps the former to the latter.
+    Lengths must be multiples of `size.rows` and `size.keys`; `tiles` maps query tiles of
+    `size.rows` to key tiles of `size.keys`.
     """
     b, length, heads, width = q.shape
-    shared = _scratch(size, width, q.dtype)
+    buffers = _scratch(size, width, q.dtype)
     out_type = (
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((b, heads, length), jnp.float32),
@@ -63,18 +77,19 @@ def forward(
         grid_names=("head", "row", "batch"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=shared,
+        scratch_types=buffers,
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    query, key = (whole(x, b) for x in (columns.query, columns.key))
-    ranges = jax.tree.map(lambda x: whole(x, b), tiles)
+    query, key = (broadcast_batch(x, b) for x in (columns.query, columns.key))
+    ranges = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
     return kernel(q, k, v, query, key, ranges.start, ranges.stop, ranges.full, ranges.count)
 
 
 def _scratch(size: ForwardTiles, width: int, dtype):
+    """Scratch buffers; `here` barriers: data has arrived; `used`: a slot may be overwritten."""
     kv = plgpu.SMEM((size.stages, size.keys, width), dtype, transforms=SWIZZLED)
     used = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=size.stages)
     return {
@@ -91,11 +106,13 @@ def _scratch(size: ForwardTiles, width: int, dtype):
 
 def _body(size: ForwardTiles, width: int, simulated: bool):
     def body(q, k, v, query, key, start, stop, full, count, out, lse, *, own, **staged):
+        # 1. The tile ranges of this thread block.
         warpgroup = lax.axis_index("warpgroup")
         head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
         ranges = tuple(x.at[batch, row] for x in (start, stop, full))
         steps = count[batch, row]
 
+        # 2. The loading warpgroup.
         @pl.when(warpgroup == WARPGROUPS)
         def _load():
             plgpu.set_max_registers(24, action="decrease")
@@ -105,6 +122,7 @@ def _body(size: ForwardTiles, width: int, simulated: bool):
             )
             produce(ranges, steps, size.stages, size.keys, sources, **staged)
 
+        # 3. The computing warpgroups: attend, normalize, write.
         @pl.when(warpgroup < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
@@ -113,12 +131,12 @@ def _body(size: ForwardTiles, width: int, simulated: bool):
             q_s, lse_s, arrived = (x.at[warpgroup] for x in own)
             plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_s, arrived)
             plgpu.barrier_wait(arrived)
-            per_row = [row_of(query.at[batch, i, rows]) for i in range(query.shape[1])]
+            row_codes = [row_values(query.at[batch, i, rows]) for i in range(query.shape[1])]
             acc, top, total = _consume(
-                size, width, simulated, q_s, per_row, ranges, steps, **staged
+                size, width, simulated, q_s, row_codes, ranges, steps, **staged
             )
             empty = top <= MASKED
-            acc = acc * wide(jnp.where(empty, 0.0, 1 / total), acc.shape)
+            acc = acc * per_row(jnp.where(empty, 0.0, 1 / total), acc.shape)
             q_s[...] = acc.astype(q_s.dtype)
             lse_s[...] = jnp.where(empty, -MASKED, top + jnp.log(total) * LOG2_E)
             plgpu.commit_smem()
@@ -129,8 +147,11 @@ def _body(size: ForwardTiles, width: int, simulated: bool):
     return body
 
 
-def _consume(size, width, simulated, q_s, per_row, ranges, steps, *, targets, here, used):
-    """Online softmax over the tiles of all ranges: accumulated values, row maxima, row sums."""
+def _consume(size, width, simulated, q_s, row_codes, ranges, steps, *, targets, here, used):
+    """Online softmax over the tiles of all ranges.
+
+    Returns the accumulated values, the row maxima and the row sums.
+    """
     shape = (size.queries, size.keys)
     row = LAYOUT.reduce(1)
     top = plgpu.layout_cast(jnp.full(shape[:1], MASKED, jnp.float32), row)
@@ -144,17 +165,21 @@ def _consume(size, width, simulated, q_s, per_row, ranges, steps, *, targets, he
         logits = product(q_s, k_s, shape) * (width**-0.5 * LOG2_E)
 
         def masked(logits):
-            code = tall(column(code_s), shape)
-            plgpu.commit_smem()  # this plain read comes before the next TMA write
-            return jnp.where(seen(lambda i: wide(per_row[i], shape), code), logits, MASKED)
+            code = per_column(col_values(code_s), shape)
+            plgpu.commit_smem()  # orders this plain read before the next TMA write
+            return jnp.where(
+                code_mask(lambda i: per_row(row_codes[i], shape), code),
+                logits,
+                MASKED,
+            )
 
         logits = lax.cond(is_full, lambda x: x, masked, logits)
         plgpu.barrier_arrive(used[0].at[slot])
         new_top = jnp.maximum(top, logits.max(axis=1))
         fade = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logits - wide(new_top, shape))
+        weights = jnp.exp2(logits - per_row(new_top, shape))
         total = total * fade + weights.sum(axis=1)
-        acc = acc * wide(fade, acc.shape)
+        acc = acc * per_row(fade, acc.shape)
         plgpu.barrier_wait(here[1].at[slot])
         acc = add_product(acc, weights.astype(v_s.dtype), v_s, simulated)
         plgpu.barrier_arrive(used[1].at[slot])
@@ -175,18 +200,18 @@ def product(left, right, shape):
 
 def add_product(acc, left, right, simulated: bool):
     """`acc + left @ right` with `left` in registers."""
-    if simulated:  # the interpreter has neither register operands nor initialised accumulators
+    if simulated:  # the interpreter lacks register operands and initialised accumulators
         acc = acc + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # orders its plain read before the next TMA write
+        plgpu.commit_smem()  # orders the plain read before the next TMA write
         return acc
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
 
 
-def row_of(ref):
-    """One number a row of a tile."""
+def row_values(ref):
+    """Loads one value per row of a tile."""
     return plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False)
 
 
-def column(ref):
-    """One number a column of a tile."""
+def col_values(ref):
+    """Loads one value per column of a tile."""
     return plgpu.load(ref, layout=LAYOUT.reduce(0), optimized=False)

@@ -1,4 +1,4 @@
-"""Block-sparse attention with its gradient, on the kernels of the chip at hand."""
+"""Block-sparse attention and its gradient, on the kernels of the current device."""
 
 import functools
 import math
@@ -11,40 +11,54 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.mosaic.columns import MaskColumns, mask_columns
-from pallas_kernels.attention.mosaic.parts import LOG2_E, MASKED, Saved
+from pallas_kernels.attention.mosaic.primitives import LOG2_E, MASKED, BackwardInputs
 from pallas_kernels.attention.mosaic.targets import TARGETS, Target
-from pallas_kernels.attention.tilemap import TileMap, at_once, known, pad_tokens, tile_map
+from pallas_kernels.attention.tilemap import (
+    TileMap,
+    concrete_evaluation,
+    is_concrete,
+    pad_tokens,
+    tile_map,
+)
 from pallas_kernels.dispatch import Unsupported, capability, platform
 from pallas_kernels.tokens import Tokens, make
 
 WIDTHS = (64, 128)
-"""Head widths that the kernels are compiled and tested for."""
+"""Head widths for which the kernels are compiled and tested."""
 
 
 @flax.struct.dataclass
 class Mask:
-    """All that the kernels know of a mask; made once for a layout and used in every layer."""
+    """A mask in the form that the kernels read; built once for fixed tokens, used in every layer.
+
+    Attributes:
+      columns: mask columns of queries and keys.
+      forward: map of query tiles over key tiles, for the output.
+      query_gradient: map of query tiles over key tiles, in the tile sizes of dq.
+      key_value_gradient: map of key tiles over query tiles, for dk and dv.
+      target: chip whose tile sizes the maps have.
+    """
 
     columns: MaskColumns
-    forward: TileMap  # query tiles over key tiles, for the output
-    to_query: TileMap  # the same in the tiles of dq
-    to_key: TileMap  # key tiles over query tiles, for dk and dv
+    forward: TileMap
+    query_gradient: TileMap
+    key_value_gradient: TileMap
     target: Target = flax.struct.field(pytree_node=False)
 
 
-def mask_of(q_tokens: Tokens, k_tokens: Tokens, *, target: Target | None = None) -> Mask:
-    """The mask of `visible` as columns and tile maps, for lengths padded to whole tiles.
+def make_mask(q_tokens: Tokens, k_tokens: Tokens, *, target: Target | None = None) -> Mask:
+    """Builds the mask columns and tile maps of `visible`, for lengths padded to whole tiles.
 
-    `target` is the chip at hand if None; raises `Unsupported` where that has no kernels.
+    `target` None means the current device. Raises `Unsupported` if it has no kernels.
     """
-    target = target or _target_here()
-    if not known(q_tokens, k_tokens):
-        return _mask_of(q_tokens, k_tokens, target)
-    with at_once():
-        return _mask_of(q_tokens, k_tokens, target)
+    target = target or _current_target()
+    if not is_concrete(q_tokens, k_tokens):
+        return _make_mask(q_tokens, k_tokens, target)
+    with concrete_evaluation():
+        return _make_mask(q_tokens, k_tokens, target)
 
 
-def _mask_of(q_tokens: Tokens, k_tokens: Tokens, target: Target) -> Mask:
+def _make_mask(q_tokens: Tokens, k_tokens: Tokens, target: Target) -> Mask:
     q, k = (pad_tokens(tokens, target.rows) for tokens in (q_tokens, k_tokens))
     forward, backward = target.forward_tiles, target.backward_tiles
 
@@ -62,12 +76,14 @@ def _mask_of(q_tokens: Tokens, k_tokens: Tokens, target: Target) -> Mask:
 
 
 def refusal(q: Array | jax.ShapeDtypeStruct) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """The reason why these arguments cannot run on the current device, or None."""
     if platform() != "gpu":
         return "it needs an NVIDIA GPU"
     if capability() not in TARGETS:
-        known = " and ".join(f"{t.name} ({t.capability})" for t in TARGETS.values())
-        return f"there are kernels for {known}, not for compute capability {capability() or '?'}"
+        supported = " and ".join(f"{t.name} ({t.capability})" for t in TARGETS.values())
+        return (
+            f"there are kernels for {supported}, not for compute capability {capability() or '?'}"
+        )
     if jnp.dtype(q.dtype) != jnp.bfloat16:
         return f"it takes bfloat16 arguments, not {jnp.dtype(q.dtype)}"
     if q.shape[-1] not in WIDTHS:
@@ -82,10 +98,10 @@ def attend(
     q_tokens: Tokens | None,
     k_tokens: Tokens | None,
 ) -> Float[Array, "b q n d"]:
-    """The same as `reference.attend` for bfloat16 arguments, any length; float32 accumulation.
+    """`reference.attend` for bfloat16 arguments of any length, with float32 accumulation.
 
-    Work is in proportion to the tiles that hold a visible pair, in both directions. The mask is
-    made anew at every call; `mask_of` and `attend_mask` share one between calls.
+    The work is proportional to the number of tiles with a visible pair, in the forward and the
+    backward pass. The mask is rebuilt at every call; `make_mask` and `attend_mask` reuse one.
     """
     return attend_with_lse(q, k, v, q_tokens, k_tokens)[0]
 
@@ -97,10 +113,10 @@ def attend_with_lse(
     q_tokens: Tokens | None,
     k_tokens: Tokens | None,
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b q n"]]:
-    """`attend`, and what `reference.attend_with_lse` gives beside it."""
+    """`attend` and the log-sum-exp of `reference.attend_with_lse`."""
     if q_tokens is None or k_tokens is None:
-        q_tokens, k_tokens = (one_chunk(x.shape[1]) for x in (q, k))
-    return attend_mask(q, k, v, mask_of(q_tokens, k_tokens))
+        q_tokens, k_tokens = (single_chunk_tokens(x.shape[1]) for x in (q, k))
+    return attend_mask(q, k, v, make_mask(q_tokens, k_tokens))
 
 
 def attend_mask(
@@ -111,9 +127,10 @@ def attend_mask(
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b q n"]]:
-    """Output and natural log-sum-exp of the scaled logits, float32, -inf where nothing is seen.
+    """Output, and natural log-sum-exp of the scaled logits in float32.
 
-    Both are differentiable. `interpret` (`plgpu.InterpretGPUParams`) simulates the kernels.
+    The log-sum-exp is -inf for fully masked queries. Both are differentiable. `interpret`
+    (`plgpu.InterpretGPUParams`) runs the kernels in the interpreter.
     """
     length = q.shape[1]
     q, k, v = (_padded(x, mask.target.rows) for x in (q, k, v))
@@ -134,24 +151,24 @@ def _attend_forward(q, k, v, mask: Mask, interpret):
     return (out, lse), (q, k, v, mask, out, lse)
 
 
-def _attend_backward(interpret, kept, grads):
-    q, k, v, mask, out, lse = kept
-    grad, to_lse = grads
+def _attend_backward(interpret, residuals, grads):
+    q, k, v, mask, out, lse = residuals
+    grad, d_lse = grads
     delta = jnp.einsum("bqnd,bqnd->bnq", grad, out, preferred_element_type=jnp.float32)
-    # d lse / d logits are the weights, which the kernels multiply by (grad v) - delta.
-    delta = delta - to_lse * LOG2_E
-    saved = Saved(q, k, v, grad, lse, delta, mask.columns)
+    # d lse / d logits are the weights, and the kernels multiply the weights by grad v - delta.
+    delta = delta - d_lse * LOG2_E
+    saved = BackwardInputs(q, k, v, grad, lse, delta, mask.columns)
     target = mask.target
     tiles = target.backward_tiles
-    dq = target.query_gradient(saved, mask.to_query, tiles, interpret=interpret)
-    dk, dv = target.key_value_gradient(saved, mask.to_key, tiles, interpret=interpret)
+    dq = target.query_gradient(saved, mask.query_gradient, tiles, interpret=interpret)
+    dk, dv = target.key_value_gradient(saved, mask.key_value_gradient, tiles, interpret=interpret)
     return dq, dk, dv, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _target_here() -> Target:
+def _current_target() -> Target:
     if capability() not in TARGETS:
         raise Unsupported(f"no attention kernels for compute capability {capability() or '?'}")
     return TARGETS[capability()]
@@ -162,6 +179,6 @@ def _padded(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) if rest else x
 
 
-def one_chunk(length: int) -> Tokens:
-    """Tokens that all see each other."""
+def single_chunk_tokens(length: int) -> Tokens:
+    """Tokens of a single chunk, which all attend to each other."""
     return make(np.zeros((length, 3), np.int32), 0, False)

@@ -1,13 +1,14 @@
 """Attention forward on Blackwell over keys and values in NVFP4.
 
-The five roles of `blackwell_forward` and one more: a warpgroup that unpacks. Codes and scales of a
-tile of keys and of the same tile of values arrive packed, are turned into bfloat16 in registers,
-and are left in shared memory where the products read them. Nothing unpacked is in global memory.
-Key and value tiles lie one above the other, 64 + 64 rows, so that every thread has one whole row.
+The roles are those of `blackwell_forward` plus a warpgroup that unpacks. The codes and scales of a
+tile of keys and of the same tile of values are loaded packed, converted to bfloat16 in registers,
+and stored to shared memory, where the products read them. Unpacked values never reach global
+memory. Key and value tiles are stacked, 64 + 64 rows, so that every thread owns one row.
 
-Unpacking a tile takes each of four warps some 370 instructions, by the compiled code about as many
-as the softmax of 128 queries takes, while the products of a tile last 512 cycles. So on paper this
-saves memory rather than time: it is bound by instructions, at about half the rate of the products.
+Unpacking a tile takes about 370 instructions in each of four warps (counted in the compiled code),
+about as many as the softmax of 128 queries, while the products of a tile last 512 cycles. On paper
+the kernel therefore saves memory rather than time: it is bound by instruction issue, at about half
+the rate of the products.
 """
 
 import dataclasses
@@ -31,20 +32,31 @@ from pallas_kernels.attention.mosaic.blackwell_forward import (
     softmax,
 )
 from pallas_kernels.attention.mosaic.columns import MaskColumns
-from pallas_kernels.attention.mosaic.parts import SWIZZLED, swizzled, whole, wide
+from pallas_kernels.attention.mosaic.primitives import (
+    SWIZZLED,
+    broadcast_batch,
+    per_row,
+    swizzled,
+)
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
 from pallas_kernels.nvfp4.format import BLOCK, CODE, SCALE
 
 CONTROL, SOFTMAX, GATHER, UNPACK = range(4)  # warpgroups
-REGISTERS = {CONTROL: 40, SOFTMAX: 192, GATHER: 184, UNPACK: 96}  # 512 in all together
-ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE  # a thread has a row; the argument is a vector's length
-WORD, VECTOR = 32, 8  # codes in 16 bytes, bfloat16 numbers in 16 bytes
+REGISTERS = {CONTROL: 40, SOFTMAX: 192, GATHER: 184, UNPACK: 96}  # 512 for all warpgroups
+ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE  # one row per thread; the argument is the vector length
+WORD, VECTOR = 32, 8  # codes in 16 bytes, bfloat16 values in 16 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedTiles:
-    """Queries of a block, keys of a step, and steps that are loaded ahead."""
+    """Tile sizes of the kernel.
+
+    Attributes:
+      rows: queries of a thread block.
+      keys: keys per step.
+      stages: pipeline stages, i.e. steps that are loaded ahead.
+    """
 
     rows: int = 128
     keys: int = 64
@@ -53,17 +65,21 @@ class PackedTiles:
 
 @flax.struct.dataclass
 class PackedKeysValues:
-    """What the kernel reads of the past.
+    """The packed keys and values in the layout that the kernel reads.
 
-    Tile t of `scales` holds, for each block of 16 columns, the scales of its keys and then those of
-    its values; `unit` are `amax / (M2 M3)` of the keys and the values of each slot. `shift` is what
-    all keys of a slot add to the logits of each query, times log2 e.
+    Attributes:
+      k: codes of the keys.
+      v: codes of the values.
+      scales: block scales by tile; for each block of 16 columns those of the keys, then those of
+        the values.
+      global_scale: `amax / (M2 * M3)` of the keys and of the values of each slot.
+      shift: what the offset of a slot adds to the logits of each query, times log2 e; or None.
     """
 
-    k: Float[Array, "b k n d"]  # codes
+    k: Float[Array, "b k n d"]
     v: Float[Array, "b k n d"]
     scales: Float[Array, "b n tiles d/16 2*keys"]
-    unit: Float[Array, "b slots 2"]
+    global_scale: Float[Array, "b slots 2"]
     shift: Float[Array, "b n slots q"] | None
 
 
@@ -76,11 +92,13 @@ def forward(
     *,
     interpret=None,
 ) -> tuple[Float[Array, "b q n d"], Float[Array, "b n q"]]:
-    """Output and log-sum-exp in powers of two, as `blackwell_forward.forward`; whole tiles only,
-    and slots of whole tiles of keys."""
+    """Output and base-2 log-sum-exp, as `blackwell_forward.forward`.
+
+    Queries must fill whole tiles, and slots whole tiles of keys.
+    """
     b, length, heads, width = q.shape
     kernel = plgpu.kernel(
-        _body(size, width, past.k.shape[1] // size.keys // past.unit.shape[1]),
+        _body(size, width, past.k.shape[1] // size.keys // past.global_scale.shape[1]),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((b, heads, length), jnp.float32),
@@ -93,21 +111,21 @@ def forward(
         compiler_params=PARAMETERS,
         **({} if interpret is None else {"interpret": interpret}),
     )
-    query, key = (whole(x, b) for x in (columns.query, columns.key))
-    maps = jax.tree.map(lambda x: whole(x, b), tiles)
+    query, key = (broadcast_batch(x, b) for x in (columns.query, columns.key))
+    maps = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
     return kernel(q, past, query, key, maps)
 
 
 def _scratch(size: PackedTiles, width: int, dtype, *, shifted: bool):
-    stages, tall = size.stages, 2 * size.keys
+    stages, kv_rows = size.stages, 2 * size.keys
     per_key = [plgpu.SMEM((stages, size.keys), jnp.int32)]
     if shifted:
         per_key.append(plgpu.SMEM((stages, size.rows), jnp.float32))
     return {
-        "kv_s": plgpu.SMEM((stages, tall, width), dtype, transforms=SWIZZLED),
-        # Swizzled, so that no two of eight threads that read a row each meet in a bank.
-        "codes_s": plgpu.SMEM((stages, tall, width), CODE, transforms=swizzled(width, 4)),
-        "scales_s": plgpu.SMEM((stages, width // BLOCK, tall), SCALE),
+        "kv_s": plgpu.SMEM((stages, kv_rows, width), dtype, transforms=SWIZZLED),
+        # Swizzled, so that eight threads reading a row each do not conflict in a bank.
+        "codes_s": plgpu.SMEM((stages, kv_rows, width), CODE, transforms=swizzled(width, 4)),
+        "scales_s": plgpu.SMEM((stages, width // BLOCK, kv_rows), SCALE),
         "per_key": tuple(per_key),
         "packed_here": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "packed_used": plgpu.Barrier(num_barriers=stages),
@@ -115,16 +133,16 @@ def _scratch(size: PackedTiles, width: int, dtype, *, shifted: bool):
 
 
 def _body(size: PackedTiles, width: int, slot_tiles: int):
-    def body(q, past, query, key, maps, out, lse, *, kv_s, per_key, **shared):
+    def body(q, past, query, key, maps, out, lse, *, kv_s, per_key, **buffers):
         warpgroup = lax.axis_index("warpgroup")
         head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
         ranges = tuple(x.at[batch, row] for x in (maps.start, maps.stop, maps.full))
         steps = maps.count[batch, row]
         rows = pl.ds(row * size.rows, size.rows)
         k_s, v_s = (kv_s.at[:, pl.ds(i * size.keys, size.keys)] for i in range(2))
-        shared["targets"] = (k_s,), (v_s,), per_key
+        buffers["targets"] = (k_s,), (v_s,), per_key
 
-        @pl.when(warpgroup == CONTROL)
+        @pl.when(warpgroup == CONTROL)  # the loader and issuer warps; then one role per warpgroup
         def _control():
             plgpu.set_max_registers(REGISTERS[CONTROL], action="decrease")
 
@@ -132,38 +150,38 @@ def _body(size: PackedTiles, width: int, slot_tiles: int):
             def _warps(warp):
                 @pl.when(warp == LOADER)
                 def _load():
-                    at = q.at[batch, rows, head]
-                    plgpu.copy_gmem_to_smem(at, shared["q_s"], shared["q_here"])
+                    source = q.at[batch, rows, head]
+                    plgpu.copy_gmem_to_smem(source, buffers["q_s"], buffers["q_here"])
                     sources = _sources(past, key, size, slot_tiles, (batch, head, rows))
-                    _load_tiles(ranges, steps, size, sources, **shared)
+                    _load_tiles(ranges, steps, size, sources, **buffers)
 
                 @pl.when(warp == ISSUER)
                 def _issue():
-                    products(size, width, steps, **shared)
+                    products(size, width, steps, **buffers)
 
         @pl.when(warpgroup == SOFTMAX)
         def _softmax():
             plgpu.set_max_registers(REGISTERS[SOFTMAX], action="increase")
             columns = query.at[batch, :, rows]
-            softmax(size, width, columns, ranges, steps, lse.at[batch, head, rows], **shared)
+            softmax(size, width, columns, ranges, steps, lse.at[batch, head, rows], **buffers)
 
         @pl.when(warpgroup == GATHER)
         def _gather():
             plgpu.set_max_registers(REGISTERS[GATHER], action="increase")
-            gather(size, width, steps, out.at[batch, rows, head], **shared)
+            gather(size, width, steps, out.at[batch, rows, head], **buffers)
 
         @pl.when(warpgroup == UNPACK)
         def _unpack():
             plgpu.set_max_registers(REGISTERS[UNPACK], action="decrease")
-            unit = lambda tile: past.unit.at[batch, lax.div(tile, jnp.int32(slot_tiles))]  # noqa: E731
-            _unpack_tiles(size, width, ranges, steps, unit, kv_s, **shared)
+            factors = lambda tile: past.global_scale.at[batch, lax.div(tile, jnp.int32(slot_tiles))]  # noqa: E731
+            _unpack_tiles(size, width, ranges, steps, factors, kv_s, **buffers)
 
     return body
 
 
-def _sources(past, key, size: PackedTiles, slot_tiles: int, at):
-    """What is loaded for each tile: the packed group, then the group of the mask."""
-    batch, head, rows = at
+def _sources(past, key, size: PackedTiles, slot_tiles: int, position):
+    """Sources of a tile: the packed group, then the mask group."""
+    batch, head, rows = position
 
     def tile(part):
         return lax.div(part.start, jnp.int32(size.keys))
@@ -191,16 +209,17 @@ def _load_tiles(
 
 
 def _unpack_tiles(
-    size, width, ranges, steps, unit, kv_s, *, codes_s, scales_s, packed_here, packed_used, here,
+    size, width, ranges, steps, factors, kv_s, *, codes_s, scales_s, packed_here, packed_used, here,
     used, **_,
 ):  # fmt: skip
-    """Turns every packed tile into bfloat16, as soon as the products before have let go."""
-    tall = 2 * size.keys
-    number = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (tall,), 0), ROW(VECTOR).reduce(1))
+    """Converts every packed tile to bfloat16 once its buffer is free."""
+    kv_rows = 2 * size.keys
+    row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (kv_rows,), 0), ROW(VECTOR).reduce(1))
 
     def step(t, slot, tile, is_full, carry):
-        units = unit(tile)
-        factor = jnp.where(number < size.keys, units[0], units[1])
+        # 1. Wait for the packed tile and for a free buffer.
+        slot_scales = factors(tile)
+        factor = jnp.where(row < size.keys, slot_scales[0], slot_scales[1])
         plgpu.barrier_wait(packed_here.at[slot])
 
         @pl.when(t >= size.stages)
@@ -208,12 +227,13 @@ def _unpack_tiles(
             plgpu.barrier_wait(used[0].at[slot])
             plgpu.barrier_wait(used[1].at[slot])
 
+        # 2. Dequantize it block by block.
         codes = plgpu.load(codes_s.at[slot], layout=ROW(WORD), optimized=False)
         codes = plgpu.layout_cast(codes, ROW(VECTOR))
         for column in range(0, width, PIECE):
             blocks = [
-                _unpacked(codes[:, at : at + BLOCK], scales_s.at[slot, at // BLOCK], factor)
-                for at in range(column, column + PIECE, BLOCK)
+                _unpacked(codes[:, i : i + BLOCK], scales_s.at[slot, i // BLOCK], factor)
+                for i in range(column, column + PIECE, BLOCK)
             ]
             kv_s.at[slot, :, pl.ds(column, PIECE)][...] = jnp.concatenate(blocks, axis=1).astype(
                 kv_s.dtype
@@ -233,7 +253,7 @@ def _unpack_tiles(
 
 
 def _unpacked(codes, scale_s, factor):
-    """One block of 16 columns in float32."""
+    """Dequantizes one block of 16 columns to float32."""
     scale = plgpu.load(scale_s, layout=ROW(VECTOR).reduce(1), optimized=False)
     scale = scale.astype(jnp.float32) * factor
-    return codes.astype(jnp.float32) * plgpu.layout_cast(wide(scale, codes.shape), ROW(VECTOR))
+    return codes.astype(jnp.float32) * plgpu.layout_cast(per_row(scale, codes.shape), ROW(VECTOR))

@@ -14,10 +14,17 @@ from pallas_kernels.attention.mosaic import (
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One chip's kernels and the tiles they were checked with.
+    """The kernels of one chip and the tile sizes they were tested with.
 
-    `forward`, `query_gradient` and `key_value_gradient` are called as those of `hopper_forward` and
-    `hopper_backward`. Lengths are padded to `rows`, which tiles of every kernel divide.
+    Attributes:
+      name: name of the architecture.
+      capability: CUDA compute capability, "9.0".
+      forward: forward kernel, with the signature of `hopper_forward.forward`.
+      query_gradient: dq kernel, with the signature of `hopper_backward.query_gradient`.
+      key_value_gradient: dk and dv kernel, with the signature of
+        `hopper_backward.key_value_gradient`.
+      forward_tiles: tile sizes of the forward kernel.
+      backward_tiles: tile sizes of the backward kernels.
     """
 
     name: str
@@ -30,7 +37,7 @@ class Target:
 
     @property
     def rows(self) -> int:
-        """Whole tiles of every kernel."""
+        """Lengths are padded to a multiple of this, which the tiles of every kernel divide."""
         return max(self.forward_tiles.rows, self.forward_tiles.keys, self.backward_tiles.rows)
 
 

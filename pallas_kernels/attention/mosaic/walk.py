@@ -1,4 +1,4 @@
-"""Walking over the ranges of one row of a tile map, inside a kernel."""
+"""Iteration over the tile ranges of one row of a tile map, inside a kernel."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 def walk(ranges, steps, stages: int, step: Callable, carry: Any) -> Any:
     """Folds `step(t, slot, tile, is_full, carry) -> carry` over all tiles of a row's ranges.
 
-    `ranges` are references to start, stop and full of the row, `slot` is where tile `t` is loaded.
+    `ranges` are references to start, stop and full of the row; `slot` is the pipeline slot of step
+    `t`.
     """
 
     def body(t, state):
@@ -35,10 +36,18 @@ def produce(
     here: Sequence,
     used: Sequence,
 ) -> None:
-    """Loads every tile's part of all sources, as soon as the last use of its slot is over.
+    """Producer loop: loads every tile of all sources as soon as its slot is free.
 
-    Sources come in groups that arrive and are released together; each is a function from rows to a
-    reference in global memory. `here` and `used` are the barriers of the groups.
+    Args:
+      ranges: references to start, stop and full of the row.
+      steps: number of tiles.
+      stages: pipeline slots.
+      rows: rows of a tile.
+      sources: groups of functions from a slice of rows to a reference in global memory; a group is
+        loaded and released together.
+      targets: shared-memory buffers of each group.
+      here: per group, barriers that signal that a slot's data has arrived.
+      used: per group, barriers that signal that a slot may be overwritten.
     """
 
     def step(t, at):
@@ -65,8 +74,10 @@ def produce(
 
 
 def _advance(ranges, tile, index):
-    """(tile, range) of the next step. Behind the last range the tile is not to be used."""
+    """(tile, range) of the next step; after the last range the tile is meaningless."""
     start, stop, _ = ranges
-    over = tile + 1 >= stop[index]
+    at_range_end = tile + 1 >= stop[index]
     following = lax.min(index + 1, jnp.int32(start.shape[0] - 1))
-    return lax.select(over, start[following], tile + 1), lax.select(over, following, index)
+    return lax.select(at_range_end, start[following], tile + 1), lax.select(
+        at_range_end, following, index
+    )

@@ -1,7 +1,7 @@
-"""NVFP4 to bfloat16 or float32 on Blackwell: codes and scales are read once, values written once.
+"""Dequantization of NVFP4 on Blackwell: codes and scales are read once, values are written once.
 
-Two neighbouring threads share a block, 8 codes each, so that a warp reads 128 bytes of codes and
-writes 512 of values in one piece.
+Two neighbouring threads share a block, 8 codes each, so that a warp reads 128 contiguous bytes of
+codes and writes 512 contiguous bytes of bfloat16 values.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.nvfp4.format import BLOCK, NVFP4, unit
-from pallas_kernels.nvfp4.mosaic.launch import Cut, at_least, check, kernel
+from pallas_kernels.nvfp4.format import BLOCK, NVFP4, global_scale
+from pallas_kernels.nvfp4.mosaic.launch import WorkPartition, check, kernel, pad_to
 
 GROUP = 256
-"""Blocks a warpgroup reads at once."""
+"""Blocks that a warpgroup reads at once."""
 GROUPS = 2
-"""Groups that a program takes."""
+"""Groups per program."""
 _PLGPU: Any = plgpu  # its classes look abstract to a type checker
 LAYOUT = _PLGPU.Layout.TILED(
     _PLGPU.Tiling(((64, BLOCK), (16, BLOCK), (8,))),
@@ -33,10 +33,10 @@ SCALES = LAYOUT.reduce(1)
 def dequantize(
     a: NVFP4, dtype: jnp.dtype = jnp.bfloat16, *, interpret: Any = None
 ) -> Float[Array, "*rows k"]:
-    """`dequantize_reference` of an array of any shape, bfloat16 or float32.
+    """`dequantize_reference` for arrays of any shape, to bfloat16 or float32.
 
-    `interpret` (`plgpu.InterpretGPUParams`) simulates the kernel. Raises `Unsupported` off
-    Blackwell, ValueError for other dtypes.
+    `interpret` (`plgpu.InterpretGPUParams`) runs the kernel in the interpreter. Raises
+    `Unsupported` on devices other than Blackwell and ValueError for other dtypes.
     """
     check("dequantize", interpret)
     entries = jnp.arange(a.amax.size, dtype=jnp.int32)
@@ -56,16 +56,15 @@ def dequantize_slots(
     *,
     interpret: Any = None,
 ) -> Float[Array, "n *rows k"]:
-    """The values of the listed entries of the first axis, which each have an `amax`.
+    """Dequantizes the listed entries of the first axis, which have one `amax` each.
 
-    That is a cache of keys or values whose chunks are quantized one by one: only chunks that are
-    listed are read, whichever they are, and the list is data, so another one compiles nothing.
-    Slots out of range give the nearest one. Raises as `dequantize`, and ValueError for an `amax`
-    of another shape.
+    It is meant for a KV cache whose chunks are quantized one by one: only listed slots are read,
+    and the list is data, so a new list needs no compilation. Slots out of range are clamped. Raises
+    like `dequantize`, and ValueError for an `amax` of another shape.
     """
     check("dequantize", interpret)
     if a.amax.shape != a.shape[:1]:
-        raise ValueError(f"amax has shape {a.amax.shape}; {a.shape[0]} slots have one each")
+        raise ValueError(f"amax must have shape {a.shape[:1]}, one per slot, got {a.amax.shape}")
     count = a.shape[0]
     listed = jnp.clip(slots.astype(jnp.int32), 0, count - 1)
     return _dequantize(_flat(a, count), listed, dtype, interpret).reshape(
@@ -74,38 +73,38 @@ def dequantize_slots(
 
 
 def _flat(a: NVFP4, count: int) -> NVFP4:
-    """As [count, elements]."""
+    """Reshapes to [count, elements]."""
     codes, scales = (x.reshape(count, -1) for x in (a.codes, a.scales))
     return NVFP4(codes, scales, a.amax.reshape(-1), a.rule)
 
 
 def _dequantize(a: NVFP4, slots: Array, dtype: Any, interpret: Any) -> Array:
-    """Entries of `a` [count, elements], [n, elements]."""
+    """Dequantizes the listed entries of `a` [count, elements] to [n, elements]."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"NVFP4 to {jnp.dtype(dtype)}; the kernel writes bfloat16 or float32")
+        raise ValueError(f"the kernel writes bfloat16 or float32, got {jnp.dtype(dtype)}")
     count, number = a.scales.shape
-    codes = at_least(a.codes.reshape(count, number, BLOCK), 1, GROUP)
-    scales = at_least(a.scales, 1, GROUP)
-    cut = Cut(scales.shape[1], GROUPS, GROUP)
+    codes = pad_to(a.codes.reshape(count, number, BLOCK), 1, GROUP)
+    scales = pad_to(a.scales, 1, GROUP)
+    partition = WorkPartition(scales.shape[1], GROUPS, GROUP)
 
-    def body(codes, scales, units, slots, out):
+    def body(codes, scales, global_scales, slots, out):
         entry, program = lax.axis_index("slots"), lax.axis_index("programs")
         slot = slots[entry]
-        factor = units[slot]
+        factor = global_scales[slot]
 
         def step(start):
             own = pl.ds(start, GROUP)
-            found = _load(codes.at[slot, own, :], LAYOUT)
+            codes_f32 = _load(codes.at[slot, own, :], LAYOUT)
             scale = _load(scales.at[slot, own], SCALES)
-            values = found * lax.broadcast_in_dim(scale, found.shape, (0,)) * factor
+            values = codes_f32 * lax.broadcast_in_dim(scale, codes_f32.shape, (0,)) * factor
             out[entry, own, :] = values.astype(dtype)
 
-        cut.walk(program, step)
+        partition.walk(program, step)
 
     shape = (slots.shape[0], *codes.shape[1:])
-    grid = {"programs": cut.programs, "slots": slots.shape[0]}
+    grid = {"programs": partition.programs, "slots": slots.shape[0]}
     run = kernel(body, jax.ShapeDtypeStruct(shape, dtype), grid, interpret=interpret)
-    return run(codes, scales, unit(a), slots)[:, :number]
+    return run(codes, scales, global_scale(a), slots)[:, :number]
 
 
 def _load(ref: Any, layout: Any) -> Any:

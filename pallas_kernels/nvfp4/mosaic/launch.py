@@ -1,4 +1,4 @@
-"""What the quantize and dequantize kernels are launched by: where they run, and who does what."""
+"""Launching the quantize and dequantize kernels: device checks, work partition, grid."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from jaxtyping import Array
 
 from pallas_kernels.dispatch import Unsupported, capability, platform
 from pallas_kernels.nvfp4.format import BLOCK
-from pallas_kernels.nvfp4.mosaic.blocks import E2M1, E4M3, GROUP, Form
+from pallas_kernels.nvfp4.mosaic.blocks import E2M1, E4M3, GROUP, QuantizeOptions
 
 
 def refusal(op: str) -> str | None:
-    """Why `op` ("quantize") has no Mosaic kernel on the device at hand, or None."""
+    """The reason why `op` ("quantize") has no Mosaic kernel on the current device, or None."""
     if platform() != "gpu":
         return f"the NVFP4 {op} kernel needs an NVIDIA GPU; this is {platform()}: use 'xla'"
     here = capability()
@@ -31,18 +31,23 @@ def refusal(op: str) -> str | None:
 
 
 def check(op: str, interpret: Any) -> None:
-    """Raises `Unsupported` where the kernel could neither run nor be simulated."""
+    """Raises `Unsupported` if the kernel can neither run nor be interpreted."""
     if interpret is None and (why := refusal(op)) is not None:
         raise Unsupported(why)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """`length` things in groups of `width`, of which every program takes `per`.
+class WorkPartition:
+    """Partition of `length` items into groups of `width`, with `per` groups per program.
 
-    The last program also takes what is left over. Where `length` is no whole number of groups the
-    last one begins earlier and does some things once more; the same program does both, so nobody
-    writes while somebody else does.
+    The last program also takes the remaining groups. If `length` is not a multiple of `width`, the
+    last group starts earlier and repeats some items; the same program processes both groups, so no
+    two programs write the same item.
+
+    Attributes:
+      length: number of items.
+      per: groups per program.
+      width: items per group.
     """
 
     length: int
@@ -51,7 +56,7 @@ class Cut:
 
     def __post_init__(self) -> None:
         if self.length < self.width:
-            raise ValueError(f"{self.length} are fewer than a group of {self.width}")
+            raise ValueError(f"length must be >= {self.width}, the group size, got {self.length}")
 
     @property
     def groups(self) -> int:
@@ -62,7 +67,7 @@ class Cut:
         return max(1, self.length // (self.width * self.per))
 
     def walk(self, program: Any, step: Callable[[Any], None]) -> None:
-        """Calls `step` with the first thing of each group of a program, inside a kernel."""
+        """Calls `step` with the first item of each group of a program, inside a kernel."""
         first = program * self.per
         stop = lax.select(program == self.programs - 1, jnp.int32(self.groups), first + self.per)
 
@@ -72,31 +77,40 @@ class Cut:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What a program quantizes by: the form, `amax` of its entry of the leading axis, the two words
-    of random numbers, and the number of the entry."""
+class ProgramArgs:
+    """Arguments of one program of a quantize kernel.
 
-    form: Form
+    Attributes:
+      options: how the output is quantized.
+      amax: largest magnitude of the program's entry of the leading axis.
+      words: two seed words of the rounding noise.
+      entry: index of the entry.
+    """
+
+    options: QuantizeOptions
     amax: Any
     words: Any
     entry: Any
 
 
 def outputs(blocks: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Codes and scales of so many blocks."""
+    """Shapes of the codes and scales of an array of blocks."""
     codes = jax.ShapeDtypeStruct((*blocks, BLOCK), E2M1)
     return codes, jax.ShapeDtypeStruct(blocks, E4M3)
 
 
-def at_least(x: Array, axis: int, size: int) -> Array:
-    """x with zeros behind it on an axis, up to `size`."""
+def pad_to(x: Array, axis: int, size: int) -> Array:
+    """Pads `axis` of x with zeros at the end, up to `size`."""
     edges = [(0, 0)] * x.ndim
     edges[axis] = (0, max(0, size - x.shape[axis]))
     return jnp.pad(x, edges) if edges[axis][1] else x
 
 
 def kernel(body: Callable, out: Any, grid: dict[str, int], *, warpgroups: int = 1, interpret=None):
-    """`body` over a grid with named axes; beyond one, warpgroups are the axis "warpgroup"."""
+    """Builds a kernel over a grid with named axes.
+
+    With more than one warpgroup per program, their axis is "warpgroup".
+    """
     threads: dict[str, Any] = (
         {} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "warpgroup"}
     )

@@ -1,4 +1,4 @@
-"""Product of two NVFP4 matrices on Blackwell's block-scaled tensor cores."""
+"""The product of two NVFP4 matrices on Blackwell's block-scaled tensor cores."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.nvfp4.format import BLOCK, CODE, NVFP4, SCALE, swizzle, unit
+from pallas_kernels.nvfp4.format import BLOCK, CODE, NVFP4, SCALE, global_scale, swizzle
 from pallas_kernels.nvfp4.mosaic.launch import check
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import kernel
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import DEPTH, RANKS, Problem, Tiling, choose
 
 Build = Callable[[], tuple[Callable, tuple]]
 INTERPRETED_BLOCKS = 2
-"""Multiprocessors of the interpreter's chip: few, so that blocks have several tiles."""
-SMALLEST_UNIT = 2.0**-100
-"""Products of a smaller one are left out beside a low-rank branch: dividing by it may overflow."""
+"""Multiprocessors of the interpreted chip: few, so that thread blocks have several tiles."""
+SMALLEST_SCALE = 2.0**-100
+"""Smallest per-tensor scale with a low-rank branch. Dividing the branch by a smaller one may
+overflow, so the quantized product is dropped instead."""
 _OUTPUTS = (jnp.bfloat16, jnp.float32)
 
 
@@ -34,19 +35,25 @@ def matmul(
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
-    """a [m, k] times b [n, k] transposed, plus xa [m, r] times B [r, n], plus bias; [m, n].
+    """Computes a @ b^T + xa @ B + bias, of shape [m, n].
 
-    Sums are float32; the unit of the product, `unit(a) * unit(b)`, multiplies them at the end, then
-    the float32 bias is added. The low-rank branch goes into the same sums, so xa is divided by that
-    unit and rounded to bfloat16: give it in float32, and this is its only rounding. Beside it, a
-    product whose unit is under `SMALLEST_UNIT` is left out.
+    Sums are float32, multiplied by `global_scale(a) * global_scale(b)` at the end. The low-rank
+    branch accumulates into the same sums, so xa is divided by that scale and rounded to bfloat16;
+    given in float32, this is its only rounding. With a branch, a product whose scale is below
+    `SMALLEST_SCALE` is dropped. Codes are copied to pad them only if m is not a multiple of 8, n of
+    64 or k of 256.
 
-    Any m, n and k that 16 divides. Past the edges loads give zeros and stores write nothing, so
-    nothing is padded unless 8 does not divide m, 64 not n or 256 not k: then codes are copied with
-    zeros behind. `b_swizzled` is `swizzle(b.scales)`, for who keeps it; scales of `a` are swizzled
-    here. `collective` uses pairs of multiprocessors; None chooses by the shape, as it does a
-    `tiling`. `interpret` (`plgpu.InterpretGPUParams`) simulates a small chip, without pairs.
-    Raises `Unsupported` for what the kernel cannot do.
+    Args:
+      a, b: matrices [m, k] and [n, k]; k must be a multiple of 16.
+      bias: float32 [n], added at the end; or None.
+      low_rank: pair (xa [m, r], B [r, n]), or None.
+      out_dtype: bfloat16 or float32.
+      b_swizzled: `swizzle(b.scales)` if the caller keeps it; computed if None.
+      collective: use pairs of multiprocessors; None chooses by the shape.
+      tiling: tile sizes; None chooses by the shape.
+      interpret: `plgpu.InterpretGPUParams` to interpret a small chip, without pairs.
+
+    Raises `Unsupported` for arguments that the kernel does not support.
     """
     check("matmul", interpret)
     if why := refusal(a, b, bias=bias, low_rank=low_rank, out_dtype=out_dtype):
@@ -55,10 +62,10 @@ def matmul(
     if tiling is None:
         tiling = _tiling(problem, collective, interpret)
     if interpret is not None and tiling.collective:
-        raise Unsupported("the interpreter knows no pairs of blocks; take collective=False")
+        raise Unsupported("the interpreter does not support pairs of blocks; set collective=False")
     if b_swizzled is None:
         b_swizzled = swizzle(b.scales)
-    operands = _operands(problem, a, b, b_swizzled, bias, low_rank)
+    operands = kernel_operands(problem, a, b, b_swizzled, bias, low_rank)
     y = kernel(problem, tiling, out_dtype, interpret=interpret)(*operands)
     return y[: a.shape[0], : b.shape[0]]
 
@@ -71,30 +78,30 @@ def refusal(
     low_rank: tuple[Any, Any] | None = None,
     out_dtype: Any = jnp.bfloat16,
 ) -> str | None:
-    """Why the kernel cannot take these arguments, whatever the chip, or None."""
+    """The reason why the kernel does not support these arguments on any chip, or None."""
     if a.ndim != 2 or b.ndim != 2 or a.lead or b.lead:
         return (
             f"it takes two matrices with one amax each, not {a.shape} with {a.lead} and {b.shape} "
-            f"with {b.lead} leading axes; map over those, or flatten the rows"
+            f"with {b.lead} leading axes; map over them, or flatten the rows"
         )
     (m, k), (n, other) = a.shape, b.shape
     if k != other:
-        return f"rows of {k} and of {other} have no product; both are [rows, k]"
+        return f"the contraction axes differ: a has {k} columns, b has {other}"
     if k % BLOCK or not (m and n and k):
-        return f"k is {k}, m {m}, n {n}: k must be a positive multiple of {BLOCK}; pad with zeros"
+        return f"k must be a positive multiple of {BLOCK}, got m={m}, n={n}, k={k}; pad with zeros"
     if jnp.dtype(out_dtype) not in _OUTPUTS:
         return f"it writes bfloat16 or float32, not {jnp.dtype(out_dtype)}; convert the result"
     if bias is not None and bias.shape != (n,):
-        return f"the bias is {bias.shape}, the result has {n} columns; give one of ({n},)"
+        return f"the bias must have shape ({n},), got {bias.shape}"
     if low_rank is None:
         return None
     left, right = low_rank
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-        return f"the low-rank pair is {left.shape} and {right.shape}; give [m, r] and [r, n]"
+        return f"the low-rank pair must be [m, r] and [r, n], got {left.shape} and {right.shape}"
     if (left.shape[0], right.shape[1]) != (m, n):
-        return f"the low-rank product is {left.shape[0]}x{right.shape[1]}, the other {m}x{n}"
+        return f"the low-rank product must be {m}x{n}, got {left.shape[0]}x{right.shape[1]}"
     if left.shape[1] > RANKS[-1]:
-        return f"rank {left.shape[1]} is over {RANKS[-1]}; add that product outside"
+        return f"the rank must be <= {RANKS[-1]}, got {left.shape[1]}; add that product outside"
     return None
 
 
@@ -117,48 +124,49 @@ def _tiling(problem: Problem, collective: bool | None, interpret: Any) -> Tiling
 
 
 def _multiprocessors() -> int:
-    """Of the GPU that a function traced now will run on."""
+    """The number of multiprocessors of the GPU that a function traced now will run on."""
     device: Any = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     return int(device.core_count)
 
 
-def _operands(
+def kernel_operands(
     problem: Problem, a: NVFP4, b: NVFP4, b_swizzled, bias, low_rank
 ) -> tuple[Array, ...]:
-    """What the kernel takes, padded."""
-    by = unit(a) * unit(b)
+    """The kernel's operands, padded: codes, scale tiles, scale, and the optional ones."""
+    scale = global_scale(a) * global_scale(b)
     a_scales = a.scales
     if low_rank is not None:
-        # The branch is divided by the unit, so one that is (nearly) zero drops the other product.
-        none = by < SMALLEST_UNIT
-        a_scales = jnp.where(none, jnp.zeros_like(a_scales), a_scales)
-        by = jnp.where(none, jnp.float32(1), by)
+        # The branch is divided by the scale, so a scale near zero drops the quantized product.
+        too_small = scale < SMALLEST_SCALE
+        a_scales = jnp.where(too_small, jnp.zeros_like(a_scales), a_scales)
+        scale = jnp.where(too_small, jnp.float32(1), scale)
     operands = [
         _padded(a.codes, (problem.m, problem.k)),
         _padded(b.codes, (problem.n, problem.k)),
         _scale_tiles(swizzle(a_scales), a.shape),
         _scale_tiles(b_swizzled, b.shape),
-        by[None],
+        scale[None],
     ]
     if bias is not None:
         operands.append(_padded(bias.astype(jnp.float32), (problem.n,)))
     if low_rank is not None:
         left, right = low_rank
-        left = (left.astype(jnp.float32) / by).astype(jnp.bfloat16)
+        left = (left.astype(jnp.float32) / scale).astype(jnp.bfloat16)
         operands.append(_padded(left, (problem.m, problem.rank)))
         operands.append(_padded(right.astype(jnp.bfloat16), (problem.rank, problem.n)))
     return tuple(operands)
 
 
 def _scale_tiles(swizzled: Array, shape: tuple[int, ...]) -> Array:
-    """Swizzled scales as the kernel indexes them; loads give zeros past the last tile."""
+    """Swizzled scales as tiles [rows / 128, k / 64, 32, 16]; loads past the end give zeros."""
     rows, k = shape
     return swizzled.reshape(_up(rows, 128) // 128, _up(k, 64) // 64, 32, 16)
 
 
 def _up(size: int, to: int) -> int:
+    """`size` rounded up to a multiple of `to`."""
     return -(-size // to) * to
 
 
@@ -169,7 +177,7 @@ def _padded(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
-    """A function that builds (callable, abstract arguments) of a product with a bias."""
+    """Returns a builder of (callable, abstract arguments) for a product with a bias."""
 
     def build() -> tuple[Callable, tuple]:
         array: Any = jax.ShapeDtypeStruct
@@ -188,8 +196,9 @@ def product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
 
 
 SINGLE = r"UTCOMMA(?!\.2CTA)[.\w]*\.4X"
-"""SASS of a product with a scale for 16 neighbours by one block, and by a pair of blocks."""
+"""SASS pattern of a product with one scale per 16 values, by single thread blocks."""
 PAIRS = r"UTCOMMA\.2CTA[.\w]*\.4X"
+"""SASS pattern of the same product by pairs of thread blocks."""
 CATALOG: Mapping[str, tuple[tuple[str, ...], Build, tuple[str, ...]]] = MappingProxyType(
     {
         "nvfp4_matmul": (("sm_100a",), product(7040, 3072, 3072, collective=False), (SINGLE,)),
@@ -201,4 +210,4 @@ CATALOG: Mapping[str, tuple[tuple[str, ...], Build, tuple[str, ...]]] = MappingP
         ),
     }
 )
-"""For checks: kernel -> chips, builder of (callable, abstract arguments), patterns of its SASS."""
+"""Kernel name -> (chips, builder of (callable, abstract arguments), required SASS patterns)."""

@@ -1,10 +1,11 @@
-"""Block-scaled matrix product on Blackwell: tcgen05, tensor memory, three roles.
+"""Block-scaled matrix product on Blackwell: tcgen05 and tensor memory, with three roles.
 
-One warp loads tiles and scales, one issues products, a warpgroup reads accumulators, scales them
-and writes the result. Blocks (CTAs) stay for many tiles, so that this and the loads of the next
-tile run under its products; every tile costs the same, so which cluster does which is fixed
-beforehand. In the collective form two blocks of a cluster share a tile of 256 rows: each loads its
-rows of the left operand and half of the right one, and the first block's warp issues for both.
+One warp loads tiles and scales, one issues products, and a warpgroup reads the accumulators, scales
+them and writes the result. Thread blocks (CTAs) are persistent: the epilogue of a tile and the
+loads of the next one overlap with products. All tiles cost the same, so they are assigned to
+clusters statically. In the collective form the two blocks of a cluster share a tile of 256 rows:
+each loads its rows of the left operand and half of the right operand, and the first block's warp
+issues the products for both.
 """
 
 from collections.abc import Callable
@@ -31,16 +32,21 @@ from pallas_kernels.nvfp4.mosaic.matmul_tiling import (
 LAYOUT = plgpu.Layout.TCGEN05
 CONTROL, EPILOGUE = range(2)  # warpgroups
 LOADER, ISSUER = range(2)  # warps of the first
-SCALE_TILES = DEPTH // 64  # tiles of 128 rows and 4 scales in a step
-_PLGPU: Any = plgpu  # classes of it look abstract to a type checker
+SCALE_TILES = DEPTH // 64  # tiles of 128 rows and 4 scales per step
+_PLGPU: Any = plgpu  # its classes look abstract to a type checker
 
 
 def kernel(problem: Problem, tiling: Tiling, dtype, *, interpret: Any = None) -> Callable:
-    """`(a, b, a_scales, b_scales, alpha, *bias, *low_rank) -> y`, all padded as in `Problem`.
+    """Builds `(a, b, a_scales, b_scales, alpha, *bias, *low_rank) -> y`, padded as in `Problem`.
 
-    Codes are [m, k] and [n, k]; scales [rows / 128, k / 64, 32, 16], of any number of whole tiles
-    that cover the codes; alpha float32 [1]; bias float32 [n]; the low-rank pair bfloat16 [m, rank]
-    and [rank, n]. y = alpha * (a b^T + low-rank product) + bias: alpha is for the branch, too.
+    y = alpha * (a @ b^T + low-rank product) + bias; alpha scales the branch as well.
+
+    The arguments of the kernel are:
+      a, b: codes [m, k] and [n, k].
+      a_scales, b_scales: [rows / 128, k / 64, 32, 16], whole tiles that cover the codes.
+      alpha: float32 [1].
+      bias: float32 [n], if the problem has a bias.
+      low_rank: bfloat16 [m, rank] and [rank, n], if the problem has a rank.
     """
     return plgpu.kernel(
         _body(problem, tiling),
@@ -58,12 +64,14 @@ def kernel(problem: Problem, tiling: Tiling, dtype, *, interpret: Any = None) ->
 
 
 def _swizzled(dtype, row_bytes: int = 128) -> tuple:
-    """How tiles lie in shared memory: 8 rows of at most 128 bytes together."""
+    """Shared-memory layout of tiles: 8 rows of at most 128 bytes together."""
     columns = row_bytes * 8 // jnp.finfo(dtype).bits
     return _PLGPU.TilingTransform((8, columns)), _PLGPU.SwizzleTransform(row_bytes)
 
 
 def _scratch(problem: Problem, tiling: Tiling, dtype) -> dict[str, Any]:
+    """Shared memory (`_s`), tensor memory (`_t`) and barriers."""
+    # 1. Kinds of buffers and barriers.
     pair, stages = tiling.collective, tiling.stages
     scale_tiles = tiling.scale_rows // ROWS
     twice = plgpu.Barrier(num_barriers=2, orders_tensor_core=True)
@@ -79,10 +87,11 @@ def _scratch(problem: Problem, tiling: Tiling, dtype) -> dict[str, Any]:
 
     def scales_in_tensor_memory(rows: int):
         layout = plgpu.TMEMLayout.SCALES_LAYOUT
-        one = plgpu.TMEM((rows, SCALES), SCALE, layout=layout, collective=pair)
-        return (one,) * SCALE_SLOTS
+        scales = plgpu.TMEM((rows, SCALES), SCALE, layout=layout, collective=pair)
+        return (scales,) * SCALE_SLOTS
 
-    shared = {
+    # 2. The buffers of every product, then those of the optional operands.
+    buffers = {
         "operands_s": (codes(ROWS), codes(tiling.own_columns), scales(1), scales(scale_tiles)),
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
@@ -95,17 +104,17 @@ def _scratch(problem: Problem, tiling: Tiling, dtype) -> dict[str, Any]:
         ),
     }
     if problem.bias:
-        shared |= {
+        buffers |= {
             "bias_s": plgpu.SMEM((tiling.columns,), jnp.float32),
             "bias_here": plgpu.Barrier(),
         }
     if problem.rank:
-        shared |= _low_rank_scratch(problem.rank, tiling)
-    return shared
+        buffers |= _low_rank_scratch(problem.rank, tiling)
+    return buffers
 
 
 def _low_rank_scratch(rank: int, tiling: Tiling) -> dict[str, Any]:
-    transforms = _swizzled(jnp.bfloat16, min(128, 2 * rank))  # the same for both, tcgen05 asks
+    transforms = _swizzled(jnp.bfloat16, min(128, 2 * rank))  # tcgen05 needs the same for both
 
     def part(rows: int, columns: int):
         return plgpu.SMEM((rows, columns), jnp.bfloat16, transforms=transforms)
@@ -118,7 +127,7 @@ def _low_rank_scratch(rank: int, tiling: Tiling) -> dict[str, Any]:
 
 
 def _body(problem: Problem, tiling: Tiling):
-    def body(*arrays, **shared):
+    def body(*arrays, **buffers):
         *sources, out = arrays
         operands, alpha, rest = sources[:4], sources[4], sources[5:]
         bias, low_rank = rest[: problem.bias], rest[problem.bias :]
@@ -130,15 +139,15 @@ def _body(problem: Problem, tiling: Tiling):
             def _warps(warp):
                 @pl.when(warp == LOADER)
                 def _load():
-                    _loads(problem, tiling, operands, low_rank, **shared)
+                    _loads(problem, tiling, operands, low_rank, **buffers)
 
                 @pl.when((warp == ISSUER) & (block == 0))
                 def _issue():
-                    _products(problem, tiling, **shared)
+                    _products(problem, tiling, **buffers)
 
         @pl.when(warpgroup == EPILOGUE)
         def _epilogue():
-            _write(problem, tiling, alpha, bias, out, block, **shared)
+            _write(problem, tiling, alpha, bias, out, block, **buffers)
 
     return body
 
@@ -150,21 +159,24 @@ def _each_tile(problem: Problem, tiling: Tiling, run: Callable[[Array, Array, Ar
     mine = lax.div(down * across - cluster + tiling.clusters - 1, jnp.int32(tiling.clusters))
 
     def tile(t, _):
-        place = cluster + t * tiling.clusters
-        run(t, *tile_of(place, down, across, tiling.band))
+        index = cluster + t * tiling.clusters
+        run(t, *tile_of(index, down, across, tiling.band))
 
     lax.fori_loop(0, mine, tile, None)
     return mine
 
 
-def tile_of(place: Array, down: int, across: int, band: int) -> tuple[Array, Array]:
-    """Row and column of the tile at a place in the order of work: bands of `band` row tiles, so
-    that what works at once shares operands in the cache."""
-    return plgpu.planar_snake(place, (down, across), 0, min(band, down))
+def tile_of(index: Array, down: int, across: int, band: int) -> tuple[Array, Array]:
+    """Row and column of the tile at position `index` of the schedule.
+
+    Tiles are scheduled in bands of `band` row tiles, so that concurrent clusters share operands in
+    the cache.
+    """
+    return plgpu.planar_snake(index, (down, across), 0, min(band, down))
 
 
-def _loads(problem, tiling, operands, low_rank, *, operands_s, full, empty, **shared):
-    """Loads every step's operands as soon as their slot is free. Past the edges there are zeros."""
+def _loads(problem, tiling, operands, low_rank, *, operands_s, full, empty, **buffers):
+    """Loads the operands of every step once their slot is free; zeros past the edges."""
     steps, stages = problem.k // DEPTH, tiling.stages
 
     def whole_tiles(start, size):
@@ -174,7 +186,7 @@ def _loads(problem, tiling, operands, low_rank, *, operands_s, full, empty, **sh
         rows = pl.ds(row * tiling.rows, tiling.rows)
         columns = pl.ds(column * tiling.columns, tiling.columns)
         if low_rank:
-            _load_low_rank(tiling, low_rank, t, rows, columns, **shared)
+            _load_low_rank(tiling, low_rank, t, rows, columns, **buffers)
 
         def step(i, _):
             at = t * steps + i
@@ -200,13 +212,13 @@ def _loads(problem, tiling, operands, low_rank, *, operands_s, full, empty, **sh
     total = _each_tile(problem, tiling, tile) * steps
     _wait_last(empty, total, stages, stages)
     if low_rank:
-        plgpu.barrier_wait(shared["low_rank_done"])
+        plgpu.barrier_wait(buffers["low_rank_done"])
 
 
 def _load_low_rank(
     tiling, low_rank, t, rows, columns, *, low_rank_s, low_rank_here, low_rank_done, **_
 ):
-    """Loads the low-rank operands of a tile once those of the last one are used."""
+    """Loads the low-rank operands of a tile once those of the previous tile are used."""
 
     @pl.when(t >= 1)
     def _wait_low_rank_done():
@@ -218,7 +230,10 @@ def _load_low_rank(
 
 
 def _copy(tiling: Tiling, source, target, arrived, axis: int | None) -> None:
-    """A copy that the block which issues products waits for; a pair shares it along `axis`."""
+    """Copies to shared memory; a pair of blocks splits the copy along `axis`.
+
+    The block that issues products waits for `arrived`.
+    """
     pair: dict[str, Any] = {}
     if tiling.collective:
         parts: Any = plgpu.CopyPartition
@@ -227,8 +242,8 @@ def _copy(tiling: Tiling, source, target, arrived, axis: int | None) -> None:
     plgpu.copy_gmem_to_smem(source, target, arrived, **pair)
 
 
-def _products(problem, tiling, *, empty, sums_t, done, drained, **shared):
-    """Issues every product, of the low-rank branch first."""
+def _products(problem, tiling, *, empty, sums_t, done, drained, **buffers):
+    """Issues all products; in each tile those of the low-rank branch come first."""
     steps, lag, axis = problem.k // DEPTH, tiling.lag, _pair_axis(tiling)
 
     def tile(t, row, column):
@@ -240,11 +255,11 @@ def _products(problem, tiling, *, empty, sums_t, done, drained, **shared):
             plgpu.barrier_wait(drained.at[lax.rem(t - lag, jnp.int32(2))])
 
         if problem.rank:
-            _low_rank_product(tiling, target, **shared)
+            _low_rank_product(tiling, target, **buffers)
 
         def step(i, _):
             started = (i > 0) | (problem.rank > 0)
-            _scaled_products(tiling, t * steps + i, target, started, empty, **shared)
+            _scaled_products(tiling, t * steps + i, target, started, empty, **buffers)
 
         lax.fori_loop(0, steps, step, None)
         plgpu.tcgen05_commit_arrive(done.at[half], collective_axis=axis)
@@ -264,17 +279,17 @@ def _low_rank_product(tiling, target, *, low_rank_s, low_rank_here, low_rank_don
     plgpu.tcgen05_mma(
         target, left, right, low_rank_done, accumulate=False, collective_axis=_pair_axis(tiling)
     )
-    # Products of two kinds have no order of their own.
+    # Products of two kinds are not ordered with each other.
     plgpu.barrier_wait(low_rank_done)
 
 
 def _scaled_products(tiling, at, target, started, empty, *, operands_s, full, scales_t, **_):
-    """Step `at` of all steps: adds to `target` if `started`, else overwrites it."""
+    """Issues step `at` of all steps; adds to `target` if `started`, else overwrites it."""
     a_s, b_s, *scales_s = operands_s
     slot, axis = lax.rem(at, jnp.int32(tiling.stages)), _pair_axis(tiling)
     plgpu.barrier_wait(full.at[slot])
 
-    # A copy of scales does not wait for earlier products, so these must be over.
+    # A copy of scales does not wait for earlier products, so they must have finished.
     @pl.when(at >= SCALE_SLOTS)
     def _wait_scales_read():
         plgpu.barrier_wait(empty.at[lax.rem(at - SCALE_SLOTS, jnp.int32(tiling.stages))])
@@ -284,8 +299,8 @@ def _scaled_products(tiling, at, target, started, empty, *, operands_s, full, sc
         @pl.when(lax.rem(at, jnp.int32(SCALE_SLOTS)) == parity)
         def _issue(parity=parity):
             scales = [slots[parity] for slots in scales_t]
-            for source, place in zip(scales_s, scales, strict=True):
-                plgpu.async_copy_scales_to_tmem(source.at[slot], place, collective_axis=axis)
+            for source, index in zip(scales_s, scales, strict=True):
+                plgpu.async_copy_scales_to_tmem(source.at[slot], index, collective_axis=axis)
             plgpu.tcgen05_mma(
                 target, a_s.at[slot], b_s.at[slot].transpose((1, 0)), empty.at[slot],
                 a_scale=scales[0], b_scale=scales[1], accumulate=started, collective_axis=axis,
@@ -293,7 +308,7 @@ def _scaled_products(tiling, at, target, started, empty, *, operands_s, full, sc
 
 
 def _wait_last(barriers, uses, pending: int, slots: int) -> None:
-    """Waits for the last `pending` of all `uses` of slots, so that no phase ends unobserved."""
+    """Waits for the last `pending` of all `uses` of slots: every barrier phase is observed."""
 
     @pl.loop(lax.max(uses - pending, jnp.int32(0)), uses)
     def _wait(i):
@@ -304,10 +319,10 @@ def _write(
     problem, tiling, alpha, bias, out, block, *, sums_t, done, drained, out_s, bias_s=None,
     bias_here=None, **_,
 ):  # fmt: skip
-    """Reads every accumulator and writes alpha times it, plus the bias."""
+    """Epilogue: reads every accumulator and writes alpha times it, plus the bias."""
     piece = out_s.shape[2]
     pieces = tiling.columns // piece
-    # What the next tile needs is read into registers before anything is written.
+    # Columns that the next tile overwrites are read into registers first.
     first = pieces if tiling.lag == 2 else -(-(tiling.columns - tiling.second) // piece)
     scale = alpha[0]
 
@@ -319,7 +334,7 @@ def _write(
             plgpu.copy_gmem_to_smem(bias[0].at[columns], bias_s, bias_here)
 
         def part(i):
-            """Columns of the i-th piece: from the side where the accumulators overlap."""
+            """Columns of the i-th piece, starting where the accumulators overlap."""
             return lax.select(half == 0, jnp.int32(pieces - 1 - i), jnp.int32(i)) * piece
 
         def read(i):
@@ -327,13 +342,13 @@ def _write(
             return plgpu.async_load_tmem(sums_t.at[:, columns], layout=LAYOUT)
 
         plgpu.barrier_wait(done.at[half])
-        held = [read(i) for i in range(first)]
+        read_ahead = [read(i) for i in range(first)]
         plgpu.wait_load_tmem()
         plgpu.barrier_arrive(drained.at[half])
         if bias:
             plgpu.barrier_wait(bias_here)
         for i in range(pieces):
-            values = (held[i] if i < first else read(i)) * scale
+            values = (read_ahead[i] if i < first else read(i)) * scale
             if bias:
                 values = values + _along_rows(bias_s.at[pl.ds(part(i), piece)], values.shape)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -348,7 +363,7 @@ def _write(
 
 
 def _along_rows(numbers_s, shape):
-    """Numbers of columns, repeated for every row."""
+    """Per-column values, broadcast to all rows."""
     numbers = plgpu.load(numbers_s, layout=LAYOUT.reduce(0), optimized=False)
-    # One row of numbers alone would be taken for Hopper's layout.
+    # A single row of values would be inferred to have Hopper's layout.
     return plgpu.layout_cast(lax.broadcast_in_dim(numbers, shape, [1]), LAYOUT)

@@ -1,4 +1,4 @@
-"""`longlive kernels check`: its rows, what it calls a failure, and where its words come from."""
+"""`longlive kernels check`: rows, failures, and the sources of its states."""
 
 import ast
 import json
@@ -27,15 +27,15 @@ NAME = "nvfp4_dequantize"
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Puts words into the compiler's mouth: a kernel's report, or why there is none."""
+    """Replaces the compilers and the interpreter by a given report on one kernel."""
     monkeypatch.setattr(deviceless, "refusal", lambda: None)
 
-    def says(found, *, passes=True):
-        answer = found if "failure" in found else {"compiled": [found]}
-        monkeypatch.setattr(kernels, "_compiled", lambda target, names, tick: {NAME: answer})
-        monkeypatch.setattr(kernels, "_interpreted", lambda names, tick: {NAME: passes})
+    def returns(report, *, passes=True):
+        result = report if "failure" in report else {"compiled": [report]}
+        monkeypatch.setattr(kernels, "compile_kernels", lambda target, names, tick: {NAME: result})
+        monkeypatch.setattr(kernels, "run_interpreter_tests", lambda names, tick: {NAME: passes})
 
-    return says
+    return returns
 
 
 def check(capsys, *options: str) -> tuple[int, dict]:
@@ -77,13 +77,13 @@ def test_a_good_kernel(compiled, capsys):
         ({"architecture": "sm_90a"}, "compiled for sm_90a"),
     ],
 )
-def test_what_is_wrong_is_said_and_fails(compiled, capsys, change, message):
+def test_failures_are_reported(compiled, capsys, change, message):
     compiled(change if "failure" in change else GOOD | change)
     code, row = check(capsys)
     assert code == 1 and row["failures"] == [message]
 
 
-def test_wrong_numbers_fail(compiled, capsys):
+def test_wrong_results_in_the_interpreter_fail(compiled, capsys):
     compiled(GOOD, passes=False)
     code, row = check(capsys)
     assert code == 1 and row["failures"] == ["its test in the interpreter fails"]
@@ -105,8 +105,8 @@ def test_wrong_numbers_fail(compiled, capsys):
 def test_bad_input(options, message, capsys, monkeypatch):
     monkeypatch.setattr(deviceless, "refusal", lambda: None)
     assert run(["kernels", *options]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) >= 1 and message in said[-1]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) >= 1 and message in lines[-1]
 
 
 def test_without_a_compiler(monkeypatch):
@@ -115,25 +115,25 @@ def test_without_a_compiler(monkeypatch):
         kernels.check("sm_100a")
     monkeypatch.setattr(deviceless, "tool", lambda name: "/somewhere")
     monkeypatch.setattr(deviceless, "PLUGIN", deviceless.PLUGIN / "nowhere")
-    monkeypatch.setattr(deviceless, "_installed", lambda: False)
+    monkeypatch.setattr(deviceless.importlib.util, "find_spec", lambda name: None)
     assert (
         deviceless.refusal() == "no CUDA plugin of JAX: `pip install -e '.[plan]'` (no GPU needed)"
     )
 
 
-def test_interpreted_is_what_the_tests_say(monkeypatch):
+def test_interpreted_is_the_result_of_the_tests(monkeypatch):
     tests = kernels.INTERPRETED_BY
     passed, failed = tests["nvfp4_quantize"], tests["nvfp4_dequantize"]
     lines = ["collecting", f"{failed} FAILED  [50%]", f"{passed} PASSED [100%]", "=== 1 failed"]
-    monkeypatch.setattr(kernels, "_lines", lambda command, folder: iter(lines))
+    monkeypatch.setattr(kernels, "process_lines", lambda command, folder: iter(lines))
     names = ["nvfp4_quantize", "nvfp4_dequantize", "nvfp4_matmul_2cta"]
-    found = kernels._interpreted(names, lambda done, total: None)
-    assert found == dict(zip(names, (True, False, False), strict=True))
+    results = kernels.run_interpreter_tests(names, lambda done, total: None)
+    assert results == dict(zip(names, (True, False, False), strict=True))
     monkeypatch.setattr(kernels, "ROOT", kernels.ROOT / "nowhere")
-    assert kernels._interpreted(names, lambda done, total: None) == dict.fromkeys(names)
+    assert kernels.run_interpreter_tests(names, lambda done, total: None) == dict.fromkeys(names)
 
 
-def test_every_test_that_is_named_is_there():
+def test_all_interpreter_tests_exist():
     assert kernels.INTERPRETED_BY.keys() <= catalog().keys()
     for node in set(kernels.INTERPRETED_BY.values()):
         file, _, name = node.partition("::")
@@ -144,7 +144,7 @@ def test_every_test_that_is_named_is_there():
         assert not case or f'"{case.rpartition("-")[0] or case}"' in text, node
 
 
-def test_what_ran_is_on_record(tmp_path):
+def test_runs_are_read_from_recorded_results(tmp_path):
     assert kernels.executed_on(NAME, "sm_100a", tmp_path) is None
     rows = [{"kernel": NAME, "chip": "sm_100a", "executed_on": "NVIDIA GB200"}]
     (tmp_path / "kernels_gb200.json").write_text(json.dumps(rows))

@@ -1,4 +1,4 @@
-"""The benchmark of packed operations counts right, times what runs, and says what does not."""
+"""The benchmark of packed operations: its work counts, its report, and its checks."""
 
 import json
 
@@ -32,11 +32,11 @@ def test_report_as_json_and_as_a_table(tmp_path, capsys):
     from longlive_jax.cli.bench_tables import show_nvfp4
 
     show_nvfp4(report)
-    said = capsys.readouterr().out
-    assert "quantize" in said and "of limit" in said and "not run" in said
+    text = capsys.readouterr().out
+    assert "quantize" in text and "of limit" in text and "not run" in text
 
 
-def test_useful_work_is_what_must_be_moved():
+def test_useful_work_counts_each_byte_and_operation_once():
     spec = bench.NVFP4Spec(rows=32, inputs=32, outputs=48, slots=1, tokens=8, heads=1, width=16)
     work = {name: make(spec).work for name, make in bench.OPS.items()}
     assert work == {
@@ -50,6 +50,6 @@ def test_useful_work_is_what_must_be_moved():
 
 
 @pytest.mark.parametrize("settings", [{"rows": 0}, {"inputs": 40}, {"width": 24}])
-def test_settings_that_make_no_sense(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         bench.NVFP4Spec(**settings)

@@ -59,7 +59,7 @@ def test_packing_while_loading_serves_the_same_matrices(checkpoint, packed):
     """The precision cannot be changed afterwards."""
     packed_now = Pipeline.from_checkpoint(checkpoint, quant={"policy": "nvfp4"})
     packed_before = Pipeline.from_checkpoint(packed, quant={"policy": "nvfp4"})
-    assert packed_now.served() == packed_before.served() != ()
+    assert packed_now.describe_kernels() == packed_before.describe_kernels() != ()
     with pytest.raises(UserError, match="quant cannot change after loading"):
         packed_now.with_settings(quant={"policy": "none"})
 

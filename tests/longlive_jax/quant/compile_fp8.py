@@ -1,7 +1,7 @@
-"""Compiles a linear in FP8 for an H200 that is not there; prints what multiplies, as JSON.
+"""Compiles an FP8 linear for an H200 without a GPU; prints the products' implementations as JSON.
 
-XLA chooses between the library and a kernel of its own by timing them on the chip. Without one it
-takes its own, so the library is asked for as well.
+XLA chooses between cuBLASLt and its own kernel by timing both on the chip. Without a chip it uses
+its own, so the library is requested in a second compilation.
 """
 
 import json
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     shape = jax.ShapeDtypeStruct
     kernel = Fp8Kernel(shape((3072, 3072), jnp.float8_e4m3fn), shape((3072,), jnp.float32))
     arguments = kernel, shape((7040, 3072), jnp.bfloat16), shape((3072,), jnp.bfloat16)
-    found = {}
+    products = {}
     for name, own in (("own", True), ("library", False)):
         options = {"xla_gpu_enable_triton_gemm": own}
         compiled = deviceless.compile_for("h200", Fp8Kernel.product, *arguments, options=options)
@@ -30,5 +30,5 @@ if __name__ == "__main__":
         calls = re.findall(r'custom_call_target="([^"]+)"', text)
         types = dict(re.findall(r"%(\S+) = (\w+)\[", text))
         dots = [[types[x] for x in operands] for _, *operands in re.findall(OPERANDS, text)]
-        found[name] = {"calls": calls, "dots": dots}
-    print(json.dumps(found))
+        products[name] = {"calls": calls, "dots": dots}
+    print(json.dumps(products))

@@ -1,4 +1,4 @@
-"""Kernels in FP8: exact products of what both sides become, and casts that saturate."""
+"""FP8 kernels: exact products of the quantized operands, and casts that saturate."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_rows_have_their_own_scale():
     np.testing.assert_array_equal(scale[1:], jnp.max(jnp.abs(x), axis=1)[1:] / 448)
     assert set(np.max(np.abs(np.asarray(codes, np.float32)), axis=1)) == {0.0, 448.0}
     back = dequantize_rows(codes, scale)
-    # half a unit in the last of three bits, or half of the smallest subnormal number
+    # Half a unit in the last of three bits, or half of the smallest subnormal number.
     error = np.abs(back - x.at[0].set(0))
     assert np.all(error <= np.abs(x) / 16 + scale[:, None] * 2.0**-10)
 
@@ -44,7 +44,7 @@ def test_casts_saturate_and_round_to_even():
     assert np.isfinite(np.asarray(quantize_rows(tiny)[0], np.float32)).all()
 
 
-def test_nan_reaches_its_row_only():
+def test_nan_affects_only_its_row():
     x = normal(0, 3, 16).at[1, 2].set(jnp.nan)
     y = matmul_rows(*quantize_rows(x), *quantize_rows(normal(1, 5, 16)), out_dtype=jnp.float32)
     np.testing.assert_array_equal(np.isnan(y).all(axis=1), [False, True, False])
@@ -52,7 +52,7 @@ def test_nan_reaches_its_row_only():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_product_is_of_what_both_sides_become(dtype):
+def test_the_product_is_that_of_the_quantized_operands(dtype):
     kernel, bias = normal(0, 2, 48, 24), normal(1, 24)
     x = (3 * normal(2, 2, 5, 48)).astype(dtype)
     packed = pack_fp8(kernel)
@@ -72,8 +72,8 @@ def test_a_branch_is_added():
 
     @jax.jit
     def both(x):
-        beside = Fp8Kernel(packed.codes, packed.scales, branch)
-        return beside.product(x, bias), packed.product(x, bias) + branch(x)
+        adapted = Fp8Kernel(packed.codes, packed.scales, branch)
+        return adapted.product(x, bias), packed.product(x, bias) + branch(x)
 
     np.testing.assert_allclose(*both(x), rtol=1e-5, atol=1e-4)
 
@@ -90,6 +90,6 @@ def test_a_hopper_gpu_multiplies_in_fp8(repository):
         env=os.environ | {"PYTHONPATH": str(repository)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["own"] == {"calls": [], "dots": [["f8e4m3fn", "f8e4m3fn"]]}
-    assert "__cublas$lt$matmul$f8" in found["library"]["calls"]
+    products = json.loads(done.stdout.splitlines()[-1])
+    assert products["own"] == {"calls": [], "dots": [["f8e4m3fn", "f8e4m3fn"]]}
+    assert "__cublas$lt$matmul$f8" in products["library"]["calls"]

@@ -1,4 +1,4 @@
-"""LoRA beside an array: the same numbers as merged, and gradients for the branch."""
+"""Unmerged LoRA: the same results as merged."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from longlive_jax.quant.low_rank import LoRAKernel, LowRank, with_branches
 
 
 @pytest.fixture
-def parts():
+def kernel_and_branch():
     keys = jax.random.split(jax.random.key(0), 3)
     kernel, a, b = (
         jax.random.normal(key, shape)
@@ -18,16 +18,15 @@ def parts():
     return kernel, LowRank(a, b, 2.0)
 
 
-def test_beside_equals_merged(parts):
-    kernel, branch = parts
-    both = LoRAKernel(kernel, branch)
+def test_unmerged_equals_merged(kernel_and_branch):
+    adapted = LoRAKernel(*kernel_and_branch)
     x, bias = jnp.ones((4, 6)), jnp.arange(5.0)
-    got = jax.tree.map(lambda leaf: leaf[1], both).product(x, bias)
-    np.testing.assert_allclose(got, x @ both.merged()[1] + bias, rtol=1e-5, atol=1e-5)
+    got = jax.tree.map(lambda leaf: leaf[1], adapted).product(x, bias)
+    np.testing.assert_allclose(got, x @ adapted.merged()[1] + bias, rtol=1e-5, atol=1e-5)
 
 
-def test_every_branch_finds_its_kernel(parts):
-    kernel, branch = parts
+def test_branches_are_attached_by_path(kernel_and_branch):
+    kernel, branch = kernel_and_branch
     params = {"blocks": {"up": {"kernel": kernel, "bias": jnp.zeros(5)}}}
     changed = with_branches(params, {"blocks/up/kernel": branch})
     assert isinstance(changed["blocks"]["up"]["kernel"], LoRAKernel)

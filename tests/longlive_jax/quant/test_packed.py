@@ -1,4 +1,4 @@
-"""Kernels in NVFP4 that multiply themselves: exactly what they say, in a model, with a LoRA."""
+"""Packed NVFP4 kernels: exact products, in a model, and with a LoRA."""
 
 import chex
 import jax
@@ -13,10 +13,10 @@ from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.quant.low_rank import LoRAKernel, LowRank
 from longlive_jax.quant.packed import (
     PackedKernel,
+    describe_kernels,
     pack,
     quantize_params,
     resident_bytes,
-    served,
 )
 from longlive_jax.quant.policy import Format, QuantPolicy, named
 from pallas_kernels.dispatch import Unsupported
@@ -52,39 +52,39 @@ def layer(tree, i):
 @pytest.mark.parametrize(
     "form", [Format(), Format(weights="static_6", activations="static_6"), Format(tile=16)]
 )
-def test_the_product_is_of_what_both_sides_become(form, kernel):
+def test_the_product_is_that_of_the_quantized_operands(form, kernel):
     if form.tile == 16:
         kernel = normal(0, LAYERS, INPUTS, 32)
     packed = pack(kernel, form)
     x, bias = 3 * normal(3, 1, 7, INPUTS), normal(4, kernel.shape[-1])
-    found = quantize(x.reshape(-1, INPUTS), rule=form.activations)
-    rows = np.asarray(dequantize(found, jnp.float32), np.float64).reshape(x.shape)
+    quantized = quantize(x.reshape(-1, INPUTS), rule=form.activations)
+    rows = np.asarray(dequantize(quantized, jnp.float32), np.float64).reshape(x.shape)
     for i in range(LAYERS):
         weight = np.asarray(packed.dequantized()[i], np.float64)
         got = layer(packed, i).product(x, bias)
         assert got.shape == (1, 7, kernel.shape[-1]) and got.dtype == x.dtype
         np.testing.assert_allclose(got, rows @ weight + np.asarray(bias), rtol=1e-5, atol=1e-4)
-        # and the matrix is the one that quantizing it by itself gives
+        # The matrix is the one that quantizing a single layer gives.
         alone = quantize(kernel[i].T, rule=form.weights, block_rows=form.tile)
         np.testing.assert_array_equal(packed.dequantized()[i].T, dequantize(alone, jnp.float32))
 
 
 def test_a_branch_is_added_exactly(kernel, branch):
     packed = pack(kernel, Format())
-    beside = PackedKernel(packed.weight, branch, packed.activations)
+    adapted = PackedKernel(packed.weight, branch, packed.activations)
     x, bias = normal(3, 7, INPUTS), normal(4, OUTPUTS)
-    plain, got = (layer(k, 0).product(x, bias) for k in (packed, beside))
+    plain, got = (layer(k, 0).product(x, bias) for k in (packed, adapted))
     first = layer(branch, 0)
     np.testing.assert_array_equal(got, plain + first(x))
     np.testing.assert_allclose(first(x), x @ first.a @ first.b * 0.5, rtol=1e-4, atol=1e-4)
 
 
-def test_a_branch_in_bfloat16_is_part_of_the_product(kernel, branch):
+def test_a_branch_in_bfloat16_is_fused_into_the_product(kernel, branch):
     packed = pack(kernel, Format())
-    beside = PackedKernel(packed.weight, branch, packed.activations)
+    adapted = PackedKernel(packed.weight, branch, packed.activations)
     x, bias = normal(3, 7, INPUTS, dtype=jnp.bfloat16), normal(4, OUTPUTS)
-    got = layer(beside, 0).product(x, bias)
-    want = layer(beside, 0).product(x.astype(jnp.float32), bias)
+    got = layer(adapted, 0).product(x, bias)
+    want = layer(adapted, 0).product(x.astype(jnp.float32), bias)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.03 * float(abs(want).max()))
 
@@ -92,8 +92,8 @@ def test_a_branch_in_bfloat16_is_part_of_the_product(kernel, branch):
 def test_a_merged_lora_is_quantized_with_the_matrix(kernel, branch):
     merged = LoRAKernel(kernel, branch).merged()
     np.testing.assert_allclose(merged, kernel + branch.a @ branch.b * 0.5, rtol=1e-5, atol=1e-5)
-    got, apart = pack(merged, Format()), pack(kernel, Format())
-    assert not np.array_equal(got.dequantized(), apart.dequantized())
+    got, unmerged = pack(merged, Format()), pack(kernel, Format())
+    assert not np.array_equal(got.dequantized(), unmerged.dequantized())
     x, bias = normal(3, 7, INPUTS), jnp.zeros(OUTPUTS)
     rows = dequantize(quantize(x), jnp.float32)
     np.testing.assert_allclose(
@@ -129,16 +129,16 @@ def test_a_model_runs_on_packed_kernels(model):
         dit = with_params(graphdef, params)
         return dit(x, jnp.full((1, 2), 300.0), dit.text_kv(text), tokens)[0]
 
-    # both kinds in one model
+    # Both kinds in one model.
     rules = (("blocks/ffn/.*/kernel", Format()), ("blocks/.*/kernel", Format(kind="fp8")))
     packed = quantize_params(params, QuantPolicy("mixed", rules))
-    assert len(served(packed)) == 2
+    assert len(describe_kernels(packed)) == 2
     plain = velocity(params)
     error = np.linalg.norm(velocity(packed) - plain) / np.linalg.norm(plain)
     assert 1e-3 < error < 0.2
 
 
-def test_only_what_the_policy_picks_is_packed(model):
+def test_only_the_selected_kernels_are_packed(model):
     _, params = model
     packed = quantize_params(params, named("nvfp4"), dtype=jnp.bfloat16)
     linears = packed["blocks"]["self_attn"]
@@ -146,12 +146,12 @@ def test_only_what_the_policy_picks_is_packed(model):
     rest = (packed["head"]["linear"]["kernel"], packed["blocks"]["ffn"]["up"]["bias"])
     assert all(x.dtype == jnp.bfloat16 for x in rest)
     chex.assert_trees_all_equal(quantize_params(params, named("none")), params)
-    assert served(packed) == (
+    assert describe_kernels(packed) == (
         "20 matrices in NVFP4 (weights mse, activations mse); quantize: xla, matmul: xla",
     )
 
 
-def test_what_does_not_fit_is_said(model, branch):
+def test_a_policy_that_does_not_match_is_refused(model, branch):
     _, params = model
     with pytest.raises(ValueError, match="no kernel at blocks/nowhere/kernel"):
         quantize_params(params, named("nvfp4"), branches={"blocks/nowhere/kernel": branch})
@@ -163,25 +163,25 @@ def test_what_does_not_fit_is_said(model, branch):
 def test_a_named_implementation_runs_or_raises(kernel):
     x, bias = normal(3, 7, INPUTS), jnp.zeros(OUTPUTS)
     weight = pack(kernel, Format()).weight
-    by = {
+    results = {
         name: jax.jit(layer(PackedKernel(weight, implementation=name), 0).product)(x, bias)
         for name in ("auto", "xla", "reference")
     }
-    np.testing.assert_array_equal(by["auto"], by["xla"])
-    np.testing.assert_allclose(by["xla"], by["reference"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(results["auto"], results["xla"])
+    np.testing.assert_allclose(results["xla"], results["reference"], rtol=1e-5, atol=1e-5)
     with pytest.raises(Unsupported, match=r"needs Blackwell \(sm_100\).*implementation='xla'"):
         layer(PackedKernel(weight, implementation="mosaic"), 0).product(x, bias)
 
 
 def test_the_5b_takes_three_gigabytes():
-    """2.76 GB of packed kernels and 0.19 GB of the rest (reference, 10.7); nothing is allocated."""
+    """2.76 GB of packed kernels and 0.19 GB of other parameters; nothing is allocated here."""
     cfg = DiTConfig(param_dtype=jnp.bfloat16)
     _, shapes = abstract(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
     packed = jax.eval_shape(
         lambda params: quantize_params(params, named("nvfp4"), dtype=jnp.bfloat16), shapes
     )
-    found = resident_bytes(packed)
-    assert found["packed"] == pytest.approx(2.76e9, rel=0.01)
-    assert sum(found.values()) == pytest.approx(2.76e9 + 0.19e9, rel=0.01)
-    (line,) = served(packed)
+    sizes = resident_bytes(packed)
+    assert sizes["packed"] == pytest.approx(2.76e9, rel=0.01)
+    assert sum(sizes.values()) == pytest.approx(2.76e9 + 0.19e9, rel=0.01)
+    (line,) = describe_kernels(packed)
     assert line.startswith("300 matrices in NVFP4")

@@ -1,4 +1,4 @@
-"""Policies pick the linears that they are for, and say what does not fit."""
+"""Policies select the intended linears, and refuse models that do not match."""
 
 import pytest
 from flax import nnx
@@ -22,7 +22,7 @@ def shapes(**widths):
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"none"}))
-def test_every_policy_picks_the_300_linears_of_the_5b(name):
+def test_every_policy_selects_the_300_linears_of_the_5b(name):
     params = shapes()
     formats = named(name).formats(params)
     parts = {f"{part}/{x}" for part in ("self_attn", "cross_attn") for x in "qkvo"}
@@ -46,7 +46,7 @@ def test_training_rules_are_those_of_the_reference():
     assert named("nvfp4_train").trains and not named("nvfp4").trains and not named("fp8").trains
 
 
-def test_the_first_rule_that_matches_counts():
+def test_the_first_matching_rule_wins():
     first = Format(weights="static_4")
     policy = QuantPolicy("mine", ((r"blocks/ffn/.*/kernel", first), (LINEARS, Format())))
     formats = policy.formats(shapes(dim=48, ffn_dim=64, heads=2, layers=2))
@@ -55,7 +55,7 @@ def test_the_first_rule_that_matches_counts():
     assert policy.describe(shapes()).count("matrices") == 2
 
 
-def test_what_does_not_fit_is_named():
+def test_errors_name_the_pattern_matrix_or_policy():
     with pytest.raises(ValueError, match=r"no matrix matches 'blocks/attn/kernel'"):
         QuantPolicy("mine", (("blocks/attn/kernel", Format()),)).formats(shapes())
     odd = shapes(dim=48, ffn_dim=72, heads=2, layers=2)

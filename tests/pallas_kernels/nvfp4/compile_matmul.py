@@ -1,8 +1,9 @@
-"""Compiles the NVFP4 product for one chip and prints what the compilers said, as JSON.
+"""Compiles the NVFP4 product for one chip and prints the compilers' report as JSON.
 
     python tests/pallas_kernels/nvfp4/compile_matmul.py gb200 catalog|shapes
 
-A process of its own: Mosaic takes one chip a process, and settings are read when JAX is imported.
+It runs as a separate process: Mosaic compiles for one chip per process, and settings are read when
+JAX is imported.
 """
 
 import json
@@ -26,7 +27,7 @@ SHAPES = {
 
 
 def compiled(build) -> dict:
-    """What was said of the only kernel of `build()`."""
+    """The report on the only kernel of `build()`."""
     run, arguments = build()
     deviceless.compile_for(sys.argv[1], run, *arguments)
     (kernel,) = deviceless.inspect(DUMP, "UTC[A-Z]*MMA")

@@ -1,4 +1,4 @@
-"""The NVFP4 array as a pytree, its packed bytes, and the order of scales for tensor cores."""
+"""The NVFP4 array as a pytree, its packed bytes, and the scale layout of tensor cores."""
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,13 @@ def test_codes_are_numbered_as_published():
 
 def test_the_low_half_of_a_byte_is_the_even_column():
     np.testing.assert_array_equal(pack(jnp.array([[1.0, 6.0, -0.5, 0.0]], CODE)), [[0x72, 0x09]])
-    with pytest.raises(ValueError, match="3 codes a row"):
+    with pytest.raises(ValueError, match="codes per row must be even, got 3"):
         pack(jnp.zeros((2, 3), CODE))
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.binary(min_size=24, max_size=24))
-def test_packing_loses_nothing(raw):
+def test_packing_is_lossless(raw):
     packed = np.frombuffer(raw, np.uint8).reshape(2, 3, 4)
     codes = unpack(packed)
     assert codes.shape == (2, 3, 8)
@@ -51,15 +51,15 @@ def test_packing_loses_nothing(raw):
 
 @settings(deadline=None, max_examples=6)
 @given(st.sampled_from([1, 32, 127, 128, 300]), st.sampled_from([1, 3, 4, 9]), st.booleans())
-def test_swizzled_scales_are_where_tensor_cores_look(rows, columns, stacked):
+def test_swizzled_scales_have_the_layout_of_tensor_cores(rows, columns, stacked):
     scales = np.random.default_rng(rows * columns).integers(1, 127, (rows, columns), np.uint8)
     padded = -(-columns // 4) * 4
     want = np.zeros(-(-rows // 128) * 128 * padded, np.uint8)
     r, c = np.mgrid[:rows, :columns]
     tile = (r // 128) * (padded // 4) + c // 4
     want[tile * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4] = scales
-    given = jnp.asarray(scales).view(SCALE)
-    flat = swizzle(given[None] if stacked else given)
+    e4m3 = jnp.asarray(scales).view(SCALE)
+    flat = swizzle(e4m3[None] if stacked else e4m3)
     np.testing.assert_array_equal(np.asarray(flat).view(np.uint8).reshape(want.shape), want)
     back = unswizzle(flat, rows, columns)
     assert back.shape == ((1, rows, columns) if stacked else (rows, columns))
@@ -68,7 +68,7 @@ def test_swizzled_scales_are_where_tensor_cores_look(rows, columns, stacked):
 
 def test_scales_of_another_shape_are_refused():
     flat = swizzle(jnp.zeros((128, 4)))
-    with pytest.raises(ValueError, match="512 scales, but 129 rows of 4 blocks take 1024"):
+    with pytest.raises(ValueError, match="129 rows of 4 blocks need 1024 scales, got 512"):
         unswizzle(flat, 129, 4)
 
 
@@ -80,14 +80,14 @@ def test_bytes_and_shape():
     assert isinstance(abstract, NVFP4) and abstract.nbytes == a.nbytes and abstract.rule == "mse"
 
 
-def test_layers_are_scanned_gathered_and_cut():
+def test_layers_are_scanned_gathered_and_sliced():
     a = layers()
     want = np.asarray(dequantize(a, jnp.float32))
     _, scanned = jax.lax.scan(lambda c, layer: (c, dequantize(layer, jnp.float32)), 0, a)
     np.testing.assert_array_equal(scanned, want)
     order = jnp.array([2, 0])
-    taken = jax.tree.map(lambda leaf: leaf[order], a)
-    np.testing.assert_array_equal(dequantize(taken, jnp.float32), want[[2, 0]])
+    gathered = jax.tree.map(lambda leaf: leaf[order], a)
+    np.testing.assert_array_equal(dequantize(gathered, jnp.float32), want[[2, 0]])
     last = jax.tree.map(lambda leaf: leaf[-1], a)
     assert last.shape == (8, 32) and last.lead == 0
     np.testing.assert_array_equal(dequantize(last, jnp.float32), want[-1])

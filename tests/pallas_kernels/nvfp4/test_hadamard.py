@@ -18,10 +18,10 @@ def test_equals_the_golden(goldens):
             np.testing.assert_array_equal(np.float32(got), file["rht_example_out"])
 
 
-def test_leaves_products_as_they_are():
-    signs = jax.random.rademacher(jax.random.key(0), (16,), jnp.int32)
-    for given in (SIGNS, signs):
-        r = matrix(given)
+def test_products_of_rotated_operands_are_unchanged():
+    random_signs = jax.random.rademacher(jax.random.key(0), (16,), jnp.int32)
+    for signs in (SIGNS, random_signs):
+        r = matrix(signs)
         np.testing.assert_array_equal(r @ r.T, np.eye(16))
     x, y = (jax.random.normal(jax.random.key(i), (4, 64)) for i in (1, 2))
     got = jnp.float32(rotate(x, signs)) @ jnp.float32(rotate(y, signs)).T
@@ -36,6 +36,6 @@ def test_float32_is_rounded_once_at_the_end():
         assert np.mean(np.asarray(run(x)) != want) < 1e-3
 
 
-def test_refuses_an_axis_without_whole_runs():
-    with pytest.raises(ValueError, match="an axis of 24 has no whole runs of 16"):
+def test_an_axis_that_is_not_a_multiple_of_16_is_refused():
+    with pytest.raises(ValueError, match="the axis must be a multiple of 16, got 24"):
         rotate(jnp.zeros((4, 24)))

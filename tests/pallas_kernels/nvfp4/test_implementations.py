@@ -1,14 +1,14 @@
-"""One body for every implementation: `xla` anywhere, `mosaic` where there is a Blackwell GPU."""
+"""The same tests for every implementation: `xla` anywhere, `mosaic` on a Blackwell GPU."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention.packed import attention_packed
+from pallas_kernels.attention.packed_kv import attention_packed
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import dequantize, matmul, quantize
-from tests.pallas_kernels.nvfp4.test_matmul_mosaic import exact, whole
+from tests.pallas_kernels.nvfp4.test_matmul_mosaic import exact, random_integers
 from tests.pallas_kernels.nvfp4.test_mosaic_quantize import array
 from tests.pallas_kernels.test_attention_packed import distance, problem
 
@@ -16,10 +16,10 @@ KEY = jax.random.key(7)
 FORMS = {
     "static": {"rule": "static_6"},
     "searched": {"rule": "mse"},
-    "by chance": {"rule": "mse", "key": KEY},
+    "stochastic": {"rule": "mse", "key": KEY},
     "rotated": {"rule": "mse", "hadamard": True},
     "transposed": {"rule": "mse", "transpose": True},
-    "transposed, rotated, by chance": {
+    "transposed, rotated, stochastic": {
         "rule": "mse", "transpose": True, "hadamard": True, "key": KEY
     },
     "squares": {"rule": "mse", "block_rows": 16},
@@ -28,7 +28,7 @@ FORMS = {
 
 @pytest.fixture(params=["xla", pytest.param("mosaic", marks=pytest.mark.gpu)])
 def run(request):
-    """Calls a function with `implementation`; skips where that cannot run, with its reason."""
+    """Calls a function with `implementation`; skips with the reason if that cannot run."""
 
     def call(function, *arguments, **options):
         try:
@@ -41,7 +41,7 @@ def run(request):
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_quantize(run, options):
-    """A GPU's division may put a block's scale, or a number, on the other side of an edge."""
+    """A GPU's division may round a block's scale, or a value, to the neighbouring code."""
     x = array(512, 768)
     got, want = run(quantize, x, **options), quantize(x, **options, implementation="reference")
     np.testing.assert_array_equal(got.amax, want.amax)
@@ -65,9 +65,9 @@ def test_dequantize(run, dtype):
     [(128, 128, 256, 0), (200, 384, 1280, 0), (300, 200, 560, 33), (2048, 1536, 512, 16)],
 )
 def test_matmul(run, m, n, k, rank):
-    """Sums that float32 adds up exactly; the last is of a size that pairs of blocks share."""
+    """Sums are exact in float32. The last case is large enough for pairs of thread blocks."""
     a, b = exact(0, m, k), exact(1, n, k)
-    pair = (whole(3, m, rank), whole(4, rank, n)) if rank else None
+    pair = (random_integers(3, m, rank), random_integers(4, rank, n)) if rank else None
     options = {"bias": jax.random.normal(KEY, (n,)), "low_rank": pair}
     got, want = run(matmul, a, b, **options), matmul(a, b, **options, implementation="reference")
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))

@@ -1,4 +1,4 @@
-"""The product kernel: numbers and races in the interpreter, compilation without the chip."""
+"""The product kernel: results and races in the interpreter, compilation without a GPU."""
 
 import dataclasses
 import itertools
@@ -16,30 +16,30 @@ import pytest
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import products, quantize
-from pallas_kernels.nvfp4.format import CODE, NVFP4, SCALE, constant, swizzle
+from pallas_kernels.nvfp4.format import CODE, NVFP4, SCALE, amax_divisor, swizzle
 from pallas_kernels.nvfp4.mosaic import matmul as op
 from pallas_kernels.nvfp4.mosaic import matmul_tiling as tilings
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import tile_of
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import Problem, Tiling
 from tests.pallas_kernels import deviceless
-from tests.pallas_kernels.interpreter import SIMULATED, no_races
-from tests.pallas_kernels.nvfp4_interpreter import nvfp4_interpreter
+from tests.pallas_kernels.interpreter import SIMULATED, block_scaled_products, no_races
 
-ONE_BLOCK = ("nvfp4_matmul", "most tokens", "rank 16, single blocks")
+SINGLE_BLOCK = ("nvfp4_matmul", "most tokens", "rank 16, single blocks")
 WIDE = Tiling(256, False, stages=3, clusters=1)
 NARROW = Tiling(128, False, stages=2, clusters=2, band=2)
 
 
 def exact(seed: int, rows: int, k: int) -> NVFP4:
-    """Any codes and scales whose products float32 adds up exactly in any order."""
+    """Random codes and scales whose products have exact float32 sums in any order."""
     codes, scales = jax.random.split(jax.random.key(seed))
     codes = jax.random.bits(codes, (rows, k // 2), jnp.uint8)
     codes = jax.lax.bitcast_convert_type(codes, CODE).reshape(rows, k)
     scales = 2.0 ** jax.random.randint(scales, (rows, k // 16), -2, 3)
-    return NVFP4(codes, scales.astype(SCALE), jnp.float32(constant("mse") / 2), "mse")
+    return NVFP4(codes, scales.astype(SCALE), jnp.float32(amax_divisor("mse") / 2), "mse")
 
 
-def whole(seed: int, *shape: int) -> jax.Array:
+def random_integers(seed: int, *shape: int) -> jax.Array:
+    """Small random integers in bfloat16."""
     return jax.random.randint(jax.random.key(seed), shape, -8, 9).astype(jnp.bfloat16)
 
 
@@ -77,14 +77,16 @@ SLOW = {
 def test_it_equals_the_oracle(case):
     a, b = exact(0, case.m, case.k), exact(1, case.n, case.k)
     bias = jax.random.normal(jax.random.key(2), (case.n,)) if case.bias else None
-    pair = (whole(3, case.m, case.rank), whole(4, case.rank, case.n)) if case.rank else None
+    pair = None
+    if case.rank:
+        pair = random_integers(3, case.m, case.rank), random_integers(4, case.rank, case.n)
     options = {"bias": bias, "low_rank": pair, "out_dtype": case.dtype}
-    with nvfp4_interpreter(), no_races(kernels=1):
+    with block_scaled_products(), no_races(kernels=1):
         got = op.matmul(a, b, tiling=case.tiling, interpret=SIMULATED, **options)
     np.testing.assert_array_equal(got, products.reference(a, b, **options))
 
 
-def test_real_numbers_swizzled_scales_and_a_branch_in_float32():
+def test_random_values_swizzled_scales_and_a_float32_branch():
     a, b = (
         quantize(jax.random.normal(jax.random.key(i), shape) * size, rule=rule)
         for i, (shape, size, rule) in enumerate(
@@ -93,7 +95,7 @@ def test_real_numbers_swizzled_scales_and_a_branch_in_float32():
     )
     left = jax.random.normal(jax.random.key(2), (64, 8))
     right = jax.random.normal(jax.random.key(3), (8, 128)).astype(jnp.bfloat16)
-    with nvfp4_interpreter(), no_races(kernels=1):
+    with block_scaled_products(), no_races(kernels=1):
         got = op.matmul(
             a, b, low_rank=(left, right), out_dtype=jnp.float32, b_swizzled=swizzle(b.scales),
             interpret=SIMULATED,
@@ -103,15 +105,18 @@ def test_real_numbers_swizzled_scales_and_a_branch_in_float32():
     assert (np.abs(got - want) < bound).all()
 
 
-def test_nothing_but_the_branch_is_left_of_a_zero_matrix():
+def test_a_zero_matrix_leaves_only_the_branch():
+    """The kernel's operands: with a branch zero scales and a factor of 1, else a factor of 0."""
     a, b = exact(0, 16, 32), exact(1, 64, 32)
     a = dataclasses.replace(a, amax=jnp.float32(0))
-    pair = whole(3, 16, 16), whole(4, 16, 64)
+    pair = random_integers(3, 16, 16), random_integers(4, 16, 64)
     problem = Problem(16, 64, 256, rank=16)
-    operands = op._operands(problem, a, b, swizzle(b.scales), None, pair)
+    operands = op.kernel_operands(problem, a, b, swizzle(b.scales), None, pair)
     assert not np.asarray(operands[2], np.float32).any() and operands[4] == 1
     np.testing.assert_array_equal(operands[5], pair[0])
-    alone = op._operands(dataclasses.replace(problem, rank=0), a, b, swizzle(b.scales), None, None)
+    alone = op.kernel_operands(
+        dataclasses.replace(problem, rank=0), a, b, swizzle(b.scales), None, None
+    )
     assert alone[4] == 0 and np.asarray(alone[2], np.float32).any()
 
 
@@ -119,7 +124,7 @@ def test_nothing_but_the_branch_is_left_of_a_zero_matrix():
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_tiling_fits_the_chip(rank, itemsize):
     problem = Problem(7040, 3072, 14336, rank=rank, bias=True, itemsize=itemsize)
-    for pair, columns in itertools.product((False, True), tilings.COLUMNS):
+    for pair, columns in itertools.product((False, True), tilings.TILE_WIDTHS):
         tiling = tilings.fit(problem, columns, pair, 152)
         assert tilings.shared_bytes(problem, tiling) <= tilings.SHARED_BYTES
         scales = tilings.SCALE_SLOTS * 4 * (4 + tiling.scale_rows // 32)
@@ -132,11 +137,11 @@ def test_every_tiling_fits_the_chip(rank, itemsize):
 
 
 @pytest.mark.parametrize(("down", "across", "band"), [(1, 3, 8), (7, 5, 8), (28, 12, 8), (9, 2, 4)])
-def test_every_tile_is_somebodys(down, across, band):
-    places = jnp.arange(down * across, dtype=jnp.int32)
-    row, column = jax.jit(jax.vmap(lambda i: tile_of(i, down, across, band)))(places)
-    found = set(zip(row.tolist(), column.tolist(), strict=True))
-    assert found == set(itertools.product(range(down), range(across)))
+def test_the_schedule_covers_every_tile(down, across, band):
+    indices = jnp.arange(down * across, dtype=jnp.int32)
+    row, column = jax.jit(jax.vmap(lambda i: tile_of(i, down, across, band)))(indices)
+    tiles = set(zip(row.tolist(), column.tolist(), strict=True))
+    assert tiles == set(itertools.product(range(down), range(across)))
 
 
 A, B = exact(0, 32, 64), exact(1, 128, 64)
@@ -145,27 +150,27 @@ A, B = exact(0, 32, 64), exact(1, 128, 64)
 @pytest.mark.parametrize(
     ("a", "b", "options", "message"),
     [
-        (A, exact(1, 128, 32), {}, "rows of 64 and of 32 have no product"),
+        (A, exact(1, 128, 32), {}, "a has 64 columns, b has 32"),
         (A, B, {"out_dtype": jnp.float16}, "bfloat16 or float32, not float16"),
-        (A, B, {"bias": jnp.ones(32)}, r"bias is \(32,\), the result has 128 columns"),
-        (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((9, 128)))}, r"give \[m, r\] and \[r, n"),
-        (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((8, 64)))}, "is 32x64, the other 32x128"),
-        (A, B, {"low_rank": (jnp.ones((32, 200)), jnp.ones((200, 128)))}, "200 is over 128; add"),
-        (jax.tree.map(lambda x: x[None], A), B, {}, "map over those, or flatten"),
-        (A, B, {"collective": True}, "knows no pairs"),
+        (A, B, {"bias": jnp.ones(32)}, r"bias must have shape \(128,\), got \(32,\)"),
+        (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((9, 128)))}, r"be \[m, r\] and \[r, n"),
+        (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((8, 64)))}, "be 32x128, got 32x64"),
+        (A, B, {"low_rank": (jnp.ones((32, 200)), jnp.ones((200, 128)))}, "<= 128, got 200; add"),
+        (jax.tree.map(lambda x: x[None], A), B, {}, "map over them, or flatten"),
+        (A, B, {"collective": True}, "does not support pairs"),
     ],
 )
-def test_it_says_what_it_does_not_take(a, b, options, message):
+def test_unsupported_arguments_are_refused(a, b, options, message):
     with pytest.raises(Unsupported, match=message):
         op.matmul(a, b, interpret=SIMULATED, **options)
 
 
-def test_it_refuses_what_it_cannot_run():
+def test_it_is_refused_without_a_gpu_or_with_a_bad_tiling():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
     with pytest.raises(Unsupported, match="needs an NVIDIA GPU"):
         op.matmul(A, B)
-    with pytest.raises(ValueError, match="tiles of 64 columns"):
+    with pytest.raises(ValueError, match=r"columns must be one of .*, got columns=64"):
         Tiling(64, False, stages=2, clusters=1)
 
 
@@ -189,8 +194,8 @@ def test_it_compiles_onto_block_scaled_tensor_cores_without_spills(which):
         assert kernel["architecture"] == "sm_100a" and kernel["spilled_bytes"] == 0, name
         assert 0 < kernel["shared_bytes"] <= deviceless.SHARED_MEMORY, name
         assert 0 < kernel["tensor_columns"] <= deviceless.TENSOR_COLUMNS, name
-        # A step is four products, of 64 neighbours each, for either slot of scales.
-        pattern = op.SINGLE if name in ONE_BLOCK else op.PAIRS
-        found = kernel["instructions"]
-        assert sum(n for i, n in found.items() if re.fullmatch(pattern, i)) >= 8, name
-        assert any(i.startswith("UTCHMMA") for i in found) == ("rank" in name), name
+        # A step issues four products of 64 values each, for each of the two slots of scales.
+        pattern = op.SINGLE if name in SINGLE_BLOCK else op.PAIRS
+        counts = kernel["instructions"]
+        assert sum(n for i, n in counts.items() if re.fullmatch(pattern, i)) >= 8, name
+        assert any(i.startswith("UTCHMMA") for i in counts) == ("rank" in name), name

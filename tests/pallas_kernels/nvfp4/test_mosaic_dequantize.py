@@ -1,4 +1,4 @@
-"""The dequantize kernels in the interpreter: the oracle's values, and no races."""
+"""The dequantize kernels in the interpreter: values equal the oracle's, and there are no races."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def test_less_than_a_group():
 
 
 def test_only_listed_slots_are_read():
-    """What is not listed may be anything, and a list is an argument like any other."""
+    """Slots that are not listed may hold NaN, and the list is a traced argument."""
     a = packed(4, 9, 2, 128, lead=1)
     broken = NVFP4(a.codes, a.scales, a.amax.at[jnp.array([1, 3])].set(jnp.nan), a.rule)
     slots = jnp.array([2, 0, 2])
@@ -42,9 +42,9 @@ def test_only_listed_slots_are_read():
     np.testing.assert_array_equal(got, dequantize_reference(a, jnp.bfloat16)[slots])
 
 
-def test_it_says_what_it_does_not_take():
+def test_unsupported_arguments_are_refused():
     a = packed(2, 16, 32)
-    with pytest.raises(ValueError, match=r"amax has shape \(\); 2 slots have one each"):
+    with pytest.raises(ValueError, match=r"amax must have shape \(2,\), one per slot, got \(\)"):
         dequantize_slots(a, jnp.array([0]), interpret=SIMULATED)
     with pytest.raises(ValueError, match="the kernel writes bfloat16 or float32"):
         dequantize(a, jnp.float16, interpret=SIMULATED)

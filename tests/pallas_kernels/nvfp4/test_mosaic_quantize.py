@@ -1,4 +1,4 @@
-"""The quantize kernels in the interpreter: codes and scales of the oracle, and no races."""
+"""The quantize kernels in the interpreter: codes and scales equal the oracle's, without races."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import NVFP4, reference
 from pallas_kernels.nvfp4.mosaic import launch
 from pallas_kernels.nvfp4.mosaic.quantize import quantize, quantize_both
-from pallas_kernels.nvfp4.rounding import draws, seeds
+from pallas_kernels.nvfp4.rounding import rounding_noise, seeds
 from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
 KEY, OTHER = jax.random.split(jax.random.key(7))
 
 
 def array(*shape: int, dtype=jnp.bfloat16) -> jax.Array:
-    """Blocks of many sizes, one of them zero, and zeros of both signs."""
+    """Blocks of many magnitudes, one of them zero, and zeros of both signs."""
     x = jax.random.normal(jax.random.key(0), shape)
     x = x * jnp.exp(2 * jax.random.normal(jax.random.key(1), (*shape[:-1], 1)))
     x = x.at[..., :16, :16].set(0).at[..., 0, 1].set(-0.0) if x.ndim > 1 else x
@@ -24,16 +24,16 @@ def array(*shape: int, dtype=jnp.bfloat16) -> jax.Array:
 
 
 def oracle(x, amax, key=None, transpose=False, **options) -> NVFP4:
-    by = None
+    noise = None
     if key is not None:
-        by = draws(seeds(key), (jnp.swapaxes(x, -1, -2) if transpose else x).shape)
+        noise = rounding_noise(seeds(key), (jnp.swapaxes(x, -1, -2) if transpose else x).shape)
     return reference.quantize(
-        x, amax=amax, lead=amax.ndim, draws=by, transpose=transpose, **options
+        x, amax=amax, lead=amax.ndim, noise=noise, transpose=transpose, **options
     )
 
 
 def most(x, lead=0, transpose=False, hadamard=False, **_) -> jax.Array:
-    return reference.largest(reference.oriented(x, transpose, hadamard), lead)
+    return reference.max_abs(reference.transpose_and_rotate(x, transpose, hadamard), lead)
 
 
 def assert_same(got: NVFP4, want: NVFP4) -> None:
@@ -49,7 +49,9 @@ CASES = {
     "squares, static": (array(24, 64), 0, {"rule": "static_6", "block_rows": 16}),
 }
 SLOW = {
-    "rotated by chance": (array(3, 8, 128), 1, {"rule": "static_6", "hadamard": True, "key": KEY}),
+    "rotated, stochastic": (
+        array(3, 8, 128), 1, {"rule": "static_6", "hadamard": True, "key": KEY}
+    ),
     "transposed, static": (array(16, 40), 0, {"rule": "static_4", "transpose": True}),
     "stochastic": (array(2, 9, 80), 1, {"rule": "mae", "key": KEY}),
     "rotated": (array(16, 128), 0, {"rule": "mse", "hadamard": True}),
@@ -60,12 +62,12 @@ SLOW = {
     "abs_max": (array(33, 144), 0, {"rule": "abs_max"}),
     "one block": (array(16), 0, {"rule": "mse"}),
     "leading axes": (array(2, 3, 40, 32), 2, {"rule": "mse"}),
-    "of a group of rows": (array(2, 3, 5, 32), 1, {"rule": "mse"}),
+    "one amax per group of rows": (array(2, 3, 5, 32), 1, {"rule": "mse"}),
     "transposed, ragged": (
         array(2, 80, 200), 1, {"rule": "mse", "transpose": True, "hadamard": True, "key": KEY}
     ),
-    "squares by chance": (array(40, 96), 0, {"rule": "mae", "block_rows": 16, "key": KEY}),
-    "squares by the maximum": (array(32, 64), 0, {"rule": "abs_max", "block_rows": 16}),
+    "squares, stochastic": (array(40, 96), 0, {"rule": "mae", "block_rows": 16, "key": KEY}),
+    "squares, abs_max": (array(32, 64), 0, {"rule": "abs_max", "block_rows": 16}),
     "squares, transposed": (
         array(2, 32, 2304), 1, {"rule": "mse", "block_rows": 16, "transpose": True, "key": KEY}
     ),
@@ -101,15 +103,15 @@ def test_it_equals_the_oracle(case):
 def test_both_in_one_pass(shape, rule, keys):
     x = array(*shape)
     lead = x.ndim - 2
-    amax, turned = most(x, lead), most(x, lead, transpose=True, hadamard=True)
+    amax, amax_t = most(x, lead), most(x, lead, transpose=True, hadamard=True)
     with no_races(kernels=1 if shape[-1] % 128 == 0 else 2):
-        got = quantize_both(x, amax, turned, rule=rule, keys=keys, interpret=SIMULATED)
+        got = quantize_both(x, amax, amax_t, rule=rule, keys=keys, interpret=SIMULATED)
     assert_same(got[0], oracle(x, amax, keys[0], rule=rule))
-    assert_same(got[1], oracle(x, turned, keys[1], rule=rule, transpose=True, hadamard=True))
+    assert_same(got[1], oracle(x, amax_t, keys[1], rule=rule, transpose=True, hadamard=True))
 
 
-def test_nothing_but_zeros_and_what_is_not_finite():
-    """Two entries: one of zeros; in the other a block with NaN and one with infinity."""
+def test_zeros_and_values_that_are_not_finite():
+    """Two entries: one of zeros, and one that has a block with NaN and one with infinity."""
     x = array(2, 8, 64).at[0].set(0).at[1, 3, 5].set(jnp.nan).at[1, 5, 40].set(jnp.inf)
     amax = jnp.array([0.0, 8.0])
     with no_races(kernels=1):
@@ -120,35 +122,35 @@ def test_nothing_but_zeros_and_what_is_not_finite():
     assert int(jnp.isnan(got.scales.astype(jnp.float32)).sum()) == 2
 
 
-def test_programs_take_everything_once_or_themselves_twice():
+def test_programs_cover_every_item_and_repeat_only_their_own():
     for length in (128, 129, 511, 512, 513, 1300):
-        cut = launch.Cut(length, 4)
+        partition = launch.WorkPartition(length, 4)
         covered = np.zeros(length, int)
-        for group in range(cut.groups):
+        for group in range(partition.groups):
             covered[min(group * 128, length - 128) :][:128] += 1
-        assert covered.min() == 1 and cut.programs * 4 <= max(4, cut.groups)
-        last = (cut.programs - 1) * 4  # of the last program; groups that overlap are its own
-        assert length % 128 == 0 or cut.groups == 1 or last <= cut.groups - 2
-    with pytest.raises(ValueError, match="100 are fewer than a group of 128"):
-        launch.Cut(100, 4)
+        assert covered.min() == 1 and partition.programs * 4 <= max(4, partition.groups)
+        last = (partition.programs - 1) * 4  # first group of the last program, owner of overlaps
+        assert length % 128 == 0 or partition.groups == 1 or last <= partition.groups - 2
+    with pytest.raises(ValueError, match="length must be >= 128, the group size, got 100"):
+        launch.WorkPartition(100, 4)
 
 
 @pytest.mark.parametrize(
     ("shape", "amax", "options", "message"),
     [
-        ((16, 40), (), {}, "contraction axis has 40 entries"),
-        ((40, 16), (), {"transpose": True}, "contraction axis has 40 entries"),
-        ((4, 16, 32), (3,), {}, r"amax has shape \(3,\)"),
-        ((16, 32), (), {"block_rows": 8}, "blocks of 8 rows"),
+        ((16, 40), (), {}, "contraction axis must be a multiple of 16, got 40"),
+        ((40, 16), (), {"transpose": True}, "contraction axis must be a multiple of 16, got 40"),
+        ((4, 16, 32), (3,), {}, r"amax must have the shape of leading axes .*, got \(3,\)"),
+        ((16, 32), (), {"block_rows": 8}, "block_rows must be 1 or 16, got 8"),
     ],
 )
-def test_it_says_what_does_not_fit(shape, amax, options, message):
+def test_invalid_arguments_are_refused(shape, amax, options, message):
     x = jnp.ones(shape, jnp.bfloat16)
     with pytest.raises(ValueError, match=message):
         quantize(x, jnp.ones(amax), interpret=SIMULATED, **options)
 
 
-def test_it_refuses_what_it_cannot_run(monkeypatch):
+def test_unsupported_devices_and_options_are_refused(monkeypatch):
     x = jnp.ones((16, 32), jnp.bfloat16)
     with pytest.raises(Unsupported, match="rotated NVFP4 squares have no kernel"):
         quantize(x, most(x), block_rows=16, hadamard=True, interpret=SIMULATED)

@@ -1,4 +1,4 @@
-"""The product without a kernel of our own: dequantized, in bfloat16, and by the library's op."""
+"""Products without a custom kernel: dequantized, in bfloat16, and with XLA's block-scaled op."""
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,8 @@ def test_equals_the_product_of_dequantized_values(implementation, names):
     np.testing.assert_array_equal(short, got.astype(jnp.bfloat16))
 
 
-def test_the_library_gets_the_same_product(monkeypatch):
-    """What a GPU of capability 10.0 is given; here XLA lowers it to plain arithmetic."""
+def test_the_block_scaled_product_is_the_same(monkeypatch):
+    """The program for a GPU of capability 10.0; here XLA lowers it to plain arithmetic."""
     a, b, extra = operands()
     monkeypatch.setattr(products, "capability", lambda: "10.0")
     got = matmul(a, b, **extra, out_dtype=jnp.float32, implementation="xla")
@@ -55,13 +55,13 @@ def test_the_library_gets_the_same_product(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b": lambda a, b: jax.tree.map(lambda x: x[None], b)}, "b has shape"),
+        ({"b": lambda a, b: jax.tree.map(lambda x: x[None], b)}, "b must be a matrix"),
         ({"b": lambda a, b: quantize(jnp.ones((N, K + 16)))}, "last axes differ"),
-        ({"bias": lambda a, b: jnp.ones(N + 1)}, "bias has shape"),
-        ({"low_rank": lambda a, b: (jnp.ones((M, 4)), jnp.ones((5, N)))}, "low_rank has shapes"),
+        ({"bias": lambda a, b: jnp.ones(N + 1)}, "bias must have shape"),
+        ({"low_rank": lambda a, b: (jnp.ones((M, 4)), jnp.ones((5, N)))}, "low_rank must have"),
     ],
 )
-def test_operands_that_do_not_fit_are_refused(change, message):
+def test_operands_that_do_not_match_are_refused(change, message):
     a, b, _ = operands()
     arguments = {"a": a, "b": b} | {name: make(a, b) for name, make in change.items()}
     with pytest.raises(ValueError, match=message):

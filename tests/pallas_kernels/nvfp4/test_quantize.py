@@ -1,4 +1,4 @@
-"""Quantization: the goldens, its properties, and what it refuses, over all implementations."""
+"""Quantization: goldens and properties, for all implementations."""
 
 from functools import partial
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pallas_kernels.nvfp4 import LIMITS, RULES, dequantize, pack, quantize, rotate
 from pallas_kernels.nvfp4.format import CODE, SCALE
-from pallas_kernels.nvfp4.reference import largest
+from pallas_kernels.nvfp4.reference import max_abs
 
 IMPLEMENTATIONS = {name: partial(quantize, implementation=name) for name in ("reference", "xla")}
-"""Each as `quantize`; what runs here without a GPU."""
+"""The implementations of `quantize` that run without a GPU."""
 SEARCHING = ("mse", "mae", "abs_max")
 SMALLEST_NORMAL = 2.0**-6
 
@@ -25,7 +25,7 @@ def normal(*shape, seed=0):
 
 
 def matrix(value=0.0):
-    """In the shape of the goldens, for which everything is compiled anyway."""
+    """A constant matrix in the shape of the goldens, for which everything is compiled anyway."""
     return np.full((128, 256), value, jnp.bfloat16)
 
 
@@ -37,9 +37,9 @@ def blocks(x):
     return np.asarray(x, np.float64).reshape(*x.shape[:-1], -1, 16)
 
 
-def host(a, take=None):
-    """On the host, where `take` cuts what has rows."""
-    return jax.tree.map(lambda x: np.asarray(x)[... if take is None or not x.ndim else take], a)
+def host(a, index=None):
+    """The arrays on the host; `index` selects from those that have rows."""
+    return jax.tree.map(lambda x: np.asarray(x)[... if index is None or not x.ndim else index], a)
 
 
 def assert_same(a, b):
@@ -84,14 +84,14 @@ def test_goldens_bit_for_bit(run, goldens, rule, rows):
     ],
 )
 def test_relative_error_of_normal_numbers(rule, rows, error):
-    """As published, to 2 %: it depends on where `amax` lies between two powers of two."""
+    """The errors are as published within 2 %; they depend on `amax` relative to powers of two."""
     x = normal(1024, 1024)
     off = values(quantize(x, rule=rule, block_rows=rows)) - np.float32(x)
     assert np.mean(off**2) / np.mean(np.float32(x) ** 2) == pytest.approx(error, rel=0.02)
 
 
 def matrices(smallest=0.0, most=2.0**100):
-    """[4, 32] with zeros and numbers of all sizes, of a magnitude that float32 holds in full."""
+    """[4, 32] with zeros and values of all magnitudes that are normal in float32."""
     sizes = st.floats(max(smallest, 2.0**-100), most, width=32)
     signed = st.builds(lambda size, sign: size * sign, sizes, st.sampled_from([-1.0, 1.0]))
     return hnp.arrays(np.float32, (4, 32), elements=st.one_of(st.just(0.0), signed))
@@ -103,17 +103,17 @@ check = settings(deadline=None, max_examples=40)
 @check
 @given(matrices(), st.sampled_from(["static_6", "mse"]))
 def test_quantizing_again_changes_nothing(x, rule):
-    """With the same amax, where the scale has all its digits."""
+    """The amax is the same, and only blocks whose scale is a normal number are compared."""
     a = quantize(jnp.asarray(x), rule=rule, amax=jnp.max(jnp.abs(x)))
     once = values(a)
     again = values(quantize(jnp.asarray(once), rule=rule, amax=a.amax))
-    whole = np.repeat(np.float32(a.scales) >= SMALLEST_NORMAL, 16, axis=-1)
-    np.testing.assert_array_equal(again[whole], once[whole])
+    normal_scale = np.repeat(np.float32(a.scales) >= SMALLEST_NORMAL, 16, axis=-1)
+    np.testing.assert_array_equal(again[normal_scale], once[normal_scale])
 
 
 @check
 @given(matrices(), st.sampled_from(RULES))
-def test_signs_go_through(x, rule):
+def test_signs_are_preserved(x, rule):
     a, b = (quantize(jnp.asarray(y), rule=rule) for y in (x, -x))
     np.testing.assert_array_equal(np.float32(b.codes), -np.float32(a.codes))
     np.testing.assert_array_equal(b.scales, a.scales)
@@ -122,9 +122,9 @@ def test_signs_go_through(x, rule):
 
 @check
 @given(matrices(), st.sampled_from(RULES))
-def test_no_number_moves_further_than_a_step(x, rule):
-    """Half the widest step of codes and what rounding the scale cuts off; of scales that have not
-    all their digits, a block's largest number may be 9 of them."""
+def test_the_error_is_less_than_a_step(x, rule):
+    """The bound is half the widest step of codes plus what clips when the scale is rounded down;
+    with a subnormal scale, a block's largest value may be 9 times the scale."""
     a = quantize(jnp.asarray(x), rule=rule)
     code, scale = LIMITS[rule]
     unit = float(a.amax) / (code * scale)
@@ -135,11 +135,11 @@ def test_no_number_moves_further_than_a_step(x, rule):
 
 @check
 @given(matrices(2.0**-20, 2.0**20), st.sampled_from(SEARCHING))
-def test_the_better_scale_is_taken_in_every_block(x, rule):
-    """Of both candidates that this test makes itself; not worse than "becomes 6", then."""
+def test_the_better_scale_is_chosen_in_every_block(x, rule):
+    """This test computes both candidates itself, for a largest code of 6 and of 4."""
     a = quantize(jnp.asarray(x), rule=rule)
-    whole, x = np.float32(6 * 256), blocks(x)
-    grow = whole / np.float32(a.amax) if a.amax else np.float32(0)
+    divisor, x = np.float32(6 * 256), blocks(x)
+    grow = divisor / np.float32(a.amax) if a.amax else np.float32(0)
     peak = np.float32(np.abs(x).max(-1, keepdims=True))
     errors = []
     for factor in (1, 1.5):
@@ -147,9 +147,9 @@ def test_the_better_scale_is_taken_in_every_block(x, rule):
         step = steps * float(a.amax) / 1536
         coded = np.divide(x, step, out=np.zeros_like(x), where=steps > 0)
         errors.append(measured(off=to_code(coded) * step - x, rule=rule))
-    found = measured(off=blocks(values(a)) - x, rule=rule)
+    error = measured(off=blocks(values(a)) - x, rule=rule)
     tiny = (1e-6 * float(a.amax)) ** (2 if rule == "mse" else 1)
-    assert np.all(found <= np.minimum(*errors) * 1.001 + tiny)
+    assert np.all(error <= np.minimum(*errors) * 1.001 + tiny)
 
 
 def to_code(x):
@@ -173,8 +173,8 @@ def test_zeros_stay_zeros(run):
 
 @pytest.mark.parametrize("rule", ["static_6", "mse"])
 def test_blocks_beyond_the_smallest_scale_saturate(run, rule):
-    """Its rounding down to 2**-9 from nearly half as much again makes 6 up to 9, of which the
-    published code makes -0."""
+    """Rounding the scale down to 2**-9, from almost 1.5 times as much, turns 6 into almost 9, which
+    the published code wraps to -0."""
     small = 1.45 * 2.0**-9 / LIMITS[rule][1]
     x = matrix()
     x[0, 0], x[0, 16:32] = 1.0, -small
@@ -185,8 +185,8 @@ def test_blocks_beyond_the_smallest_scale_saturate(run, rule):
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_what_is_no_number_comes_out_as_none(run, bad):
-    """With the amax of x everywhere, with a given one in its block."""
+def test_nan_and_infinity_dequantize_to_nan(run, bad):
+    """The whole array is NaN if amax is that of x, only their block if amax is given."""
     x = matrix(0.75)
     x[1, 20] = bad
     assert np.all(np.isnan(values(run(jnp.asarray(x)))))
@@ -206,7 +206,7 @@ def test_amax_too_small_for_the_arithmetic_counts_as_zero(run):
     assert not np.any(values(run(jnp.asarray(matrix(1e-36)))))
 
 
-def test_tiles_of_a_matrix_and_its_transpose_are_alike():
+def test_tiles_of_a_matrix_and_its_transpose_are_the_same():
     w = normal(64, 48)
     a, b = (host(quantize(w, block_rows=16, transpose=t)) for t in (False, True))
     np.testing.assert_array_equal(values(a).T, values(b))
@@ -215,7 +215,7 @@ def test_tiles_of_a_matrix_and_its_transpose_are_alike():
     np.testing.assert_array_equal(np.repeat(a.scales[::16], 16, axis=0), a.scales)
 
 
-def test_rows_that_fill_no_tile():
+def test_rows_that_do_not_fill_a_tile():
     x = normal(20, 32)
     a, b = (
         quantize(rows, rule="static_6", block_rows=16)
@@ -235,22 +235,22 @@ def test_leading_axes_have_an_amax_each(options):
 
 def test_transpose_and_rotation_come_first():
     x = normal(32, 48)
-    turned = quantize(x, rule="static_6", transpose=True, hadamard=True)
-    assert_same(turned, quantize(rotate(x.T), rule="static_6"))
+    rotated = quantize(x, rule="static_6", transpose=True, hadamard=True)
+    assert_same(rotated, quantize(rotate(x.T), rule="static_6"))
 
 
-def test_a_part_is_quantized_as_in_the_whole():
+def test_a_slice_with_the_full_amax_equals_the_slice_of_the_result():
     x = normal(16, 32)
-    whole = quantize(x, rule="static_6")
-    part = quantize(x[:4], rule="static_6", amax=whole.amax)
-    assert_same(part, host(whole, np.s_[:4]))
+    full = quantize(x, rule="static_6")
+    part = quantize(x[:4], rule="static_6", amax=full.amax)
+    assert_same(part, host(full, np.s_[:4]))
 
 
 def test_vectors_and_more_axes():
     x = normal(2, 2, 4, 32)
-    whole = quantize(x, rule="static_6")
-    row = quantize(x[0, 1, 2], rule="static_6", amax=whole.amax)
-    assert_same(row, host(whole, np.s_[0, 1, 2]))
+    full = quantize(x, rule="static_6")
+    row = quantize(x[0, 1, 2], rule="static_6", amax=full.amax)
+    assert_same(row, host(full, np.s_[0, 1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -271,11 +271,11 @@ def test_implementations_agree(options):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("shape", [(16, 32), (128, 256), (64, 1000)])
-def test_the_largest_number_is_nan_where_there_is_one(shape, dtype):
-    """XLA's own maximum of floats passes it over in some of these shapes."""
+def test_max_abs_is_nan_if_there_is_a_nan(shape, dtype):
+    """XLA's floating-point maximum ignores it in some of these shapes."""
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    assert largest(jnp.asarray(x)) == np.abs(np.float32(x)).max()
+    assert max_abs(jnp.asarray(x)) == np.abs(np.float32(x)).max()
     x[1, 20] = np.nan
-    assert np.isnan(largest(jnp.asarray(x)))
-    rows = np.asarray(largest(jnp.asarray(x), 1))
+    assert np.isnan(max_abs(jnp.asarray(x)))
+    rows = np.asarray(max_abs(jnp.asarray(x), 1))
     np.testing.assert_array_equal(np.isnan(rows), np.arange(shape[0]) == 1)

@@ -11,7 +11,7 @@ from longlive_jax.models.wan.cache import CachePolicy, empty_cache
 from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.packed_cache import KVFormat, pack_keys, pack_values
 from longlive_jax.spec import UserError
-from pallas_kernels.attention.packed import unpacked
+from pallas_kernels.attention.packed_kv import dequantize_kv
 from pallas_kernels.nvfp4 import dequantize, quantize
 
 CONFIG = DiTConfig(
@@ -35,7 +35,7 @@ def chunk(seed, batch=1, layers=CONFIG.layers):
 
 def restored(packed):
     """`[layers, b, slots * m, n, d]` in float32."""
-    return jax.vmap(lambda x: unpacked(x.array, x.offset, jnp.float32))(packed)
+    return jax.vmap(lambda x: dequantize_kv(x.array, x.offset, jnp.float32))(packed)
 
 
 def test_what_is_stored_is_what_quantize_gives_for_each_layer_and_sample():

@@ -129,7 +129,7 @@ def test_loss_and_gradients_on_a_mesh_equal_one_device():
     mesh = make_mesh(MeshSpec(fsdp=2, sp=4), jax.devices()[:8])
     params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
     quant = QuantizedTraining(NEAREST, AXES)
-    quant.check_parts(specs, params, mesh.shape)
+    quant.check_shards(specs, params, mesh.shape)
     quantized_specs = quant.specs(specs, params)
     gather = Gather(quantized_specs, dtype=jnp.float32)
     sharded = ShardedLoss(mesh, quantized_specs, gather)

@@ -1,8 +1,8 @@
-"""Attention to keys and values of which the past is packed in NVFP4 and the current chunk is not.
+"""Attention to the current chunk's keys and values and to past ones packed in NVFP4.
 
-An `offset` is what was subtracted from the keys before they were packed: one number a key and head
-(`[b, slots, m, n, 1]`) or one a channel for a whole slot (`[b, slots, 1, n, d]`). It is always
-restored, so the result is attention to the keys as they were, but for rounding.
+An `offset` was subtracted from the keys before packing: one value per key and head
+(`[b, slots, m, n, 1]`) or one per channel and slot (`[b, slots, 1, n, d]`). It is always added
+back, so the result is attention to the original keys up to rounding.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.api import attention, check, which
+from pallas_kernels.attention.api import attention, check, select_implementation
 from pallas_kernels.dispatch import Implementation, Unsupported, capability, platform
 from pallas_kernels.nvfp4 import NVFP4, dequantize
 from pallas_kernels.tokens import Tokens
@@ -28,14 +28,25 @@ def attention_packed(
     offset: Float[Array, "b slots #m n #d"] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b q n d"]:
-    """`attention` to own keys and, after them, those of `past_k` and `past_v` `[b, slots, m, n, d]`
-    with an `amax` for each sample and slot.
+    """`attention` to the chunk's own keys and then to the packed past keys.
 
-    "mosaic" (Blackwell) reads what is packed; all others unpack it to the dtype of `own_v` and are
-    `attention` of that name, "auto" among them; "reference" unpacks to float32. Raises ValueError
-    for tokens that do not fit and `Unsupported` where a named implementation cannot run.
+    "mosaic" (Blackwell) reads packed arrays. "reference" dequantizes to float32; the others to the
+    dtype of the own keys and values.
+
+    Args:
+      q: queries.
+      own_k, own_v: keys and values of the current chunk.
+      past_k, past_v: packed [b, slots, m, n, d], with one `amax` per sample and slot.
+      q_tokens: query tokens, or None if nothing is masked.
+      k_tokens: tokens of the own keys, then of the past keys.
+      offset: what was subtracted from the keys before packing, or None.
+      implementation: name of an implementation, or "auto".
+
+    Raises ValueError for tokens that do not match, `Unsupported` if an implementation cannot run.
     """
-    chosen = which_packed(q, past_k, offset, q_tokens, implementation=implementation)
+    chosen = select_packed_implementation(
+        q, past_k, offset, q_tokens, implementation=implementation
+    )
     if chosen == "mosaic":
         from pallas_kernels.attention.mosaic import packed_op
 
@@ -43,7 +54,7 @@ def attention_packed(
         check(q, jax.ShapeDtypeStruct((q.shape[0], length), q.dtype), q_tokens, k_tokens)
         return packed_op.attend(q, own_k, own_v, past_k, past_v, q_tokens, k_tokens, offset)
     dtypes = (jnp.float32,) * 2 if chosen == "reference" else (own_k.dtype, own_v.dtype)
-    past = unpacked(past_k, offset, dtypes[0]), unpacked(past_v, None, dtypes[1])
+    past = dequantize_kv(past_k, offset, dtypes[0]), dequantize_kv(past_v, None, dtypes[1])
     own = (x.astype(dtype) for x, dtype in zip((own_k, own_v), dtypes, strict=True))
     k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
     if chosen == "reference":
@@ -52,10 +63,10 @@ def attention_packed(
     return attention(q, k, v, q_tokens, k_tokens, implementation=chosen)
 
 
-def unpacked(
+def dequantize_kv(
     past: NVFP4, offset: Float[Array, "b slots #m n #d"] | None, dtype: jnp.dtype
 ) -> Float[Array, "b k n d"]:
-    """Keys or values of all slots, one after the other, rounded once from float32."""
+    """Dequantized keys or values of all slots in order, plus the offset, rounded once."""
     if offset is None:
         x = dequantize(past, dtype)
     else:
@@ -64,7 +75,7 @@ def unpacked(
     return x.reshape(b, -1, n, d)
 
 
-def which_packed(
+def select_packed_implementation(
     q: Array | jax.ShapeDtypeStruct,
     past_k: NVFP4,
     offset: Array | jax.ShapeDtypeStruct | None = None,
@@ -72,16 +83,17 @@ def which_packed(
     *,
     implementation: Implementation = "auto",
 ) -> Implementation:
-    """The implementation that `attention_packed` uses for these arguments, by name.
+    """The name of the implementation that `attention_packed` uses for these arguments.
 
-    "auto" never is "mosaic", which has not run on a GPU yet.
+    "auto" never selects "mosaic", which has not run on a GPU yet. Raises `Unsupported` if the named
+    implementation cannot run.
     """
     if implementation != "mosaic":
-        return which(q, q, q, q_tokens, q_tokens, implementation=implementation)
+        return select_implementation(q, q, q, q_tokens, q_tokens, implementation=implementation)
     if not capability().startswith("10."):
-        found = f"sm_{capability().replace('.', '')}" if platform() == "gpu" else platform()
+        chip = f"sm_{capability().replace('.', '')}" if platform() == "gpu" else platform()
         raise Unsupported(
-            f"attention to NVFP4 keys needs Blackwell (sm_100); this is {found}: use "
+            f"attention to NVFP4 keys needs Blackwell (sm_100); this is {chip}: use "
             "implementation='auto' (dequantizes)"
         )
     from pallas_kernels.attention.mosaic import packed_op

@@ -1,4 +1,7 @@
-"""What the kernels of both chips share: the softmax in powers of two, tiles, saved arrays."""
+"""Constants, tile layouts and broadcasts that the kernels of both chips use.
+
+The softmax is computed in base 2.
+"""
 
 import dataclasses
 import math
@@ -13,22 +16,31 @@ from pallas_kernels.attention.mosaic.columns import MaskColumns
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30
-"""Logits of pairs that are not visible; minus it, the log-sum-exp of a query that sees nothing."""
+"""Logit of masked pairs; `-MASKED` is the log-sum-exp of fully masked queries."""
 _TRANSFORMS: Any = plgpu  # its classes look abstract to a type checker
 SWIZZLED = (_TRANSFORMS.TilingTransform((8, 64)), _TRANSFORMS.SwizzleTransform(128))
-"""How 16-bit tiles lie in shared memory."""
+"""Shared-memory layout of 16-bit tiles."""
 
 
 def swizzled(columns: int, bits: int) -> tuple[Any, ...]:
-    """The same for tiles of whole rows, at most 128 bytes long."""
+    """Shared-memory layout of tiles whose rows of `columns` values take at most 128 bytes."""
     swizzle = _TRANSFORMS.SwizzleTransform(columns * bits // 8)
     return _TRANSFORMS.TilingTransform((8, columns)), swizzle
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """What both backward kernels read: the forward's arguments, its log-sum-exp, the gradient of
-    its output, and the row sums of gradient times output, all padded to whole tiles."""
+class BackwardInputs:
+    """Inputs of both backward kernels, padded to whole tiles.
+
+    Attributes:
+      q: queries.
+      k: keys.
+      v: values.
+      grad: gradient of the output.
+      lse: base-2 log-sum-exp of the forward pass.
+      delta: row sums of gradient times output.
+      columns: mask columns.
+    """
 
     q: Float[Array, "b q n d"]
     k: Float[Array, "b k n d"]
@@ -39,16 +51,16 @@ class Saved:
     columns: MaskColumns
 
 
-def whole(x: Array, batch: int) -> Array:
-    """`x` of one sample or of all, as that of all."""
+def broadcast_batch(x: Array, batch: int) -> Array:
+    """Broadcasts `x` of one sample, or of all samples, to `batch` samples."""
     return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
-def tall(x, shape):
-    """Numbers of columns, repeated for every row."""
+def per_column(x, shape):
+    """Broadcasts one value per column to all rows."""
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def wide(x, shape):
-    """Numbers of rows, repeated for every column."""
+def per_row(x, shape):
+    """Broadcasts one value per row to all columns."""
     return lax.broadcast_in_dim(x, shape, [0])

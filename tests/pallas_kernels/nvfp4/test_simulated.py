@@ -1,4 +1,4 @@
-"""The values that NVFP4 holds, found without packing: those of the reference."""
+"""Simulated NVFP4: the values of the reference, computed without packing."""
 
 import functools
 
@@ -9,13 +9,20 @@ import pytest
 
 from pallas_kernels.nvfp4 import format as fmt
 from pallas_kernels.nvfp4 import quantize, rotate
-from pallas_kernels.nvfp4.reference import feed_in_order
-from pallas_kernels.nvfp4.rounding import by_chance, to_nearest
-from pallas_kernels.nvfp4.units import contract, rotate_rows, simulate, to_code, to_scale, units_of
+from pallas_kernels.nvfp4.reference import sum_in_pytorch_order
+from pallas_kernels.nvfp4.rounding import stochastic_round, to_nearest
+from pallas_kernels.nvfp4.simulated import (
+    contract,
+    from_packed,
+    rotate_rows,
+    simulate,
+    to_code,
+    to_scale,
+)
 
 
 def blocks() -> jax.Array:
-    """Of many sizes, with one of zeros and some of tiny scales."""
+    """Blocks of many magnitudes, one of zeros and some with tiny scales."""
     x = jax.random.normal(jax.random.key(0), (64, 48))
     sizes = jnp.exp(3 * jax.random.normal(jax.random.key(1), (4, 1, 3, 1)))
     x = (x.reshape(4, 16, 3, 16) * sizes).reshape(64, 48)
@@ -23,44 +30,43 @@ def blocks() -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("rule", "axis", "chance"),
+    ("rule", "axis", "stochastic"),
     [("mse", 1, False), ("mse", 0, True), ("static_6", 1, True), ("mae", 0, False),
      ("abs_max", 1, False)],
 )  # fmt: skip
-def test_values_are_the_references(rule, axis, chance):
-    key = jax.random.key(7) if chance else None
+def test_values_equal_the_reference(rule, axis, stochastic):
+    key = jax.random.key(7) if stochastic else None
     packed = jax.jit(
         functools.partial(quantize, rule=rule, transpose=not axis, implementation="reference")
     )(blocks(), key=key)
-    got, want = simulate(blocks(), rule=rule, key=key, axis=axis), units_of(packed)
-    assert got.units.dtype == jnp.bfloat16
-    wanted = want.units if axis else want.units.T
-    np.testing.assert_array_equal(np.asarray(got.units, "f4"), np.asarray(wanted, "f4"))
+    got, want = simulate(blocks(), rule=rule, key=key, axis=axis), from_packed(packed)
+    assert got.scaled_codes.dtype == jnp.bfloat16
+    wanted = want.scaled_codes if axis else want.scaled_codes.T
+    np.testing.assert_array_equal(np.asarray(got.scaled_codes, "f4"), np.asarray(wanted, "f4"))
     assert got.amax == want.amax
     wanted = fmt.dequantize_reference(packed)
     np.testing.assert_array_equal(got.values, wanted if axis else wanted.T)
 
 
-def test_errors_are_added_up_as_the_reference_does():
-    assert feed_in_order.__doc__ is not None
+def test_errors_are_summed_in_the_order_of_the_reference():
     rows = jax.random.uniform(jax.random.key(0), (8, 1, 3, 16))
     halves = rows[..., :8] + rows[..., 8:]
     total = functools.reduce(jnp.add, [halves[..., i : i + 1] for i in range(8)])
-    np.testing.assert_array_equal(feed_in_order(rows), total)
+    np.testing.assert_array_equal(sum_in_pytorch_order(rows), total)
 
 
 def test_arithmetic_rounds_as_the_casts_do():
     u = jnp.linspace(-8, 8, 4097)
     np.testing.assert_array_equal(to_code(u, None), to_nearest(u).astype(jnp.float32))
     draw = jax.random.uniform(jax.random.key(0), u.shape)
-    np.testing.assert_array_equal(to_code(u, draw), by_chance(u, draw))
+    np.testing.assert_array_equal(to_code(u, draw), stochastic_round(u, draw))
     scales = jnp.exp2(jnp.linspace(-12, 8.8, 4096))
     rounded = scales.astype(fmt.SCALE).astype(jnp.float32)
     np.testing.assert_array_equal(to_scale(scales), rounded)
     assert to_scale(jnp.float32(1e6)) == 448 and jnp.isnan(to_scale(jnp.float32(jnp.nan)))
 
 
-def test_rows_rotate_where_they_lie_and_products_contract_any_axis():
+def test_rows_rotate_without_transposing_and_products_contract_any_axis():
     x = jax.random.normal(jax.random.key(0), (32, 16))
     np.testing.assert_array_equal(np.asarray(rotate_rows(x), "f4"), np.asarray(rotate(x.T).T, "f4"))
     a, b = (simulate(y, axis=0) for y in (x, x[:, ::-1]))
