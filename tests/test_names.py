@@ -29,19 +29,19 @@ def axis_strings(tree):
 
 
 def undefined(*paths):
-    """`file:line: message` for every undefined name that is no axis."""
+    """`file:line: message` for every undefined name that is not an axis."""
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache"]
     rules = ["--select=F821", "--target-version=py312", "--output-format=json"]
     done = subprocess.run([*command, *rules, *map(str, paths)], capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
-    axes, found = {}, []
-    for one in json.loads(done.stdout):
-        name, (row, column) = one["filename"], (one["location"][k] for k in ("row", "column"))
+    axes, problems = {}, []
+    for item in json.loads(done.stdout):
+        name, (row, column) = item["filename"], (item["location"][k] for k in ("row", "column"))
         if name not in axes:
             axes[name] = list(axis_strings(ast.parse(Path(name).read_text())))
         if not any(line == row and a <= column < b for line, a, b in axes[name]):
-            found.append(f"{name}:{row}: {one['message']}")
-    return found
+            problems.append(f"{name}:{row}: {item['message']}")
+    return problems
 
 
 def test_every_name_is_defined():
@@ -58,7 +58,7 @@ def test_what_is_missing_is_found(tmp_path):
         "    return jnp.sum(x) + b\n"
         'def two(x: "Sample") -> Float[Missing, "b"]: ...\n'
     )
-    found = [line.split(":")[-2:] for line in undefined(path)]
-    assert [(int(row), text.split("`")[1]) for row, text in found] == [
+    problems = [line.split(":")[-2:] for line in undefined(path)]
+    assert [(int(row), text.split("`")[1]) for row, text in problems] == [
         (4, "jnp"), (4, "b"), (5, "Sample"), (5, "Missing")
     ]  # fmt: skip

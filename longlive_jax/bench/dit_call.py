@@ -1,7 +1,7 @@
 """One denoising call of a mid-size DiT against a full cache, and one chunk sampled with it.
 
-Large enough that arithmetic decides and not overhead, small enough for two CPU cores: what another
-implementation of the same model can be held against.
+The mid-size model is large enough that arithmetic outweighs overhead and small enough for two CPU
+cores, as a baseline for other implementations of the same model.
 """
 
 import dataclasses
@@ -24,9 +24,15 @@ from longlive_jax.sampling.chunk import ChunkRequest, sample_chunk
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallSpec:
-    """One video, `chunk_frames` latents of `latent` (height, width), a window of chunks.
+    """The call and the chunk to be timed: one video.
 
-    `steps` calls make a chunk, and a pass remembers it.
+    Attributes:
+      model: configuration of the DiT.
+      chunk_frames: latent frames per chunk.
+      latent: height and width of the latents.
+      window: chunks in the attention window, the current one included.
+      steps: model calls per chunk, before the clean context pass.
+      repeats: timed repetitions.
     """
 
     model: DiTConfig
@@ -53,11 +59,12 @@ MODELS = {
         model=DiTConfig(dtype="bfloat16", param_dtype="bfloat16"), latent=(44, 80), repeats=10
     ),
 }
-"""Name -> the call that `longlive bench sampler --model=NAME` times."""
+"""Name -> what `longlive bench sampler --model=NAME` times."""
 
 
 def bench_call(spec: CallSpec) -> dict[str, Any]:
-    """Times the call with random weights; everything but the repeated call is left out."""
+    """Times a call and a chunk with random weights; returns a report ready for JSON."""
+    # 1. Model, full cache and inputs.
     about = machine()
     model = DiT(spec.model, rngs=nnx.Rngs(0))
     graphdef, params = nnx.graphdef(model), params_of(model)
@@ -72,6 +79,7 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
         tokens = cache.upcoming(noisy=True)
         return with_params(graphdef, params)(latents, level, text, tokens, cache)[0]
 
+    # 2. Times.
     with Compilations() as compiled:
         times = repeated(lambda: denoising_call(params, cache, latents, text), spec.repeats)
         chunk_times = repeated(_chunk(spec, graphdef, params, cache, text), spec.repeats)
@@ -90,7 +98,7 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
 
 
 def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Callable[[], Any]:
-    """Samples one chunk after the other, the cache in mid-video and donated as the sampler's is."""
+    """A function that samples the next chunk; the cache is in mid-video, and donated as usual."""
     shape = (1, spec.chunk_frames, *spec.latent, spec.model.in_channels)
     solver = solvers.unipc(spec.steps)
 
@@ -100,11 +108,11 @@ def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Ca
 
     request = ChunkRequest(
         noise=jax.random.normal(jax.random.key(1), shape),
-        text=text,
+        text_kv=text,
         cut=jnp.zeros(1, bool),
         shot_rope_offset=jnp.zeros(1, jnp.int32),
-        clamp=jnp.zeros(shape),
-        clamped=jnp.zeros(shape[:2], bool),
+        fixed_latents=jnp.zeros(shape),
+        is_fixed=jnp.zeros(shape[:2], bool),
         keys=jax.random.split(jax.random.key(2), 1),
     )
     state = [jax.tree.map(jnp.copy, cache)]
@@ -117,7 +125,7 @@ def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Ca
 
 
 def full_cache(spec: CallSpec) -> KVCache:
-    """A cache in mid-video: every slot holds random keys and values."""
+    """A cache in mid-video: random keys and values in every slot."""
     size = (spec.chunk_frames, spec.latent[0] // 2, spec.latent[1] // 2)
     cache = empty_cache(spec.model, 1, size, CachePolicy(window=spec.window))
     k, v = (jax.random.normal(jax.random.key(i), cache.k.shape, cache.k.dtype) for i in (2, 3))
@@ -142,15 +150,16 @@ def prompt(spec: CallSpec) -> TextKV:
 
 
 def call_flops(spec: CallSpec) -> float:
-    """Multiplications and additions of the matrix products of one call."""
+    """FLOPs of the matrix products of one call: two per multiplication with addition."""
     cfg = spec.model
     queries = spec.chunk_frames * (spec.latent[0] // 2) * (spec.latent[1] // 2)
     linears = queries * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
-    seen = spec.window * queries + cfg.text_len
-    return 2.0 * cfg.layers * (linears + 2 * queries * seen * cfg.dim)
+    keys = spec.window * queries + cfg.text_len
+    return 2.0 * cfg.layers * (linears + 2 * queries * keys * cfg.dim)
 
 
 def _plain(spec: CallSpec) -> dict[str, Any]:
+    """The settings with dtypes by name."""
     settings = report_settings(spec)
     model = settings["model"]
     settings["model"] = {

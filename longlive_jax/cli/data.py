@@ -111,16 +111,16 @@ def encode(argv: Sequence[str]) -> int:
 def _encode_with_progress(
     samples: "list[VideoSample]", spec: "EncodeSpec", encoders: "Encoders", args: Any
 ) -> "Manifest":
-    """Encodes with one progress bar per phase. Raises Failure if `--out` cannot be written."""
+    """Encodes with one progress bar per stage. Raises Failure if `--out` cannot be written."""
     from longlive_jax.data.clips.encoding import encode_dataset
 
     with ProgressBars() as bars:
         ticks: dict[str, Any] = {}
 
-        def progress(phase: str, done: int, total: int) -> None:
-            if phase not in ticks:
-                ticks[phase] = bars.begin(phase)
-            ticks[phase](done, total)
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in ticks:
+                ticks[stage] = bars.begin(stage)
+            ticks[stage](done, total)
 
         try:
             return encode_dataset(

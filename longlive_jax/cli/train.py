@@ -85,7 +85,7 @@ def _check_folders(args: Any) -> tuple[Path, Path]:
     Raises UserError if one of them cannot be used.
     """
     from longlive_jax.io.checkpoint import CheckpointWriter
-    from longlive_jax.io.video import check_writable
+    from longlive_jax.io.paths import check_writable
 
     workdir, out = check_writable(args.workdir), check_writable(args.out)
     if out.resolve() in (workdir.resolve(), *workdir.resolve().parents):

@@ -1,6 +1,6 @@
-"""The heart of sampling: denoise one chunk against the cache, then remember it clean.
+"""Sampling of one chunk: denoise it against the cache, then write it to the cache.
 
-Everything that may change from chunk to chunk (noise, prompt, cut, shot phase, a clamped first
+Everything that may change from chunk to chunk (noise, prompt, cut, shot offset, a fixed first
 frame) is an array in `ChunkRequest`, so all chunks of a run share one compilation. (LongLive 2.0,
 sections 3.2 and 3.3.)
 """
@@ -23,21 +23,26 @@ from pallas_kernels.attention import AttentionFn, attention
 
 @struct.dataclass
 class ChunkRequest:
-    """What the next chunk shall be.
+    """Inputs of one chunk.
 
-    Fields: `noise` is its pure noise; `text` the prompts' keys and values, one prompt a sample
-    (with guidance the b prompts, then the b negative ones); `cut` marks the first chunk of a shot
-    other than the first; `shot_rope_offset` is added to its temporal positions, in latent frames;
-    where `clamped`, frames are held at `clamp` and count as clean (image to video: the first frame
-    of chunk 0); `keys` are what a solver with a spread draws from, one a sample.
+    Attributes:
+      noise: the pure noise that denoising starts from.
+      text_kv: the prompts' keys and values, one prompt per sample; with guidance the b prompts,
+        then the b negative ones.
+      cut: whether the chunk begins a shot other than the first.
+      shot_rope_offset: latent frames added to the chunk's temporal positions.
+      fixed_latents: values of the fixed frames.
+      is_fixed: which frames are fixed: they are not denoised and count as clean. Image to video
+        fixes frame 0 of chunk 0.
+      keys: random keys for stochastic solvers, one per sample.
     """
 
     noise: Float[Array, "b f h w c"]
-    text: TextKV
+    text_kv: TextKV
     cut: Bool[Array, "b"]
     shot_rope_offset: Int[Array, "b"]
-    clamp: Float[Array, "b f h w c"]
-    clamped: Bool[Array, "b f"]
+    fixed_latents: Float[Array, "b f h w c"]
+    is_fixed: Bool[Array, "b f"]
     keys: Key[Array, "b"]
 
 
@@ -50,28 +55,30 @@ def sample_chunk(
     guidance: Float[Array, ""] | float | None = None,
     attend: AttentionFn = attention,
 ) -> tuple[Float[Array, "b f h w c"], KVCache]:
-    """Latents (float32) of the next chunk, and the cache that remembers them.
+    """Latents (float32) of the next chunk, and the cache with the chunk written to it.
 
-    With `guidance` the cache and `request.text` have 2b samples, the negative ones last; each model
-    call sees both halves. Without it nothing negative exists.
+    With `guidance` the cache and `request.text_kv` have 2b samples, the negative ones last, and
+    each model call runs both halves. Without it, nothing is computed for negative prompts.
     """
-    twice = _same if guidance is None else doubled
-    tokens = cache.upcoming(twice(request.shot_rope_offset), noisy=True)
+    # 1. The velocity field: the model against the cache, guided or not.
+    repeat = _identity if guidance is None else doubled
+    tokens = cache.upcoming(repeat(request.shot_rope_offset), noisy=True)
 
     def predict(x: Array, timestep: Array) -> Array:
         relative = cache.policy.relative_rope
         velocity, _ = dit(
-            x, timestep, request.text, tokens, cache, attend=attend, relative_rope=relative
+            x, timestep, request.text_kv, tokens, cache, attend=attend, relative_rope=relative
         )
         assert velocity is not None
         return velocity
 
     velocity = predict if guidance is None else guided(predict, guidance)
 
-    def denoise(state: solvers.SolverState, at: tuple[Solver, Array]):
-        row, k = at
-        state = dataclasses.replace(state, x=_clamp(state.x, request))
-        timestep = jnp.where(request.clamped, 0.0, row.timestep)
+    # 2. Solver steps from noise to clean latents.
+    def denoise(state: solvers.SolverState, step: tuple[Solver, Array]):
+        row, k = step
+        state = dataclasses.replace(state, x=_fix_frames(state.x, request))
+        timestep = jnp.where(request.is_fixed, 0.0, row.timestep)
         fresh = None
         if row.noise_std is not None:
             fresh = chunk_noise(request.keys, k, state.x.shape[1:])
@@ -79,7 +86,9 @@ def sample_chunk(
 
     steps = (solver, jnp.arange(solver.steps))
     state, _ = lax.scan(denoise, solvers.start(request.noise), steps)
-    latents = _clamp(state.x, request)
+    latents = _fix_frames(state.x, request)
+
+    # 3. Clean context pass.
     return latents, write_context(dit, cache, latents, request, guidance=guidance, attend=attend)
 
 
@@ -92,18 +101,18 @@ def write_context(
     guidance: Float[Array, ""] | float | None = None,
     attend: AttentionFn = attention,
 ) -> KVCache:
-    """The cache after a pass over finished latents at noise level 0 (the context pass).
+    """The cache after the clean context pass: finished latents at noise level 0.
 
-    Also how a given video enters the cache, to be continued. Of the last layer only keys and values
-    are computed.
+    Also the way to fill the cache from the latents of a given video. Of the last layer only keys
+    and values are computed.
     """
-    twice = _same if guidance is None else doubled
-    cut, shot_rope_offset = twice(request.cut), twice(request.shot_rope_offset)
+    repeat = _identity if guidance is None else doubled
+    cut, shot_rope_offset = repeat(request.cut), repeat(request.shot_rope_offset)
     cache = cache.before_write(cut)
     _, packed = dit(
-        twice(latents),
+        repeat(latents),
         jnp.zeros((cache.num_chunks.shape[0], latents.shape[1])),
-        request.text,
+        request.text_kv,
         cache.upcoming(shot_rope_offset, noisy=False),
         cache,
         attend=attend,
@@ -119,20 +128,20 @@ def chunk_noise(
 ) -> Float[Array, "b f h w c"]:
     """Standard normal noise of `shape` (f, h, w, c) for one chunk of every sample.
 
-    It depends on the sample's own key and the chunk's index alone: not on the batch, nor on whether
+    It depends only on the sample's own key and the chunk's index: not on the batch, nor on whether
     chunks are scanned or streamed.
     """
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(folded(keys, chunk))
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(fold_in(keys, chunk))
 
 
-def folded(keys: Key[Array, "b"], number: Int[Array, "b"] | int) -> Key[Array, "b"]:
-    """Keys of their own for a number, or for one number a key."""
+def fold_in(keys: Key[Array, "b"], number: Int[Array, "b"] | int) -> Key[Array, "b"]:
+    """`jax.random.fold_in` for each key, with a number per key or the same number for all."""
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(number), keys.shape))
 
 
-def _clamp(x: Array, request: ChunkRequest) -> Array:
-    return jnp.where(request.clamped[:, :, None, None, None], request.clamp, x)
+def _fix_frames(x: Array, request: ChunkRequest) -> Array:
+    return jnp.where(request.is_fixed[:, :, None, None, None], request.fixed_latents, x)
 
 
-def _same[T](x: T) -> T:
+def _identity[T](x: T) -> T:
     return x

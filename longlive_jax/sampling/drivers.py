@@ -1,12 +1,12 @@
-"""Two drivers of `sample_chunk`: `sample`, one scan over all chunks, and `stream`, one at a time.
+"""The compiled functions of the sampler: one step per chunk, or one scan over all chunks.
 
-Both draw the same noise and give the same latents bit for bit. Neither waits for the device: a
-stream hands out arrays that may still be under way, and the cache never leaves the device.
+Both draw the same noise and give the same latents bit for bit. Neither waits for the device: the
+arrays returned may still be computing, and the cache never leaves the device.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import cast
 
 import jax
@@ -22,24 +22,28 @@ from longlive_jax.models.wan.dit import DiT, TextKV
 from longlive_jax.sampling.chunk import (
     ChunkRequest,
     chunk_noise,
-    folded,
+    fold_in,
     sample_chunk,
     write_context,
 )
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention
 
-SOLVER_DRAWS = 2**31 - 1
-"""No chunk has this number, so what a solver draws is apart from what any chunk begins from."""
+SOLVER_KEY = 2**31 - 1
+"""Folded into the keys of stochastic solvers. No chunk has this index, so a solver's noise is
+independent of the noise that chunks start from."""
 
 
 @struct.dataclass
 class ChunkInputs:
-    """What one chunk shall be, small enough to make on the host between two chunks.
+    """Inputs of one chunk that change during a video; small enough to prepare on the host.
 
-    Fields: `text`, the prompts' keys and values (`stream`) or their places in a bank of prompts
-    (`sample`), with guidance the b prompts and then the b negative ones; `cut`, `shot_rope_offset`
-    as in `ChunkRequest`; `noise` overrides the noise drawn from the keys, where given.
+    Attributes:
+      text: the prompts: keys and values (for a step), or indices into a bank of prompts (for the
+        scan). With guidance the b prompts, then the b negative ones.
+      cut: whether the chunk begins a shot other than the first.
+      shot_rope_offset: latent frames added to the chunk's temporal positions.
+      noise: initial noise in place of the noise drawn from the keys; None draws it.
     """
 
     text: TextKV | Int[Array | np.ndarray, "b"]
@@ -50,26 +54,29 @@ class ChunkInputs:
 
 @struct.dataclass
 class VideoConditioning:
-    """What stays the same for a whole video.
+    """Inputs that stay constant for a video.
 
-    Fields: `solver` (its length is the number of steps); `keys`, one a sample; `first` latents and
-    whether they are `given`: where so, frame 0 of chunk 0 is held at them (image to video);
-    `guidance` scale or None.
+    Attributes:
+      solver: coefficients of the solver; its length is the number of steps.
+      keys: random keys, one per sample.
+      conditioning_frame: latents of the first frame (image to video).
+      has_conditioning_frame: which samples have one; frame 0 of their chunk 0 is fixed to it.
+      guidance: scale of classifier-free guidance, or None for none.
     """
 
     solver: Solver
     keys: Key[Array, "b"]
-    first: Float[Array, "b h w c"]
-    given: Bool[Array | np.ndarray, "b"]
+    conditioning_frame: Float[Array, "b h w c"]
+    has_conditioning_frame: Bool[Array | np.ndarray, "b"]
     guidance: Float[Array, ""] | float | None = None
 
 
 class Sampler:
-    """The jitted drivers of one DiT structure; parameters are arguments.
+    """The jitted functions of one DiT structure; parameters are arguments.
 
-    Every method compiles once: for all chunks, prompts, cuts, seeds, and with or without a given
-    first frame. Caches passed in are donated and must not be used again. `dit` makes the module
-    of parameters.
+    Each compiles once: for all chunks, prompts, cuts and seeds, with or without a conditioning
+    frame. Caches passed in are donated and must not be used again. `dit` builds the module from
+    parameters.
     """
 
     def __init__(self, graphdef: nnx.GraphDef[DiT], *, attend: AttentionFn = attention):
@@ -78,59 +85,55 @@ class Sampler:
         self.step = jax.jit(self._step, donate_argnums=1)
         self.write_context = jax.jit(self._write_context, donate_argnums=1)
         self.text = jax.jit(self._text)
-        self._sample = jax.jit(self._scan, donate_argnums=1)
+        self._jitted_scan = jax.jit(self._scan, donate_argnums=1)
 
     def sample(
         self,
         params: Params,
         cache: KVCache,
-        setting: VideoConditioning,
-        orders: ChunkInputs,
+        conditioning: VideoConditioning,
+        inputs: ChunkInputs,
         bank: TextKV,
     ) -> tuple[Float[Array, "b f h w c"], KVCache]:
         """Latents of all chunks by one scan, and the cache after them.
 
-        `orders` has a leading axis of chunks; its text are indices into the prompt axis of `bank`
+        `inputs` has a leading axis of chunks; its `text` are indices into the prompt axis of `bank`
         (`[layers, p, 1, t, n, d]`).
         """
-        return self._sample(params, cache, setting, orders, bank)
+        return self._jitted_scan(params, cache, conditioning, inputs, bank)
 
-    def stream(
+    def _step(
         self,
         params: Params,
         cache: KVCache,
-        setting: VideoConditioning,
-        orders: Iterable[ChunkInputs],
-    ) -> Iterator[Float[Array, "b f h w c"]]:
-        """Yields the latents of one chunk for each order, in constant memory, however long.
-
-        An order is taken when the chunk before it has been handed out, so `orders` may be a
-        generator that decides about the next prompt or cut at the last moment.
-        """
-        for order in orders:
-            latents, cache = self.step(params, cache, setting, order)
-            yield latents
-
-    def _step(self, params: Params, cache: KVCache, setting: VideoConditioning, order: ChunkInputs):
-        request = self._request(cache, setting, order)
+        conditioning: VideoConditioning,
+        inputs: ChunkInputs,
+    ):
+        """Latents of the next chunk, and the cache after it."""
+        request = self._request(cache, conditioning, inputs)
         return sample_chunk(
-            self.dit(params), cache, request, setting.solver,
-            guidance=setting.guidance, attend=self._attend,
+            self.dit(params), cache, request, conditioning.solver,
+            guidance=conditioning.guidance, attend=self._attend,
         )  # fmt: skip
 
     def _scan(
-        self, params, cache: KVCache, setting: VideoConditioning, orders: ChunkInputs, bank: TextKV
+        self,
+        params: Params,
+        cache: KVCache,
+        conditioning: VideoConditioning,
+        inputs: ChunkInputs,
+        bank: TextKV,
     ):
-        def body(cache: KVCache, order: ChunkInputs):
-            index = cast(Array, order.text)
+        def body(cache: KVCache, chunk: ChunkInputs):
+            index = cast(Array, chunk.text)
             text = jax.tree.map(lambda x: jnp.take(x, index, axis=1), bank)
-            order = dataclasses.replace(order, text=text)
-            # Apart from the loop round it, so that it is compiled as the single step is.
-            inputs = lax.optimization_barrier((params, cache, setting, order))
-            latents, cache = lax.optimization_barrier(self._step(*inputs))
+            chunk = dataclasses.replace(chunk, text=text)
+            # Barriers isolate the step from the loop, so that XLA compiles it as it does alone.
+            arguments = lax.optimization_barrier((params, cache, conditioning, chunk))
+            latents, cache = lax.optimization_barrier(self._step(*arguments))
             return cache, latents
 
-        cache, latents = lax.scan(body, cache, orders)
+        cache, latents = lax.scan(body, cache, inputs)
         latents = jnp.moveaxis(latents, 0, 1)
         return latents.reshape(latents.shape[0], -1, *latents.shape[3:]), cache
 
@@ -138,41 +141,41 @@ class Sampler:
         self,
         params: Params,
         cache: KVCache,
-        setting: VideoConditioning,
-        order: ChunkInputs,
+        conditioning: VideoConditioning,
+        inputs: ChunkInputs,
         latents: Array,
     ) -> KVCache:
-        """The cache after a given chunk of latents, of the video to be continued."""
-        request = self._request(cache, setting, order)
+        """The cache after a given chunk of latents, of a video to be continued."""
+        request = self._request(cache, conditioning, inputs)
         return write_context(
             self.dit(params), cache, latents, request,
-            guidance=setting.guidance, attend=self._attend,
+            guidance=conditioning.guidance, attend=self._attend,
         )  # fmt: skip
 
-    def _text(self, params: Params, embedding: Float[Array, "b t e"]) -> TextKV:
-        """Keys and values of prompts, one a sample, for `ChunkInputs.text` or as a bank."""
-        return self.dit(params).text_kv(embedding[:, None])
+    def _text(self, params: Params, features: Float[Array, "b t e"]) -> TextKV:
+        """Keys and values of one prompt per sample, for `ChunkInputs.text` or as a bank."""
+        return self.dit(params).text_kv(features[:, None])
 
     def _request(
-        self, cache: KVCache, setting: VideoConditioning, order: ChunkInputs
+        self, cache: KVCache, conditioning: VideoConditioning, inputs: ChunkInputs
     ) -> ChunkRequest:
-        batch, *space = setting.first.shape
+        batch, *space = conditioning.conditioning_frame.shape
         frames, chunk = cache.size[0], cache.num_chunks[:batch]
-        noise = order.noise
+        noise = inputs.noise
         if noise is None:
-            noise = chunk_noise(setting.keys, chunk, (frames, *space))
-        held = jnp.asarray(setting.given) & (chunk == 0)
+            noise = chunk_noise(conditioning.keys, chunk, (frames, *space))
+        has_fixed_frame = jnp.asarray(conditioning.has_conditioning_frame) & (chunk == 0)
         return ChunkRequest(
             noise=noise,
-            text=cast(TextKV, order.text),
-            cut=jnp.asarray(order.cut),
-            shot_rope_offset=jnp.asarray(order.shot_rope_offset),
-            clamp=jnp.broadcast_to(setting.first[:, None], noise.shape),
-            clamped=held[:, None] & (jnp.arange(frames) == 0),
-            keys=folded(folded(setting.keys, SOLVER_DRAWS), chunk),
+            text_kv=cast(TextKV, inputs.text),
+            cut=jnp.asarray(inputs.cut),
+            shot_rope_offset=jnp.asarray(inputs.shot_rope_offset),
+            fixed_latents=jnp.broadcast_to(conditioning.conditioning_frame[:, None], noise.shape),
+            is_fixed=has_fixed_frame[:, None] & (jnp.arange(frames) == 0),
+            keys=fold_in(fold_in(conditioning.keys, SOLVER_KEY), chunk),
         )
 
 
-def stack_chunk_inputs(orders: Iterable[ChunkInputs]) -> ChunkInputs:
-    """Orders with indices for text as the one stacked order that `Sampler.sample` scans."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *orders)
+def stack_chunk_inputs(inputs: Iterable[ChunkInputs]) -> ChunkInputs:
+    """Stacks the inputs of chunks, with indices for text, for the scan of `Sampler.sample`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)

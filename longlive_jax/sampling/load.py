@@ -1,7 +1,7 @@
-"""The DiT in the precision that a run asks for: as its checkpoint is, or packed when it is loaded.
+"""Loads the DiT in the requested precision: the checkpoint's own, or quantized at load time.
 
-What cannot be is found before weights are read: rules that are not the checkpoint's, widths that
-do not split into blocks, and an implementation that this device does not have.
+Everything that cannot work raises before weights are read: a policy other than that of a quantized
+checkpoint, widths that do not split into blocks, an implementation that does not run here.
 """
 
 import os
@@ -34,11 +34,16 @@ __all__ = ["load_dit"]
 def load_dit(
     folder: str | os.PathLike, quant: QuantSpec, *, param_dtype: DTypeLike, dtype: DTypeLike
 ) -> DiT:
-    """The DiT of a checkpoint directory, its kernels packed if the checkpoint or `quant` says so.
+    """The DiT of a checkpoint directory, with quantized kernels if it or `quant` has a policy.
 
-    `quant.policy` "none" takes the checkpoint as it is. Another one must be that of a packed
-    checkpoint; otherwise kernels are packed here, from what the checkpoint holds. `param_dtype` is
-    of all other parameters. Raises UserError as above.
+    Args:
+      folder: checkpoint directory.
+      quant: "none" as its policy loads the checkpoint unchanged. Any other policy must be that of a
+        quantized checkpoint; a checkpoint that is not quantized is quantized here.
+      param_dtype: dtype of all parameters that are not quantized.
+      dtype: dtype of the computation.
+
+    Raises UserError for a policy or an implementation that cannot work.
     """
     formats, record = _formats(folder, quant), read_quantization(folder)
     if record is not None:
@@ -60,7 +65,7 @@ def load_dit(
 
 
 def _formats(folder: str | os.PathLike, quant: QuantSpec) -> dict[str, Format]:
-    """What the policy says of this checkpoint's kernels; nothing is read but its manifest."""
+    """Formats of this checkpoint's kernels under the policy, from the manifest alone."""
     reader, _ = open_component(folder, "dit")
     shapes = dense_shapes({path: spec.shape for path, spec in reader.specs.items()})
     tree = nest({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
@@ -76,24 +81,27 @@ def _check_same(
     formats: dict[str, Format],
     quant: QuantSpec,
 ) -> None:
-    wanted = {name: KernelFormat.of(form) for name, form in formats.items()}
-    if wanted and wanted != dict(record.kernels):
+    """UserError if the policy differs from that of the quantized checkpoint."""
+    kernels = {name: KernelFormat.of(form) for name, form in formats.items()}
+    if kernels and kernels != dict(record.kernels):
         forms = "; ".join(map(str, dict.fromkeys(formats.values())))
         raise UserError(
             f"quant.policy is {quant.policy} ({forms}), but {Path(folder)} is packed as "
-            f"{record.describe()}; leave quant.policy out, or name a checkpoint that is not packed"
+            f"{record.describe()}; leave quant.policy out, or use a checkpoint that is not packed"
         )
 
 
 def _check_available(formats: dict[str, Format], quant: QuantSpec) -> None:
-    """UserError if an implementation is asked for by name that does not run here."""
+    """UserError if the implementation is named and does not run here."""
     kinds, name = {form.kind for form in formats.values()}, quant.implementation
     if not kinds and name != "auto":
         raise UserError(
-            f"quant.implementation is {name}, but nothing is quantized; say quant.policy=nvfp4"
+            f"quant.implementation is {name}, but nothing is quantized; set quant.policy to nvfp4"
         )
     if "fp8" in kinds and name not in ("auto", "xla"):
-        raise UserError(f"quant.implementation is {name}; products in FP8 are XLA's: auto or xla")
+        raise UserError(
+            f"quant.implementation is {name}, but FP8 products have only XLA's; use auto or xla"
+        )
     if "nvfp4" in kinds:
         try:
             for op in ("matmul", "quantize"):

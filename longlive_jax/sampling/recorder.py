@@ -1,5 +1,6 @@
-"""Files of videos in the making: MP4 written chunk by chunk, a strip of stills, latents."""
+"""The files of a sampled video: an MP4 written chunk by chunk, a strip of stills, latents."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,69 +9,82 @@ from typing import Self
 
 import numpy as np
 
-from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.io.paths import check_writable
 from longlive_jax.io.pictures import strip
 from longlive_jax.io.video import Mp4Writer
-from longlive_jax.sampling.timeline import Plan
-from longlive_jax.typing import Array, Float, UInt8
+from longlive_jax.sampling.stream import Chunk
+from longlive_jax.sampling.timeline import Timeline
 
 STRIP_ROWS = 60
-"""A strip shows so many segments; a video of hours has more than a picture can hold."""
+"""Most segments in a strip; a video of hours has more than a picture can hold."""
 
 
-def segments(plan: Plan, video: int, *, prefix: str = CUT_PREFIX) -> list[tuple[int, int, str]]:
-    """(first frame, end, prompt) of every stretch of one video without a cut or another prompt."""
+def segments(timeline: Timeline, video: int) -> list[tuple[int, int, str]]:
+    """(first chunk, end, prompt) of every stretch of one video with one prompt and no cut."""
     starts: list[tuple[int, str]] = []
-    for chunk in range(int(plan.lengths[video])):
-        prompt = plan.prompts[video][chunk].removeprefix(prefix)
-        if not starts or plan.cuts[video, chunk] or prompt != starts[-1][1]:
-            starts.append((plan.frames(chunk), prompt))
-    ends = [*(at for at, _ in starts[1:]), plan.frames(int(plan.lengths[video]))]
-    return [(at, end, prompt) for (at, prompt), end in zip(starts, ends, strict=True)]
+    length = int(timeline.lengths[video])
+    for chunk in range(length):
+        prompt = timeline.prompts[video][chunk].removeprefix(timeline.prefix)
+        if not starts or timeline.cuts[video, chunk] or prompt != starts[-1][1]:
+            starts.append((chunk, prompt))
+    ends = [*(start for start, _ in starts[1:]), length]
+    return [(start, end, prompt) for (start, prompt), end in zip(starts, ends, strict=True)]
 
 
 def file_name(name: str, number: int, many: bool) -> str:
-    """`video`, or for one of many videos its name (letters, digits, `._-`) and number."""
+    """`video`, or for one of many videos its number and name (letters, digits, `._-`)."""
     if not many:
         return "video"
     plain = re.sub(r"[^\w.-]+", "_", name).strip("._")[:60]
     return f"{number:03d}-{plain}" if plain else f"{number:03d}"
 
 
-class Take:
-    """The files of one video. What was appended is kept however the program ends."""
+@dataclasses.dataclass
+class StripRow:
+    """The stills of one segment.
+
+    Attributes:
+      caption: its prompt without the cut prefix.
+      picks: indices of the raw frames to show.
+      stills: the frames picked so far.
+    """
+
+    caption: str
+    picks: np.ndarray
+    stills: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+
+class VideoFiles:
+    """The files of one video of a batch. Every appended chunk survives a crash of the program.
+
+    The strip has a row per segment. Prompts and cuts are those of the chunks, so a steered video is
+    captioned with what was generated.
+    """
 
     def __init__(
-        self, folder: Path, name: str, plan: Plan, video: int, *, stills: int, latents: bool
+        self, folder: Path, name: str, timeline: Timeline, video: int, *, stills: int, latents: bool
     ):
         self.path = folder / f"{name}.mp4"
         self.strip_path = folder / ("strip.png" if name == "video" else f"{name}.strip.png")
         self.latents_path = folder / f"{name}.latents.npy"
         self.frames = 0
-        self._writer = Mp4Writer(self.path, fps=plan.fps)
-        self._length = plan.frames(int(plan.lengths[video]))
-        self._chunks = int(plan.lengths[video])
+        self._timeline, self._video = timeline, video
+        self._num_chunks = int(timeline.lengths[video])
+        self._num_stills = stills
+        self._writer = Mp4Writer(self.path, fps=timeline.fps)
         self._latents: list[np.ndarray] | None = [] if latents else None
-        self._rows = segments(plan, video)[:STRIP_ROWS] if stills else []
-        self._picks = [
-            np.unique(np.linspace(a, b - 1, stills).astype(int)) for a, b, _ in self._rows
-        ]
-        self._stills: list[list[np.ndarray]] = [[] for _ in self._rows]
+        self._planned_ends = {(a, prompt): end for a, end, prompt in segments(timeline, video)}
+        self._prompt: str | None = None
+        self._rows: list[StripRow] = []
 
-    def append(
-        self, frames: UInt8[np.ndarray, "f h w 3"], latents: Float[Array, "f h w c"] | None
-    ) -> None:
-        """Writes the frames of the next chunk, as far as they belong to this video."""
-        frames = frames[: self._length - self.frames]
-        if not len(frames):
+    def append(self, chunk: Chunk) -> None:
+        """Writes this video's frames of the next chunk; padding after its end is dropped."""
+        if chunk.index >= self._num_chunks:
             return
-        for kept, picks in zip(self._stills, self._picks, strict=True):
-            kept += [
-                frames[i - self.frames].copy() for i in picks if 0 <= i - self.frames < len(frames)
-            ]
-        if self._latents is not None and latents is not None:
-            self._latents.append(np.asarray(latents))
+        frames = chunk.frames[self._video]
+        self._append_stills(chunk, frames)
+        if self._latents is not None:
+            self._latents.append(np.asarray(chunk.latents[self._video]))
         self._writer.append(frames)
         self.frames += len(frames)
 
@@ -79,38 +93,63 @@ class Take:
         self._writer.close()
         if self._latents:
             np.save(self.latents_path, np.concatenate(self._latents))
-        rows = [(kept, row[2]) for kept, row in zip(self._stills, self._rows, strict=True) if kept]
+        rows = [row for row in self._rows if row.stills]
         if rows:
-            shots, captions = zip(*rows, strict=True)
-            strip(self.strip_path, [np.stack(shot) for shot in shots], captions)
+            strip(
+                self.strip_path, [np.stack(row.stills) for row in rows], [r.caption for r in rows]
+            )
+
+    def _append_stills(self, chunk: Chunk, frames: np.ndarray) -> None:
+        prompt = chunk.prompt[self._video].removeprefix(self._timeline.prefix)
+        if prompt != self._prompt or chunk.cut[self._video]:
+            self._prompt = prompt
+            self._rows.append(StripRow(prompt, self._picks(chunk, prompt)))
+        if len(self._rows) <= STRIP_ROWS:
+            offsets = self._rows[-1].picks - chunk.first_frame
+            inside = offsets[(offsets >= 0) & (offsets < len(frames))]
+            self._rows[-1].stills += [frames[i].copy() for i in inside]
+
+    def _picks(self, chunk: Chunk, prompt: str) -> np.ndarray:
+        """Evenly spaced frames of the segment that begins with `chunk`.
+
+        The segment ends as in the timeline, or with the video if the stream was steered.
+        """
+        timeline = self._timeline
+        end_chunk = self._planned_ends.get((chunk.index, prompt), self._num_chunks)
+        later_chunks = end_chunk - chunk.index - 1
+        frames = chunk.frames.shape[1]
+        frames += later_chunks * timeline.chunk_frames * timeline.temporal_stride
+        last = chunk.first_frame + frames - 1
+        return np.unique(np.linspace(chunk.first_frame, last, self._num_stills).astype(int))
 
 
-class Recording:
-    """Takes of all videos of a batch; a context manager that always closes them."""
+class Recorder:
+    """Writes the files of all videos of a batch; a context manager that always closes them."""
 
     def __init__(
         self,
         folder: Path,
-        plan: Plan,
+        timeline: Timeline,
         names: Sequence[str],
         *,
         stills: int = 8,
         latents: bool = False,
     ):
+        """Files named after `names` in `folder`.
+
+        `stills` is the number of pictures per segment in the strip, 0 for no strip; `latents` also
+        writes the latents. Raises UserError for a folder that cannot be written.
+        """
         check_writable(folder)
-        self.takes = [
-            Take(folder, name, plan, i, stills=stills, latents=latents)
+        self.videos = [
+            VideoFiles(folder, name, timeline, i, stills=stills, latents=latents)
             for i, name in enumerate(names)
         ]
 
-    def append(
-        self,
-        frames: UInt8[np.ndarray, "b f h w 3"],
-        latents: Float[Array, "b f h w c"] | None = None,
-    ) -> None:
+    def append(self, chunk: Chunk) -> None:
         """Adds a chunk of every video."""
-        for i, take in enumerate(self.takes):
-            take.append(frames[i], None if latents is None else latents[i])
+        for video in self.videos:
+            video.append(chunk)
 
     def __enter__(self) -> Self:
         return self
@@ -121,5 +160,5 @@ class Recording:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for take in self.takes:
-            take.close()
+        for video in self.videos:
+            video.close()

@@ -1,8 +1,8 @@
-"""Shot scripts: what is shown when, and where the camera cuts.
+"""Shot scripts: prompts, their durations, and where the camera cuts.
 
-A script is a list of segments. Each has a prompt, a duration, and `cut`: true (the default) starts
-a new shot, false changes the prompt while the shot goes on. The two differ in everything that
-follows a cut: the prompt prefix the model was trained with, the shot sink, the position offset.
+A script is a list of segments. Each has a prompt, a duration, and `cut`: true (the default) begins
+a new shot, false changes the prompt within the shot. Only a cut adds the prompt prefix that the
+model was trained with, moves the shot sink and offsets the positions.
 
     shots:
       - {prompt: a red circle drifts left, seconds: 4}
@@ -32,7 +32,14 @@ SIZE_MULTIPLE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Shot:
-    """One segment: a prompt and its duration, in seconds or in chunks (exactly one of them)."""
+    """One segment of a script.
+
+    Attributes:
+      prompt: what it shows.
+      seconds: duration in seconds; exactly one of seconds and chunks is set.
+      chunks: duration in chunks.
+      cut: whether the segment begins a new shot; ignored for the first one.
+    """
 
     prompt: str
     seconds: float | None = None
@@ -58,10 +65,18 @@ class Shot:
 
 @dataclasses.dataclass(frozen=True)
 class ShotScript:
-    """One video: its shots, seed, and optionally size (height, width), image, negative prompt.
+    """The script of one video.
 
-    `notes` are remarks for the user, such as shots that a layout left unused. Raises UserError
-    for no shots, an illegal size, or an image that is missing or no image.
+    Raises UserError for no shots, an illegal size, or an image that is missing or unreadable.
+
+    Attributes:
+      shots: the segments, in order.
+      seed: seed of the noise, in [0, 2**32).
+      size: height and width in pixels, or None for the model's default.
+      image: path of a picture that conditions the first frame.
+      negative_prompt: prompt that guidance moves away from, or None for the model's default.
+      name: name for files and messages.
+      notes: remarks for the user, such as captions beyond the length of the video.
     """
 
     shots: tuple[Shot, ...]
@@ -77,7 +92,7 @@ class ShotScript:
         if not self.shots:
             raise UserError("the script has no shots; give at least one {prompt, seconds}")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must lie in [0, 2**32), got {self.seed}")
+            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.size is not None:
             check_size(*self.size)
         if self.image is not None:
@@ -85,20 +100,23 @@ class ShotScript:
 
     @classmethod
     def of(cls, *prompts: str, seconds: float, **settings: Any) -> "ShotScript":
-        """A script of equally long shots with a cut between any two."""
+        """A script of shots of equal duration with a cut between any two.
+
+        `settings` are other fields of the script.
+        """
         return cls(tuple(Shot(p, seconds=seconds) for p in prompts), **settings)
 
     @classmethod
     def read(cls, path: str | Path, **settings: Any) -> "ShotScript":
-        """The one script of `path`; see `read_scripts`."""
+        """The script in `path`; UserError if there are several. See `read_scripts`."""
         scripts = read_scripts(path, **settings)
         if len(scripts) > 1:
-            raise UserError(f"{path} holds {len(scripts)} videos; use read_scripts")
+            raise UserError(f"{path} has {len(scripts)} videos; use read_scripts")
         return scripts[0]
 
 
 def check_size(height: int, width: int, *, multiple: int = SIZE_MULTIPLE) -> None:
-    """UserError unless both are positive multiples of `multiple`; names the nearest legal size."""
+    """UserError, with the nearest legal sizes, unless both edges are positive multiples."""
     if all(edge > 0 and edge % multiple == 0 for edge in (height, width)):
         return
     below = [max(multiple, edge // multiple * multiple) for edge in (height, width)]
@@ -113,17 +131,26 @@ def check_size(height: int, width: int, *, multiple: int = SIZE_MULTIPLE) -> Non
 def read_scripts(
     path: str | Path, *, chunks: int | None = None, chunks_per_shot: int | None = None
 ) -> list[ShotScript]:
-    """Reads every layout: YAML or JSON script, text file, or caption folder.
+    """Reads a YAML or JSON script, a text file of captions, or a caption folder.
 
-    A text file holds one single-shot video a line. A folder holds `caption/<video>/<shot>.json`
-    with `{"caption": ...}` (or the videos, or the shots of one video, directly), and optionally
-    `shot_durations.txt` with the chunks of each shot. `chunks` is the total length of each video in
-    these two layouts; a text file needs it, a folder needs it unless durations say it.
+    A text file has one single-shot video per line. A folder has `caption/<video>/<shot>.json` with
+    `{"caption": ...}` (or directly the videos, or the shots of one video), and optionally
+    `shot_durations.txt` with the chunks of each shot.
+
+    Args:
+      path: the file or folder.
+      chunks: total length of each video from a text file or folder; required for a text file, and
+        for a folder without durations.
+      chunks_per_shot: length of each shot from a folder without `shot_durations.txt`.
+
+    Raises UserError for a path that is not a script or does not say how long the videos are.
     """
     path = Path(path)
+    # 1. Arguments.
     for name, value in (("chunks", chunks), ("chunks_per_shot", chunks_per_shot)):
         if value is not None and value <= 0:
             raise UserError(f"{name} must be positive, got {value}")
+    # 2. One reader per layout.
     if path.is_dir():
         return [
             _read_captions(folder, chunks, chunks_per_shot) for folder in _caption_folders(path)
@@ -140,7 +167,11 @@ def read_scripts(
 def parse_script(
     values: Any, *, folder: Path = Path(), name: str = "", where: str = "script"
 ) -> ShotScript:
-    """A script from its nested mapping; `image` is looked up from `folder`."""
+    """A script from its nested mapping.
+
+    `image` is relative to `folder`; `name` is the default name, and `where` begins error messages.
+    Raises UserError for unknown keys and invalid values.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected a mapping with 'shots', got {type(values).__name__}")
     known = ("shots", "seed", "size", "image", "negative_prompt", "name")
@@ -185,9 +216,9 @@ def _read_lines(path: Path, chunks: int | None) -> list[ShotScript]:
         raise UserError(f"{path}: not a text file: {error.reason}") from error
     prompts = [line for line in lines if line]
     if not prompts:
-        raise UserError(f"{path}: no caption in it; write one per line")
+        raise UserError(f"{path}: no captions; write one per line")
     if chunks is None:
-        raise UserError(f"{path}: a text file does not say how long; give the number of chunks")
+        raise UserError(f"{path}: a text file has no durations; give the number of chunks")
     return [
         ShotScript((Shot(prompt, chunks=chunks),), name=f"{path.stem}-{i}")
         for i, prompt in enumerate(prompts)
@@ -231,15 +262,16 @@ def _caption(path: Path) -> str:
 def _durations(
     folder: Path, shots: int, chunks: int | None, chunks_per_shot: int | None
 ) -> list[int]:
-    """Chunks of each shot: the file, else equal lengths, else an even split of `chunks`.
+    """Chunks of each shot: from the file, else `chunks_per_shot`, else `chunks` split evenly.
 
-    A total cuts the list off, or lengthens the last shot that is used.
+    A total of `chunks` truncates the list, or extends the last shot used.
     """
+    # 1. Durations without a total.
     path = folder / "shot_durations.txt"
     if path.is_file():
         words = path.read_text(encoding="utf-8").replace(",", " ").split()
         if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-            raise UserError(f"{path}: expected positive whole numbers of chunks, got {words}")
+            raise UserError(f"{path}: expected positive integers (chunks), got {words}")
         counts = [int(word) for word in words]
         if len(counts) > shots:
             raise UserError(f"{path}: {len(counts)} durations for {shots} shots")
@@ -251,10 +283,11 @@ def _durations(
         raise UserError(f"{folder}: no shot_durations.txt; give the number of chunks")
     if chunks is None:
         return counts
-    left, kept = chunks, []
+    # 2. Fit them to the total.
+    remaining, fitted = chunks, []
     for count in counts:
-        kept.append(min(count, left))
-        left -= kept[-1]
-    last = max(i for i, count in enumerate(kept) if count)
-    kept[last] += left
-    return kept
+        fitted.append(min(count, remaining))
+        remaining -= fitted[-1]
+    last = max(i for i, count in enumerate(fitted) if count)
+    fitted[last] += remaining
+    return fitted

@@ -1,4 +1,4 @@
-"""How videos are sampled: `SampleSpec`, and the defaults a checkpoint carries for its own model."""
+"""Sampling settings: `SampleSpec`, and the defaults that a checkpoint has for its own model."""
 
 import dataclasses
 import os
@@ -17,7 +17,9 @@ from longlive_jax.spec import UserError, build, with_renamed
 
 MANIFEST_KEY = "sampling"
 RENAMED = {"chunk": "chunk_frames", "rope_offset": "shot_rope_offset"}
-"""Settings in checkpoints of earlier versions, and their names today."""
+"""Names of settings in checkpoints of earlier versions -> current names."""
+LOADED_WITH = frozenset({"dtype", "vae_dtype", "vae_device", "quant"})
+"""Settings that apply when weights are loaded and cannot change after."""
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Solver = Literal["unipc", "euler", "sde"]
@@ -25,35 +27,35 @@ Solver = Literal["unipc", "euler", "sde"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSpec:
-    """What is chosen when sampling; the defaults are those of the released 5B model.
+    """Sampling settings; the defaults are those of the released 5B model.
 
     Attributes:
-      size: height and width in pixels, where the script does not say.
-      fps: frames a second.
-      chunk_frames: latent frames generated together.
-      solver: of the flow; "sde" adds noise between its steps and wants many of them.
+      size: height and width in pixels of scripts without a size.
+      fps: frames per second.
+      chunk_frames: latent frames per chunk.
+      solver: solver of the flow; "sde" adds noise between its steps and needs many of them.
       steps: model calls per chunk; 2 to 4 for a distilled model, 32 to 50 otherwise.
-      shift: of the noise levels towards the noisy end.
-      guidance: 1 is off, and then nothing negative is computed or stored.
-      negative_prompt: where the script does not say.
-      window: chunks that attention sees, the current one and all sinks included.
-      global_sinks: so many first chunks of the video stay in the window.
-      shot_sinks: the first chunk of the current shot stays in the window.
+      shift: shift of the noise levels towards the noisy end.
+      guidance: scale of classifier-free guidance; 1 is off and needs no negative prompts.
+      negative_prompt: negative prompt of scripts without one.
+      window: chunks in the attention window, the current one and all sinks included.
+      global_sinks: number of first chunks of the video that stay in the window.
+      shot_sinks: whether the first chunk of the current shot stays in the window.
       shot_rope_offset: latent frames added to temporal positions at every cut.
-      clean_recache: at a cut, only the global sinks are kept.
-      relative_rope: temporal positions are counted from the start of the window.
-      kv: how the window's keys and values are stored: in the model's dtype, or in NVFP4 at 4.5 bits
-        a number.
-      kv_smoothing: of NVFP4 keys; "reference" is what LongLive 2.0 ships, see `packed_cache`.
-      kv_reader: of NVFP4 keys and values: "auto" unpacks them a layer at a time, "mosaic" is a
-        kernel that reads them packed, for Blackwell.
-      cut_prefix: opens the prompt of the first chunk of a new shot.
-      ahead: chunks computed ahead of the one a stream hands out. Prompts and cuts given to a stream
-        take effect that many chunks later; 0 reacts at once and overlaps nothing.
-      dtype: of DiT and text encoder; "auto" is bfloat16 on accelerators and float32 on CPUs.
-      vae_dtype: of the VAE.
-      quant: of the DiT's matrices; policy "none" takes them as the checkpoint has them.
-      vae_device: index of a device of its own for the VAE, if there is more than one.
+      clean_recache: whether a cut evicts all but the global sinks.
+      relative_rope: whether temporal positions are counted from the start of the window.
+      kv: storage of the window's keys and values: the model's dtype, or NVFP4 at 4.5 bits a number.
+      kv_smoothing: smoothing of NVFP4 keys; "reference" is what LongLive 2.0 ships (see
+        `packed_cache`).
+      kv_reader: reader of NVFP4 keys and values: "auto" dequantizes them layer by layer, "mosaic"
+        is a kernel for Blackwell that reads them packed.
+      cut_prefix: text that opens the prompt of the first chunk of a new shot.
+      ahead: chunks in flight beyond the one a stream hands out. Steering takes effect that many
+        chunks later; 0 reacts at once, without overlap.
+      dtype: dtype of DiT and text encoder; "auto" is bfloat16 on accelerators, float32 on CPUs.
+      vae_dtype: dtype of the VAE.
+      quant: quantization of the DiT's matrices; policy "none" leaves them as in the checkpoint.
+      vae_device: index of the VAE's own device; None shares the DiT's.
     """
 
     size: tuple[int, int] = (704, 1280)
@@ -92,17 +94,17 @@ class SampleSpec:
         }
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
+                raise UserError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         if self.vae_device is not None and not 0 <= self.vae_device < jax.device_count():
             raise UserError(
-                f"vae_device is {self.vae_device}; this machine has devices 0 to "
-                f"{jax.device_count() - 1}"
+                f"vae_device must be one of devices 0 to {jax.device_count() - 1}, got "
+                f"{self.vae_device}"
             )
-        _ = self.policy  # a window too small for its sinks is found here
+        _ = self.policy  # raises for a window too small for its sinks
 
     @property
     def policy(self) -> CachePolicy:
-        """What the cache keeps."""
+        """Which chunks the cache keeps, and in which format."""
         return CachePolicy(
             window=self.window,
             global_sinks=self.global_sinks,
@@ -114,20 +116,20 @@ class SampleSpec:
 
 
 def precision(choice: Precision) -> str:
-    """The name of the type that a choice means on this machine."""
+    """The dtype that a setting selects on this machine, by name."""
     if choice != "auto":
         return choice
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def spec_for(folder: str | os.PathLike, chosen: Mapping[str, Any] | None = None) -> SampleSpec:
-    """The checkpoint's own settings, with `chosen` ones in place; UserError as from `build`."""
+def spec_for(folder: str | os.PathLike, changes: Mapping[str, Any] | None = None) -> SampleSpec:
+    """The checkpoint's own settings, overridden by `changes`; UserError as from `build`."""
     own = with_renamed(read_manifest(folder).get(MANIFEST_KEY, {}), RENAMED)
-    return build(SampleSpec, {**own, **(chosen or {})}, path="sample")
+    return build(SampleSpec, {**own, **(changes or {})}, path="sample")
 
 
 def save_settings(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-    """Makes `settings` (fields of `SampleSpec`) the defaults of a checkpoint directory."""
+    """Writes `settings` (fields of `SampleSpec`) to a checkpoint directory as its defaults."""
     build(SampleSpec, settings, path="sample")
     with CheckpointWriter(folder) as writer:
         writer.manifest[MANIFEST_KEY] = dict(settings)

@@ -1,159 +1,290 @@
-"""A video in the making: an iterator of decoded chunks that can be steered between two of them."""
+"""Streaming: an iterator of decoded chunks that can be steered between two of them.
+
+JAX dispatches work without waiting for it, so overlap needs no threads: the decode of chunk i and
+the denoising of chunk i + 1 are queued, and the host waits only for the frames it hands out. At
+most `ahead` further chunks are in flight, which bounds memory for a video of any length.
+"""
 
 import dataclasses
 import itertools
+import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
+from flax import struct
 
-from longlive_jax.sampling.drivers import ChunkInputs
-from longlive_jax.sampling.script import ShotScript
-from longlive_jax.sampling.streaming_vae import overlapped
-from longlive_jax.typing import Array, Float, UInt8
-
-if TYPE_CHECKING:
-    from longlive_jax.sampling.pipeline import Pipeline
-
-
-@dataclasses.dataclass
-class VideoTimeline:
-    """One video of the batch: the shot it is in, and where it has left its script."""
-
-    script: tuple[str, ...]
-    cuts: np.ndarray
-    prefix: str
-    chunk: int = 0
-    shot: int = 0
-    prompt: str | None = None
-    cut: bool = False
-
-    def steer(self, prompt: str | None, *, cut: bool) -> None:
-        """Replaces the rest of the script by `prompt`, or by the one of the chunk begun last."""
-        if prompt is None and self.prompt is None:
-            last = max(0, min(self.chunk, len(self.script)) - 1)
-            prompt = self.script[last].removeprefix(self.prefix)
-        self.prompt = self.prompt if prompt is None else prompt
-        self.cut |= cut
-
-    def next(self, *, first: bool) -> tuple[str, bool, int]:
-        """Prompt, cut and shot of the next chunk; the very first chunk cannot be a cut."""
-        cut = False
-        if self.prompt is not None:
-            cut, self.cut = self.cut and not first, False
-            prompt = self.prefix + self.prompt.removeprefix(self.prefix) if cut else self.prompt
-        elif self.chunk < len(self.script):
-            prompt, cut = self.script[self.chunk], bool(self.cuts[self.chunk])
-        else:
-            prompt = self.script[-1].removeprefix(self.prefix)
-        self.chunk += 1
-        self.shot += cut
-        return prompt, cut, self.shot
+from longlive_jax.models.wan import TextKV
+from longlive_jax.models.wan.cache import KVCache
+from longlive_jax.sampling.drivers import ChunkInputs, VideoConditioning
+from longlive_jax.sampling.engine import Engine
+from longlive_jax.sampling.streaming_vae import DecoderState
+from longlive_jax.sampling.timeline import ChunkPrompt, Timeline, VideoTimeline
+from longlive_jax.typing import Array, Bool, Float, UInt8
 
 
-class Stream(Iterator[UInt8[np.ndarray, "b f h w 3"]]):
-    """Yields the frames of one chunk after the other, for all videos of the batch.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+    """One chunk of every video of a batch.
 
-    for frames in stream:              # uint8 [b, f, h, w, 3]
-        show(frames)
-        if bored: stream.steer("a red square rises", cut=True)
+    Attributes:
+      frames: decoded frames, uint8 on the host.
+      latents: the same chunk as latents, float32 on the DiT's device.
+      index: index of the chunk in the stream.
+      prompt: prompt of each video, with the cut prefix where a shot begins.
+      cut: whether a new shot begins with the chunk, for each video.
+      first_frame: index of the chunk's first raw frame in the stream.
+    """
 
-    The first chunk has 1 + 4 (n - 1) frames and every other one 4 n, for n latents a chunk. Videos
-    shorter than the longest go on with their last prompt; `plan.lengths` says how long they are.
+    frames: UInt8[np.ndarray, "b f h w 3"]
+    latents: Float[Array, "b n h2 w2 c"]
+    index: int
+    prompt: tuple[str, ...]
+    cut: Bool[np.ndarray, "b"]
+    first_frame: int
+
+
+@struct.dataclass
+class StreamState:
+    """Everything that a stream carries from one chunk to the next: a pytree.
+
+    The next chunk donates its arrays; `jax.tree.map(jnp.copy, state)` is a snapshot that stays
+    valid.
+
+    Attributes:
+      cache: keys and values of the window, on the DiT's device.
+      decoder: state of the VAE's decoder, on the VAE's device.
+      videos: position of each video in its script.
+      num_chunks: chunks dispatched so far.
+      num_frames: raw frames dispatched so far.
+    """
+
+    cache: KVCache
+    decoder: DecoderState
+    videos: tuple[VideoTimeline, ...] = struct.field(pytree_node=False)
+    num_chunks: int = struct.field(pytree_node=False, default=0)
+    num_frames: int = struct.field(pytree_node=False, default=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PendingChunk:
+    """A dispatched chunk, whose arrays may still be computing.
+
+    Attributes:
+      frames: decoded frames, uint8 on the VAE's device.
+      is_finite: whether all latents are finite.
+      latents, index, prompt, cut, first_frame: as in `Chunk`.
+    """
+
+    frames: UInt8[Array, "b f h w 3"]
+    is_finite: Bool[Array, ""]
+    latents: Float[Array, "b n h2 w2 c"]
+    index: int
+    prompt: tuple[str, ...]
+    cut: Bool[np.ndarray, "b"]
+    first_frame: int
+
+    def fetch(self) -> Chunk:
+        """Waits for the frames; FloatingPointError if the latents are not finite."""
+        frames = np.asarray(self.frames)
+        if not bool(self.is_finite):
+            raise FloatingPointError(
+                "the sampler has diverged: latents are not finite; set dtype to float32 or lower "
+                "the guidance"
+            )
+        return Chunk(frames, self.latents, self.index, self.prompt, self.cut, self.first_frame)
+
+
+def advance(
+    engine: Engine,
+    conditioning: VideoConditioning,
+    state: StreamState,
+    prompts: Sequence[ChunkPrompt],
+    text_kv: TextKV,
+) -> tuple[PendingChunk, StreamState]:
+    """Dispatches the denoising and decoding of the next chunk; `state` is donated.
+
+    `prompts` has one entry per video; `text_kv` are their keys and values, with those of the
+    negative prompts after them if there is guidance. Returns the chunk and the state after it.
+    """
+    latents, cache = engine.step(state.cache, conditioning, _chunk_inputs(engine, prompts, text_kv))
+    frames, is_finite, decoder = engine.decode(state.decoder, latents)
+    frames.copy_to_host_async()
+    chunk = PendingChunk(
+        frames,
+        is_finite,
+        latents,
+        index=state.num_chunks,
+        prompt=tuple(video.prompt for video in prompts),
+        cut=np.array([video.cut for video in prompts]),
+        first_frame=state.num_frames,
+    )
+    state = dataclasses.replace(
+        state,
+        cache=cache,
+        decoder=decoder,
+        num_chunks=state.num_chunks + 1,
+        num_frames=state.num_frames + frames.shape[1],
+    )
+    return chunk, state
+
+
+class Stream(Iterator[Chunk]):
+    """Yields one chunk after the other, for all videos of a batch.
+
+        for chunk in stream:
+            show(chunk.frames)               # uint8 [b, f, h, w, 3]
+            if bored:
+                stream.steer("a red square rises", cut=True)
+
+    The first chunk has 1 + 4 (n - 1) frames and every other one 4 n, for n latents per chunk.
+    Videos shorter than the longest repeat their last prompt; `timeline.lengths` has their lengths.
     Memory does not grow with the length.
 
     Attributes:
-      plan: what the scripts ask for.
-      notes: remarks for the user: rounded durations, prompts that were cut off, a packed cache.
-      made: chunks handed out so far.
-      latents: of the chunk handed out last, float32 [b, f, h, w, c], on the device.
+      timeline: the scripts in chunks.
+      notes: remarks for the user: rounded durations, truncated prompts, a packed cache.
     """
 
     def __init__(
         self,
-        pipe: "Pipeline",
-        scripts: Sequence[ShotScript],
+        engine: Engine,
+        timeline: Timeline,
+        conditioning: VideoConditioning,
         *,
+        negative_prompts: Sequence[str] = (),
         video: Float[np.ndarray, "b f h w 3"] | None = None,
         endless: bool = False,
+        notes: Sequence[str] = (),
     ):
-        self._pipe, self._scripts = pipe, list(scripts)
-        self.plan = pipe.plan(self._scripts)
-        self.notes = (*self.plan.notes, *pipe.truncations(self.plan))
-        self.made = 0
-        self.latents: Float[Array, "b f h w c"] | None = None
-        self._endless = endless
-        self._lanes = [
-            VideoTimeline(prompts, cuts, pipe.spec.cut_prefix)
-            for prompts, cuts in zip(self.plan.prompts, self.plan.cuts, strict=True)
-        ]
-        self._video = video
-        self._size = pipe.size_of(self._scripts)
-        self.notes += pipe.cache_notes(len(self._scripts), self._size)
-        if video is not None:
-            self.notes += pipe.check_video(video, self._scripts, self._size)
-        self._negative = pipe.negative_prompts(self._scripts)
-        self._chunks = self._run()
-        for note in pipe.truncations(self.plan):
-            warnings.warn(note, stacklevel=3)
+        """A stream of `timeline` from its beginning; nothing is computed before the first chunk.
 
-    def __next__(self) -> UInt8[np.ndarray, "b f h w 3"]:
-        frames, self.latents = next(self._chunks)
-        self.made += 1
-        return frames
+        Args:
+          engine: the model.
+          timeline: the scripts in chunks.
+          conditioning: what stays constant for the batch.
+          negative_prompts: one per video with guidance, none without.
+          video: a video to be continued.
+          endless: whether the last prompt repeats for ever.
+          notes: remarks for the user.
+        """
+        self.timeline, self.notes = timeline, tuple(notes)
+        self._engine, self._conditioning = engine, conditioning
+        self._negative_prompts = tuple(negative_prompts)
+        self._video, self._endless = video, endless
+        self._text: tuple[tuple[str, ...], TextKV] | None = None
+        self._lock = threading.Lock()  # `steer` may be called from another thread
+        self._state: StreamState | None = StreamState(
+            *engine.start(conditioning), timeline.videos()
+        )
+        self._chunks = self._run()
+
+    @property
+    def state(self) -> StreamState:
+        """The state after the chunk dispatched last, `ahead` chunks after the one handed out last.
+
+        Raises ValueError after `close`.
+        """
+        if self._state is None:
+            raise ValueError("the stream is closed")
+        return self._state
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
 
     def close(self) -> None:
         """Ends the stream and frees its cache."""
         self._chunks.close()
+        self._state = None
 
     def steer(
         self, prompt: str | None = None, *, cut: bool = False, video: int | None = None
     ) -> None:
-        """Leaves the script: the next chunk not yet begun shows `prompt`, and so do those after it.
+        """Replaces the rest of the script by `prompt`, from the next chunk not yet dispatched.
 
-        With `cut` a new shot begins there (its prefix is added); without, the shot goes on. No
-        prompt means the one before. `video` picks one of the batch, default all. The next chunk
-        not yet begun is `ahead` chunks after the next one to be handed out.
+        That chunk is `ahead` chunks after the next one to be handed out. With `cut` it begins a new
+        shot (and gets the prefix); without, the shot continues. No prompt keeps the current one.
+        `video` selects one video of the batch, default all. Raises ValueError for an empty prompt.
         """
         if prompt is not None and not prompt.strip():
-            raise ValueError("the prompt is empty; leave it out to keep the one before")
-        lanes = self._lanes if video is None else [self._lanes[video]]
+            raise ValueError("the prompt is empty; leave it out to keep the current one")
         if prompt is not None:
-            for note in self._pipe.tokenizer_notes([prompt]):
+            for note in self._engine.truncations([prompt]):
                 warnings.warn(note, stacklevel=2)
-        for lane in lanes:
-            lane.steer(prompt, cut=cut)
+        with self._lock:
+            videos = list(self.state.videos)
+            for i in range(len(videos)) if video is None else [video]:
+                videos[i] = videos[i].steer(prompt, cut=cut)
+            self._state = dataclasses.replace(self.state, videos=tuple(videos))
 
-    def _orders(self) -> Iterator[ChunkInputs]:
-        pipe, count = self._pipe, itertools.count() if self._endless else range(self.plan.chunks)
-        for chunk in count:
-            first = chunk == 0 and self._video is None
-            rows = [lane.next(first=first) for lane in self._lanes]
-            prompts, cuts, shots = zip(*rows, strict=True)
-            yield ChunkInputs(
-                text=pipe.words((*prompts, *self._negative)),
-                cut=np.array(cuts),
-                shot_rope_offset=np.array(shots, np.int32) * np.int32(pipe.spec.shot_rope_offset),
-            )
-
-    def _run(self) -> Generator[tuple[np.ndarray, Array], None, None]:
-        pipe = self._pipe
-        setting = pipe.setting(self._scripts, self._size)
-        cache = pipe.cache(len(self._scripts), self._size)
-        decode = pipe.codec.decoder()
+    def _run(self) -> Generator[Chunk, None, None]:
         if self._video is not None:
-            for past in pipe.encode_video(self._video, self._size):
-                cache = pipe.sampler.write_context(pipe.params, cache, setting, self._past(), past)
-                decode(past)  # only for what the decoder remembers
-        latents = pipe.sampler.stream(pipe.params, cache, setting, self._orders())
-        yield from overlapped(latents, decode, ahead=pipe.spec.ahead)
+            self._write_video(self._video)
+        chunks = itertools.count() if self._endless else range(self.timeline.num_chunks)
+        yield from run_ahead((self._advance() for _ in chunks), ahead=self._engine.spec.ahead)
 
-    def _past(self) -> ChunkInputs:
-        """What is said about the chunks of a given video: the script's first prompt."""
-        batch = len(self._scripts)
-        prompts = [row[0] for row in self.plan.prompts]
-        text = self._pipe.words((*prompts, *self._negative))
-        return ChunkInputs(
-            text=text, cut=np.zeros(batch, bool), shot_rope_offset=np.zeros(batch, np.int32)
-        )
+    def _advance(self) -> PendingChunk:
+        """Dispatches the next chunk and moves the state on."""
+        # 1. The next prompt of every video.
+        with self._lock:
+            is_first = self.state.num_chunks == 0 and self._video is None
+            steps = [video.advance(is_first=is_first) for video in self.state.videos]
+            videos = tuple(after for _, after in steps)
+            state = self._state = dataclasses.replace(self.state, videos=videos)
+        prompts = [prompt for prompt, _ in steps]
+        # 2. Denoise and decode. Changes that `steer` makes meanwhile are preserved.
+        text_kv = self._text_kv(tuple(video.prompt for video in prompts))
+        chunk, state = advance(self._engine, self._conditioning, state, prompts, text_kv)
+        with self._lock:
+            self._state = dataclasses.replace(state, videos=self.state.videos)
+        return chunk
+
+    def _write_video(self, video: np.ndarray) -> None:
+        """Writes the video to be continued to the cache, under the script's first prompt."""
+        engine, state = self._engine, self.state
+        prompts = [ChunkPrompt(row[0], False, 0) for row in self.timeline.prompts]
+        text_kv = self._text_kv(tuple(video.prompt for video in prompts))
+        inputs = _chunk_inputs(engine, prompts, text_kv)
+        cache, decoder = state.cache, state.decoder
+        for latents in engine.encode_video(video):
+            cache = engine.write_context(cache, self._conditioning, inputs, latents)
+            _, _, decoder = engine.decode(decoder, latents)
+        with self._lock:
+            self._state = dataclasses.replace(self.state, cache=cache, decoder=decoder)
+
+    def _text_kv(self, prompts: tuple[str, ...]) -> TextKV:
+        """Keys and values of the prompts and the negative ones; reused while they do not change."""
+        if self._text is not None and self._text[0] == prompts:
+            return self._text[1]
+        text_kv = self._engine.text_kv((*prompts, *self._negative_prompts))
+        self._text = prompts, text_kv
+        return text_kv
+
+
+def run_ahead(chunks: Iterable[PendingChunk], *, ahead: int = 1) -> Iterator[Chunk]:
+    """Yields each chunk with its frames on the host while `ahead` more chunks are in flight.
+
+    Raises FloatingPointError for latents that are not finite.
+    """
+    in_flight: deque[PendingChunk] = deque()
+    try:
+        for chunk in chunks:
+            in_flight.append(chunk)
+            if len(in_flight) > ahead:
+                yield in_flight.popleft().fetch()
+        while in_flight:
+            yield in_flight.popleft().fetch()
+    finally:
+        # A consumer that stops early may end the process, which aborts if computations still run.
+        jax.block_until_ready([(x.frames, x.is_finite, x.latents) for x in in_flight])
+
+
+def _chunk_inputs(engine: Engine, prompts: Sequence[ChunkPrompt], text_kv: TextKV) -> ChunkInputs:
+    shots = np.array([video.shot for video in prompts], np.int32)
+    return ChunkInputs(
+        text=text_kv,
+        cut=np.array([video.cut for video in prompts]),
+        shot_rope_offset=shots * np.int32(engine.spec.shot_rope_offset),
+    )

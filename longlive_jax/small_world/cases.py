@@ -11,8 +11,8 @@ import jax
 from longlive_jax.io.checkpoint import weights_fingerprint
 from longlive_jax.io.models import load_model
 from longlive_jax.quant.packed import resident_bytes
-from longlive_jax.sampling.pipeline import LOADED_WITH, Pipeline
-from longlive_jax.sampling.settings import SampleSpec, Solver, spec_for
+from longlive_jax.sampling.pipeline import Pipeline
+from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, Solver, spec_for
 from longlive_jax.small_world.evaluator import (
     EvaluationSet,
     Example,
@@ -198,8 +198,8 @@ class CaseRunner:
 
 def _resident(pipe: Pipeline) -> dict[str, int]:
     """Bytes of the DiT, and of one video's KV cache (both halves with guidance)."""
-    cache = jax.eval_shape(lambda: pipe.cache(1, pipe.spec.size))
-    return {"dit": sum(resident_bytes(pipe.params).values()), "cache": cache.nbytes}
+    cache = jax.eval_shape(lambda: pipe.engine.cache(1, pipe.spec.size))
+    return {"dit": sum(resident_bytes(pipe.engine.params).values()), "cache": cache.nbytes}
 
 
 def evaluate(

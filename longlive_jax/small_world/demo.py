@@ -96,7 +96,7 @@ def make_demo(
     stream = _stream(pipe, script)
     chunks = _write_video(stream, files.video, pipe.spec.fps, scale, timer, on_chunk)
     frames = np.concatenate(chunks)
-    bounds = list(itertools.pairwise([0, *stream.plan.cut_frames(0), len(frames)]))
+    bounds = list(itertools.pairwise([0, *stream.timeline.cut_frames(0), len(frames)]))
     prompts = [shot.prompt for shot in script.shots]
     strip(files.strip, [frames[start:stop] for start, stop in bounds], prompts)
     timer.lap("writing")
@@ -144,10 +144,10 @@ def _write_video(
 def _timed(stream: Stream, timer: StageTimer) -> Iterator[UInt8[np.ndarray, "f h w 3"]]:
     """Yields the chunks of a stream of one video, and times how long each takes."""
     stage = "first chunk, with compilation"
-    for frames in stream:
+    for chunk in stream:
         timer.lap(stage)
         stage = "later chunks"
-        yield frames[0]
+        yield chunk.frames[0]
 
 
 def _facts(pipe: Pipeline, frames: int, first: int, timer: StageTimer) -> dict[str, Any]:

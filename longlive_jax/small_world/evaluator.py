@@ -128,7 +128,8 @@ class SampledVideos:
 
     def __call__(self, specs: Sequence[VideoSpec], seeds: Sequence[int]) -> Iterator[np.ndarray]:
         scripts = [script_of(spec, seed) for spec, seed in zip(specs, seeds, strict=True)]
-        yield from self._pipe.stream(scripts)
+        for chunk in self._pipe.stream(scripts):
+            yield chunk.frames
 
 
 class VAEReconstruction:

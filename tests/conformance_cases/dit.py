@@ -14,7 +14,7 @@ from longlive_jax import layout
 
 
 def bidirectional(golden: Golden) -> Sequence[Case]:
-    """One timestep a token, and one a video."""
+    """One timestep per token, and one per video."""
     model, x = golden.dit, golden.frames("x", 1)
     b, frames, height, width, _ = x.shape
     tokens = layout.grid(frames, height // 2, width // 2, chunk_frames=frames)
@@ -36,7 +36,7 @@ def bidirectional(golden: Golden) -> Sequence[Case]:
 
 
 def _cleared(golden: Golden) -> jnp.ndarray:
-    """The context with rows past the prompt's end zeroed, as the text encoder gives it."""
+    """The context with zeros after the prompt's end, as the text encoder returns it."""
     context = golden["context"]
     if "context_lens" not in golden:
         return jnp.asarray(context)
@@ -45,7 +45,7 @@ def _cleared(golden: Golden) -> jnp.ndarray:
 
 
 def teacher_forcing(golden: Golden) -> Sequence[Case]:
-    """Outputs, loss and gradients, with and without shot phases; and without a clean stream."""
+    """Outputs, loss and gradients with and without shot offsets; outputs without clean stream."""
     forcing = _Forcing(golden)
     cases = [
         case
@@ -76,12 +76,12 @@ class _Forcing:
         self._measured = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
 
     def result(self, suffix: str):
-        """(loss, velocity, gradients); without shot phases they are 0."""
+        """(loss, velocity, gradients); shot offsets are 0 without a suffix."""
         shot_rope_offset = np.zeros(self.timestep.shape, np.int32)
         if suffix:
-            given = self.golden[suffix.removeprefix("_")]
-            whole = given.astype(np.int32)
-            shot_rope_offset = whole if np.array_equal(whole, given) else given
+            offsets = self.golden[suffix.removeprefix("_")]
+            integers = offsets.astype(np.int32)
+            shot_rope_offset = integers if np.array_equal(integers, offsets) else offsets
         target = self.golden.frames("target", 1)
         (loss, velocity), grads = self._measured(
             self.model.params, target, jnp.asarray(shot_rope_offset)
@@ -89,7 +89,7 @@ class _Forcing:
         return loss, velocity, grads
 
     def cases(self, suffix: str) -> list[Case]:
-        """Output, loss and gradients, of one computation."""
+        """Output, loss and gradients of one computation."""
         golden, result = self.golden, functools.cache(lambda: self.result(suffix))
 
         def gradient(key: str) -> np.ndarray:
@@ -109,7 +109,7 @@ class _Forcing:
         return jax.jit(self._velocity)(self.model.params, jnp.zeros_like(self.aug), None)
 
     def causal(self):
-        """Only one stream: each block sees itself and the blocks before it."""
+        """Only one stream: each block attends itself and the blocks before it."""
         tokens = layout.grid(self.frames, *self.size, chunk_frames=self.chunk_frames)
 
         @jax.jit
@@ -141,6 +141,6 @@ class _Forcing:
 
 
 def prompts_of_blocks(golden: Golden) -> jnp.ndarray:
-    """Text rows `[b, blocks, t, e]`, one prompt a block."""
+    """Text features `[b, blocks, t, e]`, one prompt per block."""
     context, blocks = golden["context"], golden.meta["num_blocks"]
     return jnp.asarray(context.reshape(-1, blocks, *context.shape[1:]))

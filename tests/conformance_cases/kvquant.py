@@ -1,8 +1,8 @@
-"""Sampling with keys and values in NVFP4: the reference's run step by step, and as a whole.
+"""Sampling with keys and values in NVFP4: the reference's run step by step, and end to end.
 
-Rounding to four bits turns differences of one part in a million into whole steps of a code, now and
-then. So the run is replayed with the inputs that the reference's own steps had, where nothing adds
-up, and the latents of the free run get the tolerance that the issue names.
+Rounding to four bits sometimes turns a difference of one part in a million into a full step of a
+code. So the run is replayed with the reference's own inputs at every step, where errors cannot
+accumulate, and the latents of the free run have a wider tolerance.
 """
 
 import functools
@@ -22,16 +22,17 @@ from pallas_kernels.attention import attention
 from pallas_kernels.nvfp4 import pack, quantize
 
 FREE = 1e-3
-"""Relative L2 of the latents of a run of its own."""
+"""Relative L2 error of the latents of a free run."""
 STEP = 2e-3
-"""Of one model call: a code or two of the cache on the other side of a tie."""
+"""Relative L2 error of one model call: a code or two of the cache on the other side of a tie."""
 PROBED = 2e-3
+"""Relative L2 error of the attention inputs of one call."""
 FLIPPED = 1e-3
-"""Share of codes on the other side of a tie."""
+"""Fraction of codes on the other side of a tie."""
 
 
 def quantised_cache(golden: Golden) -> Sequence[Case]:
-    """The unquantised run; the quantised one freely, replayed, and what it left in the cache."""
+    """The unquantised run; the quantised run, free and replayed; the cache after the replay."""
     inference = golden.meta["inference"]
     plain = Studio(golden).cases({"name": "unquantized", "inference": inference})
     replay = Replay(golden)
@@ -44,15 +45,15 @@ def quantised_cache(golden: Golden) -> Sequence[Case]:
 
 
 class Replay:
-    """The reference's model calls with its own inputs, against our cache."""
+    """The reference's model calls on its own inputs, against our cache."""
 
     def __init__(self, golden: Golden):
         self.golden = golden
         self.studio = Studio(golden, KVFormat("nvfp4", smoothing="reference"))
         self.options = golden.meta["inference"]
-        self.calls = self.options["sampling_steps"] + 1  # of a chunk, the last at noise level 0
+        self.calls = self.options["sampling_steps"] + 1  # per chunk, the last at noise level 0
         self.inputs = golden.frames("trace_input", 2)
-        self.orders = self.studio.orders(golden.meta["prompts"], self.options)
+        self.chunks = self.studio.inputs(golden.meta["prompts"], self.options)
         self.forward = jax.jit(self._forward)
 
     def flows(self) -> list[Case]:
@@ -69,13 +70,17 @@ class Replay:
         ]
 
     def caches(self) -> list[Case]:
-        """Codes, scales and amax of the chunks that both hold at the end."""
+        """Codes, scales and amax of the chunks that are in both caches at the end."""
         cases = []
         for layer in range(self.studio.model.config.layers):
             for kind in "kv":
                 key = f"cache/layer{layer}/{kind}"
                 cases += [
-                    Case(f"{key}/{part}", most, functools.partial(self._apart, layer, kind, part))
+                    Case(
+                        f"{key}/{part}",
+                        most,
+                        functools.partial(self._cache_error, layer, kind, part),
+                    )
                     for part, most in {
                         "codes": FLIPPED,
                         "scales_e4m3": FLIPPED,
@@ -85,9 +90,9 @@ class Replay:
         return cases
 
     def probe(self) -> list[Case]:
-        """What attention of one call is given in layer 0, and the quantiser alone."""
+        """Inputs of layer 0's attention in one call, and the quantiser alone."""
         names = ("query", "attended_k", "attended_v")
-        seen = [
+        attended = [
             compared(
                 f"probe/{name}",
                 PROBED,
@@ -97,40 +102,40 @@ class Replay:
             )
             for i, name in enumerate(names)
         ]
-        return [*seen, *(case for kind in "kv" for case in self._quantiser(kind))]
+        return [*attended, *(case for kind in "kv" for case in self._quantiser(kind))]
 
     @functools.cached_property
     def run(self) -> tuple[np.ndarray, list[KVCache], list[int]]:
-        """Velocity of every call, the cache before every chunk and at the end, and the chunks that
-        the reference's slots hold then: those attended last."""
-        params, flows, caches, held = self.studio.model.params, [], [self._empty()], []
+        """Velocity of every call, caches before every chunk and at the end, and the reference's
+        chunks at the end: those it attended last."""
+        params, flows, caches, slot_chunks = self.studio.model.params, [], [self._empty()], []
         for i, x in enumerate(self.inputs):
             chunk, step = divmod(i, self.calls)
-            order = jax.tree.map(lambda leaf: leaf[chunk], self.orders)  # noqa: B023
+            inputs = jax.tree.map(lambda leaf: leaf[chunk], self.chunks)  # noqa: B023
             timestep = jnp.asarray(self.golden["trace_timestep"][i])
-            flow, after = self.forward(params, caches[-1], order, x[None], timestep[None])
+            flow, after = self.forward(params, caches[-1], inputs, x[None], timestep[None])
             flows.append(np.asarray(flow[0]))
             if step == self.calls - 1:
-                held = sorted([*np.asarray(caches[-1].slot_chunk[0]).tolist(), chunk])
+                slot_chunks = sorted([*np.asarray(caches[-1].slot_chunk[0]).tolist(), chunk])
                 caches.append(after)
-        return np.stack(flows), caches, held
+        return np.stack(flows), caches, slot_chunks
 
     @functools.cached_property
     def attended(self) -> tuple[np.ndarray, ...]:
-        """Queries, keys and values of layer 0 when chunk 1 is remembered, the past first."""
+        """Queries, keys and values of layer 0 in the context pass of chunk 1, cached ones first."""
         at = 2 * self.calls - 1
-        found: list[tuple[np.ndarray, ...]] = []
+        calls: list[tuple[np.ndarray, ...]] = []
 
-        def watched(q, k, v, *tokens):
-            found.append(tuple(np.asarray(x) for x in (q, k, v)))
+        def recorded(q, k, v, *tokens):
+            calls.append(tuple(np.asarray(x) for x in (q, k, v)))
             return attention(q, k, v, *tokens)
 
-        order = jax.tree.map(lambda leaf: leaf[1], self.orders)
+        inputs = jax.tree.map(lambda leaf: leaf[1], self.chunks)
         timestep = jnp.asarray(self.golden["trace_timestep"][at])[None]
         with jax.disable_jit():
-            arguments = self.run[1][1], order, self.inputs[at][None], timestep
-            self._forward(self.studio.model.params, *arguments, attend=watched)
-        q, *rest = found[0]
+            arguments = self.run[1][1], inputs, self.inputs[at][None], timestep
+            self._forward(self.studio.model.params, *arguments, attend=recorded)
+        q, *rest = calls[0]
         own = q.shape[1]
         return q, *(np.concatenate([x[:, own : 2 * own], x[:, :own]], axis=1) for x in rest)
 
@@ -140,18 +145,18 @@ class Replay:
         return empty_cache(self.studio.model.config, 1, size, policy)
 
     def _forward(
-        self, params, cache: KVCache, order: ChunkInputs, x, timestep, *, attend=attention
+        self, params, cache: KVCache, inputs: ChunkInputs, x, timestep, *, attend=attention
     ):
-        """Velocity, and the cache that remembers `x`, which counts as clean at timestep 0."""
+        """Velocity, and the cache with `x` written to it, which is clean at timestep 0."""
         dit = self.studio.model.around(params)
-        text = jax.tree.map(lambda leaf: leaf[:, order.text], self.studio.bank)
-        tokens = cache.upcoming(order.shot_rope_offset, noisy=False)
+        text = jax.tree.map(lambda leaf: leaf[:, inputs.text], self.studio.bank)
+        tokens = cache.upcoming(inputs.shot_rope_offset, noisy=False)
         flow, packed = dit(
             x, timestep, text, tokens, cache, attend=attend, return_kv=True, store=cache.pack
         )
-        return flow, cache.insert(packed, cut=order.cut, shot_rope_offset=order.shot_rope_offset)
+        return flow, cache.insert(packed, cut=inputs.cut, shot_rope_offset=inputs.shot_rope_offset)
 
-    def _apart(self, layer: int, kind: str, part: str) -> float:
+    def _cache_error(self, layer: int, kind: str, part: str) -> float:
         _, caches, theirs = self.run
         cache = caches[-1]
         slots = [theirs.index(chunk) for chunk in np.asarray(cache.slot_chunk[0]).tolist()]
@@ -181,7 +186,7 @@ class Replay:
 
 
 def _nibbles(x: np.ndarray, part: str) -> np.ndarray:
-    """Codes one by one; a zero has no sign."""
+    """Bytes as separate codes, with a single zero code."""
     if part != "codes":
         return x
     codes = np.stack([x & 15, x >> 4], axis=-1)

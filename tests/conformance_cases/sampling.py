@@ -1,4 +1,4 @@
-"""Whole videos: denoising chunk by chunk against the cache, with sinks, cuts and guidance."""
+"""Entire videos: denoising chunk by chunk against the cache, with sinks, cuts and guidance."""
 
 import functools
 import re
@@ -47,13 +47,13 @@ OPTIONS = {
 
 
 def videos(golden: Golden) -> Sequence[Case]:
-    """Latents and caches of every case, and single model calls where the file has them."""
+    """Latents and caches of every case, and single model calls if the file has them."""
     studio = Studio(golden)
     return [case for entry in golden.meta["cases"] for case in studio.cases(entry)]
 
 
 class Studio:
-    """What the cases of a file share: model, prompts and noise."""
+    """Model, prompts and noise of all cases of a file."""
 
     def __init__(self, golden: Golden, form: KVFormat | None = None):
         self.golden, self.model = golden, golden.dit
@@ -98,30 +98,30 @@ class Studio:
         options, prompts = entry["inference"], self._prompts(entry)
         scale = options.get("guidance_scale", 1.0)
         batch, _, height, width, channels = self.noise.shape
-        given = bool(entry.get("uses_initial_latent"))
+        has_conditioning_frame = bool(entry.get("uses_initial_latent"))
         first = jnp.zeros((batch, height, width, channels))
-        if given:
-            held = self.golden.frames("initial_latent", 2)
-            if held.shape[1] != 1:
+        if has_conditioning_frame:
+            frames = self.golden.frames("initial_latent", 2)
+            if frames.shape[1] != 1:
                 raise NotImplementedHere("more than one initial latent frame")
-            first = held[:, 0]
-        setting = VideoConditioning(
+            first = frames[:, 0]
+        conditioning = VideoConditioning(
             solver=solvers.unipc(
                 options["sampling_steps"], shift=self.golden.meta["timestep_shift"]
             ),
             keys=jax.random.split(jax.random.key(0), batch),
-            first=first,
-            given=jnp.full(batch, given),
+            conditioning_frame=first,
+            has_conditioning_frame=jnp.full(batch, has_conditioning_frame),
             guidance=None if scale == 1 else jnp.float32(scale),
         )
         size = (self.chunk_frames, height // 2, width // 2)
         samples = batch if scale == 1 else 2 * batch
         cache = empty_cache(self.model.config, samples, size, self.policy(options, len(prompts)))
-        orders = self.orders(prompts, options, guided=scale != 1)
-        return self.sampler.sample(self.model.params, cache, setting, orders, self.bank)
+        inputs = self.inputs(prompts, options, guided=scale != 1)
+        return self.sampler.sample(self.model.params, cache, conditioning, inputs, self.bank)
 
     def policy(self, options: Mapping[str, Any], chunks: int) -> CachePolicy:
-        """What the cache keeps by these options."""
+        """The cache policy that these options describe."""
         unknown = sorted(key for key in set(options) - OPTIONS if options[key])
         if unknown:
             raise NotImplementedHere(f"options {unknown}")
@@ -148,46 +148,44 @@ class Studio:
         return prompts
 
     def _negative(self) -> str:
-        """Named by the file, or the one prompt that no chunk has."""
+        """The prompt named by the file, or the only prompt without a chunk."""
         meta = self.golden.meta
         if "negative_prompt" in meta:
             return meta["negative_prompt"]
         used = {p for entry in meta["cases"] for p in self._prompts(entry)}
-        (left,) = set(self.order) - used
-        return left
+        (unused,) = set(self.order) - used
+        return unused
 
-    def orders(
+    def inputs(
         self, prompts: Sequence[str], options: Mapping[str, Any], *, guided: bool = False
     ) -> ChunkInputs:
-        """The orders of all chunks, stacked."""
-        shot_rope_offset, prefix = (
-            options.get("multi_shot_rope_offset", 0),
-            self.golden.meta["scene_cut_prefix"],
-        )
-        batch, shot, orders = len(self.noise), 0, []
+        """The inputs of all chunks, stacked."""
+        shot_rope_offset = options.get("multi_shot_rope_offset", 0)
+        prefix = self.golden.meta["scene_cut_prefix"]
+        batch, shot, inputs = len(self.noise), 0, []
         for i, prompt in enumerate(prompts):
             cut = i > 0 and prompt.startswith(prefix)
             shot += cut
             rows = [self.order.index(prompt)] * batch
             if guided:
                 rows += [self.order.index(self._negative())] * batch
-            order = ChunkInputs(
+            chunk = ChunkInputs(
                 text=jnp.array(rows),
                 cut=jnp.full(batch, cut),
                 shot_rope_offset=jnp.full(batch, shot * shot_rope_offset, jnp.int32),
                 noise=self.noise[:, i * self.chunk_frames : (i + 1) * self.chunk_frames],
             )
-            orders.append(order)
-        return stack_chunk_inputs(orders)
+            inputs.append(chunk)
+        return stack_chunk_inputs(inputs)
 
     def _first_chunk(self, entry: Mapping[str, Any]) -> jax.Array:
-        """The model calls of chunk 0, fed with the reference's own inputs."""
+        """The model calls of chunk 0 on the reference's own inputs."""
         name, prompts = entry["name"], self._prompts(entry)
         x = self.golden.frames(f"{name}/block0_model_input", 2)
-        spoken = [self.order.index(prompts[0])]
+        index = [self.order.index(prompts[0])]
         if entry["inference"].get("guidance_scale", 1.0) != 1:
-            spoken.append(self.order.index(self._negative()))
-        rows = np.resize(spoken, len(x))
+            index.append(self.order.index(self._negative()))
+        rows = np.resize(index, len(x))
         text = jax.tree.map(lambda leaf: leaf[:, rows], self.bank)
         tokens = layout.grid(
             self.chunk_frames, x.shape[2] // 2, x.shape[3] // 2, chunk_frames=self.chunk_frames
@@ -202,39 +200,39 @@ class Studio:
 
 
 def _matched(cache: KVCache, key: str, theirs: np.ndarray) -> tuple[float, dict[int, int]]:
-    """The largest error of our chunks against their counterparts, and the places of those.
+    """The largest error of our chunks against the reference's, and the slots of the latter.
 
-    The reference keeps chunks in order of age. What it drops when the next chunk arrives we have
-    dropped already, so it holds at least the chunks that we hold.
+    The reference keeps chunks in order of age. It evicts a chunk when the next one arrives, we
+    when the last one is written, so its cache contains at least the chunks in ours.
     """
     if cache.policy.relative_rope:
         raise NotImplementedHere("keys are stored without rotation")
-    found = CACHE_KEY.fullmatch(key)
-    if found is None:
-        raise ValueError(f"{key} is no cache")
-    held = np.asarray(cache.slot_chunk[0])
-    stored = np.asarray(getattr(cache, found[1]))[int(found[2]), 0]
-    want = theirs[0].reshape(-1, *stored.shape[1:])
-    worst, places = 0.0, {}
-    for slot in np.argsort(held):
-        if held[slot] >= 0:
-            errors = [relative(stored[slot], block) for block in want]
-            places[int(held[slot])] = int(np.argmin(errors))
+    match = CACHE_KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key} is not a cache")
+    slot_chunk = np.asarray(cache.slot_chunk[0])
+    ours = np.asarray(getattr(cache, match[1]))[int(match[2]), 0]
+    want = theirs[0].reshape(-1, *ours.shape[1:])
+    worst, slots = 0.0, {}
+    for slot in np.argsort(slot_chunk):
+        if slot_chunk[slot] >= 0:
+            errors = [relative(ours[slot], block) for block in want]
+            slots[int(slot_chunk[slot])] = int(np.argmin(errors))
             worst = max(worst, min(errors))
-    order = list(places.values())
+    order = list(slots.values())
     if order != sorted(set(order)):
-        raise ValueError(f"chunks {list(places)} match the golden's places {order}")
-    return worst, places
+        raise ValueError(f"chunks {list(slots)} match the golden's slots {order}")
+    return worst, slots
 
 
 def _state_error(state: Mapping[str, int], key: str, theirs: np.ndarray, cache: KVCache) -> float:
-    """Share of the reference's bookkeeping that ours contradicts."""
+    """Fraction of the reference's bookkeeping that differs from ours."""
     frames, rows, columns = cache.size
     tokens = frames * rows * columns
     ours, want = [int(cache.num_chunks[0]) * tokens], [state["global_end_index"]]
     if state["pinned_start"] >= 0:
-        _, places = _matched(cache, key, theirs)
-        place = places.get(int(cache.sink_start[0]), -1)
-        ours += [place * tokens, int(cache.sink_length[0]) * tokens]
+        _, slots = _matched(cache, key, theirs)
+        slot = slots.get(int(cache.sink_start[0]), -1)
+        ours += [slot * tokens, int(cache.sink_length[0]) * tokens]
         want += [state["pinned_start"], state["pinned_len"]]
     return differing(ours, want)

@@ -39,7 +39,7 @@ from longlive_jax.data.clips.store import (
     write_file,
     write_shard,
 )
-from longlive_jax.io.video import check_writable
+from longlive_jax.io.paths import check_writable
 from longlive_jax.spec import UserError, check_minimums
 
 __all__ = ["EncodeSpec", "Encoders", "encode_dataset"]

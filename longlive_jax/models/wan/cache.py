@@ -1,16 +1,16 @@
-"""The key-value cache: slots of whole chunks, and the rule that says which slot is overwritten.
+"""The key-value cache: slots of one chunk each, and the rule for which slot is overwritten.
 
-A window of W chunks is the chunk being made, which brings its own keys, and W - 1 slots. A finished
-chunk takes the first empty slot; when there is none, the slot of the oldest chunk that is neither a
-global sink (one of the first chunks of the video) nor the shot sink (the first chunk of the current
-shot). Attention does not care in which order keys arrive, so nothing is ever moved: a cut only
-re-binds two scalars a sample, START and LEN of the shot sink, after the cut chunk is remembered.
-While the cut chunk itself is made, the sink of the shot before is still in force. (LongLive 2.0,
-section 3.2; the reference keeps the same sets by shifting its buffer.)
+A window of W chunks is the chunk being generated, which brings its own keys, and W - 1 slots. A
+finished chunk takes the first empty slot. If there is none, it takes the slot of the oldest chunk
+that is neither a global sink (one of the first chunks of the video) nor the shot sink (the first
+chunk of the current shot). Attention is invariant to the order of the keys, so slots are never
+moved: a cut only re-points two scalars per sample, the start and length of the shot sink, when the
+cut chunk is written. While the cut chunk itself is denoised, the sink of the previous shot is still
+in use. (LongLive 2.0, section 3.2; the reference keeps the same sets by shifting its buffer.)
 
 Keys carry the rotation of their absolute position, or none if positions are relative to the window.
-Everything that differs between samples (what each slot holds, where the shot began) is an array,
-so samples of a batch may cut at different times.
+Everything that differs between samples (the chunk in each slot, the start of the shot) is an array,
+so the samples of a batch may cut at different times.
 """
 
 import dataclasses
@@ -22,15 +22,9 @@ import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
-from longlive_jax.models.wan.attention import DenseLayerKV, LayerKV
 from longlive_jax.models.wan.config import DiTConfig
-from longlive_jax.models.wan.packed_cache import (
-    KVFormat,
-    PackedLayerKV,
-    empty_packed,
-    pack_keys,
-    pack_values,
-)
+from longlive_jax.models.wan.layer_kv import DenseLayerKV, LayerKV, PackedLayerKV
+from longlive_jax.models.wan.packed_cache import KVFormat, empty_packed, pack_keys, pack_values
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Bool, Float, Int, Shaped
 from pallas_kernels.tokens import EMPTY, Tokens, make
@@ -38,13 +32,15 @@ from pallas_kernels.tokens import EMPTY, Tokens, make
 
 @dataclasses.dataclass(frozen=True)
 class CachePolicy:
-    """What is kept. Static: one compilation each.
+    """Which chunks the cache keeps. Static: each policy compiles once.
 
-    Fields: `window` chunks that attention sees, the current one included; `global_sinks` first
-    chunks of the video kept for ever; `shot_sinks` keeps the first chunk of the current shot;
-    `clean_recache` forgets all but the global sinks when a cut chunk is remembered;
-    `relative_rope` counts temporal positions from the start of the window; `format` says how keys
-    and values are stored.
+    Attributes:
+      window: chunks in the attention window, the current one included.
+      global_sinks: number of first chunks of the video that are never evicted.
+      shot_sinks: whether the first chunk of the current shot is kept.
+      clean_recache: whether writing a cut chunk evicts all but the global sinks.
+      relative_rope: whether temporal positions are counted from the start of the window.
+      format: how keys and values are stored.
     """
 
     window: int = 4
@@ -69,18 +65,24 @@ class CachePolicy:
 
     @property
     def slots(self) -> int:
-        """Chunks that are stored."""
+        """Number of stored chunks."""
         return self.window - 1
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of past chunks, and what they are.
+    """Keys and values of past chunks, and their bookkeeping.
 
-    `slot_chunk` is the chunk in each slot or -1, `start` the temporal position of its first frame;
-    `sink_start` and `sink_length` are the shot sink in chunks; `num_chunks` is the number of chunks
-    made so far, which is also the index of the next one. `size` is (frames, rows, columns) of a
-    chunk in tokens. `k` and `v` are `[layers, b, slots, m, n, d]`: arrays, or `Packed` in NVFP4.
+    Attributes:
+      k: keys `[layers, b, slots, m, n, d]`: an array, or a `PackedTensor` in NVFP4.
+      v: values, stored as the keys are.
+      slot_chunk: index of the chunk in each slot; -1 in an empty slot.
+      start: temporal position of the first frame of each slot's chunk.
+      sink_start: index of the chunk that is the shot sink.
+      sink_length: length of the shot sink in chunks.
+      num_chunks: chunks written so far, which is the index of the next one.
+      size: (frames, rows, columns) of a chunk in tokens.
+      policy: which chunks are kept.
     """
 
     k: Any
@@ -94,8 +96,8 @@ class KVCache:
     policy: CachePolicy = struct.field(pytree_node=False)
 
     @property
-    def past(self) -> LayerKV:
-        """What the model attends, layer by layer."""
+    def layer_kv(self) -> LayerKV:
+        """Keys and values for the model to attend; the first axis of every leaf is the layer."""
         if self.policy.format.packed:
             return PackedLayerKV(self.k, self.v, self.policy.format)
         return DenseLayerKV(self.k, self.v)
@@ -107,43 +109,46 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that one token of one sample takes in all layers."""
+        """Bytes per token and sample, over all layers."""
         _, b, slots, tokens, _, _ = self.k.shape
         return self.nbytes / (b * slots * tokens)
 
     @property
     def compression(self) -> float:
-        """How many times more bytes the same keys and values take in bfloat16."""
+        """Size in bfloat16 divided by the actual size."""
         return 2 * (self.k.size + self.v.size) / self.nbytes
 
     def tokens(self, queries: Tokens | None = None, /) -> Tokens:
-        """What the stored keys are, `[b, slots * m]` in slot order; nobody sees an empty slot."""
+        """Metadata of the cached keys, `[b, slots * m]` in slot order; empty slots are masked."""
         start = self._ordered() if self.policy.relative_rope else self.start
         pos = start[..., None, None] * _FRAME + _grid(self.size)
         chunk = jnp.repeat(self.slot_chunk, _volume(self.size), axis=-1)
         return make(pos.reshape(*chunk.shape, 3), chunk, False)
 
     def upcoming(self, shot_rope_offset: Int[Array, "b"] | int = 0, *, noisy: bool) -> Tokens:
-        """The tokens of the next chunk, `[b, m]`: being denoised, or finished and to be remembered.
+        """Metadata of the next chunk's tokens, `[b, m]`; `noisy` unless in the context pass.
 
-        `shot_rope_offset` frames are added to its absolute temporal position (the phase of its
-        shot); it has no effect on positions relative to the window.
+        `shot_rope_offset` latent frames are added to its absolute temporal positions; positions
+        relative to the window ignore it.
         """
         pos = self._next_start(shot_rope_offset)[:, None, None] * _FRAME + _grid(self.size)
         chunk = jnp.broadcast_to(self.num_chunks[:, None], pos.shape[:-1])
         return make(pos, chunk, noisy, uniform_mask=True)
 
     def before_write(self, cut: Bool[Array, "b"]) -> "KVCache":
-        """The cache against which the finished next chunk is remembered; `cut` begins a shot."""
+        """The cache that the context pass over the next chunk attends; `cut` begins a shot.
+
+        Differs from the cache itself under `clean_recache` only.
+        """
         if not self.policy.clean_recache:
             return self
-        drop = cut[:, None] & (self.slot_chunk >= self.policy.global_sinks)
-        return dataclasses.replace(self, slot_chunk=jnp.where(drop, EMPTY, self.slot_chunk))
+        evicted = cut[:, None] & (self.slot_chunk >= self.policy.global_sinks)
+        return dataclasses.replace(self, slot_chunk=jnp.where(evicted, EMPTY, self.slot_chunk))
 
     def pack(
         self, k: Float[Array, "*layers b m n d"], v: Float[Array, "*layers b m n d"]
     ) -> tuple[Any, Any]:
-        """Keys and values of a chunk as they are stored, of one layer or of all."""
+        """Keys and values of a chunk in their stored form, for one layer or all of them."""
         form = self.policy.format
         if form.packed:
             return pack_keys(k, form), pack_values(v, form)
@@ -157,7 +162,7 @@ class KVCache:
         cut: Bool[Array, "b"],
         shot_rope_offset: Int[Array, "b"] | int = 0,
     ) -> "KVCache":
-        """`insert` of keys and values that are yet to be packed."""
+        """Packs the finished next chunk and inserts it; see `insert`."""
         return self.insert(self.pack(k, v), cut=cut, shot_rope_offset=shot_rope_offset)
 
     def insert(
@@ -167,27 +172,29 @@ class KVCache:
         cut: Bool[Array, "b"],
         shot_rope_offset: Int[Array, "b"] | int = 0,
     ) -> "KVCache":
-        """Stores the finished next chunk; if it begins a shot it becomes the shot sink.
+        """Stores the finished next chunk; the first chunk of a shot becomes the shot sink.
 
-        `packed` is what `pack` gives, of all layers. In place when the cache is donated. If sinks
-        fill every slot, the chunk is not stored.
+        `packed` are keys and values of all layers from `pack`. The update is in place when the
+        cache is donated. If sinks fill every slot, the chunk is not stored.
         """
-        bound = self.set_shot_sink(cut | (self.num_chunks == 0))
-        at = bound.free_slot()
-        written = jnp.arange(self.slot_chunk.shape[1]) == at[:, None]
+        # 1. A cut moves the shot sink, which may free a slot.
+        cache = self.set_shot_sink(cut | (self.num_chunks == 0))
+        slot = cache.free_slot()
+        # 2. Write keys, values and bookkeeping of that slot.
+        is_written = jnp.arange(self.slot_chunk.shape[1]) == slot[:, None]
         start = self._next_start(shot_rope_offset)[:, None]
-        k, v = jax.tree.map(lambda x, new: _put(x, new, at), (self.k, self.v), packed)
+        k, v = jax.tree.map(lambda x, new: insert_slot(x, new, slot), (self.k, self.v), packed)
         return dataclasses.replace(
-            bound,
+            cache,
             k=k,
             v=v,
-            slot_chunk=jnp.where(written, self.num_chunks[:, None], self.slot_chunk),
-            start=jnp.where(written, start, self.start),
+            slot_chunk=jnp.where(is_written, self.num_chunks[:, None], self.slot_chunk),
+            start=jnp.where(is_written, start, self.start),
             num_chunks=self.num_chunks + 1,
         )
 
     def set_shot_sink(self, cut: Bool[Array, "b"]) -> "KVCache":
-        """Points the shot sink at the next chunk where a shot begins; releases the one before."""
+        """Points the shot sink at the next chunk where `cut`, which releases the previous sink."""
         if not self.policy.shot_sinks:
             return self
         return dataclasses.replace(
@@ -197,11 +204,12 @@ class KVCache:
         )
 
     def free_slot(self) -> Int[Array, "b"]:
-        """The slot to overwrite in every sample; the number of slots if all are protected."""
+        """Index of the slot to overwrite per sample; `slots` if sinks protect all of them."""
         slots = self.slot_chunk.shape[1]
         first, length = self.sink_start[:, None], self.sink_length[:, None]
         protected = self.slot_chunk < self.policy.global_sinks
         protected |= (self.slot_chunk >= first) & (self.slot_chunk < first + length)
+        # Order of eviction: empty slots first, then the oldest chunk, protected ones never.
         never = jnp.iinfo(jnp.int32).max
         age = jnp.where(protected, never, self.slot_chunk)
         age = jnp.where(self.slot_chunk == EMPTY, jnp.arange(slots) - slots, age)
@@ -209,14 +217,14 @@ class KVCache:
         return jnp.where(jnp.min(age, axis=-1) == never, slots, slot).astype(jnp.int32)
 
     def _next_start(self, shot_rope_offset: Int[Array, "b"] | int) -> Int[Array, "b"]:
-        """Temporal position of the next chunk: absolute, or behind what the window holds."""
+        """Temporal position of the next chunk: absolute, or after the chunks in the window."""
         frames = self.size[0]
         if self.policy.relative_rope:
             return jnp.sum(self.slot_chunk != EMPTY, axis=-1, dtype=jnp.int32) * frames
         return self.num_chunks * frames + jnp.broadcast_to(shot_rope_offset, self.num_chunks.shape)
 
     def _ordered(self) -> Int[Array, "b slots"]:
-        """Window-relative positions: the kept chunks side by side, in order of age."""
+        """Window-relative positions: stored chunks are contiguous, oldest first."""
         older = (self.slot_chunk[:, :, None] > self.slot_chunk[:, None, :]) & (
             self.slot_chunk[:, None, :] != EMPTY
         )
@@ -234,10 +242,10 @@ def empty_cache(
     *,
     dtype: DTypeLike | None = None,
 ) -> KVCache:
-    """A cache that has seen nothing, for chunks of `size` (frames, rows, columns) in tokens.
+    """An empty cache for chunks of `size` (frames, rows, columns) in tokens.
 
-    It takes 2 * layers * slots * tokens * dim values a sample, in `dtype` (default: the model's) or
-    packed, as the policy's format says. Raises UserError for heads that cannot be packed.
+    It has 2 * layers * slots * tokens * dim values per sample, in `dtype` (default: the model's)
+    or packed, as the policy's format says. Raises UserError for heads that cannot be packed.
     """
     shape = (cfg.layers, batch, policy.slots, _volume(size), cfg.heads, cfg.head_dim)
     dtype = cfg.dtype if dtype is None else dtype
@@ -246,13 +254,11 @@ def empty_cache(
     v: Any = jnp.zeros(shape, dtype)
     if policy.format.packed:
         k, v = empty_packed(shape, policy.format)
-    nothing = jnp.full((batch, policy.slots), EMPTY, jnp.int32)
-
-    # Distinct buffers: a donated argument may not appear twice.
+    # Every array has a buffer of its own: a donated buffer may not appear twice.
     return KVCache(
         k=k,
         v=v,
-        slot_chunk=nothing,
+        slot_chunk=jnp.full((batch, policy.slots), EMPTY, jnp.int32),
         start=jnp.zeros((batch, policy.slots), jnp.int32),
         sink_start=jnp.full(batch, EMPTY, jnp.int32),
         sink_length=jnp.zeros(batch, jnp.int32),
@@ -262,17 +268,17 @@ def empty_cache(
     )
 
 
-def _put(
-    store: Shaped[Array, "layers b slots *rest"],
-    new: Shaped[Array, "layers b *rest"],
-    at: Int[Array, "b"],
+def insert_slot(
+    slots: Shaped[Array, "layers b slots *rest"],
+    chunk: Shaped[Array, "layers b *rest"],
+    slot: Int[Array, "b"],
 ) -> Shaped[Array, "layers b slots *rest"]:
-    """`new` in slot `at` of every sample; slots beyond the last are not written.
+    """Writes `chunk` to index `slot` of every sample; an index past the last slot writes nothing.
 
-    One scatter over (sample, slot), which XLA does in place; vmapped updates would copy the store.
+    One scatter over (sample, slot), which XLA does in place; vmapped updates would copy `slots`.
     """
-    sample = jnp.arange(store.shape[1])
-    return store.at[:, sample, at].set(new, mode="drop", unique_indices=True)
+    sample = jnp.arange(slots.shape[1])
+    return slots.at[:, sample, slot].set(chunk, mode="drop", unique_indices=True)
 
 
 def _volume(size: tuple[int, int, int]) -> int:
@@ -280,7 +286,7 @@ def _volume(size: tuple[int, int, int]) -> int:
 
 
 def _grid(size: tuple[int, int, int]) -> np.ndarray:
-    """Frame, row and column of the tokens of a chunk, int32 [m, 3], column fastest."""
+    """Frame, row and column of every token of a chunk, int32 [m, 3], column fastest."""
     return np.stack([axis.reshape(-1) for axis in np.mgrid[tuple(map(slice, size))]], -1).astype(
         np.int32
     )

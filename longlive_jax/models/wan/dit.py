@@ -1,10 +1,11 @@
 """The diffusion transformer of Wan 2.2 (paper, section 3; Wan 2.2 report).
 
 One model for bidirectional, block-causal, teacher-forced and cached use: only `tokens` and `cache`
-differ. Layers are stacked and scanned; each may hand back its keys and values, and what becomes of
-them is the caller's business.
+differ. Layers are stacked and scanned. Each can return its keys and values; writing them to a cache
+is up to the caller.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,14 @@ from flax import nnx
 from jax import lax
 
 from longlive_jax.models.wan.attention import (
-    KV,
-    AttentionContext,
     Cache,
     CrossAttention,
-    LayerKV,
     SelfAttention,
+    TextFeatures,
     TextKV,
-    TextRows,
 )
 from longlive_jax.models.wan.config import DiTConfig
+from longlive_jax.models.wan.layer_kv import KV, AttentionContext, LayerKV
 from longlive_jax.models.wan.layers import (
     FeedForward,
     LayerNorm,
@@ -40,11 +39,11 @@ from longlive_jax.typing import Array, Float, typechecked
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, concat
 
-__all__ = ["GATES", "DiT", "DiTBlock", "TextKV", "TextRows"]
+__all__ = ["GATES", "DiT", "DiTBlock", "TextFeatures", "TextKV"]
 
 Materialize = Callable[..., Any]
-"""`(module, *path) -> module` ready for use, for a layer or a part of one at `path`: what gathers
-parameters that are shared out, or unpacks quantized ones, wraps the model here."""
+"""`(module, *path) -> module` with usable parameters, called on a layer or a submodule of one at
+`path`: the hook where sharded parameters are gathered and quantized ones are dequantized."""
 
 
 def identity[M: nnx.Module](module: M, *_path: str) -> M:
@@ -53,16 +52,16 @@ def identity[M: nnx.Module](module: M, *_path: str) -> M:
 
 
 def keep_kv(k: Array, v: Array) -> KV:
-    """Keys and values as they are."""
+    """The default `store`: keys and values unchanged."""
     return k, v
 
 
 GATES = (2, 5)
-"""Rows of a block's modulation table that gate its attention and its feed-forward part."""
+"""Rows of a block's modulation table that gate its attention and its feed-forward layer."""
 
 
 class DiTBlock(nnx.Module):
-    """Self-attention, text, feed-forward; the noise level steers the first and the last."""
+    """Self-attention, cross-attention to text, feed-forward; noise levels modulate 1 and 3."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -76,36 +75,44 @@ class DiTBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b g p e"],
-        mod: Float[Array, "b g 6 e"],
-        text: KV,
-        seen: AttentionContext,
-        past: LayerKV | None,
+        modulation: Float[Array, "b g 6 e"],
+        text_kv: KV,
+        context: AttentionContext,
+        layer_kv: LayerKV | None,
         *,
         streams: int,
         attend: AttentionFn,
         attend_text: AttentionFn = attention,
         ffn_chunks: int = 1,
     ) -> tuple[Float[Array, "b g p e"], KV]:
-        """`x` is grouped so that the `p` tokens of a group share their noise level."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._slots(mod)
-        y, kv = self.self_attn(
-            _flat(modulate(x, shift1, scale1, self.cfg)), seen, past, attend=attend
-        )
+        """Output of the layer, and its own keys and values `[b, l, n, d]`.
+
+        The `p` tokens of a group of `x` have one noise level, so `l` = g * p.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(modulation)
+        # 1. Self-attention
+        y = _flatten(modulate(x, shift1, scale1, self.cfg))
+        y, kv = self.self_attn(y, context, layer_kv, attend=attend)
         x = self._add(x, y, gate1)
-        words = self.cross_attn(_flat(self.norm3(x)), text, streams=streams, attend=attend_text)
-        x = self._add(x, words)
-        y = _in_parts(self.ffn, _flat(modulate(x, shift2, scale2, self.cfg)), ffn_chunks)
+        # 2. Cross-attention
+        y = _flatten(self.norm3(x))
+        x = self._add(x, self.cross_attn(y, text_kv, streams=streams, attend=attend_text))
+        # 3. Feed-forward
+        y = _map_splits(self.ffn, _flatten(modulate(x, shift2, scale2, self.cfg)), ffn_chunks)
         return self._add(x, y, gate2), kv
 
-    def compute_kv(self, x: Float[Array, "b g p e"], mod: Array, seen: AttentionContext) -> KV:
-        """Only the keys and values that `__call__` would give."""
-        shift, scale, *_ = self._slots(mod)
-        return self.self_attn.compute_kv(_flat(modulate(x, shift, scale, self.cfg)), seen)
+    def compute_kv(
+        self, x: Float[Array, "b g p e"], modulation: Array, context: AttentionContext
+    ) -> KV:
+        """The keys and values of `__call__`, and nothing else of it."""
+        shift, scale, *_ = self._modulation(modulation)
+        return self.self_attn.compute_kv(_flatten(modulate(x, shift, scale, self.cfg)), context)
 
-    def _slots(self, mod: Array) -> tuple[Array, ...]:
-        """Six [b, g, 1, e]: shift, scale, gate of attention, then of the feed-forward."""
-        slots = round_like_reference(self.modulation[...].astype(jnp.float32) + mod, self.cfg)
-        return tuple(slots[:, :, i : i + 1] for i in range(6))
+    def _modulation(self, modulation: Array) -> tuple[Array, ...]:
+        """Six [b, g, 1, e]: shift, scale, gate of self-attention, then of the feed-forward."""
+        table = self.modulation[...].astype(jnp.float32)
+        rows = round_like_reference(table + modulation, self.cfg)
+        return tuple(rows[:, :, i : i + 1] for i in range(6))
 
     def _add(self, x: Array, y: Array, gate: Array | None = None) -> Array:
         y = y.astype(jnp.float32).reshape(x.shape)
@@ -115,7 +122,7 @@ class DiTBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Modulated norm and the linear to patch values; zero at initialisation."""
+    """Modulated norm and the projection to patch values; zero at initialisation."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -125,10 +132,9 @@ class Head(nnx.Module):
         self.linear = Linear(cfg.dim, 4 * cfg.out_channels, cfg, rngs=rngs, kernel_init=zeros)
 
     def __call__(self, x: Float[Array, "b g p e"], time: Float[Array, "b g e"]) -> Array:
-        mod = round_like_reference(
-            self.modulation[...].astype(jnp.float32) + time[:, :, None], self.cfg
-        )
-        return self.linear(modulate(x, mod[:, :, :1], mod[:, :, 1:], self.cfg))
+        table = self.modulation[...].astype(jnp.float32)
+        rows = round_like_reference(table + time[:, :, None], self.cfg)
+        return self.linear(modulate(x, rows[:, :, :1], rows[:, :, 1:], self.cfg))
 
 
 class DiT(nnx.Module):
@@ -152,34 +158,35 @@ class DiT(nnx.Module):
         streams: int = 1,
         materialize: Materialize = identity,
     ) -> TextKV:
-        """Keys and values of `s` prompts a sample, given as text encoder rows with zeroed padding.
+        """Keys and values of `s` prompts per sample in every layer.
 
-        Rows are zero-padded to `cfg.text_len`, and padding is attended like text: the weights were
-        trained so. Raises ValueError for longer prompts.
+        `text` is the text encoder's output with zeros beyond each prompt. It is zero-padded to
+        `cfg.text_len`, and padding is attended like text, as the weights were trained. Raises
+        ValueError for longer prompts.
         """
-        rows = self.text_rows(text, streams=streams).rows
+        features = self.embed_text(text, streams=streams).features
 
         def layer(_, attn):
-            return None, materialize(attn, "blocks", "cross_attn").keys_values(rows)
+            return None, materialize(attn, "blocks", "cross_attn").keys_values(features)
 
         _, (k, v) = lax.scan(layer, None, self.blocks.cross_attn)
         return TextKV(k, v, streams=streams)
 
     @typechecked
-    def text_rows(self, text: Float[Array, "b s t e"], *, streams: int = 1) -> TextRows:
-        """The same prompts padded and embedded, which is what the layers share."""
+    def embed_text(self, text: Float[Array, "b s t e"], *, streams: int = 1) -> TextFeatures:
+        """Prompts as in `text_kv`, padded and embedded: the input of every layer's keys."""
         length = text.shape[2]
         if length > self.cfg.text_len:
             raise ValueError(f"{length} text rows; this model takes at most {self.cfg.text_len}")
         text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
-        return TextRows(self.text_embedding(text), streams=streams)
+        return TextFeatures(self.text_embedding(text), streams=streams)
 
     @typechecked
     def __call__(
         self,
         latents: Float[Array, "b f h w c"],
         timestep: Float[Array, "b g"],
-        text: TextKV | TextRows,
+        text: TextKV | TextFeatures,
         tokens: Tokens,
         cache: Cache | None = None,
         *,
@@ -195,70 +202,60 @@ class DiT(nnx.Module):
         ffn_chunks: int = 1,
         materialize: Materialize = identity,
     ) -> tuple[Float[Array, "b f2 h w c2"] | None, Any]:
-        """Velocity (noise - x0) of `latents`, and the keys and values of every layer.
+        """Velocity (noise - x0) in float32, and keys and values `[layers, b, l, n, d]`.
 
-        `timestep` in [0, 1000] has one entry a frame or one a token (frame, row, column order).
-        `tokens` describe the latents' 2x2 patches. Teacher forcing concatenates clean and noisy
-        frames and sets `noisy_from`: the head then runs from that frame on, and the velocity has
-        only those frames. With a `cache` its keys follow the latents' own. `relative_rope`: the
-        cache holds keys that are not rotated; `cache.tokens` says at which positions to see them.
-        `ffn_chunks` of the sequence pass the feed-forward one after the other, rematerialised.
-
-        Returns `(velocity, (k, v))`: velocity in float32; k and v `[layers, b, l, n, d]` in
-        `cfg.dtype` if `return_kv`, else None. `output=False` only fills a cache: no velocity, but
-        k and v. `store` converts a layer's k and v `[b, l, n, d]` before all layers are stacked.
+        Args:
+          timestep: noise levels in [0, 1000], one per frame or one per token (frame, row, column).
+          tokens: metadata of the latents' 2x2 patches.
+          cache: past chunks, whose keys follow the latents' own.
+          noisy_from: first frame of the velocity; teacher forcing puts clean frames before it.
+          output: False computes no velocity (None), only keys and values for a cache.
+          return_kv: whether keys and values are returned; None otherwise.
+          store: converts a layer's k and v (in `cfg.dtype`) before the layers are stacked.
+          relative_rope: whether the cache stores unrotated keys, positioned by `cache.tokens`.
+          ffn_chunks: sequence chunks of the feed-forward, run one by one and rematerialised.
         """
         x = self._embed(latents, timestep, tokens, text)
-        time, mod = self._levels(timestep)
-        seen = _seen(tokens, cache, self.cfg, relative_rope)
+        time, modulation = self._time(timestep)
+        context = attention_context(tokens, cache, self.cfg, relative_rope)
         options = {"attend": attend, "attend_text": attend_text, "ffn_chunks": ffn_chunks}
-        kept = store if return_kv or not output else None
-        layer = _layer(text, mod, seen, kept, materialize, options)
+        kv_store = store if return_kv or not output else None
+        layer = LayerScan(text, modulation, context, kv_store, materialize, options)
+        layers = self._scan_inputs(text, cache)
         if not output:
-            layers = self._layers(text, cache)
-            return None, self._fill(layer, x, layers, mod, seen, materialize, store)
-        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        x, kv = lax.scan(body, x, self._layers(text, cache), unroll=unroll)
+            return None, self._context_pass(layer, x, layers)
+        body = jax.checkpoint(layer.step, prevent_cse=False) if remat else layer.step
+        x, kv = lax.scan(body, x, layers, unroll=unroll)
         return self._velocity(x.astype(jnp.float32), time, latents.shape, noisy_from), kv
 
-    def _layers(self, text: TextKV | TextRows, cache: Cache | None):
-        """What is scanned over: modules, their texts' keys and values, and their past."""
-        words = (text.k, text.v) if isinstance(text, TextKV) else None
-        return self.blocks, words, None if cache is None else cache.past
+    def _scan_inputs(self, text: TextKV | TextFeatures, cache: Cache | None):
+        """What is scanned over: modules, the prompts' keys and values, and the cache."""
+        text_kv = (text.k, text.v) if isinstance(text, TextKV) else None
+        return self.blocks, text_kv, None if cache is None else cache.layer_kv
 
     def _velocity(self, x: Array, time: Array, shape: tuple[int, ...], noisy_from: int) -> Array:
         first = noisy_from * x.shape[1] // shape[1]
         return self._unpatchify(self.head(x[:, first:], time[:, first:]), shape, noisy_from)
 
-    def _fill(
-        self,
-        layer,
-        x: Array,
-        layers,
-        mod: Array,
-        seen: AttentionContext,
-        materialize: Materialize,
-        store,
-    ) -> Any:
-        """Keys and values of all layers; of the last layer nothing else is computed."""
+    def _context_pass(self, layer: "LayerScan", x: Array, layers) -> Any:
+        """Keys and values of all layers; only those are computed of the last layer."""
 
         def at(i):
             return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), layers)
 
         last = self.cfg.layers - 1
-        x, kv = lax.scan(lambda x, i: layer(x, at(i)), x, jnp.arange(last))
-        block, _, _ = at(last)
-        final = store(*materialize(block, "blocks").compute_kv(x.astype(jnp.float32), mod, seen))
+        x, kv = lax.scan(lambda x, i: layer.step(x, at(i)), x, jnp.arange(last))
+        final = layer.kv(x, at(last))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, final)
 
-    def _levels(self, timestep: Array) -> tuple[Array, Array]:
-        """Embedding [b, g, e] and block modulation [b, g, 6, e] of noise levels, in float32."""
+    def _time(self, timestep: Array) -> tuple[Array, Array]:
+        """Time embedding [b, g, e] and block modulation [b, g, 6, e], both in float32."""
         time = self.time_embedding(timestep).astype(jnp.float32)
-        mod = self.time_projection(jax.nn.silu(time).astype(time_dtype(self.cfg)))
-        return time, einops.rearrange(mod.astype(jnp.float32), "b g (six e) -> b g six e", six=6)
+        rows = self.time_projection(jax.nn.silu(time).astype(time_dtype(self.cfg)))
+        return time, einops.rearrange(rows.astype(jnp.float32), "b g (six e) -> b g six e", six=6)
 
-    def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV | TextRows):
-        """Patches as [b, groups, tokens a group, e], one group a timestep."""
+    def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV | TextFeatures):
+        """Patches as [b, groups, tokens per group, e], one group per timestep."""
         b, frames, height, width, channels = latents.shape
         if channels != self.cfg.in_channels or height % 2 or width % 2:
             raise ValueError(
@@ -270,10 +267,10 @@ class DiT(nnx.Module):
         if groups not in (frames, length):
             raise ValueError(f"{groups} timesteps for {frames} frames of {length} tokens in all")
         if len(tokens) != length:
-            raise ValueError(f"{len(tokens)} tokens described, {length} given")
-        parts = text.streams * text.segments
-        if frames % parts:
-            raise ValueError(f"{frames} frames do not split into {parts} segments of text")
+            raise ValueError(f"tokens describe {len(tokens)} patches, latents have {length}")
+        segments = text.streams * text.segments
+        if frames % segments:
+            raise ValueError(f"{frames} frames do not split into {segments} segments of text")
         pattern = "b f (h ph) (w pw) c -> b (f h w) (ph pw c)"
         x = self.patch_embedding(einops.rearrange(latents, pattern, ph=2, pw=2))
         x = round_like_reference(x, self.cfg).astype(self.cfg.stream_dtype)
@@ -285,48 +282,71 @@ class DiT(nnx.Module):
         return einops.rearrange(x, "b f h w (ph pw c) -> b f (h ph) (w pw) c", ph=2, pw=2)
 
 
-def _layer(
-    text: TextKV | TextRows,
-    mod: Array,
-    seen: AttentionContext,
-    store,
-    materialize: Materialize,
-    options: Any,
-):
-    """A step of the scan over layers; `store` is None where keys and values are not kept. A layer
-    without keys of the texts makes its own, within what remat computes again."""
-    rows = text.rows if isinstance(text, TextRows) else None
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerScan:
+    """The body of the scan over layers, and what is the same in all of them.
 
-    def layer(x, xs):
-        block, words, past = xs
-        block = materialize(block, "blocks")
-        words = block.cross_attn.keys_values(rows) if words is None else words
+    Attributes:
+      text: the prompts. With `TextFeatures` a layer computes their keys and values, inside remat.
+      modulation: noise levels as block modulation.
+      context: metadata and rotations of self-attention.
+      store: converts the keys and values that a layer returns; None returns none.
+      materialize: makes a layer's parameters usable.
+      options: keyword arguments of `DiTBlock`.
+    """
+
+    text: TextKV | TextFeatures
+    modulation: Array
+    context: AttentionContext
+    store: Callable[[Array, Array], Any] | None
+    materialize: Materialize
+    options: dict[str, Any]
+
+    def step(self, x: Array, xs) -> tuple[Array, Any]:
+        """One layer: its output, and its stored keys and values."""
+        block, text_kv, layer_kv = xs
+        block = self.materialize(block, "blocks")
+        if isinstance(self.text, TextFeatures):
+            text_kv = block.cross_attn.keys_values(self.text.features)
         y, kv = block(
-            x.astype(jnp.float32), mod, words, seen, past, streams=text.streams, **options
-        )
-        return y.astype(x.dtype), None if store is None else store(*kv)
+            x.astype(jnp.float32), self.modulation, text_kv, self.context, layer_kv,
+            streams=self.text.streams, **self.options,
+        )  # fmt: skip
+        return y.astype(x.dtype), None if self.store is None else self.store(*kv)
 
-    return layer
+    def kv(self, x: Array, xs) -> Any:
+        """The stored keys and values of one layer, and nothing else of it."""
+        block, _, _ = xs
+        block = self.materialize(block, "blocks")
+        kv = block.compute_kv(x.astype(jnp.float32), self.modulation, self.context)
+        assert self.store is not None
+        return self.store(*kv)
 
 
-def _seen(tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool) -> AttentionContext:
+def attention_context(
+    tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool
+) -> AttentionContext:
+    """Metadata and rotations for queries at `tokens`, and keys at `tokens` and in the cache."""
     keys = tokens if cache is None else concat(tokens, cache.tokens(tokens))
-    rotation = rope_rotation(tokens.pos, cfg.head_dim)
-    rotate_keys = rope_rotation(keys.pos, cfg.head_dim) if relative else rotation
-    return AttentionContext(tokens, keys, rotation, rotate_keys, relative=relative)
+    q_rotation = rope_rotation(tokens.pos, cfg.head_dim)
+    k_rotation = rope_rotation(keys.pos, cfg.head_dim) if relative else q_rotation
+    return AttentionContext(tokens, keys, q_rotation, k_rotation, relative=relative)
 
 
-def _in_parts(function: Callable[[Array], Array], x: Float[Array, "b l e"], parts: int) -> Array:
-    """`function` of the tokens of `x`, part after part; ValueError if they do not split."""
-    if parts == 1:
+def _map_splits(function: Callable[[Array], Array], x: Float[Array, "b l e"], splits: int) -> Array:
+    """Applies `function` to `splits` equal slices of the sequence, one by one.
+
+    Raises ValueError if the sequence does not split evenly.
+    """
+    if splits == 1:
         return function(x)
     b, length, width = x.shape
-    if length % parts:
-        raise ValueError(f"{length} tokens do not split into ffn_parts = {parts}; choose a divisor")
-    split = jnp.swapaxes(x.reshape(b, parts, -1, width), 0, 1)
-    out = lax.map(jax.checkpoint(function, prevent_cse=False), split)
+    if length % splits:
+        raise ValueError(f"{length} tokens do not split into ffn_chunks = {splits}; use a divisor")
+    slices = jnp.swapaxes(x.reshape(b, splits, -1, width), 0, 1)
+    out = lax.map(jax.checkpoint(function, prevent_cse=False), slices)
     return jnp.swapaxes(out, 0, 1).reshape(b, length, width)
 
 
-def _flat(x: Float[Array, "b g p e"]) -> Float[Array, "b l e"]:
+def _flatten(x: Float[Array, "b g p e"]) -> Float[Array, "b l e"]:
     return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,8 +1,8 @@
-"""Norms, feed-forward parts and the time embedding of the DiT.
+"""Linear layers, norms, the feed-forward and the embeddings of the DiT.
 
-Everything here works in float32 except the matrix products, which take `cfg.dtype`. Under
-`cfg.reference_bf16` the intermediate results are rounded where the reference stores bfloat16; XLA
-would remove a plain cast there and back, `lax.reduce_precision` it keeps.
+All arithmetic is float32 except matrix products, which use `cfg.dtype`. Under `cfg.reference_bf16`
+intermediate results are rounded where the reference stores bfloat16. The rounding is
+`lax.reduce_precision`, because XLA removes a cast to bfloat16 and back.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ small_normal = nnx.initializers.normal(0.02)
 
 
 def round_like_reference(x: Array, cfg: DiTConfig) -> Float32[Array, "..."]:
-    """`x` in float32, rounded to bfloat16 if the reference would store it so."""
+    """`x` in float32, rounded to bfloat16 under `cfg.reference_bf16`."""
     x = x.astype(jnp.float32)
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if cfg.reference_bf16 else x
 
@@ -34,11 +34,11 @@ def round_like_reference(x: Array, cfg: DiTConfig) -> Float32[Array, "..."]:
 def affine(
     x: Float[Array, "... i"], kernel: Float[Array, "i o"], bias: Float[Array, "o"]
 ) -> Float[Array, "... o"]:
-    """`x @ kernel + bias` in the dtype of `x`; parameters' gradients are summed in float32.
+    """`x @ kernel + bias` in the dtype of `x`; parameter gradients accumulate in float32.
 
-    The derivative is written out because the one JAX derives transposes an operand, for which CPUs
-    have no 16-bit routine (50 times slower), sums the bias's gradient in slow small windows, and
-    rounds the gradients of float32 parameters.
+    The derivative is written out for three reasons: the one JAX derives transposes an operand, for
+    which CPUs have no 16-bit routine (50 times slower), sums the bias gradient in small windows,
+    which is slow, and rounds the gradients of float32 parameters.
     """
     return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
@@ -47,13 +47,13 @@ def _affine_forward(x, kernel, bias):
     return affine(x, kernel, bias), (x, kernel, bias)
 
 
-def _affine_backward(saved, grad):
-    x, kernel, bias = saved
+def _affine_backward(residuals, grad):
+    x, kernel, bias = residuals
     leading = tuple(range(x.ndim - 1))
-    summed = partial(lax.dot_general, preferred_element_type=jnp.float32)
-    to_kernel = summed(x, grad, ((leading, leading), ((), ())))
+    contract = partial(lax.dot_general, preferred_element_type=jnp.float32)
+    to_kernel = contract(x, grad, ((leading, leading), ((), ())))
     ones = jnp.ones(x.shape[:-1], grad.dtype)
-    to_bias = summed(ones, grad, ((leading, leading), ((), ())))
+    to_bias = contract(ones, grad, ((leading, leading), ((), ())))
     to_x = jnp.einsum("...o,io->...i", grad, kernel.astype(grad.dtype))
     return to_x, to_kernel.astype(kernel.dtype), to_bias.astype(bias.dtype)
 
@@ -63,8 +63,10 @@ affine.defvjp(_affine_forward, _affine_backward)
 
 @runtime_checkable
 class Product(Protocol):
-    """A kernel that is no plain array (quantized, or with a branch beside it) but a pytree that
-    multiplies itself; put among the parameters in the place of the array, `[layers, ...]` stacked.
+    """A kernel that computes its own product: a quantized one, or one with a low-rank branch.
+
+    It is a pytree that replaces the plain array among the parameters; the leaves of stacked layers
+    have a leading axis of layers.
     """
 
     def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"], /) -> Array:
@@ -72,7 +74,7 @@ class Product(Protocol):
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias` in `dtype`, parameters in `cfg.param_dtype`; kernel Xavier-uniform."""
+    """`x @ kernel + bias` in `dtype` (default `cfg.dtype`); Xavier-uniform kernel by default."""
 
     def __init__(
         self,
@@ -103,14 +105,14 @@ def normalise(x: Float[Array, "... e"], eps: float) -> Float32[Array, "... e"]:
 
 
 def modulate(x: Array, shift: Array, scale: Array, cfg: DiTConfig) -> Array:
-    """LayerNorm(x) * (1 + scale) + shift, in `cfg.dtype` for the product that follows."""
+    """LayerNorm(x) * (1 + scale) + shift, cast to `cfg.dtype` for the following product."""
     y = round_like_reference(normalise(x, cfg.eps), cfg)
     y = round_like_reference(y * round_like_reference(1 + scale, cfg), cfg)
     return (y + shift).astype(cfg.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm with scale and bias, in float32; the result has `cfg.dtype`."""
+    """LayerNorm with scale and bias, computed in float32, returned in `cfg.dtype`."""
 
     def __init__(self, cfg: DiTConfig):
         self.cfg = cfg
@@ -123,7 +125,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the whole width, before heads are split; float32 inside."""
+    """x / rms(x) * scale over the full width, before heads are split; computed in float32."""
 
     def __init__(self, cfg: DiTConfig):
         self.cfg = cfg
@@ -149,7 +151,7 @@ class FeedForward(nnx.Module):
 
 
 class TextEmbedding(nnx.Module):
-    """Projects text encoder rows to the model's width."""
+    """Projects the text encoder's output to the model's width."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         init: dict[str, Any] = {"rngs": rngs, "kernel_init": small_normal}
@@ -161,7 +163,7 @@ class TextEmbedding(nnx.Module):
 
 
 def sinusoid(timestep: Array, width: int) -> Float32[Array, "... w"]:
-    """Cosines, then sines, of timestep * 10000^(-2i/width); timesteps lie in [0, 1000]."""
+    """Cosines, then sines, of timestep * 10000^(-2i/width) for timesteps in [0, 1000]."""
     half = width // 2
     freqs = BASE ** (-np.arange(half, dtype=np.float64) / half)
     angle = angles(timestep.astype(jnp.float32), freqs)
@@ -169,7 +171,7 @@ def sinusoid(timestep: Array, width: int) -> Float32[Array, "... w"]:
 
 
 class TimeEmbedding(nnx.Module):
-    """Timesteps to one vector each, in float32 (bfloat16 under `reference_bf16`)."""
+    """Embeds each timestep as a vector, in float32 (bfloat16 under `reference_bf16`)."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -183,5 +185,8 @@ class TimeEmbedding(nnx.Module):
 
 
 def time_dtype(cfg: DiTConfig):
-    """Of the time path: it steers every layer and is cheap, so float32 unless parity is asked."""
+    """Dtype of the time path: float32, since it modulates every layer and is cheap.
+
+    bfloat16 under `reference_bf16`.
+    """
     return jnp.bfloat16 if cfg.reference_bf16 else jnp.float32

@@ -1,25 +1,26 @@
-"""Cached keys and values in NVFP4: 4.5 bits a number (LongLive 2.0, section 3.2 and Eq. 6).
+"""Keys and values of a chunk in NVFP4: 4.5 bits a number (LongLive 2.0, section 3.2 and Eq. 6).
 
-A finished chunk is packed once, layer by layer in the pass that remembers it: blocks of 16 along a
-head, one `amax` a layer, sample, slot, and keys or values. Slots are overwritten whole, so nothing
-packed is ever moved or packed again. The chunk being made brings its own keys and values as they
-are. Storage is bytes, because every backend updates bytes in place; `NVFP4` is a view of them.
+A finished chunk is packed once, layer by layer within the clean context pass: blocks of 16 along a
+head, one `amax` per layer, sample, slot and tensor (keys or values). A slot is overwritten as a
+whole, so packed data is never moved or packed again. The chunk being generated attends its own keys
+and values without packing. Storage is bytes, because every backend updates bytes in place; `NVFP4`
+is a view of them.
 
-Smoothing. A key k_t of chunk c may be packed as k_t - m and m kept in higher precision:
+Smoothing. A key k_t of chunk c may be packed as k_t - m, with m stored in higher precision:
 
     q . k_t = q . (k_t - m_c) + q . m_c      channel_mean: m_c is the mean over the chunk's tokens
     q . k_t = q . (k_t - m_t 1) + m_t q . 1  token_mean: m_t is the mean over the head's channels
 
-A softmax over the keys of one chunk alone would not notice if q . m_c were left out: it is the same
-for all of them. But the softmax goes over all chunks that the window holds, and each has a mean of
-its own; without the term chunk c as a whole would weigh exp(-q . m_c / sqrt(d)) times as much. And
-m_t differs from key to key. So both are restored, and only what is subtracted changes: outliers
-that all tokens share in a channel leave the blocks, which then get finer scales. It holds for keys
-stored before their rotation too, since the mean is added before it.
+A softmax over the keys of a single chunk would not change if q . m_c were left out, since the term
+is the same for all of them. But the softmax runs over all chunks in the window, and each has its
+own mean: without the term, all keys of chunk c would be weighted by exp(-q . m_c / sqrt(d)). And
+m_t differs from key to key. Both are therefore added back, and only the packed part changes:
+outliers that all tokens share in a channel leave the blocks, which then get finer scales. This also
+holds for keys that are stored unrotated, because the mean is added before the rotation.
 
-"reference" is what LongLive 2.0 ships instead: keys are packed as they are, and the current
-chunk's own, unpacked ones lose their mean over the head's channels at attention time, which is not
-restored. It is there to reproduce that; it is not exact even without packing.
+"reference" is what LongLive 2.0 ships instead: keys are packed without smoothing, and the current
+chunk's own, unpacked keys lose their mean over the head's channels at attention time, which is not
+added back. It reproduces the release; it is not exact even without packing.
 """
 
 import dataclasses
@@ -30,13 +31,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 
-from longlive_jax.models.wan.attention import KV, AttentionContext
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, UInt8
-from pallas_kernels.attention import AttentionFn
-from pallas_kernels.attention.packed_kv import attention_packed, dequantize_kv
-from pallas_kernels.nvfp4 import NVFP4, Rule, quantize
+from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, quantize
 from pallas_kernels.nvfp4.format import BLOCK, SCALE, pack, unpack
 
 Smoothing = Literal["none", "reference", "token_mean", "channel_mean"]
@@ -48,10 +47,13 @@ Reader = Literal["auto", "mosaic"]
 class KVFormat:
     """How keys and values are stored.
 
-    Fields: `storage` in the model's own type or packed; and if packed, `smoothing` of keys, the
-    `rule` of block scales, and the `reader`: "auto" unpacks one layer at a time and attends as
-    without packing, "mosaic" is the kernel that reads what is packed. The default smoothing is the
-    one that measured best (`bench.kv_quant`).
+    Attributes:
+      storage: the model's own dtype, or NVFP4.
+      smoothing: what is subtracted from NVFP4 keys; the default has the lowest measured error
+        (`bench.kv_quant`).
+      rule: how NVFP4 block scales are chosen.
+      reader: "auto" dequantizes one layer at a time and attends as without packing; "mosaic" is a
+        kernel that reads packed slots.
     """
 
     storage: Storage = "model"
@@ -65,7 +67,7 @@ class KVFormat:
         return self.storage == "nvfp4"
 
     def check(self, head_dim: int) -> None:
-        """Raises UserError for heads that do not split into blocks."""
+        """Raises UserError if heads of this width do not split into NVFP4 blocks."""
         if self.packed and head_dim % BLOCK:
             raise UserError(
                 f"kv=nvfp4 needs heads of a multiple of {BLOCK} channels, this model has heads of "
@@ -74,8 +76,16 @@ class KVFormat:
 
 
 @struct.dataclass
-class Packed:
-    """Numbers in NVFP4 as bytes, and what is to be added to them (None: nothing)."""
+class PackedTensor:
+    """Keys or values in NVFP4.
+
+    Attributes:
+      codes: two 4-bit codes a byte.
+      scales: the bytes of the E4M3 block scales.
+      amax: largest magnitude per leading index.
+      offset: the mean that was subtracted and is added back; None without smoothing.
+      rule: how block scales were chosen.
+    """
 
     codes: UInt8[Array, "*rows d/2"]
     scales: UInt8[Array, "*rows d/16"]
@@ -85,12 +95,12 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the numbers."""
+        """Shape of the dequantized array."""
         return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
 
     @property
     def size(self) -> int:
-        """How many numbers there are."""
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
@@ -99,75 +109,44 @@ class Packed:
         scales = lax.bitcast_convert_type(self.scales, SCALE)
         return NVFP4(unpack(self.codes), scales, self.amax, self.rule)
 
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*rows d"]:
+        """The values with the offset added back, rounded once from float32 to `dtype`."""
+        if self.offset is None:
+            return dequantize(self.array, jnp.dtype(dtype))
+        values = dequantize(self.array, jnp.dtype(jnp.float32))
+        return (values + self.offset.astype(jnp.float32)).astype(dtype)
 
-def pack_keys(k: Float[Array, "*lead m n d"], form: KVFormat) -> Packed:
-    """Keys of one chunk packed, smoothed as `form` says; an `amax` for each of the leading axes."""
+
+def pack_keys(k: Float[Array, "*lead m n d"], form: KVFormat) -> PackedTensor:
+    """Keys of one chunk in NVFP4, smoothed as `form` says; one `amax` per leading index."""
     offset = _mean(k, form.smoothing)
     if offset is not None:
         k = k.astype(jnp.float32) - offset.astype(jnp.float32)
     return _pack(k, offset, form)
 
 
-def pack_values(v: Float[Array, "*lead m n d"], form: KVFormat) -> Packed:
-    """Values of one chunk packed; an `amax` for each of the leading axes."""
+def pack_values(v: Float[Array, "*lead m n d"], form: KVFormat) -> PackedTensor:
+    """Values of one chunk in NVFP4; one `amax` per leading index."""
     return _pack(v, None, form)
 
 
-def empty_packed(shape: tuple[int, ...], form: KVFormat) -> tuple[Packed, Packed]:
-    """Keys and values of zero for `[layers, b, slots, m, n, d]`."""
+def empty_packed(shape: tuple[int, ...], form: KVFormat) -> tuple[PackedTensor, PackedTensor]:
+    """Zero keys and values of `shape` [layers, b, slots, m, n, d]."""
     layers, b, slots, *chunk = shape
-    one = jax.ShapeDtypeStruct((layers, b, *chunk), jnp.float32)
-    pair = jax.eval_shape(lambda x: (pack_keys(x, form), pack_values(x, form)), one)
+    dense = jax.ShapeDtypeStruct((layers, b, *chunk), jnp.float32)
+    pair = jax.eval_shape(lambda x: (pack_keys(x, form), pack_values(x, form)), dense)
     return jax.tree.map(lambda x: jnp.zeros((layers, b, slots, *x.shape[2:]), x.dtype), pair)
 
 
 def _mean(k: Array, smoothing: Smoothing) -> Array | None:
-    """What is subtracted from keys, rounded before that to what is stored: nothing is lost."""
+    """The mean to subtract, rounded to its stored precision first, so that nothing is lost."""
     axis = {"channel_mean": -3, "token_mean": -1}.get(smoothing)
     if axis is None:
         return None
     return k.astype(jnp.float32).mean(axis, keepdims=True).astype(jnp.bfloat16)
 
 
-def _pack(x: Array, offset: Array | None, form: KVFormat) -> Packed:
+def _pack(x: Array, offset: Array | None, form: KVFormat) -> PackedTensor:
     array = quantize(x, rule=form.rule, lead=x.ndim - 3)
     scales = lax.bitcast_convert_type(array.scales, jnp.uint8)
-    return Packed(pack(array.codes), scales, array.amax, offset, form.rule)
-
-
-@struct.dataclass
-class PackedLayerKV:
-    """Packed keys and values of past chunks, `[b, slots, m, n, d]` in one layer."""
-
-    k: Packed
-    v: Packed
-    form: KVFormat = struct.field(pytree_node=False)
-
-    def attend(self, q: Array, own: KV, seen: AttentionContext, attend: AttentionFn) -> Array:
-        """Attention of rotated queries to `own` keys as they are and to the packed ones.
-
-        The kernel takes rotated keys only, which `CachePolicy` sees to.
-        """
-        if self.form.reader == "mosaic":
-            return self._read(q, own, seen)
-        past = (dequantize_kv(x.array, x.offset, own[0].dtype) for x in (self.k, self.v))
-        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
-        k = seen.rotate_keys(k)
-        if self.form.smoothing == "reference":
-            length = q.shape[1]
-            k = jnp.concatenate([without_mean(k[:, :length]), k[:, length:]], axis=1)
-        return attend(q, k, v, seen.q_tokens, seen.k_tokens)
-
-    def _read(self, q: Array, own: KV, seen: AttentionContext) -> Array:
-        k, v = own
-        if self.form.smoothing == "reference":
-            k = without_mean(k)
-        return attention_packed(
-            q, k, v, self.k.array, self.v.array, seen.q_tokens, seen.k_tokens,
-            offset=self.k.offset, implementation="mosaic",
-        )  # fmt: skip
-
-
-def without_mean(k: Array) -> Array:
-    """Keys less their mean over the head's channels, as "reference" has the current chunk's."""
-    return (k - k.astype(jnp.float32).mean(-1, keepdims=True)).astype(k.dtype)
+    return PackedTensor(pack(array.codes), scales, array.amax, offset, form.rule)

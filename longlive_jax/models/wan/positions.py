@@ -1,8 +1,9 @@
 """Rotary positions over frame, row and column, exact at any frame (paper, section 3.2).
 
-Angles are pos * 10000^(-2j/w). At frame 10^6 a float32 product is wrong by 0.06 rad, and a table of
-angles would end somewhere. So the whole part of a position is multiplied as a fixed-point number of
-turns: 32-bit integers wrap exactly where angles do. What remains is below pi and keeps 1e-6 rad.
+Angles are pos * 10000^(-2j/w). At frame 10^6 a float32 product is off by 0.06 rad, and a table of
+angles would have a last frame. So the integer part of a position is multiplied by a fixed-point
+number of turns: 32-bit integers wrap exactly where angles do. The remainder is below pi in
+magnitude and accurate to 1e-6 rad.
 """
 
 import math
@@ -26,29 +27,32 @@ def angles(pos: Array, freqs: np.ndarray) -> Float32[Array, "..."]:
 
     `pos` is an integer or float32 array (below 2^24 in size if float), `freqs` float64 in (0, 1].
     """
+    # 1. The integer part of the position times the integer part of the turns, modulo 2^32.
     turns = freqs / (2 * math.pi) * 2.0**32
     coarse = np.floor(turns)
-    whole = jnp.floor(pos).astype(jnp.int32) if _is_float(pos) else pos.astype(jnp.int32)
-    wrapped = whole.astype(jnp.uint32)[..., None] * coarse.astype(np.uint32)
+    integer = jnp.floor(pos).astype(jnp.int32) if _is_float(pos) else pos.astype(jnp.int32)
+    wrapped = integer.astype(jnp.uint32)[..., None] * coarse.astype(np.uint32)
     unit = 2 * math.pi / 2.0**32
     out = lax.bitcast_convert_type(wrapped, jnp.int32).astype(jnp.float32) * np.float32(unit)
+    # 2. The fractional parts of the turns and of the position.
     fine = ((turns - coarse) * unit).astype(np.float32)
-    out += whole.astype(jnp.float32)[..., None] * fine
+    out += integer.astype(jnp.float32)[..., None] * fine
     if _is_float(pos):
-        out += (pos - whole.astype(pos.dtype)).astype(jnp.float32)[..., None] * np.float32(freqs)
+        fraction = (pos - integer.astype(pos.dtype)).astype(jnp.float32)
+        out += fraction[..., None] * np.float32(freqs)
     return out
 
 
 def rope_angles(pos: Array, head_dim: int) -> Float32[Array, "*b l p"]:
-    """Angles of all `head_dim / 2` pairs for positions `[..., l, 3]`.
+    """Angles of all `head_dim / 2` pairs of channels for positions `[..., l, 3]`.
 
-    Pairs are shared out as frame, row, column; Wan gives rows and columns `head_dim // 6` each
-    and the frame the rest.
+    The pairs are split into frame, row and column, in this order. As in Wan, rows and columns get
+    `head_dim // 6` pairs each and the frame gets the rest.
     """
     side = head_dim // 6
     widths = (head_dim - 4 * side, 2 * side, 2 * side)
-    parts = (angles(pos[..., axis], frequencies(width)) for axis, width in enumerate(widths))
-    return jnp.concatenate(list(parts), axis=-1)
+    axes = [angles(pos[..., axis], frequencies(width)) for axis, width in enumerate(widths)]
+    return jnp.concatenate(axes, axis=-1)
 
 
 def rope_rotation(pos: Array, head_dim: int) -> tuple[Array, Array]:
@@ -58,12 +62,12 @@ def rope_rotation(pos: Array, head_dim: int) -> tuple[Array, Array]:
 
 
 def rotate(x: Float[Array, "b l n d"], rotation: tuple[Array, Array]) -> Float[Array, "b l n d"]:
-    """Turns neighbouring channels (2j, 2j+1) by their angle, in float32; keeps the dtype of `x`."""
-    cos, sin = (part[..., None, :] for part in rotation)
+    """Rotates each pair of channels (2j, 2j+1) by its angle, in float32; keeps the dtype of `x`."""
+    cos, sin = (table[..., None, :] for table in rotation)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    rotate_keys = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotate_keys.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def _is_float(x: Array) -> bool:

@@ -207,7 +207,7 @@ def predict(
     velocity, _ = dit(
         packing.join(draws.context, noisy),
         packing.join(draws.context_timestep, draws.timestep),
-        dit.text_rows(packing.join(*_split_at(_prompt_features(text, prompts), context_chunks))),
+        dit.embed_text(packing.join(*_split_at(_prompt_features(text, prompts), context_chunks))),
         jax.tree.map(lambda x: packing.join(*_split_at(x, packing.context)), tokens),
         attend=packing.wrap(attend, all_tokens),
         attend_text=setup.attend_text,

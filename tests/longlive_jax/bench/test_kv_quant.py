@@ -1,4 +1,4 @@
-"""The measurement by which the smoothing of keys was chosen."""
+"""The measurement behind the choice of the keys' smoothing."""
 
 import jax.numpy as jnp
 import pytest
@@ -10,26 +10,26 @@ from longlive_jax.spec import UserError
 SPEC = KVSpec(checkpoint="", tokens=32, heads=2, width=64)
 
 
-def test_the_default_smoothing_does_not_mind_outlier_channels():
+def test_the_default_smoothing_is_robust_to_outlier_channels():
     sample = synthetic(SPEC, 20.0)
     errors = {
-        name: float(jnp.sqrt(keys / whole))
+        name: float(jnp.sqrt(keys / square))
         for name in ("none", "token_mean", "channel_mean")
-        for keys, _, whole in [_errors(sample, KVFormat("nvfp4", smoothing=name))]
+        for keys, _, square in [_errors(sample, KVFormat("nvfp4", smoothing=name))]
     }
     assert errors[KVFormat().smoothing] == min(errors.values())
     assert errors["channel_mean"] < 0.12 < 0.2 < min(errors["none"], errors["token_mean"])
 
 
-def test_bytes_are_those_of_what_is_packed():
+def test_bytes_of_packed_keys_and_values():
     row = _row(KVFormat("nvfp4", smoothing="none"), {"some": [synthetic(SPEC, 0.0)]})["some"]
-    # A key and a value of half a byte a number and a byte a block, and four bytes a chunk each.
+    # Key and value: half a byte a number, a byte a block, and four bytes a chunk.
     assert row["bytes_per_token_and_head"] == round(2 * 36 + 8 / (32 * 2), 3)
     assert 0 < row["keys_error"] < row["keys_and_values_error"] < 0.2
 
 
-def test_bad_settings_are_refused():
-    with pytest.raises(UserError, match="at least 4 fill the window"):
+def test_invalid_settings_are_refused():
+    with pytest.raises(UserError, match="chunks must be >= 4 to fill the window, got 3"):
         KVSpec(checkpoint="", chunks=3)
-    with pytest.raises(UserError, match="must be a multiple of 16"):
+    with pytest.raises(UserError, match="width must be a multiple of 16"):
         KVSpec(checkpoint="", width=40)

@@ -1,4 +1,4 @@
-"""Benchmarks run, add up, and count compilations; no time is compared with anything."""
+"""Reports of the benchmarks: their fields and compilation counts; no time is compared."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_one_compilation_serves_all_chunks_and_videos(tiny_world, capsys):
     assert run(["bench", "sampler", f"--checkpoint={tiny_world}", "--chunks=6", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["compilations_of_second_video"] == {}
-    # The first chunk of a video has fewer frames than the others, so the decoder has two programs.
+    # The first chunk of a video has fewer frames than the others, so the decoder compiles twice.
     assert {k: v for k, v in report["compilations"].items() if k != "_encode"} == {
         "_step": 1,
         "_text": 1,
@@ -45,12 +45,12 @@ def test_call_report(monkeypatch, capsys):
     tiny = dit_call.CallSpec(model=model, chunk_frames=2, latent=(4, 4), window=3, repeats=2)
     monkeypatch.setitem(dit_call.MODELS, "mid", tiny)
     assert run(["bench", "sampler", "--model=mid"]) == 0
-    said = capsys.readouterr().out
-    assert "seconds per call:" in said and "seconds per chunk:" in said
-    assert "denoising call: 1" in said and "chunk step: 1" in said
+    out = capsys.readouterr().out
+    assert "seconds per call:" in out and "seconds per chunk:" in out
+    assert "denoising call: 1" in out and "chunk step: 1" in out
 
 
-def test_flops_of_a_call_by_hand():
+def test_flops_of_a_call_counted_by_hand():
     model = DiTConfig(dim=2, heads=1, ffn_dim=3, text_len=5, layers=7)
     spec = dit_call.CallSpec(model=model, chunk_frames=1, latent=(4, 4), window=2)
     queries, keys = 4, 8
@@ -71,7 +71,7 @@ def test_compilations_are_counted_by_function():
     assert compiled.counts["twice"] == 2 and compiled.seconds > 0
 
 
-def test_stages_wait_and_add():
+def test_stages_wait_and_add_up():
     stages = Stages()
     assert stages.run("add", jnp.add, jnp.ones(2), 1).tolist() == [2, 2]
     stages.run("add", lambda: None)
@@ -79,7 +79,7 @@ def test_stages_wait_and_add():
     assert stages.total("nothing") == 0
 
 
-def test_repeats_are_checked():
+def test_repeats_must_be_positive():
     with pytest.raises(ValueError, match="repeats is 0"):
         repeated(lambda: None, 0)
     assert repeated(lambda: None, 2)["repeats"] == 2

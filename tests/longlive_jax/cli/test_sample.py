@@ -1,11 +1,12 @@
-"""`longlive sample` from end to end, its interruption, and every mistake before compilation."""
+"""`longlive sample` end to end, interrupted, and with mistakes found before compilation."""
 
 import numpy as np
 import pytest
 
-from longlive_jax.cli import sample
 from longlive_jax.cli.app import run
 from longlive_jax.io.video import read_video
+from longlive_jax.sampling.pipeline import Pipeline
+from longlive_jax.sampling.recorder import Recorder
 from tests.tiny import write_tiny
 
 SCRIPT = """
@@ -40,20 +41,19 @@ def test_files(command, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"video.mp4", "strip.png", "video.latents.npy"}
     assert read_video(out / "video.mp4").shape == (5 + 3 * 8, 64, 32, 3)
     assert np.load(out / "video.latents.npy").shape == (8, 4, 2, 4)
-    said = capsys.readouterr()
-    assert "29 frames" in said.out and "rounded up" in said.err
+    output = capsys.readouterr()
+    assert "29 frames" in output.out and "rounded up" in output.err
 
 
-def test_interruption_keeps_what_is_finished(command, tmp_path, monkeypatch, capsys):
-    shown = sample._shown
+def test_an_interrupt_leaves_the_finished_chunks(command, tmp_path, monkeypatch, capsys):
+    appended = Recorder.append
 
-    def interrupted(stream):
-        for chunk in shown(stream):
-            yield chunk
-            if stream.made == 2:
-                raise KeyboardInterrupt
+    def interrupted(recorder, chunk):
+        appended(recorder, chunk)
+        if chunk.index == 1:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "_shown", interrupted)
+    monkeypatch.setattr(Recorder, "append", interrupted)
     assert run(command) == 130
     assert read_video(tmp_path / "out" / "video.mp4").shape[0] == 13
     assert "13 frames" in capsys.readouterr().out
@@ -69,18 +69,19 @@ def test_interruption_keeps_what_is_finished(command, tmp_path, monkeypatch, cap
         (["--out=/proc/nowhere"], "cannot write"),
         (["--config.sample.size=(65,64)"], "not divisible"),
         (["--sede=3"], "did you mean '--seed'"),
-        (["--batch=0"], "--batch"),
+        (["--batch=0"], "--batch must be >= 1, got 0"),
+        (["--stills=-1"], "--stills must be >= 0, got -1"),
         (["--video=/nowhere.mp4"], "does not exist"),
     ],
 )
 def test_mistakes_cost_one_line(command, change, message, capsys, monkeypatch):
-    def compiled(*_):
+    def started(*_, **__):
         raise AssertionError("nothing may be sampled")
 
-    monkeypatch.setattr(sample, "_film", compiled)
+    monkeypatch.setattr(Pipeline, "stream", started)
     assert run([*command, *change]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_mistakes_in_the_script(command, script, capsys):

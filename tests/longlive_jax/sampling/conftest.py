@@ -1,4 +1,4 @@
-"""Small models: the golden files' own, and random ones."""
+"""Small models: those of the golden files, and random ones."""
 
 import json
 from pathlib import Path
@@ -20,21 +20,22 @@ from longlive_jax.sampling.drivers import (
     VideoConditioning,
     stack_chunk_inputs,
 )
+from longlive_jax.sampling.engine import Engine
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.settings import SampleSpec
 from tests.tiny import TINY, activate_outputs, tiny_parts, write_tiny
 
 
 def state_dict_params(tensors):
-    """Parameters from the original names, through the converter's key table."""
+    """Parameters from tensors with their original names, by the converter's key table."""
     params = {}
     for leaf in keys_dit.ORIGINAL.forward({k: v.shape for k, v in tensors.items()}):
-        parts = [leaf.to_param(tensors[key]) for key in leaf.keys]
+        arrays = [leaf.to_param(tensors[key]) for key in leaf.keys]
         node = params
         for name in leaf.path[:-1]:
             node = node.setdefault(name, {})
-        stacked = len(parts) > 1 or leaf.rule.stacked
-        node[leaf.path[-1]] = jnp.asarray(np.stack(parts) if stacked else parts[0])
+        is_stacked = len(arrays) > 1 or leaf.rule.stacked
+        node[leaf.path[-1]] = jnp.asarray(np.stack(arrays) if is_stacked else arrays[0])
     return params
 
 
@@ -72,36 +73,37 @@ class Golden:
         )
         guided = options["guidance_scale"] != 1
         _, _, height, width, channels = self.noise.shape
-        given = case.get("uses_initial_latent", False)
+        has_conditioning_frame = case.get("uses_initial_latent", False)
         first = jnp.zeros((1, height, width, channels))
-        if given:
+        if has_conditioning_frame:
             first = jnp.moveaxis(jnp.asarray(self.arrays["initial_latent"][:, 0]), 1, -1)
-        setting = VideoConditioning(
+        conditioning = VideoConditioning(
             solver=solvers.unipc(options["sampling_steps"], shift=self.meta["timestep_shift"]),
             keys=jax.random.split(jax.random.key(0), 1),
-            first=first,
-            given=jnp.array([given]),
+            conditioning_frame=first,
+            has_conditioning_frame=jnp.array([has_conditioning_frame]),
             guidance=jnp.float32(options["guidance_scale"]) if guided else None,
         )
         cache = empty_cache(self.config, 1 + guided, (self.frames, height // 2, width // 2), policy)
-        orders = self._orders(prompts, options["multi_shot_rope_offset"], guided)
-        return self.sampler.sample(self.params, cache, setting, orders, self.bank)
+        inputs = self._inputs(prompts, options["multi_shot_rope_offset"], guided)
+        return self.sampler.sample(self.params, cache, conditioning, inputs, self.bank)
 
-    def _orders(self, prompts, shot_rope_offset, guided):
+    def _inputs(self, prompts, shot_rope_offset, guided):
+        """The inputs of all chunks, stacked."""
         order, shot = self.meta["prompt_order"], 0
-        orders = []
+        inputs = []
         for i, prompt in enumerate(prompts):
             cut = i > 0 and prompt.startswith(self.meta["scene_cut_prefix"])
             shot += cut
             text = [order.index(prompt)] + ([order.index("bad")] if guided else [])
             noise = self.noise[:, i * self.frames : (i + 1) * self.frames]
-            shot_rope_offset = jnp.array([shot * shot_rope_offset], jnp.int32)
-            orders.append(ChunkInputs(jnp.array(text), jnp.array([cut]), shot_rope_offset, noise))
-        return stack_chunk_inputs(orders)
+            offset = jnp.array([shot * shot_rope_offset], jnp.int32)
+            inputs.append(ChunkInputs(jnp.array(text), jnp.array([cut]), offset, noise))
+        return stack_chunk_inputs(inputs)
 
 
 class Toy:
-    """A random DiT with its sampler, a bank of four prompts, and orders to play with."""
+    """A random DiT with its sampler and a bank of four prompts."""
 
     size = (2, 3, 4)
     shape = (2, 6, 8, 4)
@@ -115,51 +117,56 @@ class Toy:
         self.graphdef, self.params = nnx.graphdef(model), activate_outputs(params_of(model))
         self.sampler = Sampler(self.graphdef)
         self.policy = policy
-        texts = jax.random.normal(jax.random.key(9), (4, 6, 12))
-        self.bank = self.sampler.text(self.params, texts)
+        features = jax.random.normal(jax.random.key(9), (4, 6, 12))
+        self.bank = self.sampler.text(self.params, features)
 
     def cache(self, batch=1, policy=None):
         return empty_cache(self.config, batch, self.size, policy or self.policy)
 
-    def setting(self, seeds=(0,), *, steps=3, guidance=None, first=None, solver=solvers.unipc):
+    def conditioning(self, seeds=(0,), *, steps=3, guidance=None, frame=None, solver=solvers.unipc):
         batch, space = len(seeds), self.shape[1:]
         return VideoConditioning(
             solver=solver(steps),
             keys=jnp.stack([jax.random.key(seed) for seed in seeds]),
-            first=jnp.zeros((batch, *space)) if first is None else first,
-            given=jnp.full(batch, first is not None),
+            conditioning_frame=jnp.zeros((batch, *space)) if frame is None else frame,
+            has_conditioning_frame=jnp.full(batch, frame is not None),
             guidance=None if guidance is None else jnp.float32(guidance),
         )
 
-    def order(self, text, cut=(False,), shot=(0,)):
-        shot_rope_offset = 8 * jnp.array(shot, jnp.int32)
-        return ChunkInputs(jnp.array(text), jnp.array(cut), shot_rope_offset)
+    def inputs(self, text, cut=(False,), shot=(0,)):
+        """One chunk with indices for text, as the scan takes it."""
+        return ChunkInputs(jnp.array(text), jnp.array(cut), 8 * jnp.array(shot, jnp.int32))
 
-    def words(self, order):
-        """The order with keys and values in place of indices, as a stream takes it."""
-        text = jax.tree.map(lambda x: jnp.take(x, order.text, axis=1), self.bank)
-        return order.replace(text=text)
+    def with_text_kv(self, inputs):
+        """The chunk with keys and values in place of indices, as a step takes it."""
+        text = jax.tree.map(lambda x: jnp.take(x, inputs.text, axis=1), self.bank)
+        return inputs.replace(text=text)
 
-    def sample(self, orders, setting, *, rows=1, policy=None):
-        cache = self.cache(rows, policy)
+    def scan(self, chunks, conditioning, *, rows=1, policy=None):
+        """Latents of all chunks by one scan, and the cache after them."""
         return self.sampler.sample(
-            self.params, cache, setting, stack_chunk_inputs(orders), self.bank
-        )
+            self.params, self.cache(rows, policy), conditioning, stack_chunk_inputs(chunks),
+            self.bank,
+        )  # fmt: skip
 
-    def stream(self, orders, setting, *, rows=1):
-        words = map(self.words, orders)
-        return list(self.sampler.stream(self.params, self.cache(rows), setting, words))
+    def stream(self, chunks, conditioning, *, rows=1, cache=None):
+        """Latents of all chunks, step by step."""
+        cache, latents = self.cache(rows) if cache is None else cache, []
+        for chunk in map(self.with_text_kv, chunks):
+            x, cache = self.sampler.step(self.params, cache, conditioning, chunk)
+            latents.append(x)
+        return np.concatenate(latents, axis=1)
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A whole pipeline with random weights."""
-    return Pipeline(*tiny_parts(), SampleSpec(**TINY))
+    """A pipeline with random weights."""
+    return Pipeline(Engine(*tiny_parts(), SampleSpec(**TINY)))
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """The same parts in a checkpoint directory."""
+    """The same model in a checkpoint directory."""
     return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 

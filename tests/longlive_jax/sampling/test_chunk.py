@@ -1,4 +1,4 @@
-"""Latents and caches against the reference, whole videos at a time."""
+"""Latents and caches of entire videos against the reference."""
 
 import numpy as np
 import pytest
@@ -26,14 +26,14 @@ def check_cache(golden, case, cache):
     stored = np.asarray(cache.k)[0, 0, order]
     want = golden.arrays[f"{name}/k_cache_layer0"][0]
     want = want.reshape(-1, stored.shape[1], *want.shape[1:])
-    # We have already dropped what the reference drops when the next chunk arrives.
-    kept = [i for i in range(len(want)) if min(distance(slot, want[i]) for slot in stored) < 1e-4]
-    assert len(kept) == len(stored) and len(want) - 1 in kept and kept == sorted(kept)
+    # The reference evicts a chunk when the next one arrives, we when the last one is written.
+    common = [i for i in range(len(want)) if min(distance(slot, want[i]) for slot in stored) < 1e-4]
+    assert len(common) == len(stored) and len(want) - 1 in common and common == sorted(common)
     tokens = stored.shape[1]
     assert int(cache.num_chunks[0]) * tokens == state["global_end_index"]
     if state["pinned_start"] >= 0:
         sink = list(np.asarray(cache.slot_chunk[0])[order]).index(int(cache.sink_start[0]))
-        assert kept[sink] * tokens == state["pinned_start"]
+        assert common[sink] * tokens == state["pinned_start"]
         assert int(cache.sink_length[0]) * tokens == state["pinned_len"]
 
 

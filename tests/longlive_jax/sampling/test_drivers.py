@@ -1,4 +1,4 @@
-"""Scan and stream, batches, guidance, conditioning: what changes the video, and what must not."""
+"""Scan and step, batches, guidance, conditioning: what changes a video, and what must not."""
 
 import dataclasses
 
@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 
 from longlive_jax import layout
+from longlive_jax.bench.timing import Compilations
 from longlive_jax.diffusion import solvers
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.variants import variant
 from longlive_jax.models.wan import DiT
 from longlive_jax.models.wan.cache import CachePolicy, empty_cache
-from longlive_jax.sampling.chunk import chunk_noise, folded
+from longlive_jax.sampling.chunk import chunk_noise, fold_in
 from longlive_jax.sampling.drivers import (
-    SOLVER_DRAWS,
+    SOLVER_KEY,
     ChunkInputs,
     Sampler,
     VideoConditioning,
@@ -27,131 +28,114 @@ from tests.longlive_jax.sampling.conftest import Toy
 CHUNKS = 6
 
 
-def orders(toy, *, cut=2, change=4):
-    """A cut with a new prompt at chunk 2, another prompt without a cut at chunk 4."""
-    made = []
-    for i in range(CHUNKS):
-        text = 2 if i >= change else int(i >= cut)
-        made.append(toy.order([text], cut=(i == cut,), shot=(int(i >= cut),)))
-    return made
+def script(toy, *, cut=2, change=4):
+    """Six chunks with a cut and a new prompt at chunk 2, and a third prompt at chunk 4."""
+    return [
+        toy.inputs([2 if i >= change else int(i >= cut)], cut=(i == cut,), shot=(int(i >= cut),))
+        for i in range(CHUNKS)
+    ]
 
 
 @pytest.fixture(scope="module")
 def video(toy):
-    """The latents of the plain run, by stream."""
-    return np.concatenate(toy.stream(orders(toy), toy.setting()), axis=1)
+    """The latents of the script, step by step."""
+    return toy.stream(script(toy), toy.conditioning())
 
 
 def test_scan_equals_stream_bit_for_bit(toy, video):
-    latents, cache = toy.sample(orders(toy), toy.setting())
+    latents, cache = toy.scan(script(toy), toy.conditioning())
     np.testing.assert_array_equal(latents, video)
     assert int(cache.num_chunks[0]) == CHUNKS and np.isfinite(video).all()
 
 
-def test_a_solver_with_noise_of_its_own_is_still_a_function_of_the_seed():
-    """Scan = stream, batch = alone, another seed another video."""
+def test_a_stochastic_solver_is_a_function_of_the_seed():
+    """Scan equals stream, a batch equals its videos alone, another seed gives another video."""
     toy = Toy()
-    made = orders(toy)
+    chunks = script(toy)
 
-    def setting(*seeds):
-        return toy.setting(seeds, solver=solvers.sde)
+    def conditioning(*seeds):
+        return toy.conditioning(seeds, solver=solvers.sde)
 
-    alone = [np.concatenate(toy.stream(made, setting(seed)), axis=1) for seed in (0, 1)]
-    latents, _ = toy.sample(made, setting(0))
+    alone = [toy.stream(chunks, conditioning(seed)) for seed in (0, 1)]
+    latents, _ = toy.scan(chunks, conditioning(0))
     np.testing.assert_array_equal(latents, alone[0])
     pair = [
-        toy.order(
-            [int(i) for i in np.repeat(o.text, 2)],
-            np.repeat(o.cut, 2),
-            np.repeat(o.shot_rope_offset, 2) // 8,
+        toy.inputs(
+            [int(i) for i in np.repeat(x.text, 2)],
+            np.repeat(x.cut, 2),
+            np.repeat(x.shot_rope_offset, 2) // 8,
         )
-        for o in made
+        for x in chunks
     ]
-    both, _ = toy.sample(pair, setting(0, 1), rows=2)
+    both, _ = toy.scan(pair, conditioning(0, 1), rows=2)
     np.testing.assert_allclose(both, np.concatenate(alone), atol=2e-5)
     assert np.abs(alone[0] - alone[1]).max() > 0.1
 
 
-def test_a_solvers_noise_is_apart_from_the_chunks(toy):
-    """No step of any chunk draws what a chunk begins from."""
+def test_solver_noise_differs_from_the_initial_noise_of_all_chunks(toy):
     keys = jnp.stack([jax.random.key(3)])
-    starts = [chunk_noise(keys, c, (8,)) for c in range(4)]
+    initial = [chunk_noise(keys, c, (8,)) for c in range(4)]
     steps = [
-        chunk_noise(folded(folded(keys, SOLVER_DRAWS), c), k, (8,))
+        chunk_noise(fold_in(fold_in(keys, SOLVER_KEY), c), k, (8,))
         for c in range(4)
         for k in range(3)
     ]
-    drawn = np.stack([np.asarray(x).reshape(-1) for x in (*starts, *steps)])
-    assert len(np.unique(drawn.round(4), axis=0)) == len(drawn)
+    samples = np.stack([np.asarray(x).reshape(-1) for x in (*initial, *steps)])
+    assert len(np.unique(samples.round(4), axis=0)) == len(samples)
 
 
-def test_same_seed_same_video_other_seed_other_video(toy, video):
-    again = np.concatenate(toy.stream(orders(toy), toy.setting()), axis=1)
+def test_the_video_is_a_function_of_the_seed(toy, video):
+    again = toy.stream(script(toy), toy.conditioning())
     np.testing.assert_array_equal(again, video)
-    other = np.concatenate(toy.stream(orders(toy), toy.setting(seeds=(1,))), axis=1)
+    other = toy.stream(script(toy), toy.conditioning(seeds=(1,)))
     assert np.abs(other - video).max() > 0.1
 
 
-def test_a_change_is_felt_from_its_chunk_on_only(toy, video):
-    """A prompt change without a cut, a cut without a prompt change: different things."""
-    plain = orders(toy, cut=99, change=99)
-    prompt = [o if i < 3 else toy.order([3]) for i, o in enumerate(plain)]
-    cut = [o if i < 3 else toy.order([0], cut=(i == 3,), shot=(1,)) for i, o in enumerate(plain)]
-    runs = [np.concatenate(toy.stream(o, toy.setting()), axis=1) for o in (plain, prompt, cut)]
-    for one, two in ((0, 1), (0, 2), (1, 2)):
-        np.testing.assert_array_equal(runs[one][:, :6], runs[two][:, :6])
-        assert np.abs(runs[one][:, 6:8] - runs[two][:, 6:8]).max() > 1e-4
+def test_a_change_affects_its_chunk_and_later_ones_only(toy, video):
+    """A prompt change without a cut and a cut without a prompt change are different things."""
+    plain = script(toy, cut=99, change=99)
+    prompt = [x if i < 3 else toy.inputs([3]) for i, x in enumerate(plain)]
+    cut = [x if i < 3 else toy.inputs([0], cut=(i == 3,), shot=(1,)) for i, x in enumerate(plain)]
+    runs = [toy.stream(chunks, toy.conditioning()) for chunks in (plain, prompt, cut)]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        np.testing.assert_array_equal(runs[a][:, :6], runs[b][:, :6])
+        assert np.abs(runs[a][:, 6:8] - runs[b][:, 6:8]).max() > 1e-4
 
 
-def test_first_frame_given(toy, video):
-    """It comes back exactly, changes everything, and compiles nothing."""
-    first = jax.random.normal(jax.random.key(5), (1, *toy.shape[1:]))
-    got = np.concatenate(toy.stream(orders(toy), toy.setting(first=first)), axis=1)
-    np.testing.assert_array_equal(got[:, 0], first)
+def test_a_conditioning_frame_is_reproduced_exactly_and_changes_the_video(toy, video):
+    frame = jax.random.normal(jax.random.key(5), (1, *toy.shape[1:]))
+    got = toy.stream(script(toy), toy.conditioning(frame=frame))
+    np.testing.assert_array_equal(got[:, 0], frame)
     assert np.abs(got[:, 1] - video[:, 1]).max() > 1e-4
 
 
-def test_one_compilation_for_everything(toy, video):
-    assert toy.sampler.step._cache_size() == 1
-    first = jnp.ones((1, *toy.shape[1:]))
-    toy.stream(orders(toy, cut=1, change=5), toy.setting(seeds=(77,), first=first))
-    assert toy.sampler.step._cache_size() == 1
-
-
-def test_an_order_is_taken_at_the_last_moment(toy, video):
-    """Steering: the orders are a generator that looks at what came before."""
-    seen = []
-
-    def live():
-        for i, order in enumerate(orders(toy)):
-            assert len(seen) == i
-            yield toy.words(order)
-
-    for latents in toy.sampler.stream(toy.params, toy.cache(), toy.setting(), live()):
-        seen.append(latents)
-    np.testing.assert_array_equal(np.concatenate(seen, axis=1), video)
+def test_one_compilation_for_all_chunks_prompts_cuts_seeds_and_conditioning_frames():
+    toy = Toy()
+    with Compilations() as compiled:
+        toy.stream(script(toy), toy.conditioning())
+        frame = jnp.ones((1, *toy.shape[1:]))
+        toy.stream(script(toy, cut=1, change=5), toy.conditioning(seeds=(77,), frame=frame))
+    assert compiled.counts["_step"] == 1
 
 
 def test_a_batch_member_equals_the_video_alone(toy, video):
     """Two scripts with cuts at different chunks, in one batch."""
-    other = orders(toy, cut=3, change=5)
-    alone = np.concatenate(toy.stream(other, toy.setting(seeds=(9,))), axis=1)
+    other = script(toy, cut=3, change=5)
+    alone = toy.stream(other, toy.conditioning(seeds=(9,)))
 
     def joined(*pair):
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pair)
 
-    both = [joined(*pair) for pair in zip(orders(toy), other, strict=True)]
-    latents, _ = toy.sample(both, toy.setting(seeds=(0, 9)), rows=2)
+    both = [joined(*pair) for pair in zip(script(toy), other, strict=True)]
+    latents, _ = toy.scan(both, toy.conditioning(seeds=(0, 9)), rows=2)
     np.testing.assert_allclose(latents[:1], video, atol=2e-4)
     np.testing.assert_allclose(latents[1:], alone, atol=2e-4)
 
 
-def test_guidance(toy, video):
-    """Scale 1 is the plain video; another is not, and needs rows for the negative prompts."""
-
+def test_guidance_of_1_is_the_plain_video_and_4_is_not(toy, video):
     def guided(scale):
-        negative = [o.replace(text=jnp.concatenate([o.text, jnp.array([3])])) for o in orders(toy)]
-        return toy.sample(negative, toy.setting(guidance=scale), rows=2)[0]
+        negative = [x.replace(text=jnp.concatenate([x.text, jnp.array([3])])) for x in script(toy)]
+        return toy.scan(negative, toy.conditioning(guidance=scale), rows=2)[0]
 
     np.testing.assert_allclose(guided(1.0), video, atol=2e-4)
     assert np.abs(guided(4.0) - video).max() > 1e-4
@@ -159,30 +143,30 @@ def test_guidance(toy, video):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 50])
 def test_number_of_steps(toy, steps):
-    latents, _ = toy.sample(orders(toy)[:2], toy.setting(steps=steps))
+    latents, _ = toy.scan(script(toy)[:2], toy.conditioning(steps=steps))
     assert latents.shape == (1, 4, 6, 8, 4) and np.isfinite(latents).all()
 
 
-def test_a_video_is_continued(toy, video):
-    """Its latents fill the cache chunk by chunk; what follows is what followed when it was made."""
-    cache, setting, words = toy.cache(), toy.setting(), list(map(toy.words, orders(toy)))
+def test_a_video_whose_latents_fill_the_cache_continues_as_it_did(toy, video):
+    cache, conditioning, chunks = toy.cache(), toy.conditioning(), script(toy)
     for i in range(3):
-        past = jnp.asarray(video[:, 2 * i : 2 * i + 2])
-        cache = toy.sampler.write_context(toy.params, cache, setting, words[i], past)
-    rest = list(toy.sampler.stream(toy.params, cache, setting, words[3:]))
-    np.testing.assert_allclose(np.concatenate(rest, axis=1), video[:, 6:], atol=2e-4)
+        latents = jnp.asarray(video[:, 2 * i : 2 * i + 2])
+        inputs = toy.with_text_kv(chunks[i])
+        cache = toy.sampler.write_context(toy.params, cache, conditioning, inputs, latents)
+    rest = toy.stream(chunks[3:], conditioning, cache=cache)
+    np.testing.assert_allclose(rest, video[:, 6:], atol=2e-4)
 
 
-def test_relative_positions_equal_absolute_ones_until_something_is_forgotten(toy):
-    plain = [toy.order([0]) for _ in range(CHUNKS)]
+def test_relative_positions_equal_absolute_ones_until_the_first_eviction(toy):
+    plain = [toy.inputs([0]) for _ in range(CHUNKS)]
     policy = dataclasses.replace(toy.policy, relative_rope=True)
-    absolute, _ = toy.sample(plain, toy.setting())
-    relative, _ = toy.sample(plain, toy.setting(), policy=policy)
+    absolute, _ = toy.scan(plain, toy.conditioning())
+    relative, _ = toy.scan(plain, toy.conditioning(), policy=policy)
     np.testing.assert_allclose(relative[:, :8], absolute[:, :8], atol=2e-4)
     assert np.abs(relative[:, 8:] - absolute[:, 8:]).max() > 1e-4
 
 
-def test_noise_depends_on_seed_and_chunk_alone():
+def test_noise_depends_on_seed_and_chunk_only():
     keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
     both = chunk_noise(keys, 3, (2, 2, 2, 4))
     np.testing.assert_array_equal(both[1:], chunk_noise(keys[1:], 3, (2, 2, 2, 4)))
@@ -196,9 +180,10 @@ def test_cached_equals_masked(toy, cuts):
     keys = jax.random.split(jax.random.key(3), 2)
     clean, noisy = (jax.random.normal(k, (1, chunks * frames, 6, 8, 4)) for k in keys)
     shots = np.cumsum([c in cuts for c in range(chunks)])
-    texts = jax.random.normal(jax.random.key(4), (1, chunks, 6, 12))
+    features = jax.random.normal(jax.random.key(4), (1, chunks, 6, 12))
     dit = with_params(toy.graphdef, toy.params)
 
+    # 1. All chunks in one sequence, with the attention mask of training.
     shot_rope_offset = jnp.repeat(jnp.asarray(8 * shots, jnp.int32), frames)
     tokens = layout.teacher_forcing(
         chunks * frames, rows, columns, chunk_frames=frames, shot_rope_offset=shot_rope_offset
@@ -209,32 +194,33 @@ def test_cached_equals_masked(toy, cuts):
 
     @jax.jit
     def masked(latents):
-        words = dit.text_kv(texts, streams=2)
-        return dit(latents, times[None], words, tokens, noisy_from=chunks * frames)[0]
+        text_kv = dit.text_kv(features, streams=2)
+        return dit(latents, times[None], text_kv, tokens, noisy_from=chunks * frames)[0]
 
     want = masked(jnp.concatenate([clean, noisy], axis=1))
 
+    # 2. Chunk by chunk against the cache.
     @jax.jit
     def cached(cache, x, text, shot_rope_offset):
         tokens = cache.upcoming(shot_rope_offset, noisy=True)
         return dit(x, jnp.full((1, frames), 700.0), text, tokens, cache)[0]
 
-    cache, setting = toy.cache(), toy.setting()
+    cache, conditioning = toy.cache(), toy.conditioning()
     for c in range(chunks):
         span = slice(c * frames, (c + 1) * frames)
-        order = ChunkInputs(
-            text=toy.sampler.text(toy.params, texts[:, c]),
+        inputs = ChunkInputs(
+            text=toy.sampler.text(toy.params, features[:, c]),
             cut=jnp.array([c in cuts]),
             shot_rope_offset=jnp.array([8 * shots[c]], jnp.int32),
         )
-        got = cached(cache, noisy[:, span], order.text, order.shot_rope_offset)
+        got = cached(cache, noisy[:, span], inputs.text, inputs.shot_rope_offset)
         np.testing.assert_allclose(got, want[:, span], atol=2e-4)
-        cache = toy.sampler.write_context(toy.params, cache, setting, order, clean[:, span])
+        cache = toy.sampler.write_context(toy.params, cache, conditioning, inputs, clean[:, span])
 
 
 def test_the_cache_is_updated_in_place(toy):
-    cache = toy.cache()
-    lowered = toy.sampler.step.lower(toy.params, cache, toy.setting(), toy.words(orders(toy)[0]))
+    cache, inputs = toy.cache(), toy.with_text_kv(script(toy)[0])
+    lowered = toy.sampler.step.lower(toy.params, cache, toy.conditioning(), inputs)
     aliased = lowered.compile().memory_analysis().alias_size_in_bytes
     assert aliased >= cache.k.nbytes + cache.v.nbytes
 
@@ -250,24 +236,24 @@ def test_the_5b_model_lowers_at_full_size(guidance):
 
     def arguments():
         cache = empty_cache(cfg, rows, (8, 22, 40), CachePolicy())
-        setting = VideoConditioning(
+        conditioning = VideoConditioning(
             solver=jax.tree.map(jnp.asarray, solvers.unipc(4)),
             keys=jnp.stack([jax.random.key(0)]),
-            first=jnp.zeros((1, 44, 80, 48)),
-            given=jnp.zeros(1, bool),
+            conditioning_frame=jnp.zeros((1, 44, 80, 48)),
+            has_conditioning_frame=jnp.zeros(1, bool),
             guidance=None if guidance is None else jnp.float32(guidance),
         )
-        return cache, setting, jnp.zeros(1, bool), jnp.zeros(1, jnp.int32)
+        return cache, conditioning, jnp.zeros(1, bool), jnp.zeros(1, jnp.int32)
 
-    cache, setting, cut, shot_rope_offset = jax.eval_shape(arguments)
+    cache, conditioning, cut, offset = jax.eval_shape(arguments)
     sampler = Sampler(graphdef)
-    words = jax.ShapeDtypeStruct((rows, 512, cfg.text_dim), jnp.bfloat16)
-    text = jax.eval_shape(sampler.text, params, words)
-    lowered = sampler.step.lower(params, cache, setting, ChunkInputs(text, cut, shot_rope_offset))
+    features = jax.ShapeDtypeStruct((rows, 512, cfg.text_dim), jnp.bfloat16)
+    text = jax.eval_shape(sampler.text, params, features)
+    lowered = sampler.step.lower(params, cache, conditioning, ChunkInputs(text, cut, offset))
     latents, after = lowered.out_info
     assert latents.shape == (1, 8, 44, 80, 48) and after.k.shape == (30, rows, 3, 7040, 24, 128)
 
 
-def test_orders_stack(toy):
-    stacked = stack_chunk_inputs(orders(toy))
+def test_chunk_inputs_stack(toy):
+    stacked = stack_chunk_inputs(script(toy))
     assert stacked.text.shape == (CHUNKS, 1) and stacked.noise is None

@@ -1,17 +1,19 @@
-"""From scripts to frames with random weights: lengths, steering, conditioning, wrong input."""
+"""From scripts to frames with random weights: lengths, batches, conditioning, wrong input."""
 
 import dataclasses
-import itertools
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from longlive_jax.captions import CUT_PREFIX
+from longlive_jax.bench.timing import Compilations
+from longlive_jax.sampling.engine import Engine
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.script import Shot, ShotScript
-from longlive_jax.sampling.settings import SampleSpec, spec_for
+from longlive_jax.sampling.settings import SampleSpec
 from longlive_jax.spec import UserError
+from tests.tiny import TINY, tiny_parts
 
 SCRIPT = ShotScript((Shot("a cat runs", chunks=2), Shot("a dog sleeps", chunks=2)), seed=3)
 
@@ -21,51 +23,14 @@ def frames(tiny):
     return tiny.sample(SCRIPT)
 
 
-def test_frames(tiny, frames):
-    """Two latents a chunk: 5 frames, then 8 a chunk."""
+def test_frames(frames):
+    """Two latents per chunk: 5 frames, then 8 per chunk."""
     assert frames.shape == (1, 5 + 3 * 8, 64, 32, 3) and frames.dtype == np.uint8
-    assert [chunk.shape[1] for chunk in tiny.stream(SCRIPT)] == [5, 8, 8, 8]
 
 
-def test_scan_gives_the_latents_of_the_stream(tiny):
-    stream = tiny.stream(SCRIPT)
-    parts = [np.asarray(stream.latents) for _ in stream]
-    np.testing.assert_array_equal(tiny.latents(SCRIPT), np.concatenate(parts, axis=1))
-
-
-@pytest.mark.parametrize("ahead", [0, 2])
-def test_how_far_it_runs_ahead_changes_nothing(tiny, frames, ahead):
-    np.testing.assert_array_equal(tiny.with_settings(ahead=ahead).sample(SCRIPT), frames)
-
-
-def test_steering_by_hand_equals_the_script(tiny, frames):
-    first = dataclasses.replace(SCRIPT, shots=SCRIPT.shots[:1])
-    stream = tiny.with_settings(ahead=0).stream(first, endless=True)
-    got = []
-    for chunk in itertools.islice(stream, 4):
-        got.append(chunk)
-        if stream.made == 2:
-            stream.steer("a dog sleeps", cut=True)
-    np.testing.assert_array_equal(np.concatenate(got, axis=1), frames)
-    stream.close()
-
-
-def test_a_stream_says_what_each_chunk_shows(tiny):
-    """Prompts, cuts and shots of two videos, one of them steered."""
-    stream = tiny.stream([SCRIPT, SCRIPT])
-    one, two = stream._lanes
-    two.steer("a bird", cut=True)  # before the first chunk: no cut
-    assert [lane.next(first=True) for lane in (one, two)] == [
-        ("a cat runs", False, 0),
-        ("a bird", False, 0),
-    ]
-    two.steer(None, cut=True)
-    assert two.next(first=False) == (CUT_PREFIX + "a bird", True, 1)
-    assert two.next(first=False) == ("a bird", False, 1)
-    assert one.next(first=False) == ("a cat runs", False, 0)
-    assert one.next(first=False) == (CUT_PREFIX + "a dog sleeps", True, 1)
-    one.steer(None, cut=False)
-    assert one.next(first=False) == ("a dog sleeps", False, 1)
+def test_the_scan_gives_the_latents_of_the_stream(tiny):
+    latents = [np.asarray(chunk.latents) for chunk in tiny.stream(SCRIPT)]
+    np.testing.assert_array_equal(tiny.latents(SCRIPT), np.concatenate(latents, axis=1))
 
 
 def test_a_batch_of_different_lengths(tiny, frames):
@@ -77,43 +42,71 @@ def test_a_batch_of_different_lengths(tiny, frames):
     assert np.abs(both[1, :5].astype(int) - alone[0]).max() <= 2
 
 
-def test_an_image_is_the_first_frame(tiny, frames, tmp_path):
+def test_an_image_is_the_first_frame(tiny, tmp_path):
     Image.fromarray(np.full((64, 32, 3), 200, np.uint8)).save(tmp_path / "a.png")
     script = dataclasses.replace(SCRIPT, image=str(tmp_path / "a.png"))
-    stream = tiny.stream(script)
-    next(stream)
-    first = tiny.codec.encode(np.full((1, 1, 64, 32, 3), 200 / 127.5 - 1, np.float32))
-    np.testing.assert_allclose(stream.latents[:, 0], first[:, 0], atol=1e-5)
+    chunk = next(tiny.stream(script))
+    frame = tiny.engine.encode(np.full((1, 1, 64, 32, 3), 200 / 127.5 - 1, np.float32))
+    np.testing.assert_allclose(chunk.latents[:, 0], frame[:, 0], atol=1e-5)
 
 
 def test_a_video_is_continued(tiny, frames):
-    """29 frames of 4 chunks are continued; what is no whole chunk is left out and said."""
-    stream = tiny.stream(ShotScript.of("a cat runs", seconds=0.1), video=frames)
-    (more,) = list(stream)
-    assert more.shape == (1, 8, 64, 32, 3) and not stream.notes[1:]
+    """A video of 4 chunks is continued; frames that do not fill a chunk are dropped with a note."""
+    script = ShotScript.of("a cat runs", seconds=0.1)
+    stream = tiny.stream(script, video=frames)
+    (chunk,) = list(stream)
+    assert chunk.frames.shape == (1, 8, 64, 32, 3) and chunk.first_frame == 0
+    assert not stream.notes[1:]
     longer = np.concatenate([frames[:, :3], frames], axis=1)
-    stream = tiny.stream(ShotScript.of("a cat runs", seconds=0.1), video=longer)
+    stream = tiny.stream(script, video=longer)
     assert any("3 frames are left out" in note for note in stream.notes)
-    np.testing.assert_array_equal(np.concatenate(list(stream), axis=1), more)
-    with pytest.raises(UserError, match="at least 5"):
+    np.testing.assert_array_equal(next(stream).frames, chunk.frames)
+    with pytest.raises(UserError, match="must have >= 5 frames, got 4"):
         tiny.stream(SCRIPT, video=frames[:, :4])
 
 
-def test_compiled_once(tiny, frames):
-    assert tiny.sampler.text._cache_size() == 1
-    steps = tiny.sampler.step._cache_size()
-    tiny.sample(dataclasses.replace(SCRIPT, seed=11))
-    assert tiny.sampler.step._cache_size() == steps
+def test_everything_compiles_once():
+    """The decoder twice: the first chunk of a video has fewer frames than the others."""
+    with Compilations() as compiled:
+        pipe = Pipeline(Engine(*tiny_parts(), SampleSpec(**TINY)))
+        pipe.sample(SCRIPT)
+        pipe.sample(dataclasses.replace(SCRIPT, seed=11))
+        pipe.with_settings(shot_rope_offset=4).sample(SCRIPT)
+    names = ("_text", "_step", "_decode_frames")
+    assert [compiled.counts[name] for name in names] == [1, 1, 2]
+
+
+def test_the_vae_may_have_a_device_of_its_own(frames):
+    pipe = Pipeline(Engine(*tiny_parts(), SampleSpec(**TINY, vae_device=3)))
+    stream = pipe.stream(SCRIPT)
+    chunks = list(stream)
+    assert {chunk.latents.device.id for chunk in chunks} == {pipe.engine.device.id} == {0}
+    assert {x.device.id for x in jax.tree.leaves(stream.state.decoder)} == {3}
+    np.testing.assert_array_equal(np.concatenate([x.frames for x in chunks], axis=1), frames)
 
 
 def test_equal_prompts_are_computed_once(tiny):
-    assert tiny.words(("a cat runs",)) is tiny.words(("a cat runs",))
-    assert tiny._prompt("a cat runs") is tiny._prompt("a cat runs")
+    assert tiny.engine.text_kv(("a cat runs",)) is tiny.engine.text_kv(("a cat runs",))
+    changed = tiny.with_settings(steps=1).engine
+    assert changed.text_kv(("a cat runs",)) is tiny.engine.text_kv(("a cat runs",))
 
 
-def test_guidance_needs_negative_rows(tiny):
-    assert tiny.cache(1, (64, 32)).k.shape[1] == 1 and tiny.negative_prompts([SCRIPT]) == ()
-    guided = tiny.with_settings(guidance=3.0, negative_prompt="bad")
+def test_other_parameters_give_other_keys_and_values(tiny):
+    before = tiny.engine.text_kv(("a cat runs",))
+    params = dict(tiny.engine.params)
+    params["text_embedding"] = {
+        name: {key: 2 * x for key, x in layer.items()}
+        for name, layer in params["text_embedding"].items()
+    }
+    after = tiny.engine.with_params(params).text_kv(("a cat runs",))
+    assert np.abs(np.asarray(after.v) - before.v).max() > 1e-3
+    assert tiny.engine.text_kv(("a cat runs",)) is before
+
+
+def test_guidance_doubles_the_cache_and_needs_negative_prompts(tiny):
+    engine = tiny.engine
+    assert engine.cache(1, (64, 32)).k.shape[1] == 1 and engine.negative_prompts([SCRIPT]) == ()
+    guided = engine.with_settings(guidance=3.0, negative_prompt="bad")
     assert guided.cache(1, (64, 32)).k.shape[1] == 2
     assert guided.negative_prompts([SCRIPT]) == ("bad",)
     own = dataclasses.replace(SCRIPT, negative_prompt="worse")
@@ -133,34 +126,26 @@ def test_sizes(tiny):
         SampleSpec(size=(100, 64))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"stepz": 3}, "did you mean 'steps'"),
-        ({"steps": 0}, "steps"),
-        ({"window": 2}, "use at least 3"),
-        ({"dtype": "float8"}, "not one of"),
-        ({"vae_device": 99}, "devices 0 to"),
-    ],
-)
-def test_wrong_settings(tiny_checkpoint, settings, message):
-    with pytest.raises(UserError, match=message):
-        spec_for(tiny_checkpoint, settings)
-
-
 def test_from_checkpoint(tiny_checkpoint, frames):
     pipe = Pipeline.from_checkpoint(tiny_checkpoint)
     assert pipe.spec.chunk_frames == 2
     np.testing.assert_array_equal(pipe.sample(SCRIPT), frames)
 
 
-def test_foreign_directories(tmp_path):
+def test_directories_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         Pipeline.from_checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"longlive\.json is missing"):
         Pipeline.from_checkpoint(tmp_path)
 
 
-def test_what_cannot_change_after_loading(tiny):
+def test_parts_of_different_models_are_refused():
+    dit, vae, umt5, tokenizer = tiny_parts()
+    dit.cfg = dataclasses.replace(dit.cfg, in_channels=8)
+    with pytest.raises(UserError, match="do not fit: the DiT takes 8 latent channels"):
+        Engine(dit, vae, umt5, tokenizer, SampleSpec(**TINY))
+
+
+def test_settings_of_loading_cannot_change_later(tiny):
     with pytest.raises(UserError, match="load again"):
         tiny.with_settings(dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Golden files of the DiT as parameters and channels-last arrays."""
+"""Golden files of the DiT, with parameters as trees and arrays channels-last."""
 
 import json
 
@@ -45,13 +45,14 @@ class Golden:
 
     def tree(self, prefix):
         """Tensors under a prefix, in original naming, as a parameter tree."""
-        found = {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
-        leaves = ORIGINAL.forward({key: value.shape for key, value in found.items()})
-        placed = {}
+        names = [name for name in self.arrays if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): self.arrays[name] for name in names}
+        leaves = ORIGINAL.forward({key: value.shape for key, value in tensors.items()})
+        params = {}
         for leaf in leaves:
-            parts = [leaf.to_param(found[key]) for key in leaf.keys]
-            placed[leaf.path] = jnp.asarray(np.stack(parts) if leaf.rule.stacked else parts[0])
-        return nested(placed)
+            arrays = [leaf.to_param(tensors[key]) for key in leaf.keys]
+            params[leaf.path] = jnp.asarray(np.stack(arrays) if leaf.rule.stacked else arrays[0])
+        return nested(params)
 
     def video(self, name):
         """An array [b, c, f, h, w] with channels last."""

@@ -1,4 +1,4 @@
-"""What the cache keeps, as literal tables, and where it puts it."""
+"""The chunks in the cache, as literal tables, and their slots."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ CONFIG = DiTConfig(
 SIZE = (2, 1, 2)
 
 TRACES = {
-    # (cuts, chunk) -> chunks attended while that chunk is made; window 4, one global sink
+    # cuts -> chunk -> chunks attended while it is denoised; window 4, one global sink
     (): {0: "0", 1: "0 1", 2: "0 1 2", 3: "0 1 2 3", 4: "0 2 3 4", 5: "0 3 4 5", 7: "0 5 6 7"},
     (5,): {5: "0 3 4 5", 6: "0 4 5 6", 7: "0 5 6 7", 8: "0 5 7 8", 9: "0 5 8 9", 10: "0 5 9 10"},
     (2, 6): {4: "0 2 3 4", 5: "0 2 4 5", 6: "0 2 5 6", 7: "0 5 6 7", 8: "0 6 7 8", 9: "0 6 8 9"},
@@ -24,20 +24,20 @@ TRACES = {
 
 
 def attended(policy, cuts, chunks=11):
-    """The chunks seen while each chunk is made, sample by sample, by running the cache itself."""
+    """The chunks attended while each chunk is denoised, sample by sample, from the cache itself."""
     batch = len(cuts)
     cache = empty_cache(CONFIG, batch, SIZE, policy)
     kv = jnp.zeros((CONFIG.layers, batch, 4, CONFIG.heads, CONFIG.head_dim))
     write = jax.jit(
         lambda cache, cut: cache.before_write(cut).write(kv, kv, cut=cut), donate_argnums=0
     )
-    seen = []
+    windows = []
     for chunk in range(chunks):
-        seen.append(
+        windows.append(
             [sorted({*row[row >= 0].tolist(), chunk}) for row in np.asarray(cache.slot_chunk)]
         )
         cache = write(cache, jnp.array([chunk in sample for sample in cuts]))
-    return list(zip(*seen, strict=True))
+    return list(zip(*windows, strict=True))
 
 
 def numbers(text):
@@ -45,7 +45,7 @@ def numbers(text):
 
 
 def test_attended_sets_equal_the_reference():
-    """All four traces at once: the samples of one batch cut at different times."""
+    """All four traces in one batch, whose samples cut at different times."""
     for sample, (cuts, want) in zip(
         attended(CachePolicy(), list(TRACES)), TRACES.items(), strict=True
     ):
@@ -76,7 +76,7 @@ def test_policies_with_a_cut_at_5(policy, want):
 @pytest.mark.parametrize("global_sinks", [0, 1, 2])
 @pytest.mark.parametrize("shot_sinks", [False, True])
 def test_cache_and_layout_agree(global_sinks, shot_sinks):
-    """The masks of training and the cache of sampling keep the same chunks."""
+    """The masks of training and the cache of sampling have the same chunks."""
     rng = np.random.default_rng(0)
     cuts = rng.random((8, 24)) < 0.25
     cuts[:, 0] = True
@@ -86,13 +86,13 @@ def test_cache_and_layout_agree(global_sinks, shot_sinks):
     )
     got = attended(policy, [set(np.flatnonzero(row[1:]) + 1) for row in cuts], chunks=24)
     for b, sample in enumerate(got):
-        for chunk, seen in enumerate(sample):
-            kept = [
-                past
-                for past in range(chunk + 1)
-                if past >= window_start[b, chunk] or past == sink[b, chunk] or past < global_sinks
+        for chunk, window in enumerate(sample):
+            want = [
+                c
+                for c in range(chunk + 1)
+                if c >= window_start[b, chunk] or c == sink[b, chunk] or c < global_sinks
             ]
-            assert seen == kept, (b, chunk)
+            assert window == want, (b, chunk)
 
 
 def test_slots_fill_in_order_and_keep_their_position():

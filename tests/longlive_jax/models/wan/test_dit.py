@@ -1,4 +1,4 @@
-"""What must be equal to what, whatever the weights."""
+"""Identities that hold for any weights."""
 
 import dataclasses
 from functools import partial
@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx, struct
 
+from longlive_jax.bench.timing import Compilations
 from longlive_jax.layout import grid, teacher_forcing
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.variants import variant
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.models.wan.attention import Cache, DenseLayerKV
+from longlive_jax.models.wan.attention import Cache
+from longlive_jax.models.wan.layer_kv import DenseLayerKV
 from longlive_jax.models.wan.layers import affine, round_like_reference
 from pallas_kernels.tokens import Tokens, make
 
@@ -35,14 +37,14 @@ CHUNKS = FRAMES // CHUNK
 
 
 def randomised(cfg=SMALL, seed=0):
-    """A model whose zero-initialised parts are not zero."""
+    """A model whose zero-initialised parameters are not zero."""
     dit = DiT(cfg, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
 
-    def moved(x):
+    def noisy(x):
         return jnp.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype)
 
-    return nnx.graphdef(dit), jax.tree.map(moved, params_of(dit))
+    return nnx.graphdef(dit), jax.tree.map(noisy, params_of(dit))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def batch():
 
 
 def run(model, latents, times, text, tokens, cache=None, **flags):
-    """The model on prompts as text rows, in one compiled call."""
+    """The model on text features, in one compiled call."""
 
     @jax.jit
     def call(params, latents, times, text, cache):
@@ -73,30 +75,30 @@ def run(model, latents, times, text, tokens, cache=None, **flags):
     return call(model[1], latents, times, text, cache)
 
 
-def forced(model, params, batch, *, words="text_kv", **flags):
+def forced(model, params, batch, *, embed="text_kv", **flags):
     """Velocity of the noisy half under teacher forcing, and every layer's keys and values."""
     dit = with_params(model[0], params)
     latents = jnp.concatenate([batch["clean"], batch["noisy"]], axis=1)
     times = jnp.concatenate([jnp.zeros_like(batch["time"]), batch["time"]], axis=1)
     tokens = teacher_forcing(FRAMES, ROWS, COLUMNS, chunk_frames=CHUNK)
-    text = getattr(dit, words)(batch["text"], streams=2)
+    text = getattr(dit, embed)(batch["text"], streams=2)
     return dit(latents, times, text, tokens, noisy_from=FRAMES, **flags)
 
 
 @struct.dataclass
 class Slots:
-    """A cache built by hand: what `DiT` needs and no more."""
+    """A cache built by hand, with only what `DiT` needs."""
 
     k: jax.Array
     v: jax.Array
-    held: Tokens
+    cached: Tokens
 
     @property
-    def past(self):
+    def layer_kv(self):
         return DenseLayerKV(self.k, self.v)
 
     def tokens(self, queries, /):
-        return self.held
+        return self.cached
 
 
 def chunk_of(x, i):
@@ -106,18 +108,20 @@ def chunk_of(x, i):
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
 def test_cached_equals_masked(model, batch, relative):
     want, _ = jax.jit(lambda params: forced(model, params, batch))(model[1])
-    stored_k, stored_v, held = [], [], []
+    stored_k, stored_v, cached = [], [], []
     for i in range(CHUNKS):
         text = batch["text"][:, i : i + 1]
-        place = {"chunk": CHUNK, "start": i * CHUNK}
-        noisy, clean = (grid(CHUNK, ROWS, COLUMNS, **place, noisy=n) for n in (True, False))
+        noisy, clean = (
+            grid(CHUNK, ROWS, COLUMNS, chunk_frames=CHUNK, start=i * CHUNK, noisy=n)
+            for n in (True, False)
+        )
         cache = None
         if i:
-            chunk = np.concatenate([t.chunk_index for t in held])
-            # A slot that holds nothing must not matter.
+            chunk = np.concatenate([t.chunk_index for t in cached])
+            # An empty slot must not matter.
             pad = [jnp.full_like(x[0], 9.0) for x in (stored_k, stored_v)]
             k, v = jnp.stack([*stored_k, pad[0]], 2), jnp.stack([*stored_v, pad[1]], 2)
-            pos = np.concatenate([*(t.pos for t in held), noisy.pos])
+            pos = np.concatenate([*(t.pos for t in cached), noisy.pos])
             empty = np.full(len(noisy), -1)
             cache = Slots(k, v, make(pos, np.concatenate([chunk, empty]), False))
             assert isinstance(cache, Cache)
@@ -132,21 +136,21 @@ def test_cached_equals_masked(model, batch, relative):
         chex.assert_trees_all_close((k, v), kv, rtol=1e-5, atol=1e-5)
         stored_k.append(k)
         stored_v.append(v)
-        held.append(clean)
+        cached.append(clean)
 
 
-def test_rematerialised_and_unrolled_layers_and_texts_within_them_change_nothing(model, batch):
+def test_rematerialised_and_unrolled_layers_and_text_kv_within_them_change_nothing(model, batch):
     def loss(params, **flags):
         velocity, _ = forced(model, params, batch, **flags)
         return jnp.mean(velocity**2)
 
     want = jax.jit(jax.value_and_grad(loss))(model[1])
-    for flags in ({"remat": True, "words": "text_rows"}, {"unroll": 3}):
+    for flags in ({"remat": True, "embed": "embed_text"}, {"unroll": 3}):
         got = jax.jit(jax.value_and_grad(lambda p, flags=flags: loss(p, **flags)))(model[1])
         chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_timestep_a_frame_is_a_timestep_a_token(model, batch):
+def test_timesteps_per_frame_equal_timesteps_per_token(model, batch):
     tokens = grid(FRAMES, ROWS, COLUMNS, chunk_frames=FRAMES)
     want, _ = run(model, batch["noisy"], batch["time"], batch["text"], tokens)
     each = jnp.repeat(batch["time"], ROWS * COLUMNS, axis=1)
@@ -154,8 +158,8 @@ def test_a_timestep_a_frame_is_a_timestep_a_token(model, batch):
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_each_segment_of_frames_reads_its_own_prompt(model, batch):
-    """Noisy chunks do not see each other, so a chunk alone with its prompt gives the same."""
+def test_each_segment_of_frames_attends_its_own_prompt(model, batch):
+    """Noisy chunks do not attend each other, so a chunk alone with its prompt is the same."""
     tokens = grid(FRAMES, ROWS, COLUMNS, chunk_frames=CHUNK, noisy=True)
     got, _ = run(model, batch["noisy"], batch["time"], batch["text"], tokens)
     for i in range(CHUNKS):
@@ -174,7 +178,7 @@ def test_text_is_padded_with_zero_rows(model, batch):
         dit.text_kv(jnp.zeros((1, 1, 6, 8)))
 
 
-def test_bfloat16_is_close_and_reference_rounding_is_what_it_says(model, batch):
+def test_bfloat16_is_close_and_reference_rounding_rounds_to_bfloat16(model, batch):
     def result(graphdef):
         call = jax.jit(lambda params: forced((graphdef,), params, batch, return_kv=True))
         return call(model[1])
@@ -192,9 +196,9 @@ def test_bfloat16_is_close_and_reference_rounding_is_what_it_says(model, batch):
     assert jnp.any(rounded != round_like_reference(x, SMALL))
 
 
-def test_a_bfloat16_stream_is_rounded_between_layers_alone(model, batch):
-    """It changes nothing where the stream is rounded anyway, and else less than the reference's
-    rounding; its gradients are those of the float32 stream but for that."""
+def test_a_bfloat16_stream_is_rounded_between_layers_only(model, batch):
+    """It changes nothing under the reference's rounding, and less than that without it; gradients
+    differ from those of the float32 stream by the rounding."""
     half = {"stream_dtype": jnp.bfloat16}
 
     def loss(graphdef, params):
@@ -206,17 +210,17 @@ def test_a_bfloat16_stream_is_rounded_between_layers_alone(model, batch):
         graphdef, _ = abstract(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
         return jax.jit(lambda params: call(graphdef, params))(model[1])
 
-    def off(a, b):
+    def error(a, b):
         a, b = (jax.flatten_util.ravel_pytree(x)[0] for x in (a, b))
         return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
     rounded = {"dtype": jnp.bfloat16, "reference_bf16": True}
-    (_, whole), (_, halved) = result(loss, **rounded), result(loss, **rounded, **half)
-    chex.assert_trees_all_equal(halved, whole)
+    (_, reference), (_, halved) = result(loss, **rounded), result(loss, **rounded, **half)
+    chex.assert_trees_all_equal(halved, reference)
     gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)
-    ((_, want), slope), ((_, got), found) = result(gradient), result(gradient, **half)
-    assert 1e-5 < off(got, want) < off(whole, want)
-    assert 1e-5 < off(found, slope) < 2e-2
+    ((_, want), want_grad), ((_, got), got_grad) = result(gradient), result(gradient, **half)
+    assert 1e-5 < error(got, want) < error(reference, want)
+    assert 1e-5 < error(got_grad, want_grad) < 2e-2
 
 
 def test_a_new_model_predicts_nothing():
@@ -227,20 +231,18 @@ def test_a_new_model_predicts_nothing():
     chex.assert_trees_all_equal(velocity, jnp.zeros_like(velocity))
 
 
-def test_one_compilation_serves_every_chunk_start(model, batch):
-    traces = []
-
+def test_one_compilation_for_every_chunk_start(model, batch):
     @jax.jit
     def velocity(start):
-        traces.append(start)
         dit = with_params(*model)
         tokens = grid(CHUNK, ROWS, COLUMNS, chunk_frames=CHUNK, start=start, noisy=True)
         text = dit.text_kv(batch["text"][:, :1])
         return dit(chunk_of(batch["noisy"], 0), chunk_of(batch["time"], 0), text, tokens)[0]
 
-    near, far = velocity(jnp.int32(0)), velocity(jnp.int32(1_000_000))
+    with Compilations() as compiled:
+        near, far = velocity(jnp.int32(0)), velocity(jnp.int32(1_000_000))
     chex.assert_trees_all_close(near, far, rtol=1e-4, atol=1e-5)
-    assert len(traces) == 1
+    assert compiled.counts["velocity"] == 1
 
 
 @pytest.mark.parametrize(
@@ -249,11 +251,11 @@ def test_one_compilation_serves_every_chunk_start(model, batch):
         ({"latents": (1, 2, 3, 6, 4)}, "must be even"),
         ({"latents": (1, 2, 4, 6, 5)}, "model of 4 channels"),
         ({"timestep": (1, 5)}, "5 timesteps for 2 frames of 12 tokens"),
-        ({"frames": 3}, "18 tokens described, 12 given"),
+        ({"frames": 3}, "tokens describe 18 patches, latents have 12"),
         ({"prompts": 3}, "do not split into 3 segments"),
     ],
 )
-def test_bad_arguments_are_named(model, change, message):
+def test_invalid_arguments_are_explained(model, change, message):
     latents = jnp.zeros(change.get("latents", (1, 2, 4, 6, 4)))
     timestep = jnp.zeros(change.get("timestep", (1, 2)))
     text = jnp.zeros((1, change.get("prompts", 1), 5, 8))
@@ -262,7 +264,7 @@ def test_bad_arguments_are_named(model, change, message):
         run(model, latents, timestep, text, grid(frames, 2, 3, chunk_frames=frames))
 
 
-def test_bad_configurations_are_named():
+def test_invalid_configurations_are_explained():
     for settings, message in (
         ({"heads": 5}, "does not split over 5 heads"),
         ({"heads": 32}, "is odd"),
@@ -282,14 +284,16 @@ def test_a_5b_step_lowers_without_weights():
     frames, rows, columns, slots = 8, 22, 40, 3
     length = frames * rows * columns
 
+    # 1. Shapes of the arguments.
     def like(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     kv = like(cfg.layers, 1, slots, length, cfg.heads, cfg.head_dim)
-    held = jax.eval_shape(
+    cached = jax.eval_shape(
         lambda: make(jnp.zeros((1, slots * length, 3), jnp.int32), jnp.int32(0), False)
     )
 
+    # 2. The call.
     def step(params, latents, timestep, text, cache, start):
         dit = with_params(graphdef, params)
         tokens = grid(frames, rows, columns, chunk_frames=frames, start=start, noisy=True)
@@ -301,7 +305,7 @@ def test_a_5b_step_lowers_without_weights():
         like(1, frames, 2 * rows, 2 * columns, 48),
         like(1, frames, dtype=jnp.float32),
         like(1, 1, cfg.text_len, cfg.text_dim),
-        Slots(kv, kv, held),
+        Slots(kv, kv, cached),
         like(dtype=jnp.int32),
     )
     lowered = jax.jit(step).lower(*arguments)
@@ -311,7 +315,7 @@ def test_a_5b_step_lowers_without_weights():
 @partial(jax.tree_util.register_dataclass, data_fields=["half", "scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Halved:
-    """A kernel stored by halves, which multiplies itself."""
+    """A kernel stored as its half, which computes its own product."""
 
     half: jax.Array
     scale: jax.Array
@@ -320,13 +324,13 @@ class Halved:
         return affine(x, self.half * self.scale, bias)
 
 
-def test_a_kernel_may_bring_its_own_product(model, batch):
+def test_a_kernel_may_compute_its_own_product(model, batch):
     graphdef, params = model
     params = jax.tree.map(lambda leaf: leaf, params)
     tokens = grid(FRAMES, ROWS, COLUMNS, chunk_frames=CHUNK, noisy=True)
     inputs = batch["noisy"], batch["time"], batch["text"], tokens
     plain = run(model, *inputs)
-    for place, name in (("self_attn", "q"), ("cross_attn", "v"), ("ffn", "down")):
-        linear = params["blocks"][place][name]
+    for module, name in (("self_attn", "q"), ("cross_attn", "v"), ("ffn", "down")):
+        linear = params["blocks"][module][name]
         linear["kernel"] = Halved(linear["kernel"] / 2, jnp.full(SMALL.layers, 2.0))
     chex.assert_trees_all_equal(plain, run((graphdef, params), *inputs))

@@ -33,7 +33,7 @@ def _run(golden, times, text, tokens):
     return velocity(golden.params, golden.video("x"), times, text)
 
 
-def test_parameters_fill_the_model_exactly(bidirectional):
+def test_parameters_have_the_models_shapes(bidirectional):
     want = jax.tree.map(lambda leaf: leaf.shape, bidirectional.shapes)
     assert jax.tree.map(jnp.shape, bidirectional.params) == want
 
@@ -91,9 +91,9 @@ def test_teacher_forcing_outputs_loss_and_gradients(forced, suffix):
     assert relative_error(velocity, forced.video(f"y{suffix}")) < TOLERANCE
     np.testing.assert_allclose(loss, forced[f"loss{suffix}"], rtol=TOLERANCE)
     prefix = f"grad{suffix}/"
-    wanted = {k.removeprefix(prefix): v for k, v in forced.arrays.items() if k.startswith(prefix)}
-    assert wanted
-    for key, want in wanted.items():
+    expected = {k.removeprefix(prefix): v for k, v in forced.arrays.items() if k.startswith(prefix)}
+    assert expected
+    for key, want in expected.items():
         rule, fields = ORIGINAL.match(key)
         got = grads
         for name in rule.path_of(fields):

@@ -1,4 +1,4 @@
-"""Keys and values in NVFP4: what is stored, where, how large, and what attention makes of it."""
+"""Keys and values in NVFP4: what is stored, in which slot, in how many bytes."""
 
 import dataclasses
 
@@ -11,8 +11,7 @@ from longlive_jax.models.wan.cache import CachePolicy, empty_cache
 from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.packed_cache import KVFormat, pack_keys, pack_values
 from longlive_jax.spec import UserError
-from pallas_kernels.attention.packed_kv import dequantize_kv
-from pallas_kernels.nvfp4 import dequantize, quantize
+from pallas_kernels.nvfp4 import dequantize, pack, quantize
 
 CONFIG = DiTConfig(
     dim=64, ffn_dim=8, freq_dim=8, text_dim=8, heads=2, layers=2, in_channels=4, out_channels=4
@@ -27,58 +26,44 @@ def form(smoothing):
 
 
 def chunk(seed, batch=1, layers=CONFIG.layers):
-    """Keys with a large channel, and values, of one chunk."""
+    """Keys with one large channel, and values, of one chunk."""
     keys = jax.random.split(jax.random.key(seed), 2)
     k, v = (jax.random.normal(key, (layers, batch, 8, CONFIG.heads, 32)) for key in keys)
     return k.at[..., 3].add(20.0), v
 
 
-def restored(packed):
-    """`[layers, b, slots * m, n, d]` in float32."""
-    return jax.vmap(lambda x: dequantize_kv(x.array, x.offset, jnp.float32))(packed)
-
-
-def test_what_is_stored_is_what_quantize_gives_for_each_layer_and_sample():
+def test_every_layer_and_sample_is_quantized_on_its_own():
     k, v = chunk(0, batch=2)
     cache = empty_cache(CONFIG, 2, SIZE, CachePolicy(format=form("none")))
     cache = cache.write(k, v, cut=jnp.zeros(2, bool))
-    for round_like_reference, x in ((cache.k, k), (cache.v, v)):
+    for packed, x in ((cache.k, k), (cache.v, v)):
         want = quantize(x[1, 1], rule="mse")
-        got = jax.tree.map(lambda leaf: leaf[1, 1, 0], round_like_reference).array
+        got = jax.tree.map(lambda leaf: leaf[1, 1, 0], packed).array
         np.testing.assert_array_equal(got.codes.astype(jnp.float32), want.codes.astype(jnp.float32))
         np.testing.assert_array_equal(
             got.scales.astype(jnp.float32), want.scales.astype(jnp.float32)
         )
-        assert got.amax == want.amax and round_like_reference.amax.shape == (2, 2, 3)
+        assert got.amax == want.amax and packed.amax.shape == (2, 2, 3)
 
 
 def test_a_chunk_is_packed_once_and_never_moved():
-    """Sinks stay as they are byte for byte while others come and go."""
+    """Slots of sinks stay the same byte for byte while other slots are overwritten."""
     policy = CachePolicy(format=NVFP4)
     cache = empty_cache(CONFIG, 1, SIZE, policy)
     write = jax.jit(lambda c, kv, cut: c.write(*kv, cut=cut))
-    seen = []
+    slot_chunks = []
     for i in range(6):
         cache = write(cache, chunk(i), jnp.array([i == 2]))
-        seen.append(
-            (np.asarray(cache.slot_chunk[0]).tolist(), jax.tree.map(np.asarray, (cache.k, cache.v)))
-        )
-    assert [slot_chunk for slot_chunk, _ in seen[2:]] == [
-        [0, 1, 2],
-        [0, 3, 2],
-        [0, 4, 2],
-        [0, 5, 2],
-    ]
-    fresh = empty_cache(CONFIG, 1, SIZE, policy)
-    for slot, made in ((0, 0), (2, 2), (1, 5)):
-        alone = write(fresh, chunk(made), NO_CUT)
-        for got, want in zip(
-            jax.tree.leaves(seen[-1][1]), jax.tree.leaves((alone.k, alone.v)), strict=True
-        ):
-            np.testing.assert_array_equal(got[:, :, slot], np.asarray(want)[:, :, 0])
+        slot_chunks.append(np.asarray(cache.slot_chunk[0]).tolist())
+    assert slot_chunks[2:] == [[0, 1, 2], [0, 3, 2], [0, 4, 2], [0, 5, 2]]
+    empty, leaves = empty_cache(CONFIG, 1, SIZE, policy), jax.tree.leaves((cache.k, cache.v))
+    for slot, index in ((0, 0), (2, 2), (1, 5)):
+        alone = write(empty, chunk(index), NO_CUT)
+        for got, want in zip(leaves, jax.tree.leaves((alone.k, alone.v)), strict=True):
+            np.testing.assert_array_equal(got[:, :, slot], want[:, :, 0])
 
 
-def test_slots_are_those_of_the_cache_that_is_not_packed():
+def test_slots_are_those_of_a_dense_cache():
     cuts = np.random.default_rng(0).random((12, 3)) < 0.3
     plain, packed = (
         empty_cache(CONFIG, 3, SIZE, CachePolicy(format=f)) for f in (KVFormat(), NVFP4)
@@ -86,14 +71,14 @@ def test_slots_are_those_of_the_cache_that_is_not_packed():
     write = jax.jit(lambda c, kv, cut: c.write(*kv, cut=cut))
     for i, cut in enumerate(cuts):
         plain, packed = (write(c, chunk(i % 2, batch=3), jnp.asarray(cut)) for c in (plain, packed))
-        for name in ("held", "start", "sink_start", "sink_length", "count"):
+        for name in ("slot_chunk", "start", "sink_start", "sink_length", "num_chunks"):
             np.testing.assert_array_equal(getattr(plain, name), getattr(packed, name))
-    apart = np.abs(restored(packed.k) - plain.k.reshape(2, 3, -1, 2, 32))
-    assert apart.max() < 0.6  # a step of the format
+    error = np.abs(packed.k.dequantize(jnp.float32) - plain.k)
+    assert error.max() < 0.6  # one step of the format
 
 
 @pytest.mark.parametrize("smoothing", ["none", "reference", "token_mean", "channel_mean"])
-def test_means_are_kept_and_restored(smoothing):
+def test_means_are_stored_and_added_back(smoothing):
     k, _ = chunk(0, layers=1)
     packed = pack_keys(k[0], form(smoothing))
     mean = {"token_mean": (1, 8, 2, 1), "channel_mean": (1, 1, 2, 32)}.get(smoothing)
@@ -102,32 +87,27 @@ def test_means_are_kept_and_restored(smoothing):
     if packed.offset is not None:
         assert packed.offset.shape == mean
         got += packed.offset.astype(jnp.float32)
-        exact = quantize(k[0] - packed.offset.astype(jnp.float32), lead=1)
-        np.testing.assert_array_equal(packed.codes, pack_keys(k[0], form(smoothing)).codes)
+        exact = quantize(k[0] - packed.offset.astype(jnp.float32), rule="mse", lead=1)
+        np.testing.assert_array_equal(packed.codes, pack(exact.codes))
         np.testing.assert_array_equal(packed.amax, exact.amax)
     error = float(jnp.linalg.norm(got - k[0]) / jnp.linalg.norm(k[0]))
     assert error < (0.05 if smoothing == "channel_mean" else 0.12)
 
 
-def test_a_constant_in_a_channel_costs_nothing_if_the_channels_mean_is_restored():
-    """Errors of k + c with it restored are those of k; without smoothing they are far larger."""
+def test_channel_mean_smoothing_absorbs_a_constant_in_a_channel():
+    """k + c has the error of k; without smoothing the error is far larger."""
     k, _ = chunk(0, layers=1)
     shifted = k.at[..., 7].add(64.0)
-    same, moved = (unpack(pack_keys(x, form("channel_mean"))) for x in (k, shifted))
-    plain = unpack(pack_keys(shifted, form("none")))
-    here, there, without = (
-        float(jnp.abs(x - y).mean()) for x, y in ((same, k), (moved, shifted), (plain, shifted))
-    )
-    assert there < 1.1 * here and without > 2 * here
 
+    def error(x, smoothing):
+        return float(jnp.abs(pack_keys(x, form(smoothing)).dequantize(jnp.float32) - x).mean())
 
-def unpack(packed):
-    offset = 0.0 if packed.offset is None else packed.offset
-    return dequantize(packed.array, jnp.float32) + offset
+    plain = error(k, "channel_mean")
+    assert error(shifted, "channel_mean") < 1.1 * plain and error(shifted, "none") > 2 * plain
 
 
 def test_size():
-    """The 5B model's heads and chunks; means a token are what costs most."""
+    """The 5B model's heads and chunks; token means cost the most."""
     cfg = DiTConfig(layers=2)
     sizes = {}
     for name in ("none", "channel_mean", "token_mean"):
@@ -153,7 +133,7 @@ def test_writing_happens_in_place():
     assert insert(cache, packed, jnp.zeros(3, bool)).k.codes.unsafe_buffer_pointer() == pointer
 
 
-def test_bad_choices_are_refused():
+def test_invalid_formats_are_refused():
     narrow = dataclasses.replace(CONFIG, heads=8)
     with pytest.raises(UserError, match="multiple of 16 channels, this model has heads of 8"):
         empty_cache(narrow, 1, SIZE, CachePolicy(format=NVFP4))

@@ -1,0 +1,338 @@
+"""The engine: one model's parameters and compiled functions, used by any number of streams.
+
+    engine = Engine.from_checkpoint("longlive_jax/assets/small_world")
+    cache, decoder = engine.start(conditioning)
+    latents, cache = engine.step(cache, conditioning, inputs)
+    frames, is_finite, decoder = engine.decode(decoder, latents)
+
+The state of a video (cache, decoder state, position in its script) is an argument and a result of
+these calls; the engine has no state per video.
+"""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longlive_jax.diffusion.solvers import SOLVERS
+from longlive_jax.io.checkpoint import TOKENIZER
+from longlive_jax.io.models import load_model
+from longlive_jax.io.pictures import read_image, to_pixels
+from longlive_jax.models.params import params_of
+from longlive_jax.models.umt5 import UMT5
+from longlive_jax.models.umt5.tokenizer import Tokenizer
+from longlive_jax.models.vae import VAE
+from longlive_jax.models.wan import DiT, TextKV
+from longlive_jax.models.wan.cache import KVCache, empty_cache
+from longlive_jax.models.wan.packed_cache import PackedTensor
+from longlive_jax.sampling.drivers import ChunkInputs, Sampler, VideoConditioning
+from longlive_jax.sampling.load import load_dit
+from longlive_jax.sampling.prompt_cache import PromptCache, PromptEncoder
+from longlive_jax.sampling.script import ShotScript, check_size
+from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, precision, spec_for
+from longlive_jax.sampling.streaming_vae import DecoderState, StreamingVAE
+from longlive_jax.sampling.timeline import Timeline, make_timeline
+from longlive_jax.spec import UserError, build
+from longlive_jax.typing import Array, Bool, Float, Params, UInt8
+from pallas_kernels.attention import AttentionFn, attention
+from pallas_kernels.attention.packed_kv import select_packed_implementation
+from pallas_kernels.dispatch import Unsupported
+
+
+class Engine:
+    """Parameters, compiled functions and cached prompts of one model.
+
+    The DiT stays on the device of its parameters. The VAE shares it, or has a device of its own
+    (`SampleSpec.vae_device`), and latents are copied between the two. Every function compiles once,
+    at first use.
+
+    Attributes:
+      spec: sampling settings.
+      cfg: configuration of the DiT.
+      params: parameters of the DiT.
+      sampler: jitted functions of the DiT, with parameters as arguments.
+      vae: the jitted VAE.
+      device: device of the DiT, its caches and its latents.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        vae: VAE,
+        umt5: UMT5,
+        tokenizer: Tokenizer,
+        spec: SampleSpec,
+        *,
+        attend: AttentionFn = attention,
+    ):
+        """Raises UserError for parts of different models."""
+        if dit.cfg.in_channels != vae.cfg.z_dim or dit.cfg.text_dim != umt5.cfg.dim:
+            raise UserError(
+                f"the parts of the model do not fit: the DiT takes {dit.cfg.in_channels} latent "
+                f"channels and text of width {dit.cfg.text_dim}, the VAE has {vae.cfg.z_dim} "
+                f"channels and the text encoder a width of {umt5.cfg.dim}"
+            )
+        self.spec, self.cfg = spec, dit.cfg
+        self.params = params_of(dit)
+        self.device = _device_of(self.params)
+        self.sampler = Sampler(nnx.graphdef(dit), attend=attend)
+        vae_device = None if spec.vae_device is None else jax.devices()[spec.vae_device]
+        self.vae = StreamingVAE(vae, vae_device)
+        self._prompt_encoder = PromptEncoder(umt5, tokenizer, dit.cfg.text_len)
+        self._prompt_cache = PromptCache(self._prompt_kv)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | os.PathLike, **settings: Any) -> "Engine":
+        """Loads a checkpoint directory; `settings` are fields of `SampleSpec`.
+
+        Other settings are the checkpoint's own. Raises UserError for a missing, foreign or damaged
+        directory and for invalid settings.
+        """
+        spec = spec_for(folder, settings)
+        dtype, vae_dtype = precision(spec.dtype), precision(spec.vae_dtype)
+        tokenizer = Tokenizer(Path(folder) / TOKENIZER)
+        dit = load_dit(folder, spec.quant, param_dtype=dtype, dtype=dtype)
+        umt5 = load_model(folder, "umt5", param_dtype=dtype, dtype=dtype)
+        vae = load_model(folder, "vae", param_dtype=vae_dtype, dtype=vae_dtype)
+        return cls(dit, vae, umt5, tokenizer, spec)
+
+    def with_settings(self, **changes: Any) -> "Engine":
+        """An engine with the same parameters, compiled functions and prompts but other settings.
+
+        Raises UserError for settings that apply when weights are loaded (`LOADED_WITH`).
+        """
+        if fixed := LOADED_WITH & set(changes):
+            raise UserError(f"{', '.join(sorted(fixed))} cannot change after loading; load again")
+        engine = copy.copy(self)
+        engine.spec = build(SampleSpec, dataclasses.asdict(self.spec) | changes, path="sample")
+        return engine
+
+    def with_params(self, params: Params) -> "Engine":
+        """An engine with other DiT parameters and the same compiled functions.
+
+        Its prompt cache is empty, because keys and values of prompts depend on the parameters.
+        """
+        engine = copy.copy(self)
+        engine.params, engine.device = params, _device_of(params)
+        engine._prompt_cache = PromptCache(engine._prompt_kv)
+        return engine
+
+    # --- Compiled functions ---
+
+    def text_kv(self, prompts: Sequence[str]) -> TextKV:
+        """Keys and values of prompts in every layer, one prompt per sample; cached by prompt."""
+        entries = [self._prompt_cache[prompt] for prompt in prompts]
+        if len(entries) == 1:
+            return entries[0]
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *entries)
+
+    def step(
+        self, cache: KVCache, conditioning: VideoConditioning, inputs: ChunkInputs
+    ) -> tuple[Float[Array, "b f h w c"], KVCache]:
+        """Latents (float32) of the next chunk, and the cache after it; `cache` is donated."""
+        return self.sampler.step(self.params, cache, conditioning, inputs)
+
+    def write_context(
+        self,
+        cache: KVCache,
+        conditioning: VideoConditioning,
+        inputs: ChunkInputs,
+        latents: Float[Array, "b f h w c"],
+    ) -> KVCache:
+        """The cache after a given chunk of latents; `cache` is donated."""
+        return self.sampler.write_context(self.params, cache, conditioning, inputs, latents)
+
+    def decode(
+        self, state: DecoderState, latents: Float[Array, "b f h w c"]
+    ) -> tuple[UInt8[Array, "b f h w 3"], Bool[Array, ""], DecoderState]:
+        """Frames of the next chunk, whether its latents are finite, and the decoder's next state.
+
+        `state` is donated.
+        """
+        return self.vae.decode(state, latents)
+
+    def encode(
+        self, pixels: Float[np.ndarray, "b f h w 3"], *, chunk_frames: int | None = None
+    ) -> Float[Array, "b g h w c"]:
+        """Latents of 1 + 4n frames on the DiT's device; see `StreamingVAE.encode`."""
+        latents = self.vae.encode(pixels, chunk_frames=chunk_frames)
+        return latents if self.spec.vae_device is None else jax.device_put(latents, self.device)
+
+    def sample_latents(self, scripts: Sequence[ShotScript]) -> Float[Array, "b f h w c"]:
+        """Latents of entire videos, by one scan over all chunks."""
+        # 1. One bank of prompts, the negative ones included, and each chunk's indices into it.
+        timeline, size = self.timeline(scripts), self.size_of(scripts)
+        distinct, index = timeline.distinct_prompts()
+        negative = self.negative_prompts(scripts)
+        bank = [*dict.fromkeys((*distinct, *negative))]
+        negative_index = np.array([bank.index(prompt) for prompt in negative], np.int32)
+        inputs = ChunkInputs(
+            text=np.stack([np.concatenate([column, negative_index]) for column in index.T]),
+            cut=timeline.cuts.T,
+            shot_rope_offset=timeline.shot_rope_offsets(self.spec.shot_rope_offset).T,
+        )
+        # 2. Scan.
+        conditioning, cache = self.conditioning(scripts, size), self.cache(len(scripts), size)
+        latents, _ = self.sampler.sample(
+            self.params, cache, conditioning, inputs, self.text_kv(bank)
+        )
+        return latents
+
+    # --- Scripts to inputs ---
+
+    def timeline(self, scripts: Sequence[ShotScript]) -> Timeline:
+        """The scripts in chunks of this model."""
+        return make_timeline(
+            scripts,
+            chunk_frames=self.spec.chunk_frames,
+            temporal_stride=self.vae.cfg.temporal_stride,
+            fps=self.spec.fps,
+            prefix=self.spec.cut_prefix,
+        )
+
+    def size_of(self, scripts: Sequence[ShotScript]) -> tuple[int, int]:
+        """Height and width in pixels; UserError for different sizes and indivisible ones."""
+        sizes = {self.spec.size if script.size is None else script.size for script in scripts}
+        if len(sizes) > 1:
+            raise UserError(
+                f"the videos of a batch differ in size: {sorted(sizes)}; sample them separately"
+            )
+        (size,) = sizes
+        check_size(*size, multiple=2 * self.vae.cfg.spatial_stride)
+        return size
+
+    def negative_prompts(self, scripts: Sequence[ShotScript]) -> tuple[str, ...]:
+        """One per video with guidance, none without."""
+        if self.spec.guidance == 1:
+            return ()
+        prompts = (script.negative_prompt for script in scripts)
+        return tuple(self.spec.negative_prompt if text is None else text for text in prompts)
+
+    def conditioning(
+        self, scripts: Sequence[ShotScript], size: tuple[int, int]
+    ) -> VideoConditioning:
+        """Solver, seeds, guidance and conditioning frames of a batch."""
+        spec, stride = self.spec, self.vae.cfg.spatial_stride
+        empty = jnp.zeros((1, size[0] // stride, size[1] // stride, self.cfg.in_channels))
+        images = [script.image for script in scripts]
+        frames = [empty if image is None else self._image(image, size) for image in images]
+        return VideoConditioning(
+            solver=SOLVERS[spec.solver](spec.steps, shift=spec.shift),
+            keys=jnp.stack([jax.random.key(script.seed) for script in scripts]),
+            conditioning_frame=jnp.concatenate(frames),
+            has_conditioning_frame=np.array([image is not None for image in images]),
+            guidance=None if spec.guidance == 1 else float(spec.guidance),
+        )
+
+    def cache(self, batch: int, size: tuple[int, int]) -> KVCache:
+        """An empty cache for a batch of videos, twice as large with guidance."""
+        rows, columns = (edge // self.vae.cfg.spatial_stride // 2 for edge in size)
+        copies = 1 if self.spec.guidance == 1 else 2
+        shape = (self.spec.chunk_frames, rows, columns)
+        with jax.default_device(self.device):
+            return empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
+
+    def start(self, conditioning: VideoConditioning) -> tuple[KVCache, DecoderState]:
+        """The empty cache and the decoder state with which a batch of videos begins."""
+        batch, *edges, _ = conditioning.conditioning_frame.shape
+        height, width = (edge * self.vae.cfg.spatial_stride for edge in edges)
+        return self.cache(batch, (height, width)), self.decoder_state()
+
+    def decoder_state(self) -> DecoderState:
+        """The state of the decoder before the first chunk of a video."""
+        return DecoderState()
+
+    # --- Videos to continue ---
+
+    def check_video(
+        self, video: np.ndarray, scripts: Sequence[ShotScript], size: tuple[int, int]
+    ) -> tuple[str, ...]:
+        """Notes on a video to continue; UserError if it does not fit the scripts."""
+        if video.ndim != 5 or video.shape[0] != len(scripts) or video.shape[2:] != (*size, 3):
+            raise UserError(
+                f"the video to continue has shape {video.shape}; expected [{len(scripts)}, frames, "
+                f"{size[0]}, {size[1]}, 3]"
+            )
+        if any(script.image is not None for script in scripts):
+            raise UserError("a script with an image cannot continue a video; use one of the two")
+        frames, usable = video.shape[1], self._usable_frames(video.shape[1])
+        if usable < 1:
+            least = self.vae.cfg.num_raw_frames(self.spec.chunk_frames)
+            raise UserError(f"the video to continue must have >= {least} frames, got {frames}")
+        if usable < frames:
+            return (f"the first {frames - usable} frames are left out: less than one chunk",)
+        return ()
+
+    def encode_video(self, video: np.ndarray) -> Iterator[Float[Array, "b f h w c"]]:
+        """Latents of a given video in chunks; its end is the end of the last chunk."""
+        clip = video[:, video.shape[1] - self._usable_frames(video.shape[1]) :]
+        pixels = to_pixels(clip) if clip.dtype == np.uint8 else clip.astype(np.float32)
+        chunk_frames = self.spec.chunk_frames
+        latents = self.encode(pixels, chunk_frames=chunk_frames)
+        for start in range(0, latents.shape[1], chunk_frames):
+            yield latents[:, start : start + chunk_frames]
+
+    def _usable_frames(self, frames: int) -> int:
+        """Frames of the longest end of a video that divides into chunks."""
+        stride, chunk_frames = self.vae.cfg.temporal_stride, self.spec.chunk_frames
+        chunks = (frames - 1 + stride) // (stride * chunk_frames)
+        return self.vae.cfg.num_raw_frames(chunks * chunk_frames) if chunks else 0
+
+    # --- Notes for the user ---
+
+    def truncations(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """A note for each prompt that is longer than the text encoder reads."""
+        return self._prompt_encoder.truncations(prompts)
+
+    def cache_notes(self, batch: int, size: tuple[int, int]) -> tuple[str, ...]:
+        """A note on the size and the reader of a packed cache; none for a cache of arrays.
+
+        Raises UserError for heads that cannot be packed and for an unavailable kernel.
+        """
+        form = self.spec.policy.format
+        if not form.packed:
+            return ()
+        cache = jax.eval_shape(lambda: self.cache(batch, size))
+        if form.reader == "mosaic":
+            self._check_reader(batch, size)
+        reader = {"auto": "dequantized layer by layer", "mosaic": "read by the kernel"}[form.reader]
+        bf16 = cache.nbytes * cache.compression
+        return (
+            f"keys and values of the window are NVFP4 ({form.smoothing}), {reader}: "
+            f"{cache.nbytes / 1e6:.2f} MB, {cache.compression:.2f} times less than the "
+            f"{bf16 / 1e6:.2f} MB of bfloat16",
+        )
+
+    def _check_reader(self, batch: int, size: tuple[int, int]) -> None:
+        """UserError unless the Mosaic kernel runs here on this cache."""
+
+        def keys():
+            k = self.cache(batch, size).k
+            assert isinstance(k, PackedTensor)
+            return k.array, k.offset
+
+        k, offset = jax.eval_shape(keys)
+        q = jax.ShapeDtypeStruct((batch, 1, *k.shape[-2:]), self.cfg.dtype)
+        try:
+            select_packed_implementation(q, k, offset, implementation="mosaic")
+        except Unsupported as error:
+            raise UserError(f"kv_reader=mosaic: {error}") from error
+
+    def _prompt_kv(self, prompt: str) -> TextKV:
+        return self.sampler.text(self.params, self._prompt_encoder(prompt))
+
+    def _image(self, path: str, size: tuple[int, int]) -> Float[Array, "1 h w c"]:
+        return self.encode(read_image(path, size)[None, None])[:, 0]
+
+
+def _device_of(params: Params) -> jax.Device:
+    """The device with the parameters; the first one if they are on several."""
+    devices = jax.tree.leaves(params)[0].devices()
+    return min(devices, key=lambda device: device.id)
