@@ -106,7 +106,7 @@ def pad_tokens(tokens: Tokens, tile: int) -> Tokens:
 
     def padded(name: str) -> Array:
         column = jnp.atleast_2d(getattr(tokens, name))
-        fill = EMPTY if name == "chunk" else 0
+        fill = EMPTY if name == "chunk_index" else 0
         return jnp.pad(column, ((0, 0), (0, rest)), constant_values=fill)
 
     columns: list[Any] = [padded(name) for name in VISIBILITY_COLUMNS]
