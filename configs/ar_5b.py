@@ -1,25 +1,13 @@
 """Teacher-forced training of an autoregressive Wan2.2-TI2V-5B on clips of 16, 32 or 64 seconds.
 
-    longlive convert --source=PATH/TO/Wan2.2-TI2V-5B --out=checkpoints/wan22_5b
-    longlive data check DATASET
     longlive data encode --source=DATASET --checkpoint=checkpoints/wan22_5b --out=clips/64s \\
         --size=704x1280 --chunks=48 --text_dtype=bfloat16
     longlive train --config=configs/ar_5b.py:64s --workdir=runs/ar_5b --out=checkpoints/ar_5b
 
-Argument: the clip length, and optionally `nvfp4` (`:64s,nvfp4`) to train the linears of the blocks
-in NVFP4 (section 2.2). The mesh is for 32 GPUs (64s, 32s) or 8 (16s); several hosts run the same
-command with `--hosts` (launch/slurm.sh, launch/gke.yaml). Optimizer settings are those of section
-4.1. To train from videos without stored latents, encode with `--texts_only` and train with
-`--config.videos=DATASET`.
-
-Memory, estimated by `longlive plan --config=configs/ar_5b.py:64s --chip=gb200 --mesh=data=8,sp=4`:
-119 GiB per GB200 for 64s (115 per H200; 145 with `--config.ffn_chunks=1`), or 98 GiB with 8 devices
-per clip (`--config.mesh.data=4 --config.mesh.sp=8 --config.batch=4
---config.recycling.buffer.groups=4`). At sp=4 the buffers of error recycling (appendix C) take 2.4
-GiB; `--config.recycling=none` disables it. `--config.stream_dtype=bfloat16` halves the activations
-stored between layers. `--config.attention=mosaic` selects the block-sparse GPU kernels.
-
-Cost and result: not measured; no GPU has run this config.
+The argument is the clip length, and `nvfp4` (`:64s,nvfp4`) to train in NVFP4 (section 2.2). The
+mesh is for 32 GPUs (64s, 32s) or 8 (16s); several hosts add `--hosts` (launch/slurm.sh).
+Cost: not measured, no GPU has run it; `longlive plan` estimates 119 GiB per GB200 for 64s.
+Result: not measured.
 """
 
 from ml_collections import ConfigDict

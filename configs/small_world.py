@@ -1,18 +1,12 @@
 """The small world, trained on CPU: VAE, text encoder, then the autoregressive DiT.
 
-    longlive train --config=configs/small_world.py:vae --workdir=runs/vae --out=runs/small_world
-    longlive train --config=configs/small_world.py:text --workdir=runs/text --out=runs/small_world
-    longlive train --config=configs/small_world.py:recycled \\
-        --workdir=runs/recycled --out=runs/small_world
+    ./launch/small_world.sh    # all stages: `longlive train --config=configs/small_world.py:STAGE`
     longlive evaluate --config=configs/small_world.py:evaluate --checkpoint=runs/small_world
-
-`./launch/small_world.sh` runs all four. `ar` is `recycled` without error recycling (appendix C);
-`--config.quant.policy=nvfp4_train` trains the linears of the blocks in NVFP4 (section 2.2).
 
 Cost: 172 minutes on two EPYC cores with other work (VAE 31, text encoder 1, DiT 125).
 Result: VAE 32.4 dB; caption accuracy 93 % at 32 steps and 78 % at 4 (212 held-out shots); cut
 timing 100 %; in minute-long videos, last-to-first-quarter caption accuracy 1.03. The shipped DiT
-was trained without error recycling.
+was trained without error recycling (`ar` instead of `recycled`).
 """
 
 from ml_collections import ConfigDict
