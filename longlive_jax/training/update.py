@@ -39,6 +39,13 @@ type Prepare = Callable[[Params], QuantizeForLoss]
 type MicrobatchWeight = Callable[[Any], Array]
 """Weight of a microbatch in the mean, such as the frames that its loss is the mean of."""
 
+_GROUP_STREAM = 2**31
+"""Folded into a key, plus a group's index, to derive the group's key.
+
+It is above all step numbers and all numbers that losses fold into the same key. An index alone
+would collide with them and with keys from `split`, as `split(key, n)[i]` equals `fold_in(key, i)`.
+"""
+
 type Update = Callable[[TrainState, Mapping[str, Params], Any], tuple[TrainState, Metrics]]
 """`(state, frozen, batch) -> (state, metrics)`; the state is donated."""
 
@@ -175,7 +182,7 @@ class Trainer:
     def _initial(self, restored: Mapping[str, Params]) -> TrainState:
         groups = {}
         for index, (name, group) in enumerate(self._groups.items()):
-            key = _salted(jax.random.key(self._seed), index)
+            key = _group_key(jax.random.key(self._seed), index)
             params = restored[name] if name in restored else group.init(key)
             groups[name] = init_group(params, group.tx, ema=group.ema is not None)
         return TrainState(jnp.zeros((), jnp.int32), groups, self._loss_state.init())
@@ -200,17 +207,17 @@ class Trainer:
         metrics: Metrics = {}
         for name in names:
             others = {k: group.params for k, group in groups.items() if k != name}
-            groups[name], loss_state, of_group = self._update_group(
+            groups[name], loss_state, group_metrics = self._update_group(
                 self._groups[name],
                 groups[name],
                 state.step,
                 batch,
-                _salted(step_key, order[name]),
+                _group_key(step_key, order[name]),
                 loss_state,
                 {**frozen, **others},
             )
             prefix = f"{name}_" if len(self._groups) > 1 else ""
-            metrics |= {prefix + k: value for k, value in of_group.items()}
+            metrics |= {prefix + k: value for k, value in group_metrics.items()}
         return TrainState(state.step + 1, groups, loss_state), metrics
 
     def _update_group(
@@ -244,17 +251,17 @@ class Trainer:
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = group.tx.update(grads, trained.opt_state, trained.params)
         params = optax.apply_updates(trained.params, updates)
-        average = trained.ema
+        ema = trained.ema
         if group.ema is not None:
             decay = jnp.where(step < group.ema.start, 0.0, group.ema.decay)
-            average = optax.incremental_update(params, trained.ema, 1 - decay)
+            ema = optax.incremental_update(params, trained.ema, 1 - decay)
 
-        # 3. The old values where the update was not finite.
+        # 3. The old values if the update is not finite.
         old = (trained.params, trained.ema, trained.opt_state)
-        params, average, opt_state = _select(finite, (params, average, opt_state), old)
+        params, ema, opt_state = _select(finite, (params, ema, opt_state), old)
         bad_steps = jnp.where(finite, 0, trained.bad_steps + 1)
         metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
-        return Trained(params, average, opt_state, bad_steps), loss_state, metrics
+        return Trained(params, ema, opt_state, bad_steps), loss_state, metrics
 
 
 def accumulated(grad_fn, num_microbatches: int, weight: MicrobatchWeight):
@@ -307,6 +314,6 @@ def _select(finite: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
-def _salted(key: Array, index: int) -> Array:
-    """A key of its own for every group; the first has the key itself."""
-    return key if index == 0 else jax.random.fold_in(key, index)
+def _group_key(key: Array, index: int) -> Array:
+    """The key of the group number `index`; the first group uses `key` itself."""
+    return key if index == 0 else jax.random.fold_in(key, _GROUP_STREAM + index)
