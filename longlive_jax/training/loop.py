@@ -98,6 +98,7 @@ class _Run:
         note = TextColumn("{task.fields[note]}")
         self._bar = Progress(*columns, TimeRemainingColumn(), note, disable=not self.first)
         self._line = self._bar.add_task("train", total=loop.steps, note="compiling")
+        self._losses: dict[str, float] = {}  # the latest of every group
 
     @contextlib.contextmanager
     def progress(self):
@@ -160,8 +161,11 @@ class _Run:
             if step % loop.log_every == 0 or last or stopping:
                 self._record(step, window.close(feed), log)
                 checkpoints.check()
-            if window.bad_steps() >= loop.patience:
-                self._diverge(state, step, window.bad_steps(), checkpoints)
+            bad_steps, counter = window.bad_steps()
+            if bad_steps >= loop.patience:
+                checkpoints.save(step, state)
+                checkpoints.wait()
+                raise _diverged(step, bad_steps, counter)
 
             # 3. Checkpoint, then evaluate, outside the measured time.
             if step % loop.save_every == 0 or last or stopping:
@@ -184,8 +188,9 @@ class _Run:
 
     def _record(self, step: int, values: dict[str, float], log: MetricsLog) -> None:
         log.write(step, values)
-        losses = [f"{key} {x:.4f}" for key, x in values.items() if key.endswith("loss")]
-        self._bar.update(self._line, completed=step, note=", ".join(losses))
+        self._losses |= {key: x for key, x in values.items() if key.endswith("loss")}
+        note = ", ".join(f"{key} {x:.4f}" for key, x in self._losses.items())
+        self._bar.update(self._line, completed=step, note=note)
 
     def _batches(self, start: int) -> Iterator[tuple[int, Any, Feed]]:
         """The number, counted from 1, the batch and the feed of every step that is left."""
@@ -206,16 +211,16 @@ class _Run:
             128 + number,
         )
 
-    def _diverge(
-        self, state: TrainState, step: int, bad_steps: int, checkpoints: TrainCheckpoints
-    ) -> None:
-        checkpoints.save(step, state)
-        checkpoints.wait()
-        raise Diverged(
-            f"loss or gradient was not finite in {bad_steps} consecutive updates before step "
-            f"{step}. None was applied, and the state before them is checkpointed. Lower optim.lr, "
-            "or inspect the data of these steps."
-        )
+
+def _diverged(step: int, bad_steps: int, counter: str) -> Diverged:
+    """The error for a group whose counter, "bad_steps" or "<group>_bad_steps", is too high."""
+    group = counter.removesuffix("bad_steps").removesuffix("_")
+    of_group = f" of {group}" if group else ""
+    return Diverged(
+        f"loss or gradient{of_group} was not finite in {bad_steps} consecutive updates before step "
+        f"{step}. None was applied, and the state without them is checkpointed. Lower optim.lr, or "
+        "inspect the data of these steps."
+    )
 
 
 class _Window:
@@ -226,22 +231,22 @@ class _Window:
         self._first_row = run.task.batches.first_row
         self._devices = run.num_devices
         self._metrics: list[dict] = []
-        self._unread: list[list[jax.Array]] = []
-        self._bad_steps = 0
+        self._unread: list[dict[str, jax.Array]] = []
+        self._bad_steps = (0, "")
         self._waited, self._spent, self._began = 0.0, 0.0, time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self._metrics.append(metrics)
-        self._unread.append([x for key, x in metrics.items() if key.endswith("bad_steps")])
+        self._unread.append({key: x for key, x in metrics.items() if key.endswith("bad_steps")})
 
-    def bad_steps(self) -> int:
-        """Most consecutive skipped updates of a group, as of the last time they were read.
+    def bad_steps(self) -> tuple[int, str]:
+        """Most consecutive skipped updates of any group when last read, and the metric's name.
 
-        Reading them waits for the device, so it happens at records and every `patience` steps.
+        Reading waits for the device, so it happens at records and every `patience` steps.
         """
         if len(self._unread) >= self._loop.patience or not self._metrics:
-            counts = jax.device_get(self._unread)
-            self._bad_steps = max((int(n) for step in counts for n in step), default=0)
+            counts = [(int(n), k) for step in jax.device_get(self._unread) for k, n in step.items()]
+            self._bad_steps = max(counts, default=(0, ""))
             self._unread = []
         return self._bad_steps
 

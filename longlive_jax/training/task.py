@@ -108,6 +108,11 @@ class Task:
     frozen: Mapping[str, Params] = dataclasses.field(default_factory=dict)
     about: About = dataclasses.field(default_factory=About)
 
+    def __post_init__(self) -> None:
+        """Losses get frozen parameters and other groups in one mapping, so names must differ."""
+        if both := sorted(set(self.frozen) & set(self.trainer.abstract.groups)):
+            raise ValueError(f"{both} are both frozen and trained; rename the frozen parameters")
+
     def updates_at(self, step: int) -> tuple[str, ...]:
         """Groups updated in the step after `step` others."""
         return tuple(self.trainer.abstract.groups) if self.updates is None else self.updates(step)

@@ -25,6 +25,7 @@ from longlive_jax.training.objectives.error_recycling import RecyclingSpec, buff
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.state import Trained, TrainState
 from longlive_jax.training.update import EMASpec, Group, Trainer, stateless
+from tests.longlive_jax.training.toy_task import two_groups
 
 
 def state_of(step: int, sharding: NamedSharding | None = None) -> TrainState:
@@ -341,6 +342,13 @@ def test_error_buffers_of_an_earlier_version_are_restored(tmp_path):
     assert int(state.loss_state.num_updates) == 11
     stored = np.asarray(state.loss_state.latent.entries.astype(jnp.float32))
     np.testing.assert_array_equal(stored.ravel(), np.arange(stored.size) % 7 + 1)
+
+
+def test_a_run_of_an_earlier_version_cannot_resume_with_several_groups(tmp_path):
+    shutil.copytree(EARLIER / "buffers", tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"one group .* this run has \['critic', 'generator'\]"):
+        restore(tmp_path, two_groups().abstract, complete=True)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_weights_of_an_earlier_version_are_restored(tmp_path):
