@@ -33,7 +33,7 @@ class Trained:
 
     @property
     def weights(self) -> Params:
-        """What is evaluated and exported: the EMA if there is one, else the parameters."""
+        """The weights to evaluate and export: the EMA if there is one, else the parameters."""
         return self.params if self.ema is None else self.ema
 
 
@@ -64,9 +64,9 @@ def init_group(params: Params, tx: optax.GradientTransformation, *, ema: bool) -
 
 
 def group_specs(shapes: Trained, tx: optax.GradientTransformation, rules: Rules) -> Trained:
-    """PartitionSpecs of a group of these shapes: EMA and moments are sharded as their parameters.
+    """PartitionSpecs of a group of these shapes: EMA and moments are sharded like the parameters.
 
-    Raises ValueError for parameters that no rule names.
+    Raises ValueError for parameters that no rule matches.
     """
     specs = specs_for(rules, shapes.params)
     moments = moment_specs(tx, shapes.params, specs)

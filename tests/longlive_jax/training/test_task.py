@@ -1,4 +1,4 @@
-"""The seams of training: a small `Task`, and a loop without knowledge of losses."""
+"""The seams of training: a small `Task`, and a loop that knows nothing about losses."""
 
 import ast
 import dataclasses

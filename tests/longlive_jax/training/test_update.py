@@ -1,4 +1,4 @@
-"""One update: skipping, gradient accumulation, sharding and EMA, with one or several groups."""
+"""Updates: skipping, gradient accumulation, sharding, EMA and keys, with one or several groups."""
 
 import chex
 import jax

@@ -2,14 +2,14 @@
 
     toy_run.py WORKDIR STEPS DELAY [HOSTS]
 
-It trains a regression on all devices.
+It trains a regression on all devices, or two groups of parameters on the first.
 
     DELAY: seconds per batch, to leave time to interrupt the run; or `fail=K`, which makes the last
       process fail at step K.
-    HOSTS: as in `longlive train`; or `two_groups`, to train two groups of parameters, the second
-      five times as often as the first (`toy_task`).
+    HOSTS: as in `longlive train`; or `two_groups`, to train the second group in every step and the
+      first in every fifth (`toy_task.two_groups_task`).
 
-Every process reports one skipped sample per row that it loads.
+In the regression every process reports one skipped sample per row that it loads.
 """
 
 import sys

@@ -19,7 +19,7 @@ TEACHER = {"teacher": {"kernel": np.float32([1.0, -1.0])}}
 
 
 class Batches:
-    """Points [8, 2] as a function of the step; those of the steps in `poison` are NaN."""
+    """Batches of points [8, 2] by step; those of the steps in `poison` are NaN."""
 
     def __init__(self, steps, poison=()):
         self.steps, self.poison = steps, poison
@@ -77,7 +77,7 @@ def toy_task(steps, poison=(), **fields):
 
 
 def critic_loss(params, x, key, loss_state, frozen):
-    """Squared distance to generator + teacher; counts its calls in the loss state."""
+    """Squared distance to generator + teacher; counts its evaluations in the loss state."""
     target = frozen["generator"]["kernel"] + frozen["teacher"]["kernel"]
     noise = 0.01 * jax.random.normal(key, target.shape)
     return jnp.sum((params["kernel"] - target - noise) ** 2), (
@@ -87,7 +87,7 @@ def critic_loss(params, x, key, loss_state, frozen):
 
 
 def generator_loss(params, x, key, loss_state, frozen):
-    """Mean squared error of the regression with the critic's help; counts its calls."""
+    """Regression error of generator + 0.1 critic; counts its evaluations in the loss state."""
     error = x @ (params["kernel"] + 0.1 * frozen["critic"]["kernel"]) - x.sum(1)
     noise = 0.01 * jax.random.normal(key, error.shape)
     return jnp.mean((error - noise) ** 2), ({"count": loss_state}, loss_state + 1)
