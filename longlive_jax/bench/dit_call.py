@@ -98,7 +98,7 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
 
 
 def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Callable[[], Any]:
-    """A function that samples the next chunk of a video and, like the sampler, donates the cache."""
+    """A function that samples the next chunk of a video; the cache is donated, as in sampling."""
     shape = (1, spec.chunk_frames, *spec.latent, spec.model.in_channels)
     solver = solvers.unipc(spec.steps)
 
