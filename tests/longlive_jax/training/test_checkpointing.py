@@ -18,13 +18,19 @@ from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.quant.low_rank import LoRAKernel, LowRank
 from longlive_jax.spec import Failure, UserError
 from longlive_jax.training import checkpointing as module
-from longlive_jax.training.checkpointing import LORA, TrainCheckpoints, restore_weights
+from longlive_jax.training.checkpointing import (
+    LORA,
+    TrainCheckpoints,
+    parameter_digests,
+    restore_weights,
+)
 from longlive_jax.training.fingerprints import fingerprints
 from longlive_jax.training.objectives.error_buffer import BufferSpec
 from longlive_jax.training.objectives.error_recycling import RecyclingSpec, buffer_state
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.state import Trained, TrainState
 from longlive_jax.training.update import EMASpec, Group, Trainer, stateless
+from pallas_kernels.nvfp4 import quantize
 from tests.longlive_jax.training.toy_task import two_groups
 
 
@@ -316,6 +322,17 @@ def test_a_fingerprint_depends_on_every_element_and_its_position(dtype):
     assert len(prints) == 25
     assert fingerprints({"x": jnp.roll(x, 1)})["x"] != original
     assert fingerprints({"x": jax.device_put(x, row_sharding(2, 1, 2))})["x"] == original
+
+
+def test_frozen_nvfp4_parameters_have_digests():
+    """Their codes have 4 bits. The digest depends on each of them."""
+    packed = quantize(jnp.arange(64.0).reshape(2, 32), implementation="xla")
+    codes = np.array(packed.codes)
+    codes[1, 31] = 0
+    changed = dataclasses.replace(packed, codes=jnp.asarray(codes))
+    named = {"backbone": {"kernel": packed}, "other": {"kernel": changed}}
+    first, again = parameter_digests(named), parameter_digests(named)
+    assert first == again and first["backbone"] != first["other"]
 
 
 EARLIER = Path(__file__).with_name("earlier_version")
