@@ -1,7 +1,7 @@
 """One denoising call of a mid-size DiT against a full cache, and one chunk sampled with it.
 
-The mid-size model is large enough that arithmetic outweighs overhead and small enough for two CPU
-cores, as a baseline for other implementations of the same model.
+The mid-size model is a baseline for other implementations of the same model: large enough that
+arithmetic outweighs overhead, and small enough for two CPU cores.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from longlive_jax.sampling.chunk import ChunkRequest, sample_chunk
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallSpec:
-    """The call and the chunk to be timed: one video.
+    """The call and the chunk to time, for a single video.
 
     Attributes:
       model: configuration of the DiT.
       chunk_frames: latent frames per chunk.
       latent: height and width of the latents.
       window: chunks in the attention window, the current one included.
-      steps: model calls per chunk, before the clean context pass.
-      repeats: timed repetitions.
+      steps: model calls per chunk, not counting the clean context pass.
+      repeats: number of timed repetitions.
     """
 
     model: DiTConfig
@@ -59,7 +59,7 @@ MODELS = {
         model=DiTConfig(dtype="bfloat16", param_dtype="bfloat16"), latent=(44, 80), repeats=10
     ),
 }
-"""Name -> what `longlive bench sampler --model=NAME` times."""
+"""What `longlive bench sampler --model=NAME` times, by name."""
 
 
 def bench_call(spec: CallSpec) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
 
 
 def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Callable[[], Any]:
-    """A function that samples the next chunk; the cache is in mid-video, and donated as usual."""
+    """A function that samples the next chunk of a video; the cache is donated, as in sampling."""
     shape = (1, spec.chunk_frames, *spec.latent, spec.model.in_channels)
     solver = solvers.unipc(spec.steps)
 
@@ -125,7 +125,7 @@ def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Ca
 
 
 def full_cache(spec: CallSpec) -> KVCache:
-    """A cache in mid-video: random keys and values in every slot."""
+    """A cache as in the middle of a video, with random keys and values in every slot."""
     size = (spec.chunk_frames, spec.latent[0] // 2, spec.latent[1] // 2)
     cache = empty_cache(spec.model, 1, size, CachePolicy(window=spec.window))
     k, v = (jax.random.normal(jax.random.key(i), cache.k.shape, cache.k.dtype) for i in (2, 3))
@@ -150,7 +150,7 @@ def prompt(spec: CallSpec) -> TextKV:
 
 
 def call_flops(spec: CallSpec) -> float:
-    """FLOPs of the matrix products of one call: two per multiplication with addition."""
+    """FLOPs of the matrix products of one call, two per multiply-add."""
     cfg = spec.model
     queries = spec.chunk_frames * (spec.latent[0] // 2) * (spec.latent[1] // 2)
     linears = queries * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
@@ -159,7 +159,7 @@ def call_flops(spec: CallSpec) -> float:
 
 
 def _plain(spec: CallSpec) -> dict[str, Any]:
-    """The settings with dtypes by name."""
+    """The settings, with dtypes as their names."""
     settings = report_settings(spec)
     model = settings["model"]
     settings["model"] = {

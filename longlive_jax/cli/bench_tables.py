@@ -1,4 +1,4 @@
-"""Prints the reports of benchmarks for people."""
+"""Prints benchmark reports as text and tables."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ Report = dict[str, Any]
 
 
 def show_nested(report: Any, name: str = "", depth: int = 0) -> None:
-    """A nested report as indented lines."""
+    """Prints a nested report as indented lines."""
     if not isinstance(report, dict):
         print(f"{'  ' * (depth - 1)}{name}: {report}")
         return
@@ -17,14 +17,14 @@ def show_nested(report: Any, name: str = "", depth: int = 0) -> None:
 
 
 def show_encode(report: Report) -> None:
-    """A table of encoding costs by clip length and method."""
+    """Prints a table of encoding costs by clip length and method."""
     from longlive_jax.bench.encode_cost import table
 
     print(table(report))
 
 
 def show_attention(report: Report) -> None:
-    """A table by implementation, with the workload above and what did not run below."""
+    """Prints the workload, a table by implementation, and the implementations that did not run."""
     from rich.console import Console
 
     console, spec, pairs = Console(), report["spec"], report["pairs"]
@@ -63,7 +63,7 @@ def _attention_table(report: Report):
 
 
 def show_nvfp4(report: Report) -> None:
-    """A table by operation, with the measured limits above and what did not run below."""
+    """Prints the measured limits, a table by operation, and the operations that did not run."""
     from rich.console import Console
 
     console, limits, spec = Console(), report["limits"], report["spec"]
@@ -99,7 +99,7 @@ def _nvfp4_table(report: Report):
 
 
 def show_kv(report: Report) -> None:
-    """One table of errors and bytes by smoothing for every kind of keys."""
+    """Prints a table of errors and bytes by smoothing for every kind of keys."""
     from rich.console import Console
     from rich.table import Table
 
@@ -119,7 +119,7 @@ def show_kv(report: Report) -> None:
 
 
 def rate(per_second: float, unit: str = "FLOP/s") -> str:
-    """A rate in T, G or M of the unit, with three digits."""
+    """A rate as text with three significant digits and the prefix T, G or M."""
     for letter, size in (("T", 1e12), ("G", 1e9)):
         if per_second >= size:
             return f"{per_second / size:.3g} {letter}{unit}"

@@ -8,7 +8,7 @@ from longlive_jax.spec import build, reject_unknown
 
 
 def main(argv: Sequence[str]) -> int:
-    """Samples held-out scripts, judges them, and writes report.{json,md}, rates.png and strips.
+    """Samples held-out scripts, scores them, and writes report.{json,md}, rates.png and strips.
 
     Cases that are already in the report in `--out` are not measured again, so the same command
     resumes an interrupted run.
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from longlive_jax.small_world.cases import PARTS, EvaluateSpec, check_parts, evaluate
     from longlive_jax.small_world.report import metric_name, target_results
 
-    # Measure what is missing.
+    # Measure the cases that the report lacks.
     spec = build(EvaluateSpec, settings.get("evaluate") or {}, path="config.evaluate")
     parts = [part for part in args.parts.split(",") if part] or list(PARTS)
     check_parts(parts)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     out = check_writable(args.out)
     with ProgressBars() as bars:
         report = evaluate(spec, checkpoint, out, parts=parts, about=machine(), progress=bars.begin)
-    # Print the tables, and the targets.
+    # Print the tables and the missed targets.
     print((out / "report.md").read_text())
     missed = [
         f"{case}: {metric_name(key)} {value:.3g} < {target:g}"

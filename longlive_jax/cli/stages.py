@@ -1,6 +1,6 @@
 """The training stages of `longlive train`, by their name in a config.
 
-The stages of a model share one checkpoint directory: a later stage reads the output of earlier
+All stages of a model write to one checkpoint directory; a later stage reads the output of earlier
 ones.
 """
 

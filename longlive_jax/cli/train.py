@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(settings: dict[str, Any], args: Any) -> int:
-    """Trains in this process, one of several if there are `--hosts`."""
+    """Trains in this process, which is one of several with `--hosts`."""
     import jax
 
     from longlive_jax.cli.stages import STAGES
@@ -43,11 +43,11 @@ def _train(settings: dict[str, Any], args: Any) -> int:
     mesh = _mesh(stage.mesh)
     workdir, out = _check_folders(args)
     # 2. Train.
-    logging.set_verbosity(logging.WARNING)  # Orbax logs pages about every checkpoint
+    logging.set_verbosity(logging.WARNING)  # Orbax logs many lines about every checkpoint
     began = time.perf_counter()
     task = stage.task(out, workdir, mesh)
     state = train(task, workdir, stage.loop)
-    # 3. Export the EMA of the parameters.
+    # 3. Export the weights.
     weights = gather_to_hosts(state.weights)
     if is_first_process():
         task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), weights), out)

@@ -1,9 +1,9 @@
 """safetensors files, single or sharded: read lazily and written tensor by tensor.
 
-The `safetensors` library validates every file (header, sizes and overlaps). The bytes are read
-here by range, because the library memory-maps files and mapped pages count as resident memory:
-converting 20 GB would need 20 GB. Shards are written here tensor by tensor, because the library
-needs all tensors of a shard in memory.
+The `safetensors` library is only used to validate files (header, sizes and overlaps). Tensors are
+read here by byte range, because the library memory-maps files and mapped pages count as resident
+memory: converting 20 GB would need 20 GB. Shards are written here tensor by tensor, because the
+library needs all tensors of a shard in memory.
 """
 
 import collections
@@ -118,7 +118,7 @@ def read_index(path: str | os.PathLike) -> dict[str, LazyTensor]:
     Raises one UserError that names all missing shards and all tensors that are missing, unlisted,
     or in two shards.
     """
-    # 1. The index. Shards must be in its folder.
+    # 1. Read the index. Shards must be in its folder.
     path = Path(path)
     try:
         index = json.loads(path.read_text())
@@ -136,7 +136,7 @@ def read_index(path: str | os.PathLike) -> dict[str, LazyTensor]:
         )
     absent = [shard for shard in shards if not (path.parent / shard).is_file()]
     problems = [f"{len(absent)} missing shards: {_summary(absent)}"] if absent else []
-    # 2. The shards.
+    # 2. Read the shards, and collect all problems.
     tensors, duplicate = _read_shards(path.parent / s for s in shards if s not in absent)
     missing = [k for k, s in listed.items() if k not in tensors and s not in absent]
     unlisted = [k for k in tensors if k not in listed]
@@ -149,7 +149,7 @@ def read_index(path: str | os.PathLike) -> dict[str, LazyTensor]:
 
 
 def _read_shards(shards: Iterable[Path]) -> tuple[dict[str, LazyTensor], list[str]]:
-    """The tensors of all shards by name, and the names that are in two of them."""
+    """The tensors of all shards by name, and the names that several shards have."""
     tensors: dict[str, LazyTensor] = {}
     duplicates: list[str] = []
     for shard in shards:
@@ -167,7 +167,7 @@ def _summary(names: list[str], limit: int = 8) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written, which is computed when it is its turn.
+    """A tensor to write, computed only when its turn comes.
 
     Attributes:
       shape: shape of the tensor.
@@ -201,11 +201,11 @@ def write_safetensors(
       folder: folder to write to.
       stem: file name without shard number and suffix.
       tensors: tensors by name.
-      shard_bytes: largest size of a file's tensors; a larger tensor gets a shard of its own.
-      progress: callback with the size in bytes of every tensor that was written.
+      shard_bytes: largest total size of a shard's tensors; a larger tensor gets its own shard.
+      progress: called with the size in bytes of each tensor once it is written.
 
     Returns:
-      The files with tensors.
+      The files that contain tensors, without the index.
     """
     # 1. Assign tensors to shards.
     shards: list[dict[str, OutputTensor]] = [{}]
@@ -218,7 +218,7 @@ def write_safetensors(
         path = folder / f"{stem}.safetensors"
         _write_file(path, shards[0], progress)
         return [path]
-    # 2. Shards and index.
+    # 2. Write the shards and the index.
     paths: list[Path] = []
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):

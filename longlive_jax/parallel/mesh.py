@@ -10,9 +10,9 @@ from jax.sharding import AxisType, Mesh
 
 DATA, FSDP, SP = AXES = ("data", "fsdp", "sp")
 BATCH = (DATA, FSDP)
-"""The axes that shard the batch: every fsdp rank holds parameter shards and its own samples."""
+"""The axes that shard the batch: every fsdp rank has its own samples and a parameter shard."""
 SHARDS = (FSDP, SP)
-"""The axes that shard parameters: devices that split a sequence hold parameter shards as well."""
+"""The axes that shard parameters: devices that split a sequence also split the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Prompts to keys and values: tokenizer, text encoder, and a cache of what they computed."""
+"""Encodes prompts to text features, and caches their keys and values."""
 
 import threading
 from collections import OrderedDict
@@ -11,11 +11,11 @@ from longlive_jax.models.wan import TextKV
 from longlive_jax.typing import Array, Float
 
 CACHED_PROMPTS = 24
-"""Prompts whose keys and values stay on the device; the least recently used one is evicted."""
+"""Number of prompts whose keys and values stay on the device."""
 
 
 class PromptEncoder:
-    """Prompts to text features of a fixed number of tokens."""
+    """Encodes prompts to text features of a fixed number of tokens."""
 
     def __init__(self, umt5: UMT5, tokenizer: Tokenizer, length: int):
         self._umt5, self._tokenizer, self._length = umt5, tokenizer, length
@@ -25,12 +25,15 @@ class PromptEncoder:
         return encode_prompts(self._umt5, self._tokenizer, [prompt], length=self._length)
 
     def truncations(self, prompts: Sequence[str]) -> tuple[str, ...]:
-        """A note for each prompt that is longer than the text encoder reads."""
+        """A note for each prompt that has more tokens than the text encoder reads."""
         return tuple(map(str, self._tokenizer.truncations(prompts, self._length)))
 
 
 class PromptCache:
-    """Keys and values of the prompts used last, each computed once by `compute`; thread-safe."""
+    """Keys and values of prompts, computed by `compute` when missing; thread-safe.
+
+    At `capacity`, the least recently used prompt is evicted.
+    """
 
     def __init__(self, compute: Callable[[str], TextKV], capacity: int = CACHED_PROMPTS):
         self._compute, self._capacity = compute, capacity

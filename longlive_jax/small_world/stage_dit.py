@@ -1,4 +1,4 @@
-"""Stage `ar`: the small world's DiT by teacher forcing, on one device or over a mesh."""
+"""Stage `ar`: trains the small world's DiT by teacher forcing, on one device or over a mesh."""
 
 import dataclasses
 import functools
@@ -46,10 +46,7 @@ from longlive_jax.training.objectives.error_recycling import (
 )
 from longlive_jax.training.objectives.quantized import quantized
 from longlive_jax.training.objectives.sharded import BATCH_SPECS, ShardedLoss, sharded_forward
-from longlive_jax.training.objectives.teacher_forcing import (
-    ARSetup,
-    TeacherForcingLoss,
-)
+from longlive_jax.training.objectives.teacher_forcing import ARSetup, TeacherForcingLoss
 from longlive_jax.training.stages.flops import window_update_cost
 from longlive_jax.training.stages.preview import Preview, PreviewSpec
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatch_size
@@ -76,22 +73,22 @@ class SampleDefaults:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTStage(RunSpec):
-    """Stage `ar`: the DiT by teacher forcing, on latents and text features of the checkpoint.
+    """Stage `ar`: trains the DiT by teacher forcing, on the checkpoint's latents and text features.
 
     Attributes:
       model: architecture.
       corpus: encoded videos to train on.
       windows: windows cut from them.
       loss: teacher-forcing loss settings.
-      recycling: error recycling (appendix C), or None to disable; its rows are chunk indices, since
-        windows start anywhere.
+      recycling: error recycling (appendix C), or None to disable; the buffers' rows are chunk
+        indices, since windows start anywhere.
       held_out_batches: number of batches of an evaluation.
       preview: videos sampled at every evaluation.
       sampling: sampler settings stored in the checkpoint.
       unroll: layers in one step of the scan over layers.
       dtype: dtype of matrix products in training; the checkpoint keeps `model.dtype`.
-      start: "random", or "checkpoint" to train the checkpoint's DiT further.
-      gate: added to the initial gates of the blocks, which would otherwise start almost closed.
+      start: "random" for new parameters, or "checkpoint" to train the checkpoint's DiT further.
+      gate: offset of the blocks' initial gates, which would otherwise start almost closed.
       quant: precision of the blocks' matrix products.
     """
 
@@ -120,7 +117,7 @@ class DiTStage(RunSpec):
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
         """See `RunSpec.task`. Raises UserError for a checkpoint without VAE or text encoder."""
-        # 1. What the checkpoint has: encoders, text features, the DiT to train further.
+        # 1. From the checkpoint: encoders, text features, the DiT to train further.
         for component, stage in (("vae", "vae"), ("umt5", "text")):
             if not (out / component).is_dir():
                 raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
@@ -229,7 +226,7 @@ class DiTStage(RunSpec):
         return jnp.asarray(encode_prompts(umt5, tokenizer, prompt_table(), length=length))
 
     def _rows(self, chunk_tokens: int) -> dict[str, int]:
-        """Rows of a sample in the linears' inputs, by kind."""
+        """Number of rows that a sample has in the linears' inputs, by kind."""
         counts = {
             "context": self.windows.context_chunks,
             "target": self.windows.target_chunks,
@@ -267,7 +264,7 @@ class DiTStage(RunSpec):
         return evaluate
 
     def sample_settings(self) -> dict[str, Any]:
-        """Sampler settings that fit the training, stored in the checkpoint as its defaults."""
+        """Sampler settings that match the training, stored in the checkpoint as its defaults."""
         windows, sampling = self.windows, self.sampling
         return {
             "size": [world.HEIGHT, world.WIDTH],
@@ -307,7 +304,7 @@ class DiTStage(RunSpec):
     def _provenance(self, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
         """What the checkpoint records of this run, and of the DiT that it trains further.
 
-        The latter is kept in the work directory, as the export replaces it in the checkpoint.
+        The latter is copied to the work directory, as the export replaces it in the checkpoint.
         """
         provenance = self.provenance("ar")
         if self.start == "random":

@@ -1,12 +1,12 @@
-"""Training the small world's text encoder: words of captions are hidden and guessed.
+"""Stage `text`: trains the small world's text encoder to guess hidden words of captions.
 
-The objective asks the features at every token for its word, with part of the words hidden (masked
-language modelling, arXiv:1810.04805, read out at the visible words too). A hidden word is shown as
-the tokenizer's unknown piece, so a word from outside the world looks like one to be guessed.
+The loss predicts the word of every token from its feature, with part of the words hidden (masked
+language modelling, arXiv:1810.04805, but visible words count too). The tokenizer's unknown piece
+replaces a hidden word, so a word from outside the world looks like one to be guessed.
 
-A linear readout finds every attribute of a caption in the features of an untrained encoder as well;
-such a probe only guards against collapse. What training adds is knowledge of which words fit where
-(`guess_accuracy`), and features that stay put when a prompt contains foreign words.
+A linear probe reads every attribute of a caption even from the features of an untrained encoder, so
+it only guards against collapse. Training adds knowledge of which words fit where
+(`guess_accuracy`), and features that change little when a prompt contains foreign words.
 """
 
 import dataclasses
@@ -36,18 +36,18 @@ from longlive_jax.training.update import Group, stateless
 from longlive_jax.typing import Array, Float, Params
 
 HIDDEN_SHARE = (0.15, 0.5)
-"""Least and largest share of a caption's words that are hidden; drawn anew for every caption."""
+"""Smallest and largest share of hidden words in a caption; every caption draws its own share."""
 
 EMPTY_SHARE = 0.02
-"""Share of empty prompts in a batch: the negative prompt must encode to something learnt."""
+"""Share of empty prompts in a batch, from which the encoding of the negative prompt is learnt."""
 
 
 class CaptionBatches(Sequence):
     """`batches[i]` is the batch of step i: {"ids" int32 [b, t], "mask" bool [b, t]}.
 
-    Training captions only, with and without the cut prefix and a full stop, and a few empty
+    A batch has training captions, with and without the cut prefix and a full stop, and a few empty
     prompts. The same `seed` and step give the same batch. Raises ValueError if a caption exceeds
-    `length`.
+    `length` tokens.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TextStage(RunSpec):
 
     Attributes:
       model: architecture.
-      batch: captions of a batch.
+      batch: captions per batch.
     """
 
     model: UMT5Config
@@ -149,10 +149,10 @@ class TextStage(RunSpec):
 
 
 def guess_accuracy(umt5: UMT5, tokenizer: Tokenizer) -> float:
-    """Share of guessed words that fit, each word of each held-out caption hidden alone.
+    """Share of guesses that fit, when each word of each held-out caption is hidden alone.
 
     A guess fits if the caption with it is again a caption of the world: another colour for a
-    colour, but neither `an` before `red` nor `moves` before `still`. An untrained encoder is at 0.
+    colour, but neither `an` before `red` nor `moves` before `still`. An untrained encoder has 0.
     """
     captions = all_captions("held_out")
     ids, mask = tokenizer.encode(captions, TEXT_LENGTH)
@@ -168,7 +168,7 @@ def guess_accuracy(umt5: UMT5, tokenizer: Tokenizer) -> float:
 
 
 def probe_accuracy(umt5: UMT5, tokenizer: Tokenizer) -> dict[str, float]:
-    """Accuracy of a linear readout of the attributes of a caption from its mean feature.
+    """Accuracy of a linear probe for the attributes of a caption in its mean feature.
 
     One ridge regression per attribute of `Scene`, fitted on the training captions and scored on the
     held-out ones; both with and without the cut prefix.
@@ -186,7 +186,7 @@ def probe_accuracy(umt5: UMT5, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 def _hide(key: Array, candidates: Array) -> Array:
-    """Chooses which of the candidates are hidden, each caption with its own share."""
+    """Chooses the candidates to hide; every caption has its own share."""
     share_key, word_key = jax.random.split(key)
     low, high = HIDDEN_SHARE
     share = jax.random.uniform(share_key, (candidates.shape[0], 1), minval=low, maxval=high)

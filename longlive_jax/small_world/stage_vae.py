@@ -1,8 +1,8 @@
-"""Training the VAE: reconstruct clips, images first.
+"""Stage `vae`: trains the VAE to reconstruct images, then clips.
 
-Images teach space cheaply; because causal convolutions start with their past taps at zero, the same
-parameters then go on with clips. Latents are decoded with a little noise added, so that the decoder
-forgives the small errors of a generator.
+Images are a cheap way to learn space. The past taps of causal convolutions start at zero, so the
+same parameters can then be trained on clips. A little noise is added to latents before decoding, so
+that the decoder tolerates the small errors of a generator.
 """
 
 import dataclasses
@@ -33,7 +33,13 @@ ClipSource = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of the run with one clip length (1 = images)."""
+    """A part of the run with one clip length.
+
+    Attributes:
+      steps: number of training steps.
+      batch: clips per step.
+      frames: frames per clip (1: images).
+    """
 
     steps: int
     batch: int
@@ -42,11 +48,11 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class VAELossSpec:
-    """Weights of the reconstruction loss: absolute + `square` x squared error, pixel by pixel.
+    """Weights of the reconstruction loss: absolute error + `square` x squared error per pixel.
 
     Attributes:
-      square: weight of the squared error beside the absolute one.
-      noise: standard deviation of what is added to latents before decoding.
+      square: weight of the squared error; that of the absolute error is 1.
+      noise: standard deviation of the noise added to latents before decoding.
       size: weight of the mean squared latent, which keeps latents near unit size.
     """
 
@@ -57,7 +63,7 @@ class VAELossSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ClipBatches(Sequence):
-    """Batch i of the run as a function of i."""
+    """The batches of the run; batch i is a function of i."""
 
     source: ClipSource
     phases: tuple[Phase, ...]
@@ -104,7 +110,7 @@ class VAEStage(RunSpec):
       loss: weights of the loss.
       held_out_clips: number of clips for evaluation and for the latents' statistics.
       cut_probability: probability that a clip has a cut.
-      subject_weight: extra weight of the subject's pixels, beside 1.
+      subject_weight: weight of the subject's pixels in addition to the 1 of every pixel.
     """
 
     model: VAEConfig
@@ -143,12 +149,12 @@ class VAEStage(RunSpec):
     def _clips(
         self, rng: np.random.Generator, batch: int, frames: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Videos and the weights of their pixels; a `ClipSource`."""
+        """Videos and the weights of their pixels: a `ClipSource`."""
         video, cover = world.vae_clips(rng, batch, frames, self.cut_probability)
         return video, 1 + self.subject_weight * (cover > 0)[..., None].astype(np.float32)
 
     def _evaluation(self, graphdef: nnx.GraphDef[VAE], held_out: np.ndarray):
-        """PSNR on the held-out clips, overall and of the worst frame, and a picture."""
+        """PSNR on the held-out clips, overall and of the worst frame; also writes a picture."""
 
         @jax.jit
         def round_trip(params: Params, video: Array) -> Array:

@@ -3,9 +3,9 @@
     WORKDIR/state/<step>/{state,about}/     one checkpoint
     WORKDIR/damaged/<step>.<n>/             checkpoints that could not be read, kept for inspection
 
-A checkpoint is restored onto whatever mesh the new state has, completely (`TrainCheckpoints`) or
-only the weights of a group (`restore_weights`). Checkpoints of earlier versions, which knew a
-single group of parameters, are restored into today's state (`training.upgrade`).
+A checkpoint can be restored onto any mesh, completely (`TrainCheckpoints`) or only the weights of a
+group (`restore_weights`). Checkpoints of earlier versions, which had a single group of parameters,
+are restored into a current state (`training.upgrade`).
 """
 
 import hashlib
@@ -36,10 +36,10 @@ type Say = Callable[[str], None]
 
 
 class TrainCheckpoints:
-    """The checkpoints of one work directory; a context manager that ends with all of them on disk.
+    """The checkpoints of one work directory; a context manager that on exit waits for all of them.
 
-    `origin`, ready for JSON, is what a run comes from besides the shapes of its state: a run that
-    resumes with another origin is told the difference.
+    `origin`, ready for JSON, identifies the data and settings of a run. If it has changed when the
+    run resumes, the difference is reported.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class TrainCheckpoints:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, step: int, state: Any) -> None:
-        """Starts a checkpoint; the arrays are copied before this returns, written after.
+        """Starts a checkpoint: copies the arrays before it returns, and writes them afterwards.
 
-        Raises Failure if this or the checkpoint before could not be written.
+        Raises Failure if this or the previous checkpoint could not be written.
         """
         if step in self._manager.all_steps():
             return
@@ -99,14 +99,14 @@ class TrainCheckpoints:
             raise self._not_written(error) from error
 
     def check(self) -> None:
-        """Raises Failure if the checkpoint under way could not be written; does not wait for it."""
+        """Raises Failure if the checkpoint in progress has already failed; does not wait for it."""
         try:
             self._manager.check_for_errors()
         except Exception as error:
             raise self._not_written(error) from error
 
     def wait(self) -> None:
-        """Waits for the checkpoint under way; raises Failure if it could not be written."""
+        """Waits for the checkpoint in progress; raises Failure if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -146,7 +146,7 @@ class TrainCheckpoints:
         return restored
 
     def _read(self, step: int, like: Any, complete: bool) -> tuple[Any, dict[str, Any], str | None]:
-        """State, its description, and why one of the processes could not read it (or None)."""
+        """The state, its description, and why one of the processes could not read it (or None)."""
         state, about, reason = None, {}, None
         try:
             about = _reader(ocp.JsonCheckpointHandler).restore(
@@ -156,9 +156,9 @@ class TrainCheckpoints:
             state, reason = self._read_arrays(step, like, about, complete)
         except UserError:
             raise
-        except Exception as error:  # Orbax raises anything at all; all of it means damage
+        except Exception as error:  # Orbax may raise any error; all of them mean damage
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if jax.process_count() > 1:  # all step back together, or some would wait for the others
+        if jax.process_count() > 1:  # all fall back together, or some would wait for the others
             failed = multihost_utils.process_allgather(np.array(reason is not None))
             if failed.any() and reason is None:
                 reason = f"process {int(np.argmax(failed))} cannot read it"
@@ -167,7 +167,7 @@ class TrainCheckpoints:
     def _read_arrays(
         self, step: int, like: Any, about: Mapping[str, Any], complete: bool
     ) -> tuple[Any, str | None]:
-        """The arrays of `like`, under the paths that the checkpoint has them, and what is wrong."""
+        """The arrays of `like`, read from their paths in the checkpoint, and any damage."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
         wanted = {path_of(keys): leaf for keys, leaf in leaves}
         paths, tree = {path: path for path in wanted}, like
@@ -237,7 +237,7 @@ class TrainCheckpoints:
 
 
 def _reader(handler: Any) -> ocp.Checkpointer:
-    """A reader that waits for no other process: one that meets damage would not come."""
+    """A reader without barriers, which a process that meets damage would never reach."""
     this = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
@@ -260,16 +260,15 @@ def restore_weights(
 
     Args:
       workdir: the `--workdir` of a run.
-      like: the tree of the parameters, as `jax.ShapeDtypeStruct` with shardings where they are to
-        be read.
+      like: tree of the parameters, as `jax.ShapeDtypeStruct` with the shardings to read them to.
       group: name of the group.
-      part: the parameters or their EMA.
-      only: regular expression searched in the paths, such as `LORA`. What it does not name is
-        returned as it is in `like` (the base of an adapter, for instance) and need not be stored.
-      say: told of damaged checkpoints.
+      part: "params" for the parameters, or "ema" for their EMA.
+      only: regular expression searched in the paths, such as `LORA`. Other leaves (the base of an
+        adapter, for instance) are returned as they are in `like` and need not be stored.
+      say: called with a line about each damaged checkpoint.
 
     Raises UserError for a folder without checkpoints, for checkpoints of another model, and if
-    `only` names nothing.
+    `only` matches no path.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     named = {path_of(keys): leaf for keys, leaf in leaves}
@@ -289,12 +288,12 @@ def restore_weights(
 
 
 def parameter_digests(frozen: Mapping[str, Params]) -> dict[str, str]:
-    """16 hexadecimal digits for every named tree of parameters, the same on every mesh."""
+    """A digest of every named tree of parameters, 16 hexadecimal digits, equal on every mesh."""
     return {name: _digest(fingerprints(params)) for name, params in frozen.items()}
 
 
 def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Dictionaries in dictionaries from paths: any part of a tree has this form."""
+    """Nested dictionaries from paths, a form that any part of a tree can take."""
     tree: dict[str, Any] = {}
     for path, leaf in named.items():
         node, (*parents, last) = tree, path.split("/")
@@ -313,7 +312,7 @@ def _shapes(tree: Any) -> dict[str, list]:
 def _check_same(
     saved: Mapping[str, list], wanted: Mapping[str, Any], folder: pathlib.Path, complete: bool
 ) -> None:
-    """UserError naming the first array that differs, is missing, or (if `complete`) is extra."""
+    """Raises UserError for the first array that differs, is missing or (if `complete`) is extra."""
     here = {path: [list(x.shape), str(x.dtype)] for path, x in wanted.items()}
     paths = [*here, *(path for path in saved if complete and path not in here)]
     wrong = [
@@ -334,7 +333,7 @@ def _digest(about: Mapping[str, Any]) -> str:
 
 
 def _check_description(about: Mapping[str, Any]) -> None:
-    """ValueError if the description of a checkpoint is not what was written."""
+    """Raises ValueError if the description of a checkpoint is not what was written."""
     rest = {name: value for name, value in about.items() if name != "digest"}
     if rest.keys() == {"arrays", "fingerprints"}:
         return  # of a version that wrote no more

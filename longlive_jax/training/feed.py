@@ -24,10 +24,10 @@ def process_rows(mesh: Mesh, rows: int) -> range:
 
 
 def total_skipped(skipped: int, first: int) -> int:
-    """Number of samples skipped by the job, from each process's count for its rows from `first` on.
+    """Number of samples skipped by the job, from this process's count for its rows from `first` on.
 
-    Processes with the same rows read the same samples; of these, the largest count is used. All
-    processes must call it.
+    Processes with the same rows read the same samples, so only the largest of their counts is
+    added. All processes must call it.
     """
     if jax.process_count() == 1:
         return skipped
@@ -38,7 +38,7 @@ def total_skipped(skipped: int, first: int) -> int:
 
 
 def device_put_batch(batch: Any, specs: Any, mesh: Mesh, *, rows: int, first: int = 0) -> Any:
-    """Global arrays over the mesh, from this process's rows of a batch, the first of them `first`.
+    """Global arrays over the mesh, from this process's rows of a batch, which start at `first`.
 
     `specs` is a tree of PartitionSpec for `batch`, or a prefix of its tree; the first axis of every
     global array has `rows` samples.
@@ -74,7 +74,7 @@ def _addressable_range(sharding: NamedSharding, size: int) -> range:
 def device_put_shards(x: np.ndarray, mesh: Mesh, *, rows: int, first: int = 0) -> jax.Array:
     """A global array [rows, sp n, ...], with samples sharded over data and fsdp, axis 1 over sp.
 
-    `x` [b, k n, ...] has this process's rows, the first of them `first`, and of these its k
+    `x` [b, k n, ...] has this process's rows, which start at `first`, and along axis 1 its k
     `process_shards`.
     """
     own = process_shards(mesh)
@@ -92,7 +92,7 @@ def device_put_shards(x: np.ndarray, mesh: Mesh, *, rows: int, first: int = 0) -
 
 
 class Feed:
-    """An iterator over batches, in order; it is a context manager that closes its source.
+    """An iterator over batches, in order, and a context manager that closes their source.
 
     Attributes:
       waited: seconds spent waiting for batches.
@@ -121,7 +121,7 @@ class Feed:
 
 
 def feed_in_order(batches: Sequence[Any]) -> Callable[[int], Feed]:
-    """A function from a step to the `Feed` of the batches from that step on, with prefetching."""
+    """A function that takes a step and returns the prefetching `Feed` of batches from there on."""
 
     def begin(start: int) -> Feed:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=3)

@@ -13,7 +13,7 @@ from jax import lax
 from longlive_jax.parallel.rules import path_of
 from longlive_jax.typing import Array
 
-_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
@@ -32,7 +32,7 @@ def _checksums(leaves: list[Array]) -> list[Array]:
 
 
 def checksum(x: Array) -> Array:
-    """Checksum, uint32 [2], of an array of 1-, 2- or 4-byte numbers or of PRNG keys.
+    """Checksum, uint32 [2], of an array of 4-, 8-, 16- or 32-bit numbers or of PRNG keys.
 
     Both values are sums over the entries, so they do not depend on the sharding.
     """
@@ -40,7 +40,8 @@ def checksum(x: Array) -> Array:
         x = jax.random.key_data(x)
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
-    word = lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
+    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
+    word = lax.bitcast_convert_type(x, _UNSIGNED[info(x.dtype).bits]).astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)

@@ -1,8 +1,8 @@
 """The loop: resume, then update, log, evaluate and checkpoint until done.
 
-Batches are a function of the step, so a run that stops anywhere and resumes sees what it would have
-seen without the stop. With several processes all of them run this; the first one prints and writes.
-The loop knows nothing of losses: a `Task` brings compiled updates (`training.update`).
+Batches are a function of the step, so a run that stops and resumes gets the same batches as an
+uninterrupted one. In a job of several processes each runs this loop, and the first prints and
+writes. The loop knows nothing about losses: a `Task` provides compiled updates (`training.update`).
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from longlive_jax.training.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class LoopSpec:
-    """Length and rhythm of a run, in training steps.
+    """Length of a run and the intervals at which it logs, evaluates and saves, in training steps.
 
     Attributes:
       steps: length of the run.
       log_every: steps between records of the metrics.
       eval_every: steps between evaluations (0: only at the end).
       save_every: steps between checkpoints.
-      keep: number of checkpoints kept.
-      patience: consecutive non-finite updates after which the run stops.
-      seed: of parameters, data order and everything random in the updates.
-      accumulate: gradient accumulation: number of microbatches of a batch.
-      peak_tflops: peak of one device in TFLOP/s, to log speed as a share of it (0: not logged).
+      keep: number of checkpoints to keep.
+      patience: consecutive non-finite updates of a group after which the run stops.
+      seed: seed of the parameters, the data order and all randomness in the updates.
+      accumulate: number of microbatches per batch (gradient accumulation).
+      peak_tflops: peak TFLOP/s of one device, to log speed as a percentage of it (0: not logged).
     """
 
     steps: int = 600
@@ -58,7 +58,7 @@ class LoopSpec:
 
 
 class Diverged(Failure, FloatingPointError):
-    """Loss or gradient were not finite for too long."""
+    """A group's loss or gradient was not finite in too many consecutive updates."""
 
 
 def train(task: Task, workdir: pathlib.Path, loop: LoopSpec) -> TrainState:
@@ -88,7 +88,7 @@ def train(task: Task, workdir: pathlib.Path, loop: LoopSpec) -> TrainState:
 
 
 class _Run:
-    """One call of `train`: its progress and its messages."""
+    """One call of `train`, with its progress bar and messages."""
 
     def __init__(self, task: Task, workdir: pathlib.Path, loop: LoopSpec):
         self.task, self.workdir, self.loop = task, workdir, loop
@@ -98,6 +98,7 @@ class _Run:
         note = TextColumn("{task.fields[note]}")
         self._bar = Progress(*columns, TimeRemainingColumn(), note, disable=not self.first)
         self._line = self._bar.add_task("train", total=loop.steps, note="compiling")
+        self._losses: dict[str, float] = {}  # the latest of every group
 
     @contextlib.contextmanager
     def progress(self):
@@ -124,7 +125,7 @@ class _Run:
     def until_done(
         self, state: TrainState, checkpoints: TrainCheckpoints, stop: StopRequest
     ) -> TrainState:
-        """Updates, logs, evaluates and checkpoints to the end of the run."""
+        """Updates, logs, evaluates and checkpoints until the end of the run."""
         start = int(state.step)
         log = MetricsLog(self.workdir, resume_at=start, write=self.first)
         self._bar.update(self._line, completed=start)
@@ -135,7 +136,7 @@ class _Run:
             checkpoints.wait()
             self._plot(log)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # report what ended the run, not this
+            with contextlib.suppress(OSError):  # report what ended the run, not a failed plot
                 self._plot(log)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise checkpoints.unwritable(error) from error
@@ -147,10 +148,10 @@ class _Run:
     def _steps(
         self, state: TrainState, log: MetricsLog, checkpoints: TrainCheckpoints, stop: StopRequest
     ) -> TrainState:
-        """Every step that is left."""
+        """Runs the remaining steps."""
         task, loop, window = self.task, self.loop, _Window(self)
         for step, batch, feed in self._batches(int(state.step)):
-            # 1. The update: enqueued, not waited for.
+            # 1. Enqueue the update, without waiting for it.
             update = task.trainer.program(task.updates_at(step - 1))
             state, metrics = update(state, task.frozen, task.batches.put(batch))
             window.add(metrics)
@@ -160,8 +161,11 @@ class _Run:
             if step % loop.log_every == 0 or last or stopping:
                 self._record(step, window.close(feed), log)
                 checkpoints.check()
-            if window.bad_steps() >= loop.patience:
-                self._diverge(state, step, window.bad_steps(), checkpoints)
+            bad_steps, counter = window.bad_steps()
+            if bad_steps >= loop.patience:
+                checkpoints.save(step, state)
+                checkpoints.wait()
+                raise _diverged(step, bad_steps, counter)
 
             # 3. Checkpoint, then evaluate, outside the measured time.
             if step % loop.save_every == 0 or last or stopping:
@@ -184,11 +188,12 @@ class _Run:
 
     def _record(self, step: int, values: dict[str, float], log: MetricsLog) -> None:
         log.write(step, values)
-        losses = [f"{key} {x:.4f}" for key, x in values.items() if key.endswith("loss")]
-        self._bar.update(self._line, completed=step, note=", ".join(losses))
+        self._losses |= {key: x for key, x in values.items() if key.endswith("loss")}
+        note = ", ".join(f"{key} {x:.4f}" for key, x in self._losses.items())
+        self._bar.update(self._line, completed=step, note=note)
 
     def _batches(self, start: int) -> Iterator[tuple[int, Any, Feed]]:
-        """The number, counted from 1, the batch and the feed of every step that is left."""
+        """Yields each remaining step: its number, counted from 1, its batch, and the feed."""
         if start < self.loop.steps:
             with self.task.batches.feed(start) as feed:
                 for step, batch in zip(range(start + 1, self.loop.steps + 1), feed, strict=False):
@@ -206,48 +211,48 @@ class _Run:
             128 + number,
         )
 
-    def _diverge(
-        self, state: TrainState, step: int, bad_steps: int, checkpoints: TrainCheckpoints
-    ) -> None:
-        checkpoints.save(step, state)
-        checkpoints.wait()
-        raise Diverged(
-            f"loss or gradient was not finite in {bad_steps} consecutive updates before step "
-            f"{step}. None was applied, and the state before them is checkpointed. Lower optim.lr, "
-            "or inspect the data of these steps."
-        )
+
+def _diverged(step: int, bad_steps: int, counter: str) -> Diverged:
+    """The error for a group whose counter, "bad_steps" or "<group>_bad_steps", is too high."""
+    group = counter.removesuffix("bad_steps").removesuffix("_")
+    of_group = f" of {group}" if group else ""
+    return Diverged(
+        f"loss or gradient{of_group} was not finite in {bad_steps} consecutive updates before step "
+        f"{step}. None was applied, and the state without them is checkpointed. Lower optim.lr, or "
+        "inspect the data of these steps."
+    )
 
 
 class _Window:
-    """Steps since the last record: their metrics, and the time they took."""
+    """The steps since the last record, with their metrics and duration."""
 
     def __init__(self, run: _Run):
         self._cost, self._loop = run.task.about.cost, run.loop
         self._first_row = run.task.batches.first_row
         self._devices = run.num_devices
         self._metrics: list[dict] = []
-        self._unread: list[list[jax.Array]] = []
-        self._bad_steps = 0
+        self._unread: list[dict[str, jax.Array]] = []
+        self._bad_steps = (0, "")
         self._waited, self._spent, self._began = 0.0, 0.0, time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self._metrics.append(metrics)
-        self._unread.append([x for key, x in metrics.items() if key.endswith("bad_steps")])
+        self._unread.append({key: x for key, x in metrics.items() if key.endswith("bad_steps")})
 
-    def bad_steps(self) -> int:
-        """Most consecutive skipped updates of a group, as of the last time they were read.
+    def bad_steps(self) -> tuple[int, str]:
+        """Most consecutive skipped updates of any group when last read, and the metric's name.
 
-        Reading them waits for the device, so it happens at records and every `patience` steps.
+        Reading waits for the device, so it happens at records and every `patience` steps.
         """
         if len(self._unread) >= self._loop.patience or not self._metrics:
-            counts = jax.device_get(self._unread)
-            self._bad_steps = max((int(n) for step in counts for n in step), default=0)
+            counts = [(int(n), k) for step in jax.device_get(self._unread) for k, n in step.items()]
+            self._bad_steps = max(counts, default=(0, ""))
             self._unread = []
         return self._bad_steps
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time inside, but not what the device still has to do before it."""
+        """Stops the clock inside the context, after waiting for the updates already enqueued."""
         jax.block_until_ready(self._metrics[-1:])
         self._spent += time.perf_counter() - self._began
         try:
@@ -256,8 +261,11 @@ class _Window:
             self._began = time.perf_counter()
 
     def close(self, feed: Feed) -> dict[str, float]:
-        """Means, speed and memory of the window; `data_wait` is this process's share of time spent
-        waiting for batches. Waits for the device; all processes call it."""
+        """Means, speed and memory of the window, after waiting for the device.
+
+        `data_wait` is the fraction of time that this process waited for batches. All processes must
+        call it.
+        """
         values = mean_metrics(self._metrics)
         rate = len(self._metrics) / (self._spent + time.perf_counter() - self._began)
         values["steps_per_s"] = rate

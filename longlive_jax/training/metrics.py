@@ -72,9 +72,14 @@ def read_records(path: pathlib.Path) -> list[dict]:
 
 
 def mean_metrics(window: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of each device-side metric over its finite values in `window`; NaN if it has none."""
+    """Mean of each device-side metric over its finite values in `window`; NaN if it has none.
+
+    A metric may be missing from some steps of the window, such as the loss of a group of parameters
+    that is updated in every fifth step: its mean is over the other steps.
+    """
     fetched = jax.device_get(window)
-    columns = {k: np.array([float(m[k]) for m in fetched]) for k in fetched[0]}
+    names = dict.fromkeys(name for metrics in fetched for name in metrics)
+    columns = {k: np.array([float(m[k]) for m in fetched if k in m]) for k in names}
     finite = {k: x[np.isfinite(x)] for k, x in columns.items()}
     return {k: float(x.mean()) if len(x) else math.nan for k, x in finite.items()}
 
@@ -95,7 +100,7 @@ def plot_curves(runs: Mapping[str, list[dict]], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     keys = {k for records in runs.values() for r in records for k in r}
-    names = sorted(keys - {"step", "bad_steps"})
+    names = sorted(k for k in keys - {"step"} if not k.endswith("bad_steps"))
     if not names:
         return
     columns = min(3, len(names))
@@ -123,5 +128,5 @@ def _draw(panel: Any, name: str, runs: Mapping[str, list[dict]]) -> None:
         lowest = min((lowest, *values))
     panel.set_title(name, fontsize=9)
     panel.tick_params(labelsize=7)
-    if 0 < lowest < math.inf and ("loss" in name or name == "grad_norm"):
+    if 0 < lowest < math.inf and ("loss" in name or name.endswith("grad_norm")):
         panel.set_yscale("log")

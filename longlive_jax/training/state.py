@@ -33,7 +33,7 @@ class Trained:
 
     @property
     def weights(self) -> Params:
-        """What is evaluated and exported: the EMA if there is one, else the parameters."""
+        """The weights to evaluate and export: the EMA if there is one, else the parameters."""
         return self.params if self.ema is None else self.ema
 
 
@@ -59,14 +59,14 @@ class TrainState:
 
 def init_group(params: Params, tx: optax.GradientTransformation, *, ema: bool) -> Trained:
     """A group before its first update; the EMA starts as a copy, so both can be donated."""
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    return Trained(params, average, tx.init(params), jnp.zeros((), jnp.int32))
+    ema_params = jax.tree.map(jnp.copy, params) if ema else None
+    return Trained(params, ema_params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
 def group_specs(shapes: Trained, tx: optax.GradientTransformation, rules: Rules) -> Trained:
-    """PartitionSpecs of a group of these shapes: EMA and moments are sharded as their parameters.
+    """PartitionSpecs of a group of these shapes: EMA and moments are sharded like the parameters.
 
-    Raises ValueError for parameters that no rule names.
+    Raises ValueError for parameters that no rule matches.
     """
     specs = specs_for(rules, shapes.params)
     moments = moment_specs(tx, shapes.params, specs)

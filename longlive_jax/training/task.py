@@ -35,7 +35,7 @@ class Batches:
 
 
 def global_batches(feed: Callable[[int], Feed], mesh: Mesh, specs: Any = SAMPLES) -> Batches:
-    """Batches of which every process makes all rows; `specs` is a prefix of a batch's tree."""
+    """Batches whose rows every process creates in full; `specs` is a prefix of a batch's tree."""
 
     def put(batch: Any) -> Any:
         return device_put_batch(batch, specs, mesh, rows=len(jax.tree.leaves(batch)[0]))
@@ -46,7 +46,7 @@ def global_batches(feed: Callable[[int], Feed], mesh: Mesh, specs: Any = SAMPLES
 def process_batches(
     feed: Callable[[int], Feed], mesh: Mesh, specs: Any, *, batch_size: int
 ) -> Batches:
-    """Batches of `batch_size` rows of which every process makes its own."""
+    """Batches of `batch_size` rows, of which every process creates only its own."""
     first = process_rows(mesh, batch_size).start
 
     def put(batch: Any) -> Any:
@@ -72,10 +72,10 @@ class StepCost:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a run says of itself.
+    """What a run reports and records about itself.
 
     Attributes:
-      origin: what its data and settings are, ready for JSON: stored with every checkpoint and
+      origin: identity of its data and settings, ready for JSON; stored with every checkpoint and
         compared on resuming.
       notes: lines printed before the first step.
       cost: size of a step, to log rates.
@@ -88,14 +88,14 @@ class About:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained, on which data, and what to look at on the way.
+    """What is trained, on which data, and how it is evaluated and exported.
 
     Attributes:
       trainer: initial state and compiled updates of named groups of parameters.
-      batches: the data.
+      batches: batches of data, by step.
       evaluate: (weights by group, step, workdir) -> numbers; may write pictures to the workdir.
-      export: (weights by group, directory) writes what the run was for.
-      updates: step -> groups updated in that step, in order; None: all of them, always.
+      export: (weights by group, directory) -> None; writes the trained model to the directory.
+      updates: step -> groups updated in that step, in order; None: all groups in every step.
       frozen: parameters that no update changes, by name, on the mesh; neither donated nor saved.
       about: origin, notes and cost.
     """
@@ -108,6 +108,11 @@ class Task:
     frozen: Mapping[str, Params] = dataclasses.field(default_factory=dict)
     about: About = dataclasses.field(default_factory=About)
 
+    def __post_init__(self) -> None:
+        """Losses get frozen parameters and other groups in one mapping, so names must differ."""
+        if both := sorted(set(self.frozen) & set(self.trainer.abstract.groups)):
+            raise ValueError(f"{both} are both frozen and trained; rename the frozen parameters")
+
     def updates_at(self, step: int) -> tuple[str, ...]:
-        """Groups updated in the step after `step` others."""
+        """Groups to update next, after `step` completed steps."""
         return tuple(self.trainer.abstract.groups) if self.updates is None else self.updates(step)

@@ -34,10 +34,17 @@ type QuantizeForLoss = Callable[[Params, Array], Params]
 """`(params, key) -> params` in the form that the loss computes with."""
 
 type Prepare = Callable[[Params], QuantizeForLoss]
-"""Computes what an update needs of its parameters once, such as packed copies."""
+"""Computes, once per update, what the loss needs of the parameters, such as packed copies."""
 
 type MicrobatchWeight = Callable[[Any], Array]
-"""Weight of a microbatch in the mean, such as the frames that its loss is the mean of."""
+"""Weight of a microbatch in the mean, such as the number of frames that its loss averages over."""
+
+_GROUP_STREAM = 2**31
+"""Folded into a key, plus a group's index, to derive the group's key.
+
+It is above all step numbers and all numbers that losses fold into the same key. An index alone
+would collide with them and with keys from `split`, as `split(key, n)[i]` equals `fold_in(key, i)`.
+"""
 
 type Update = Callable[[TrainState, Mapping[str, Params], Any], tuple[TrainState, Metrics]]
 """`(state, frozen, batch) -> (state, metrics)`; the state is donated."""
@@ -58,7 +65,12 @@ class LossFn(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EMASpec:
-    """EMA of the parameters: a copy until step `start`, then with `decay`."""
+    """EMA of the parameters.
+
+    Attributes:
+      decay: weight of the previous average in each update.
+      start: training step from which on it averages; until then the EMA equals the parameters.
+    """
 
     decay: float = 0.99
     start: int = 100
@@ -70,12 +82,12 @@ def no_preparation(_params: Params) -> QuantizeForLoss:
 
 
 def uniform_weight(_batch: Any) -> Array:
-    """Every microbatch counts the same."""
+    """The same weight for every microbatch."""
     return jnp.ones(())
 
 
 def stateless(loss: Callable[..., tuple[Array, Metrics]]) -> LossFn:
-    """A loss of `(params, batch, key)` that keeps nothing between steps."""
+    """The `LossFn` of a loss `(params, batch, key) -> (value, metrics)` without loss state."""
 
     def loss_fn(params, batch, key, loss_state, frozen):
         value, metrics = loss(params, batch, key)
@@ -90,12 +102,13 @@ class Group:
 
     Attributes:
       init: key -> float32 parameters; traced, so that they are created sharded.
-      loss: its loss.
-      tx: its optimizer.
-      ema: EMA of its parameters, or None.
+      loss: loss of the group.
+      tx: optimizer.
+      ema: EMA of the parameters, or None.
       rules: PartitionSpecs by the path of a parameter.
-      restore: reads the initial parameters onto the mesh; None: `init` makes them.
-      prepare: computes what the loss needs of the parameters, once an update.
+      restore: reads the initial parameters onto the mesh, into arrays of their own, which are
+        donated; None: `init` creates them.
+      prepare: computes what the loss needs of the parameters, once per update.
       microbatch_weight: weight of a microbatch under gradient accumulation.
     """
 
@@ -114,8 +127,8 @@ class LossState:
     """What losses keep between steps.
 
     Attributes:
-      init: makes it, at step 0.
-      specs: its PartitionSpecs.
+      init: creates it at step 0.
+      specs: PartitionSpecs of its arrays.
     """
 
     init: Callable[[], Any] = tuple
@@ -123,7 +136,7 @@ class LossState:
 
 
 class Trainer:
-    """The state of some groups of parameters, and the programs that update them.
+    """Creates the train state of named groups of parameters, and compiles their updates.
 
     Attributes:
       mesh: devices of the run.
@@ -140,9 +153,9 @@ class Trainer:
         accumulate: int = 1,
         loss_state: LossState | None = None,
     ):
-        """`accumulate` microbatches make a batch: the update is that of their mean gradient.
+        """Divides a batch into `accumulate` microbatches; an update applies their mean gradient.
 
-        Raises ValueError for parameters that no rule names or that do not divide over the mesh.
+        Raises ValueError for parameters that no rule matches or that do not divide over the mesh.
         """
         self.mesh = mesh
         self._groups, self._seed, self._accumulate = dict(groups), seed, accumulate
@@ -163,7 +176,7 @@ class Trainer:
         self._programs: dict[tuple[str, ...], Update] = {}
 
     def init(self) -> TrainState:
-        """The state at step 0, created sharded; never whole on one device."""
+        """The state at step 0, created sharded: no device ever holds an unsharded copy."""
         restored = {
             name: group.restore()
             for name, group in self._groups.items()
@@ -175,13 +188,13 @@ class Trainer:
     def _initial(self, restored: Mapping[str, Params]) -> TrainState:
         groups = {}
         for index, (name, group) in enumerate(self._groups.items()):
-            key = _salted(jax.random.key(self._seed), index)
+            key = _group_key(jax.random.key(self._seed), index)
             params = restored[name] if name in restored else group.init(key)
             groups[name] = init_group(params, group.tx, ema=group.ema is not None)
         return TrainState(jnp.zeros((), jnp.int32), groups, self._loss_state.init())
 
     def program(self, names: tuple[str, ...]) -> Update:
-        """The compiled update of the groups `names`, one after the other; compiled once."""
+        """The update of the groups `names`, in this order; compiled once."""
         if names not in self._programs:
             self._programs[names] = jax.jit(
                 partial(self._update, names),
@@ -200,17 +213,17 @@ class Trainer:
         metrics: Metrics = {}
         for name in names:
             others = {k: group.params for k, group in groups.items() if k != name}
-            groups[name], loss_state, of_group = self._update_group(
+            groups[name], loss_state, group_metrics = self._update_group(
                 self._groups[name],
                 groups[name],
                 state.step,
                 batch,
-                _salted(step_key, order[name]),
+                _group_key(step_key, order[name]),
                 loss_state,
                 {**frozen, **others},
             )
             prefix = f"{name}_" if len(self._groups) > 1 else ""
-            metrics |= {prefix + k: value for k, value in of_group.items()}
+            metrics |= {prefix + k: value for k, value in group_metrics.items()}
         return TrainState(state.step + 1, groups, loss_state), metrics
 
     def _update_group(
@@ -223,7 +236,7 @@ class Trainer:
         loss_state: Any,
         frozen: Mapping[str, Params],
     ) -> tuple[Trained, Any, Metrics]:
-        """One group after an update.
+        """Updates one group.
 
         A non-finite update is skipped: only `bad_steps` and the loss state change. (Selecting the
         loss state here would hold two copies of the error buffers.)
@@ -244,23 +257,23 @@ class Trainer:
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = group.tx.update(grads, trained.opt_state, trained.params)
         params = optax.apply_updates(trained.params, updates)
-        average = trained.ema
+        ema = trained.ema
         if group.ema is not None:
             decay = jnp.where(step < group.ema.start, 0.0, group.ema.decay)
-            average = optax.incremental_update(params, trained.ema, 1 - decay)
+            ema = optax.incremental_update(params, trained.ema, 1 - decay)
 
-        # 3. The old values where the update was not finite.
+        # 3. The old values if the update is not finite.
         old = (trained.params, trained.ema, trained.opt_state)
-        params, average, opt_state = _select(finite, (params, average, opt_state), old)
+        params, ema, opt_state = _select(finite, (params, ema, opt_state), old)
         bad_steps = jnp.where(finite, 0, trained.bad_steps + 1)
         metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
-        return Trained(params, average, opt_state, bad_steps), loss_state, metrics
+        return Trained(params, ema, opt_state, bad_steps), loss_state, metrics
 
 
 def accumulated(grad_fn, num_microbatches: int, weight: MicrobatchWeight):
-    """`grad_fn` microbatch by microbatch, by a scan: the loss state passes through all of them.
+    """`grad_fn` applied to the microbatches in a scan, through which the loss state passes.
 
-    Losses, metrics and gradients are weighted means in float32; a metric is the mean of the
+    Losses, metrics and gradients are weighted means in float32; the mean of a metric is over the
     microbatches where it is finite.
     """
 
@@ -284,7 +297,7 @@ def accumulated(grad_fn, num_microbatches: int, weight: MicrobatchWeight):
         shares = weights / jnp.maximum(weights.sum(), 1e-30)
         xs = (microbatches, jax.random.split(key, num_microbatches), shares)
 
-        # 2. Sums over them, from zeros of the right shapes.
+        # 2. Weighted sums over the microbatches.
         _, shapes = jax.eval_shape(evaluate, loss_state, jax.tree.map(lambda x: x[0], xs))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (loss_state, sums), _ = lax.scan(add, (loss_state, zeros), xs)
@@ -295,7 +308,7 @@ def accumulated(grad_fn, num_microbatches: int, weight: MicrobatchWeight):
 
 
 def _microbatches(batch: Any, count: int) -> Any:
-    """[count * b, ...] as [count, b, ...], every device keeping its own rows."""
+    """Reshapes [count * b, ...] to [count, b, ...], so that every device keeps its own rows."""
 
     def split(x: Array) -> Array:
         return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
@@ -307,6 +320,6 @@ def _select(finite: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
-def _salted(key: Array, index: int) -> Array:
-    """A key of its own for every group; the first has the key itself."""
-    return key if index == 0 else jax.random.fold_in(key, index)
+def _group_key(key: Array, index: int) -> Array:
+    """The key of the group number `index`; the first group uses `key` itself."""
+    return key if index == 0 else jax.random.fold_in(key, _GROUP_STREAM + index)

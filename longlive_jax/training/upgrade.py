@@ -1,7 +1,7 @@
 """Train states of earlier versions.
 
-Those had one unnamed group: `params`, `ema`, `opt_state` and `bad_steps` beside `step`, and
-`memory` for the loss state.
+They had one unnamed group, whose `params`, `ema`, `opt_state` and `bad_steps` were stored beside
+`step`, and called the loss state `memory`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,18 +10,22 @@ from typing import Any
 import jax
 
 from longlive_jax.parallel.rules import path_of
+from longlive_jax.spec import UserError
 
 RENAMED_LEAVES = {"loss_state/num_updates": "memory/seen"}
-"""Leaves that have another name today, and their paths then."""
+"""Current paths of renamed leaves, and their earlier paths."""
 
 
 def is_earlier(stored: Iterable[str]) -> bool:
-    """Whether these paths of arrays are those of an earlier version's state."""
+    """Whether these array paths belong to the state of an earlier version."""
     return not any(path.startswith("groups/") for path in stored)
 
 
 def earlier_path(path: str) -> str:
-    """`groups/dit/ema/...` was `ema/...`, and `loss_state/...` was `memory/...`."""
+    """The earlier path of a current one.
+
+    `groups/dit/ema/...` was `ema/...`, and `loss_state/...` was `memory/...`.
+    """
     if path in RENAMED_LEAVES:
         return RENAMED_LEAVES[path]
     head, *rest = path.split("/")
@@ -31,15 +35,18 @@ def earlier_path(path: str) -> str:
 
 
 def earlier_layout(state: Any) -> dict[str, Any]:
-    """A state of today, or a part of one as dictionaries, in the structure of an earlier version.
+    """A current state, or a part of one as dictionaries, in the structure of an earlier version.
 
-    Raises ValueError for a state with several groups.
+    Raises UserError for a state with several groups.
     """
     layout: dict[str, Any] = {}
     for name, value in _fields(state).items():
         if name == "groups":
             if len(value) > 1:
-                raise ValueError(f"it has one group of parameters, this run has {sorted(value)}")
+                raise UserError(
+                    "the checkpoint is of an earlier version with one group of parameters, this "
+                    f"run has {sorted(value)}; choose a new --workdir"
+                )
             (group,) = value.values()
             layout |= _fields(group)
         elif name == "loss_state":
@@ -54,7 +61,7 @@ def _fields(node: Any) -> Mapping[str, Any]:
 
 
 def _memory(loss_state: Any) -> Any:
-    """A loss state as nested dictionaries with the names of then."""
+    """A loss state as nested dictionaries with the earlier names."""
     tree: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(loss_state)[0]:
         _, *parents, last = earlier_path(f"loss_state/{path_of(keys)}").split("/")

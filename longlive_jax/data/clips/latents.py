@@ -18,9 +18,9 @@ class ClipLatents:
     Attributes:
       latents: normalised latents, float16 or float32.
       mask: 1 for real latents, 0 for padding.
-      cut: chunks that begin a shot, except the first chunk.
-      shot: number of cuts up to each chunk.
-      prompt: each chunk's row of `text_features`.
+      cut: whether each chunk begins a new shot; False for the first chunk.
+      shot: number of cuts up to and including each chunk.
+      prompt: row of `text_features` with each chunk's prompt.
       text_features: features of the prompts, zero after their last token.
     """
 
@@ -32,7 +32,7 @@ class ClipLatents:
     text_features: Float[np.ndarray, "p t e"]
 
     def row(self, num_prompts: int) -> dict[str, np.ndarray]:
-        """The arrays by name, with `text_features` padded to `num_prompts` so that rows stack."""
+        """The arrays by name, with `text_features` padded to `num_prompts` so that clips stack."""
         return vars(self) | {"text_features": pad_prompts(self.text_features, num_prompts)}
 
 
@@ -41,7 +41,7 @@ def pad_prompts(
 ) -> Float[np.ndarray, "n t e"]:
     """Text features padded with zeros to `num_prompts` prompts.
 
-    Raises ValueError if there are more.
+    Raises ValueError if there are more than that.
     """
     missing = num_prompts - len(text_features)
     if missing < 0:

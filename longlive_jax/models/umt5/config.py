@@ -17,8 +17,8 @@ class UMT5Config:
       ffn_dim: hidden width of the feed-forward layers.
       heads: number of attention heads.
       layers: number of encoder layers.
-      buckets: relative-position buckets of each layer's table, half of them per direction.
-      max_distance: distance from which on all positions share one bucket.
+      buckets: number of relative-position buckets in each layer's table, half per direction.
+      max_distance: smallest distance whose bucket is shared by all larger distances.
       eps: epsilon of the norms.
       dtype: dtype of matrix products; norms, position bias and softmax are always float32.
       param_dtype: dtype of the parameters.

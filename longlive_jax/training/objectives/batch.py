@@ -15,18 +15,18 @@ from longlive_jax.typing import Array, Bool, Float, Int, Key
 class TeacherForcingBatch:
     """`j` context chunks and `k` target chunks of `m` latent frames for each of `b` samples.
 
-    The last axis of the integer columns runs over context chunks, then target chunks.
+    The last axis of the integer arrays runs over the context chunks, then the target chunks.
 
     Attributes:
       context: clean latents.
       target: clean latents of the chunks to denoise.
       mask: 1 where a target frame counts, 0 where it is padding.
-      chunk_index: number of a chunk in its video; EMPTY for context that does not exist.
+      chunk_index: index of a chunk in its video; EMPTY for context that does not exist.
       start: temporal position of the chunk's first frame, shot offset included.
       window_start: oldest visible chunk (see `Tokens`).
       sink: shot sink (see `Tokens`).
       prompt: row of the chunk's prompt in the text features.
-      noisy: which chunks are targets; None: those after the context.
+      noisy: whether each chunk is a target; None: those after the context are.
     """
 
     context: Float[Array, "b jm h w c"]
@@ -47,15 +47,15 @@ class ARLossSpec:
     Attributes:
       shift: shift of the noise levels (paper: 5).
       weighting: weight of an error by its noise level. "bell" is the reference's and suits
-        fine-tuning: it nearly ignores the noisiest levels, where a model trained from scratch
+        fine-tuning: it nearly ignores the noisiest levels, at which a model trained from scratch
         learns to follow its text.
-      global_sinks: number of first chunks that every later one sees.
-      context_noise: context latents get noise of a level uniform in [0, context_noise] per chunk,
-        since the sampler's own context is never quite clean.
-      context_noise_told: the model is given that level; else the context's timestep stays 0.
+      global_sinks: number of first chunks that all later chunks attend to.
+      context_noise: largest noise level of the context. Every chunk's level is uniform in
+        [0, context_noise], since the sampler's own context is never quite clean.
+      context_noise_told: whether that level is the context's timestep, which is 0 otherwise.
       text_dropout: probability that all prompts of a sample are replaced by the empty one, for
         classifier-free guidance.
-      image_to_video: the first latent frame of the video is a conditioning frame: clean, at
+      image_to_video: whether the first latent frame of a video is a conditioning frame: clean, at
         timestep 0, in context and target, and excluded from the loss.
     """
 
@@ -79,8 +79,8 @@ class Draws:
       weight: weight of their errors.
       context: context latents as the model sees them.
       context_timestep: timestep that the model is given for the context.
-      dropped: samples whose prompts are all replaced by the empty one.
-      conditioning_frame: target frames that are given (image to video) and not in the loss.
+      dropped: whether all prompts of a sample are replaced by the empty one.
+      conditioning_frame: whether a target frame is given (image to video) and not in the loss.
     """
 
     noise: Float[Array, "b km h w c"]
@@ -96,7 +96,7 @@ class Draws:
 def draw(
     key: Key[Array, ""], batch: TeacherForcingBatch, *, chunk_frames: int, spec: ARLossSpec
 ) -> Draws:
-    """Draws for a batch: one noise level a chunk, uniform over the table, noise and dropout."""
+    """Draws for a batch: noise, dropout, and one noise level per chunk, uniform over the table."""
     keys = jax.random.split(key, 5)
     b, frames = batch.target.shape[:2]
     level_key, noise_key = jax.random.split(keys[2])
@@ -135,7 +135,7 @@ def draws_of(
       index: index of every target chunk in the table of noise levels.
       context_level: noise level of every context chunk.
       context_noise: noise of the context frames, or None.
-      dropped: samples without prompts.
+      dropped: whether all prompts of a sample are replaced by the empty one.
       chunk_frames: latent frames of a chunk.
       spec: settings of the loss.
     """
@@ -165,7 +165,7 @@ def draws_of(
 def num_loss_frames(
     batch: TeacherForcingBatch, chunk_frames: int, spec: ARLossSpec
 ) -> Float[Array, ""]:
-    """Number of target frames that the loss is the mean of."""
+    """Number of target frames that the loss averages over."""
     conditioning = _conditioning_frames(batch, chunk_frames, spec)[:, batch.context.shape[1] :]
     return jnp.sum(batch.mask * ~conditioning)
 
@@ -173,7 +173,7 @@ def num_loss_frames(
 def _conditioning_frames(
     batch: TeacherForcingBatch, chunk_frames: int, spec: ARLossSpec
 ) -> Bool[Array, "b jm+km"]:
-    """Which frames of context and target are the image that a video begins with."""
+    """Whether each frame of context and target is the image that a video begins with."""
     first = jnp.repeat(batch.chunk_index == 0, chunk_frames, axis=1)
     return first & (jnp.arange(first.shape[1]) % chunk_frames == 0) & spec.image_to_video
 

@@ -41,8 +41,11 @@ from longlive_jax.training.objectives.recycling_draws import (
 from longlive_jax.training.update import LossState
 from longlive_jax.typing import Array, Bool, Float, Int, Key
 
-_RECYCLING_STREAM = 1
-"""Folded into a key, so that recycling draws are independent of the loss's own draws."""
+_RECYCLING_STREAM = 0x4552
+"""Folded into a key, so that recycling draws are independent of the loss's own draws.
+
+It is above the number of keys that the loss splits: `split(key, n)[i]` equals `fold_in(key, i)`.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +53,18 @@ class RecyclingSpec:
     """How often errors are injected, and which new errors are stored.
 
     Probabilities are per sample; the defaults are the reference's. `start` and `warmup` count calls
-    of `record_errors`, of which a step makes one per microbatch. For the size of the buffers see
-    `BufferSpec`.
+    of `record_errors`: one per microbatch. For the size of the buffers see `BufferSpec`.
 
     Attributes:
       buffer: layout and size of each of the two buffers.
       clean: probability that a sample gets no errors at all.
-      noise: probability that another sample gets noise errors in its noise. The model learns to
-        predict the sum.
-      latent: probability that another sample gets latent errors in its targets, before these are
-        noised. The model learns to remove them.
-      context: probability that another sample gets latent errors of any noise level in its history.
-      modulation: errors are scaled by a uniform factor from 1 - modulation to 1 + modulation.
+      noise: probability that a sample that is not clean gets noise errors in its noise. The model
+        learns to predict the sum.
+      latent: probability that a sample that is not clean gets latent errors in its targets, before
+        these are noised. The model learns to remove them.
+      context: probability that a sample that is not clean gets latent errors of any noise level in
+        its history.
+      modulation: half width of the range around 1 of the uniform factor that scales an error.
       update: probability that a clean sample's errors are stored; those of other samples always
         are.
       start: number of the first call that injects errors.
@@ -215,7 +218,8 @@ def recycle(
     """Injects past errors of matching position and noise level into noise, targets and context.
 
     Context errors may have any noise level, because the errors of a sampled history come from a
-    full trajectory. Given frames (image to video) are unchanged, and an empty bucket adds nothing.
+    full trajectory. Conditioning frames (image to video) do not change, and an empty bucket adds
+    nothing.
     Raises ValueError as `error_buffer.check_rows` does.
     """
     layout = spec.buffer
@@ -276,8 +280,8 @@ def prediction_errors(
     """`Errors` of a predicted velocity v against the original `batch`, without gradient.
 
     The latent error is x - sigma v minus the original target, so it includes injected errors that
-    the model did not remove. The noise error is (1 - sigma) times the error of v. Given frames have
-    no error.
+    the model did not remove. The noise error is (1 - sigma) times the error of v. Conditioning
+    frames have no error.
     """
     velocity, draws = jax.lax.stop_gradient(velocity), used.draws
     noisy = corrupt(used.model_batch.target, draws.noise, draws.sigma)
@@ -303,8 +307,8 @@ def record_errors(
 ) -> Buffers:
     """Stores the errors of a step's predictions in the buffers, sample by sample.
 
-    Not stored are most errors of clean samples (see `RecyclingSpec.update`), errors of chunks with
-    padded frames, non-finite errors, and, unless `is_finite` (the loss was finite), all errors.
+    Most errors of clean samples (see `RecyclingSpec.update`), errors of chunks with padded frames
+    and non-finite errors are skipped; so are all errors unless `is_finite` (the loss was finite).
     """
     layout = spec.buffer
     row = eb.rows_of(layout, _chunk_indices(batch, chunk_frames)[1])
@@ -333,7 +337,7 @@ def _noise_bucket(
 ) -> Int[Array, "b k"]:
     """The noise-level bucket of each target chunk.
 
-    It is that of the chunk's last frame, because the first frame may be given.
+    It is that of the chunk's last frame, because the first may be a conditioning frame.
     """
     schedule = FlowSchedule(loss.shift)
     index = schedule.index(draws.timestep[:, chunk_frames - 1 :: chunk_frames])
@@ -343,7 +347,7 @@ def _noise_bucket(
 def _chunk_indices(
     batch: TeacherForcingBatch, chunk_frames: int
 ) -> tuple[Int[Array, "b j"], Int[Array, "b k"]]:
-    """Indices in the video of the context chunks and of the target chunks."""
+    """Indices in their video of the context chunks and of the target chunks."""
     first = batch.context.shape[1] // chunk_frames
     return batch.chunk_index[:, :first], batch.chunk_index[:, first:]
 

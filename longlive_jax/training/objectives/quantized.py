@@ -1,4 +1,4 @@
-"""A run's precision: the policy of its config, checked against model, mesh and tokens."""
+"""Precision of a run: the config's policy, checked against model, mesh and number of tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def quantized(
     """
     try:
         quant = QuantizedTraining.of(spec, AXES if mesh.size > 1 else ())
-        quant.describe(shapes)  # finds what does not fit the model
+        quant.describe(shapes)  # raises if the policy does not fit the model
         quant.check_shards(specs, shapes, mesh.shape)
     except (ValueError, Unsupported) as error:
         raise UserError(f"config.{error}") from error

@@ -1,8 +1,8 @@
-"""The teacher-forcing loss over a mesh: Balanced SP, sharded parameters, one device's numbers.
+"""The teacher-forcing loss over a mesh: Balanced SP, sharded parameters, results as on one device.
 
 Everything random is drawn for the global batch before it is split, so no result depends on the
 mesh. The rest runs inside one `shard_map` over all axes, in which every device calls the same
-`predict` on its own frames. Differentiate outside of it.
+`predict` on its own frames. Gradients must be taken outside of the `shard_map`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ FRAMES = P(BATCH, SP)
 """Samples over data and fsdp, frames (or chunks) over sp."""
 
 CHUNK_COLUMNS = ("chunk_index", "start", "window_start", "sink", "prompt")
-"""Fields of a `TeacherForcingBatch` with a value a chunk: context chunks, then target chunks."""
+"""Fields of a `TeacherForcingBatch` with one value per chunk: context, then target chunks."""
 
 BATCH_SPECS = dict.fromkeys(("context", "target", "mask"), FRAMES) | {
     name: P(BATCH) for name in CHUNK_COLUMNS
@@ -64,7 +64,7 @@ class SequenceLayout:
 
 
 def balanced(batch: TeacherForcingBatch, num_shards: int) -> TeacherForcingBatch:
-    """The batch with its columns in the order of the shards: context and target of each.
+    """The batch with its columns in the order of the shards: context and target chunks of each.
 
     Raises ValueError if context or target chunks do not divide over the shards.
     """
@@ -171,7 +171,7 @@ def _forward_on_shard(
     draws: Draws,
     text: Array,
 ) -> LossOutput:
-    """The prediction for a device's own frames, and the loss normalised over all of them."""
+    """The prediction for a device's own frames, and the loss over the frames of all devices."""
     model_batch, draws = sharded.layout.on_shard(model_batch, draws)
 
     # Blocks are gathered one by one as they are used, everything else at once.

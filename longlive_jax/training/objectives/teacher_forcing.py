@@ -1,8 +1,8 @@
 """Autoregressive training by teacher forcing (paper, section 2.1): the loss, top to bottom.
 
 One sequence holds clean context chunks and, after them, the chunks to denoise. The attention mask
-follows from the chunks' indices, window and sinks, so full-history training (the reference) and
-training with exactly the sampler's window are the same code on different columns.
+follows from the chunks' indices, windows and sinks, so full-history training (the reference) and
+training with exactly the sampler's window are the same code with different values of these.
 
     TeacherForcingLoss -> forward -> predict -> DiT
                                   -> flow_loss
@@ -50,7 +50,7 @@ _LEVELS = {
     "error_mid_noise": (0.5, 0.85),
     "error_high_noise": (0.85, 1.01),
 }
-"""Metrics of the velocity's error, and their ranges of noise levels."""
+"""Metrics of the velocity error by noise level, and their ranges of levels."""
 
 
 def self_attention(tokens: Tokens, *, implementation: Implementation = "auto") -> AttentionFn:
@@ -67,11 +67,11 @@ class ARSetup:
       chunk_frames: latent frames of a chunk.
       empty_prompt: row of the empty prompt in the text features.
       spec: settings of the loss.
-      attention_for: tokens -> self-attention over sequences of them; called once a step.
+      attention_for: tokens -> self-attention over sequences of them; called once per step.
       attend_text: attention to the text.
       unroll: layers in one step of the scan over layers.
-      remat: recompute each layer in the backward pass, keeping only its input.
-      ffn_chunks: number of chunks of the sequence that pass the feed-forward one by one.
+      remat: whether to recompute each layer in the backward pass, keeping only its input.
+      ffn_chunks: number of chunks in which the sequence passes the feed-forward, one by one.
     """
 
     graphdef: nnx.GraphDef[DiT]
@@ -87,9 +87,9 @@ class ARSetup:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherForcingLoss:
-    """Weighted flow-matching loss of the target chunks, one noise level a chunk: a `LossFn`.
+    """Weighted flow-matching loss of the target chunks, one noise level per chunk: a `LossFn`.
 
-    Its loss state are the error buffers of error recycling (appendix C), or () without it.
+    Its loss state is the buffers of error recycling (appendix C), or () without it.
 
     Attributes:
       setup: everything that stays the same.
@@ -141,7 +141,7 @@ class TeacherForcingLoss:
         return loss, (metrics | {"stored_errors": count}, buffers)
 
     def without_recycling(self) -> "TeacherForcingLoss":
-        """The loss on the data as they are, for evaluation."""
+        """The loss without error recycling, for evaluation."""
         return dataclasses.replace(self, recycling=None)
 
 
@@ -168,7 +168,7 @@ def forward(
 ) -> LossOutput:
     """Prediction for `model_batch` and its loss against `target_batch`.
 
-    The two differ by recycled errors.
+    The two batches differ by recycled errors.
     """
     velocity = predict(setup, with_params(setup.graphdef, params), model_batch, draws, text)
     return *flow_loss(velocity, target_batch, draws), velocity
@@ -217,7 +217,7 @@ def predict(
         ffn_chunks=setup.ffn_chunks,
         materialize=materialize,
     )
-    assert velocity is not None  # only a call with output=False gives none
+    assert velocity is not None  # only a call with output=False returns None
     return velocity.reshape(noisy.shape)
 
 
@@ -258,7 +258,7 @@ class Packing:
 
 
 def _prompt_features(text: Float[Array, "*b p t e"], prompts: Int[Array, "b s"]) -> Array:
-    """Features [b, s, t, e] of prompts, from one table or from a table a sample."""
+    """Features [b, s, t, e] of prompts, from one table or from a table per sample."""
     if text.ndim == 3:
         return text[prompts]
     return jnp.take_along_axis(text, prompts[:, :, None, None], axis=1)
@@ -277,8 +277,8 @@ def flow_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Weighted mean squared error of a velocity over the frames in the loss, and metrics.
 
-    The error of a range of noise levels without a frame is NaN. `reduce_sums` adds sums and counts
-    over devices before they are divided, so that every frame has the same weight on any mesh.
+    The error of a range of noise levels that no frame has is NaN. `reduce_sums` adds up sums and
+    counts over devices before division, so that every frame has the same weight on any mesh.
     """
     target = velocity_target(batch.target, draws.noise)
     error = jnp.mean((velocity - target) ** 2, axis=(2, 3, 4))

@@ -16,9 +16,7 @@ from longlive_jax.parallel.mesh import BATCH
 from longlive_jax.training.feed import Feed, process_rows
 from longlive_jax.training.objectives import sharded
 from longlive_jax.training.objectives.batch import TeacherForcingBatch
-from longlive_jax.training.objectives.teacher_forcing import (
-    TextFeatures,
-)
+from longlive_jax.training.objectives.teacher_forcing import TextFeatures
 from longlive_jax.training.stages.online_encoding import (
     count_dropped,
     make_online_encoder,
@@ -36,12 +34,12 @@ class ClipData:
     """Clips to train on.
 
     Attributes:
-      source: rows of clips by index.
-      shape: latents of a clip, (f, h, w, c).
-      chunks: chunks of a clip.
-      num_texts: rows of text features of a clip, without the empty prompt.
+      source: clips by index.
+      shape: shape of a clip's latents, (f, h, w, c).
+      chunks: number of chunks per clip.
+      num_texts: rows of text features per clip, without the empty prompt.
       notes: lines for the user.
-      put: host batch -> batch on the mesh, where it is more than a transfer.
+      put: host batch -> batch on the mesh; None: only a transfer.
     """
 
     source: ClipSource
@@ -53,12 +51,12 @@ class ClipData:
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """Latents of a chunk, (m, h, w, c)."""
+        """Shape of a chunk's latents, (m, h, w, c)."""
         return (self.shape[0] // self.chunks, *self.shape[1:])
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of a chunk: one for every 2x2 patch."""
+        """Tokens per chunk: one for every 2x2 patch."""
         frames, height, width, _ = self.chunk_shape
         return frames * (height // 2) * (width // 2)
 
@@ -72,7 +70,7 @@ def clip_data(
     anywhere: bool,
     batch_size: int,
 ) -> ClipData:
-    """The clips of a store, or those of a dataset of videos by the store's rules."""
+    """The clips of a store, or the clips of a video dataset, joined by the store's rules."""
     if videos is None:
         return ClipData(clips, clips.shape, clips.chunks, clips.manifest.texts_per_clip)
     live = online_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
@@ -87,9 +85,9 @@ class ClipBatchSpec:
     """How clips become batches.
 
     Attributes:
-      batch_size: clips of a batch, over all devices.
+      batch_size: clips per batch, over all devices.
       seed: seed of the order.
-      workers: processes that read clips, beside this one (0: threads).
+      workers: number of additional processes that read clips (0: threads of this one).
       columns: settings of `data.clips.batches.columns_of`.
     """
 
@@ -106,7 +104,7 @@ def clip_batches(
     spec: ClipBatchSpec,
     put: Callable[[Any], Any] | None = None,
 ) -> Batches:
-    """This process's rows of every batch, collated; `empty` is the features of the empty prompt."""
+    """This process's rows of every batch, collated; `empty` has the empty prompt's features."""
     batches = process_batches(
         functools.partial(_feed, source, empty, mesh, spec),
         mesh,
@@ -117,7 +115,7 @@ def clip_batches(
 
 
 def split_inputs(arrays: Mapping[str, Array]) -> tuple[TeacherForcingBatch, TextFeatures]:
-    """The batch and the text features in a batch's arrays."""
+    """Splits the arrays of a batch into the `TeacherForcingBatch` and the text features."""
     columns = dict(arrays)
     text = columns.pop("text")
     return TeacherForcingBatch(**columns), text
@@ -141,7 +139,7 @@ def _feed(
 def _collated(
     empty: np.ndarray, columns: Mapping[str, Any], rows: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Rows of clips as a batch; videos that are still to be encoded are passed on."""
+    """Rows of clips as a batch; videos that are still to be encoded are passed through."""
     batch, text = collate(rows, empty, **columns)
     undecoded = {k: rows[k] for k in ("video", "dropped") if k in rows}
     return batch | {"text": text} | undecoded

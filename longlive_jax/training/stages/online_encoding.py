@@ -65,7 +65,7 @@ def online_clips(
     """The clips of `dataset`, cut and prompted as in `store`.
 
     With `anywhere`, clips begin at random frames of their videos. Raises UserError if dataset,
-    store, checkpoint and mesh do not fit together.
+    store, checkpoint and mesh do not match.
     """
     # 1. Read the settings of the store and of the VAE.
     identity = store.manifest.identity

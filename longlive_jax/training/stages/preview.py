@@ -1,4 +1,4 @@
-"""Preview pictures: a model in training samples a few prompts at every evaluation."""
+"""Preview pictures: at every evaluation the model in training samples a few prompts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class PreviewSpec:
     training state.
 
     Attributes:
-      prompts: one shot each.
+      prompts: prompt of every shot.
       seconds: duration of a shot.
       seed: seed of the video.
     """
@@ -61,7 +61,7 @@ class Preview:
         if not is_first_process():
             return
         params = jax.device_put(params, jax.local_devices()[0])
-        # Prompts are encoded anew, because their keys and values depend on the parameters.
+        # Prompts are encoded again, because their keys and values depend on the parameters.
         self._engine = self._engine or self._load(params)
         self._engine = engine = self._engine.with_params(params)
         script = ShotScript.of(*spec.prompts, seconds=spec.seconds, seed=spec.seed)

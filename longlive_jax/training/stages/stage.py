@@ -1,4 +1,4 @@
-"""Settings that every stage has, and how a stage becomes a `Task`."""
+"""The base class of stages: settings that all of them have, and how a stage becomes a `Task`."""
 
 import dataclasses
 import pathlib
@@ -15,17 +15,18 @@ from longlive_jax.training.task import Task
 from longlive_jax.training.update import EMASpec, Group, LossState, Trainer
 
 HELD_OUT_SEED = 2**31
+"""Seed of held-out data, outside of the usual range of `loop.seed`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """Settings of a run, whatever it trains.
+    """Settings that all stages have.
 
     Attributes:
-      loop: length and rhythm.
+      loop: length of the run and its intervals.
       optim: optimizer.
       ema: EMA of the parameters.
-      mesh: devices along each axis.
+      mesh: number of devices along each axis.
       save_dtype: dtype of the exported parameters.
     """
 
@@ -36,11 +37,15 @@ class RunSpec:
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
-        """What to train, given the checkpoint directory so far and a place for cached data."""
+        """What to train.
+
+        `out` is the checkpoint directory with the output of earlier stages, `workdir` a place for
+        cached data.
+        """
         raise TypeError(f"{type(self).__name__} is not a stage")
 
     def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer of the whole run."""
+        """The optimizer of the run, whose schedule has its number of steps."""
         return make_optimizer(self.optim, self.loop.steps)
 
     def trainer(
@@ -57,8 +62,10 @@ class RunSpec:
         return {"stage": stage, "steps": self.loop.steps, "seed": self.loop.seed}
 
     def check_data_parallel(self, *batch_sizes: int) -> None:
-        """Raises ValueError for a mesh with fsdp or sp, which this stage does not support, or for
-        a batch size that does not divide over mesh.data."""
+        """Raises ValueError for a mesh that this stage does not support.
+
+        Only mesh.data may exceed 1, and the samples of a microbatch must divide over it.
+        """
         for axis, size in (("sp", self.mesh.sp), ("fsdp", self.mesh.fsdp)):
             if size != 1:
                 raise ValueError(f"mesh.{axis} must be 1 in this stage, got {size}")
@@ -72,7 +79,7 @@ class RunSpec:
 
 
 def microbatch_size(batch_size: int, accumulate: int) -> int:
-    """Samples of a microbatch; ValueError if the batch does not divide into microbatches."""
+    """Samples per microbatch; raises ValueError if the batch does not divide into microbatches."""
     if batch_size % accumulate:
         raise ValueError(
             f"batch = {batch_size} does not divide by loop.accumulate = {accumulate}; choose a "

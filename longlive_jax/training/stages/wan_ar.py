@@ -1,4 +1,4 @@
-"""Stage `clips`: a DiT made autoregressive on clips of videos (paper, sections 2.1 and 4.1)."""
+"""Stage `clips`: trains a DiT to be autoregressive on video clips (paper, sections 2.1 and 4.1)."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ from pallas_kernels.dispatch import Implementation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanARStage(RunSpec):
-    """Teacher forcing on whole clips: every chunk is denoised given its clean past.
+    """Teacher forcing on full clips: every chunk is denoised given its clean past.
 
     Attributes:
       checkpoint: checkpoint directory with the initial DiT, and with the VAE and text encoder that
@@ -65,20 +65,20 @@ class WanARStage(RunSpec):
       clips: folder written by `longlive data encode`.
       videos: dataset to decode and encode while training instead of reading latents from `clips`,
         which then only supplies the joining rules and text features. None: read the latents.
-      anywhere: start clips of `videos` at random places, drawn anew at every visit; else at the
-        start of each sample, as `data encode` does for its first clip.
+      anywhere: whether clips of `videos` start at random frames, drawn anew each time; otherwise
+        they start with their sample, as the first clip of `data encode` does.
       held_out: folder of held-out clips for evaluation, or None.
       held_out_batches: number of batches of an evaluation.
       preview: videos sampled at every evaluation, with the checkpoint's settings.
       batch: clips per step, over all devices.
-      workers: processes that read clips, beside this one (0: threads).
-      window: chunks that a chunk attends to, itself and the sinks included (None: its whole past).
+      workers: number of additional processes that read clips (0: threads of this one).
+      window: chunks that a chunk attends to, itself and the sinks included (None: its full past).
       shot_rope_offset: latent frames added to temporal positions at every cut.
       loss: teacher-forcing loss settings.
       recycling: error recycling (appendix C), or None to disable.
       attention: implementation of self-attention; "auto" is the best one proven on the device.
-      remat: recompute each layer in the backward pass.
-      ffn_chunks: number of chunks of a device's tokens that pass the feed-forward one by one.
+      remat: whether to recompute each layer in the backward pass.
+      ffn_chunks: number of chunks in which a device's tokens pass the feed-forward, one by one.
       dtype: dtype of matrix products and of all-gathered parameters.
       stream_dtype: dtype of the residual stream between layers, which remat keeps for every layer.
       quant: precision of the blocks' matrix products.
@@ -188,7 +188,7 @@ class WanARStage(RunSpec):
     ) -> tuple[str, ...]:
         """Lines printed before the first step: precision, attention, error buffers, data."""
         attention = f"attention: {self.attention}"
-        if self.attention == "auto":  # cuDNN takes no mask a sample, which clips need
+        if self.attention == "auto":  # clips need a mask per sample, which cuDNN does not support
             attention = (
                 "attention: xla, block by block; config.attention=mosaic selects the sparse "
                 "kernels for Hopper and Blackwell, compiled but not run on a chip yet"
@@ -219,7 +219,7 @@ class WanARStage(RunSpec):
         return {"dtype": self.dtype, "stream_dtype": self.stream_dtype}
 
     def setup(self, model: DiTConfig, chunk_frames: int, num_texts: int) -> ARSetup:
-        """Setup for clips with `num_texts` rows of text features before the empty prompt's."""
+        """Setup for clips with `num_texts` rows of text features, then that of the empty prompt."""
         return ARSetup(
             graphdef=abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[0],
             chunk_frames=chunk_frames,
@@ -235,13 +235,13 @@ class WanARStage(RunSpec):
     ) -> QuantizedTraining:
         """Quantization of the matrix products.
 
-        `rows`: clean (or noisy) tokens of a clip, and its rows of text features.
+        `rows` is the number of clean (or noisy) tokens of a clip, and of its rows of text features.
         """
         named = dict(zip(("clean or noisy tokens", "text rows"), rows, strict=True))
         return quantized(self.quant, shapes, specs, mesh, named)
 
     def teacher_forcing_loss(self, setup: ARSetup, mesh: Mesh, specs: Any) -> TeacherForcingLoss:
-        """The loss over the mesh; `specs` are those of the parameters as it sees them."""
+        """The loss over the mesh; `specs` are those of its (perhaps quantized) parameters."""
         gather = Gather(specs, dtype=jnp.dtype(self.dtype))
         forward = functools.partial(sharded_forward, sharded=ShardedLoss(mesh, specs, gather))
         return TeacherForcingLoss(setup, split_inputs, forward, self.recycling)
@@ -307,7 +307,7 @@ class WanARStage(RunSpec):
         clips = None if self.held_out is None else EncodedClips(self.held_out)
         if clips is not None:
             check_encoded_by(clips, self.checkpoint)
-            # Its clips may have more or fewer rows of text features.
+            # Held-out clips may have another number of rows of text features.
             setup = dataclasses.replace(loss.setup, empty_prompt=clips.manifest.texts_per_clip)
             batches = clip_batches(
                 clips, clips.empty_text_features, mesh, self._batch_spec(HELD_OUT_SEED)

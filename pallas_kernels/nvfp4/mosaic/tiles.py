@@ -1,4 +1,4 @@
-"""Quantization in squares of 16x16 on Blackwell, for weights: W and W^T have the same blocks.
+"""Quantization of weights in 16x16 squares on Blackwell, so that W and W^T have the same blocks.
 
 A thread holds a square as 16 blocks; 128 threads cover 16 rows and 2048 columns.
 """
@@ -30,8 +30,8 @@ def quantize(
 ) -> tuple[Array, Array]:
     """Codes and scales of x [lead, m, k] or of its transpose, with every scale repeated 16 times.
 
-    There is one `amax` per entry. Raises `Unsupported` for a rotated x: only weights have squares,
-    and weights are not rotated.
+    `amax` has one value per entry of the leading axis. Raises `Unsupported` for a rotated x: only
+    weights are quantized in squares, and weights are not rotated.
     """
     if options.hadamard:
         raise Unsupported("rotated NVFP4 squares have no kernel; use implementation='xla'")
@@ -71,7 +71,10 @@ def _quantize(x, amax, words, options: QuantizeOptions, transpose: bool, size, i
 
 
 def _group(x, codes, scales, args: ProgramArgs, down: Any, at: Any, transpose: bool, size) -> None:
-    """Quantizes 128 squares from index `at` of row `down`; `size` is that of x without padding."""
+    """Quantizes 128 squares from index `at` in the row of squares `down`.
+
+    `size` is (m, k) of x without padding.
+    """
     own = pl.ds(at, GROUP)
     m, k = size
 

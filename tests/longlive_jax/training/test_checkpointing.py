@@ -18,13 +18,20 @@ from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.quant.low_rank import LoRAKernel, LowRank
 from longlive_jax.spec import Failure, UserError
 from longlive_jax.training import checkpointing as module
-from longlive_jax.training.checkpointing import LORA, TrainCheckpoints, restore_weights
+from longlive_jax.training.checkpointing import (
+    LORA,
+    TrainCheckpoints,
+    parameter_digests,
+    restore_weights,
+)
 from longlive_jax.training.fingerprints import fingerprints
 from longlive_jax.training.objectives.error_buffer import BufferSpec
 from longlive_jax.training.objectives.error_recycling import RecyclingSpec, buffer_state
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.state import Trained, TrainState
 from longlive_jax.training.update import EMASpec, Group, Trainer, stateless
+from pallas_kernels.nvfp4 import quantize
+from tests.longlive_jax.training.toy_task import two_groups
 
 
 def state_of(step: int, sharding: NamedSharding | None = None) -> TrainState:
@@ -317,6 +324,17 @@ def test_a_fingerprint_depends_on_every_element_and_its_position(dtype):
     assert fingerprints({"x": jax.device_put(x, row_sharding(2, 1, 2))})["x"] == original
 
 
+def test_frozen_nvfp4_parameters_have_digests():
+    """Their codes have 4 bits. The digest depends on each of them."""
+    packed = quantize(jnp.arange(64.0).reshape(2, 32), implementation="xla")
+    codes = np.array(packed.codes)
+    codes[1, 31] = 0
+    changed = dataclasses.replace(packed, codes=jnp.asarray(codes))
+    named = {"backbone": {"kernel": packed}, "other": {"kernel": changed}}
+    first, again = parameter_digests(named), parameter_digests(named)
+    assert first == again and first["backbone"] != first["other"]
+
+
 EARLIER = Path(__file__).with_name("earlier_version")
 """Work directories of runs by versions whose train state had no groups."""
 
@@ -341,6 +359,13 @@ def test_error_buffers_of_an_earlier_version_are_restored(tmp_path):
     assert int(state.loss_state.num_updates) == 11
     stored = np.asarray(state.loss_state.latent.entries.astype(jnp.float32))
     np.testing.assert_array_equal(stored.ravel(), np.arange(stored.size) % 7 + 1)
+
+
+def test_a_run_of_an_earlier_version_cannot_resume_with_several_groups(tmp_path):
+    shutil.copytree(EARLIER / "buffers", tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"one group .* this run has \['critic', 'generator'\]"):
+        restore(tmp_path, two_groups().abstract, complete=True)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_weights_of_an_earlier_version_are_restored(tmp_path):

@@ -17,7 +17,13 @@ from longlive_jax.training.feed import feed_in_order
 from longlive_jax.training.loop import LoopSpec, train
 from longlive_jax.training.metrics import MetricsLog
 from longlive_jax.training.task import About, StepCost, global_batches
-from tests.longlive_jax.training.toy_task import Batches, one_device, toy_task, trainer
+from tests.longlive_jax.training.toy_task import (
+    Batches,
+    one_device,
+    toy_task,
+    trainer,
+    two_groups_task,
+)
 
 
 def spec(**changes):
@@ -53,6 +59,22 @@ def test_consecutive_non_finite_updates_stop_the_run(tmp_path):
     rarely_logged = spec(patience=3, log_every=10)  # divergence is noticed between records
     with pytest.raises(FloatingPointError, match="in 4 consecutive updates before step 9"):
         train(toy_task(10, poison=range(5, 10)), tmp_path, rarely_logged)
+
+
+def test_the_error_names_the_group_that_diverged(tmp_path):
+    """The generator is updated in steps 1, 6 and 11; only its loss reads the batch."""
+    task = two_groups_task(Batches(12, poison=(5, 10)))
+    with pytest.raises(FloatingPointError, match=r"of generator was not finite in 2 .* step 11"):
+        train(task, tmp_path, spec(steps=12, patience=2, log_every=1))
+
+
+def test_a_record_has_the_metrics_of_every_group_updated_since_the_last(tmp_path):
+    task = two_groups_task(Batches(9))
+    train(task, tmp_path, spec(steps=9, log_every=3, save_every=9, eval_every=0))
+    logged = [r for r in records(tmp_path) if "steps_per_s" in r]
+    assert [(r["step"], "generator_loss" in r) for r in logged] == [(3, 1), (6, 1), (9, 0)]
+    assert all("critic_loss" in r for r in logged)
+    assert logged[0]["generator_count"] == 0 and logged[0]["critic_count"] == (1 + 2 + 3) / 3
 
 
 def test_a_skipped_update_is_left_out_of_the_means_of_a_record(tmp_path):

@@ -14,7 +14,7 @@ from longlive_jax.training.checkpointing import TrainCheckpoints
 from longlive_jax.training.state import REPLICATED
 from tests.longlive_jax.training import toy_run
 from tests.longlive_jax.training.processes import finish, start, wait_for, wait_for_output
-from tests.longlive_jax.training.toy_task import RATIO, one_device
+from tests.longlive_jax.training.toy_task import RATIO, one_device, two_groups
 
 DEVICES = 4
 EARLIER = Path(__file__).with_name("earlier_version")
@@ -112,19 +112,21 @@ def test_resuming_on_another_mesh_is_close_to_the_uninterrupted_run(uninterrupte
 
 
 def test_two_groups_with_an_update_ratio_resume_as_if_uninterrupted(tmp_path):
-    """States, frozen parameters, counters and the position in the cycle of updates."""
+    """States, frozen parameters, counters and the position in the cycle of updates.
+
+    Checkpoints are 4 steps apart and cycles 5, so the run resumes within a cycle.
+    """
     code, output = finish(start(tmp_path / "uninterrupted", 20, 0, "two_groups", devices=1))
     assert code == 0, output
     killed = start(tmp_path / "killed", 20, 0.2, "two_groups", devices=1)
-    wait_for(tmp_path / "killed/state/10", killed)
-    time.sleep(0.5)  # a few steps into the cycle
+    wait_for(tmp_path / "killed/state/12", killed)
+    time.sleep(0.3)
     killed.send_signal(signal.SIGKILL)
     finish(killed)
     code, output = finish(start(tmp_path / "killed", 20, 0, "two_groups", devices=1))
     assert code == 0 and "Resumed from step 1" in output and "frozen" not in output, output
     want, got = (
-        restored_state(tmp_path / name, make=toy_run.two_groups_trainer)
-        for name in ("uninterrupted", "killed")
+        restored_state(tmp_path / name, make=two_groups) for name in ("uninterrupted", "killed")
     )
     chex.assert_trees_all_equal(got, want)
     assert int(got.loss_state) == 20 + 20 // RATIO

@@ -1,4 +1,4 @@
-"""One update: skipping, gradient accumulation, sharding and EMA, with one or several groups."""
+"""Updates: skipping, gradient accumulation, sharding, EMA and keys, with one or several groups."""
 
 import chex
 import jax
@@ -14,13 +14,13 @@ from longlive_jax.training.update import LossState, Trainer, stateless
 from tests.longlive_jax.training.toy_task import (
     EMA,
     RATIO,
+    TEACHER,
     Batches,
-    critic_loss,
-    generator_loss,
     group,
     one_device,
     one_to_five,
     trainer,
+    two_groups,
 )
 
 MODEL = ("model",)
@@ -156,16 +156,6 @@ def test_parameters_that_do_not_divide_over_the_mesh_are_refused():
         trainer(mesh=mesh, rules=((r"kernel", P("fsdp")),))
 
 
-def two_groups(seed=0):
-    """A trainer of a generator and a critic, with the toy losses' counter as its loss state."""
-    groups = {"generator": group(generator_loss), "critic": group(critic_loss, ema=None)}
-    counter = LossState(lambda: jnp.int32(0), P())
-    return Trainer(groups, one_device(), seed=seed, loss_state=counter)
-
-
-TEACHER = {"teacher": {"kernel": np.float32([1.0, -1.0])}}
-
-
 def train_one_to_five(toy, steps, frozen=TEACHER, poison=()):
     """The state after `steps` steps of the schedule `one_to_five`, and the metrics of each."""
     state, history = toy.init(), []
@@ -244,6 +234,34 @@ def test_keys_derive_from_seed_and_step_and_differ_between_groups():
     key = jax.random.fold_in(jax.random.key(0), 0)
     _, metrics = single.program(("a",))(single.init(), {}, Batches(1)[0])
     assert float(metrics["draw"]) == float(jax.random.uniform(key)) == first[0]
+
+
+def test_the_second_group_shares_no_key_with_the_first():
+    """The first group's loss may split its key or fold small numbers into it, as steps do."""
+
+    @stateless
+    def reporting_loss(params, x, key):
+        return jnp.sum(params["kernel"] ** 2), {"key": jax.random.key_data(key)}
+
+    def init(key):
+        return {"kernel": jax.random.uniform(key, (2,))}
+
+    def derived(key):
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(100))
+
+    groups = {name: group(reporting_loss, init=init) for name in ("a", "b")}
+    toy = Trainer(groups, one_device())
+    state = toy.init()
+    initial = np.array(state.groups["b"].params["kernel"])
+    _, metrics = toy.program(("a", "b"))(state, {}, Batches(1)[0])
+
+    # 1. The key of an update, among those that derive from the first group's.
+    keys = jax.random.key_data(derived(jax.random.wrap_key_data(metrics["a_key"])))
+    assert not (np.array(keys) == np.array(metrics["b_key"])).all(axis=1).any()
+
+    # 2. The key of the initial parameters, among those of the steps.
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(derived(jax.random.key(0)))
+    assert not (np.array(draws) == initial).all(axis=1).any()
 
 
 def test_ema_differs_from_the_parameters_after_its_start():

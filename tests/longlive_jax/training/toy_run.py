@@ -2,14 +2,14 @@
 
     toy_run.py WORKDIR STEPS DELAY [HOSTS]
 
-It trains a regression on all devices.
+It trains a regression on all devices, or two groups of parameters on the first.
 
-    DELAY: seconds per batch, to leave time to interrupt it; or `fail=K`, which makes the last
+    DELAY: seconds per batch, to leave time to interrupt the run; or `fail=K`, which makes the last
       process fail at step K.
-    HOSTS: as in `longlive train`; or `two_groups`, to train two groups of parameters, the second
-      five times as often as the first (`toy_task`).
+    HOSTS: as in `longlive train`; or `two_groups`, to train the second group in every step and the
+      first in every fifth (`toy_task.two_groups_task`).
 
-Every process reports one skipped sample per row that it loads.
+In the regression every process reports one skipped sample per row that it loads.
 """
 
 import sys
@@ -27,8 +27,8 @@ from longlive_jax.spec import Failure
 from longlive_jax.training.feed import feed_in_order, process_rows
 from longlive_jax.training.loop import LoopSpec, train
 from longlive_jax.training.optim import OptimSpec, make_optimizer
-from longlive_jax.training.task import Task, global_batches, process_batches
-from longlive_jax.training.update import EMASpec, Group, LossState, Trainer, stateless
+from longlive_jax.training.task import Task, process_batches
+from longlive_jax.training.update import EMASpec, Group, Trainer, stateless
 from tests.longlive_jax.training import toy_task
 
 ROWS = 8
@@ -97,16 +97,8 @@ def regression_task(steps: int, delay: str) -> Task:
     )
 
 
-def two_groups_trainer(mesh):
-    groups = {
-        "generator": toy_task.group(toy_task.generator_loss),
-        "critic": toy_task.group(toy_task.critic_loss, ema=None),
-    }
-    return Trainer(groups, mesh, loss_state=LossState(lambda: jnp.int32(0), P()))
-
-
 class Points:
-    """The batches of `toy_task.Batches`, `delay` seconds each."""
+    """The batches of `toy_task.Batches`, each after `delay` seconds."""
 
     def __init__(self, steps: int, delay: str):
         self.steps, self.delay = steps, delay
@@ -120,19 +112,11 @@ class Points:
 
 
 def two_groups_task(steps: int, delay: str) -> Task:
-    mesh = toy_task.one_device()
-    return Task(
-        trainer=two_groups_trainer(mesh),
-        batches=global_batches(feed_in_order(Points(steps, delay)), mesh),
-        evaluate=lambda weights, step, workdir: {},
-        export=lambda weights, directory: None,
-        updates=toy_task.one_to_five,
-        frozen={"teacher": jax.device_put({"kernel": np.float32([1.0, -1.0])})},
-    )
+    return toy_task.two_groups_task(Points(steps, delay))
 
 
-def run(workdir: str, steps: str, delay: str, make_task=regression_task) -> int:
-    loop = LoopSpec(steps=int(steps), log_every=1, save_every=5)
+def run(workdir: str, steps: str, delay: str, make_task=regression_task, save_every=5) -> int:
+    loop = LoopSpec(steps=int(steps), log_every=1, save_every=save_every)
     state = train(make_task(int(steps), delay), Path(workdir), loop)
     print(f"done at step {int(state.step)}")
     return 0
@@ -140,8 +124,10 @@ def run(workdir: str, steps: str, delay: str, make_task=regression_task) -> int:
 
 def main(workdir: str, steps: str, delay: str, hosts: str = "") -> int:
     if hosts in ("", "two_groups"):
+        # Two groups are also saved in the middle of a cycle of updates.
+        options = (two_groups_task, toy_task.RATIO - 1) if hosts else ()
         try:
-            return run(workdir, steps, delay, two_groups_task if hosts else regression_task)
+            return run(workdir, steps, delay, *options)
         except Failure as error:
             print(error)
             return error.code

@@ -3,20 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.training.feed import feed_in_order
 from longlive_jax.training.optim import OptimSpec, make_optimizer
 from longlive_jax.training.task import Task, global_batches
-from longlive_jax.training.update import EMASpec, Group, Trainer, stateless
+from longlive_jax.training.update import EMASpec, Group, LossState, Trainer, stateless
 
 OPTIM = OptimSpec(lr=1e-2, weight_decay=0.0, clip=1.0)
 EMA = EMASpec(decay=0.9, start=3)
 RATIO = 5
+TEACHER = {"teacher": {"kernel": np.float32([1.0, -1.0])}}
+"""Frozen parameters of the task with two groups."""
 
 
 class Batches:
-    """Points [8, 2] as a function of the step; those of the steps in `poison` are NaN."""
+    """Batches of points [8, 2] by step; those of the steps in `poison` are NaN."""
 
     def __init__(self, steps, poison=()):
         self.steps, self.poison = steps, poison
@@ -74,7 +77,7 @@ def toy_task(steps, poison=(), **fields):
 
 
 def critic_loss(params, x, key, loss_state, frozen):
-    """Squared distance to generator + teacher; counts its calls in the loss state."""
+    """Squared distance to generator + teacher; counts its evaluations in the loss state."""
     target = frozen["generator"]["kernel"] + frozen["teacher"]["kernel"]
     noise = 0.01 * jax.random.normal(key, target.shape)
     return jnp.sum((params["kernel"] - target - noise) ** 2), (
@@ -84,7 +87,7 @@ def critic_loss(params, x, key, loss_state, frozen):
 
 
 def generator_loss(params, x, key, loss_state, frozen):
-    """Mean squared error of the regression with the critic's help; counts its calls."""
+    """Regression error of generator + 0.1 critic; counts its evaluations in the loss state."""
     error = x @ (params["kernel"] + 0.1 * frozen["critic"]["kernel"]) - x.sum(1)
     noise = 0.01 * jax.random.normal(key, error.shape)
     return jnp.mean((error - noise) ** 2), ({"count": loss_state}, loss_state + 1)
@@ -93,3 +96,25 @@ def generator_loss(params, x, key, loss_state, frozen):
 def one_to_five(step):
     """Groups of a step: the critic in every step, the generator before it in every fifth."""
     return ("generator", "critic") if step % RATIO == 0 else ("critic",)
+
+
+def two_groups(mesh=None, *, seed=0):
+    """The `Trainer` of a generator and a critic, whose loss state counts the losses evaluated."""
+    groups = {"generator": group(generator_loss), "critic": group(critic_loss, ema=None)}
+    counter = LossState(lambda: jnp.int32(0), P())
+    mesh = one_device() if mesh is None else mesh
+    return Trainer(groups, mesh, seed=seed, loss_state=counter)
+
+
+def two_groups_task(batches, **fields):
+    """`two_groups` as a `Task`, on batches by step; `fields` override its fields."""
+    mesh = one_device()
+    defaults = {
+        "trainer": two_groups(mesh),
+        "batches": global_batches(feed_in_order(batches), mesh),
+        "evaluate": lambda weights, step, workdir: {},
+        "export": lambda weights, directory: None,
+        "updates": one_to_five,
+        "frozen": jax.device_put(TEACHER),
+    }
+    return Task(**defaults | fields)
