@@ -41,11 +41,8 @@ from longlive_jax.training.objectives.recycling_draws import (
 from longlive_jax.training.update import LossState
 from longlive_jax.typing import Array, Bool, Float, Int, Key
 
-_RECYCLING_STREAM = 0x4552
-"""Folded into a key, so that recycling draws are independent of the loss's own draws.
-
-It is above the number of keys that the loss splits: `split(key, n)[i]` equals `fold_in(key, i)`.
-"""
+_RECYCLING_STREAM = 1
+"""Folded into a key, so that recycling draws are independent of the loss's own draws."""
 
 
 @dataclasses.dataclass(frozen=True)
