@@ -42,7 +42,8 @@ from longlive_jax.training.update import LossState
 from longlive_jax.typing import Array, Bool, Float, Int, Key
 
 _RECYCLING_STREAM = 1
-"""Folded into a key, so that recycling draws are independent of the loss's own draws."""
+"""Folded into the loss's key for the recycling draws. `jax.random.split` derives the key of the
+target noise in the same way, so that the two are correlated; other draws would change results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ def buffer_bytes(
 def draw_recycling_for(
     key: Key[Array, ""], batch: TeacherForcingBatch, *, chunk_frames: int
 ) -> RecyclingDraws:
-    """Recycling draws for a batch, independent of its `Draws` from the same key."""
+    """Recycling draws for a batch, from the key of its `Draws` (see `_RECYCLING_STREAM`)."""
     context, target = (x.shape[1] for x in _chunk_indices(batch, chunk_frames))
     recycling_key = jax.random.fold_in(key, _RECYCLING_STREAM)
     return draw_recycling(recycling_key, batch.chunk_index.shape[0], context, target)
