@@ -24,7 +24,7 @@ from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import AXES
 from longlive_jax.training.objectives.error_recycling import buffer_state
 from longlive_jax.training.objectives.sharded import CHUNK_COLUMNS
-from longlive_jax.training.stages.clip_batches import BATCH_SPECS
+from longlive_jax.training.stages.clip_batches import CLIP_BATCH_SPECS
 from longlive_jax.training.stages.wan_ar import WanARStage
 from longlive_jax.training.state import TrainState, abstract_state
 from longlive_jax.training.update import Group, LossFn, Trainer, stateless
@@ -139,7 +139,9 @@ class PlannedStep:
 
         # 3. Arguments: state, frozen parameters (none) and batch.
         batch = self.batch()
-        shardings = {k: NamedSharding(mesh, P(*BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()}
+        shardings = {
+            k: NamedSharding(mesh, P(*CLIP_BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()
+        }
         arguments: Any = (trainer.abstract, {}, abstract_state(batch, shardings))
         return trainer.program(("dit",)), arguments
 

@@ -25,7 +25,7 @@ RATES = {
 }
 """Rates of `metrics.summary` in the report -> their names for readers."""
 
-TARGETS = {
+QUALITY_TARGETS = {
     "vae": dict.fromkeys(("shape", "colour", "background", "motion"), 0.98) | {"psnr": 32.0},
     "shots": dict.fromkeys(("shape", "colour", "background", "motion"), 0.90)
     | {"all_right": 0.80, "cut_exact": 0.98},
@@ -71,7 +71,7 @@ def is_done(report: Mapping[str, Any], name: str, dependencies: Mapping[str, Any
 
 def target_results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, bool]]:
     """(case, metric, value, target, is met) for every target whose case was measured."""
-    for case, targets in TARGETS.items():
+    for case, targets in QUALITY_TARGETS.items():
         result = report["cases"].get(case)
         if result is None:
             continue

@@ -20,7 +20,7 @@ from pallas_kernels.attention.packed_kv import (
 )
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import BLOCK, NVFP4, dequantize
-from pallas_kernels.nvfp4.format import CODE, SCALE
+from pallas_kernels.nvfp4.format import CODE_DTYPE, SCALE_DTYPE
 from pallas_kernels.tokens import EMPTY, concat, make
 from tests.pallas_kernels import deviceless
 from tests.pallas_kernels.interpreter import SIMULATED, no_races
@@ -42,8 +42,8 @@ def problem(*, batch=1, slots=2, tokens=64, heads=2, width=64, own=40, dtype=jnp
 
 
 def random_array(rng, shape, amax) -> NVFP4:
-    codes = (2 * rng.standard_normal(shape)).astype(CODE)
-    scales = rng.uniform(50, 250, (*shape[:-1], shape[-1] // BLOCK)).astype(SCALE)
+    codes = (2 * rng.standard_normal(shape)).astype(CODE_DTYPE)
+    scales = rng.uniform(50, 250, (*shape[:-1], shape[-1] // BLOCK)).astype(SCALE_DTYPE)
     largest = amax * (1 + np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape[:2]))
     return NVFP4(jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(largest), "mse")
 

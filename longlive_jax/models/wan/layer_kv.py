@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from longlive_jax.models.wan.packed_cache import KVFormat, PackedTensor
-from longlive_jax.models.wan.positions import rotate
+from longlive_jax.models.wan.positions import apply_rope
 from longlive_jax.typing import Array, Float
 from pallas_kernels.attention import AttentionFn
 from pallas_kernels.attention.packed_kv import attention_packed
@@ -47,7 +47,7 @@ class AttentionContext:
 
     def rotate_keys(self, k: Array) -> Array:
         """All keys with their rotation: unchanged unless positions are relative."""
-        return rotate(k, self.k_rotation) if self.relative else k
+        return apply_rope(k, self.k_rotation) if self.relative else k
 
 
 class LayerKV(Protocol):

@@ -36,7 +36,7 @@ from jax.typing import DTypeLike
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, quantize
-from pallas_kernels.nvfp4.format import BLOCK, SCALE, pack, unpack
+from pallas_kernels.nvfp4.format import BLOCK, SCALE_DTYPE, pack, unpack
 
 Smoothing = Literal["none", "reference", "token_mean", "channel_mean"]
 Storage = Literal["model", "nvfp4"]
@@ -106,7 +106,7 @@ class PackedTensor:
     @property
     def array(self) -> NVFP4:
         """The codes and scales as an array, without the offset."""
-        scales = lax.bitcast_convert_type(self.scales, SCALE)
+        scales = lax.bitcast_convert_type(self.scales, SCALE_DTYPE)
         return NVFP4(unpack(self.codes), scales, self.amax, self.rule)
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*rows d"]:

@@ -25,11 +25,11 @@ from longlive_jax.training.objectives.batch import Draws, TeacherForcingBatch, d
 from longlive_jax.training.objectives.teacher_forcing import (
     ARSetup,
     LossOutput,
-    Metrics,
     TextFeatures,
     flow_loss,
     predict,
 )
+from longlive_jax.training.update import Metrics
 from longlive_jax.typing import Array, Float, Key, Params
 
 FRAMES = P(BATCH, SP)

@@ -28,6 +28,7 @@ from longlive_jax.training.objectives.error_recycling import (
     record_errors,
     recycle,
 )
+from longlive_jax.training.update import Metrics
 from longlive_jax.typing import Array, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention, make_attention
 from pallas_kernels.dispatch import Implementation
@@ -35,8 +36,6 @@ from pallas_kernels.tokens import Tokens, make
 
 type TextFeatures = Float[Array, "*b p t e"]
 """Text encoder features: a table of prompts for all samples, or one for each."""
-
-type Metrics = dict[str, Float[Array, ""]]
 
 type LossOutput = tuple[Float[Array, ""], Metrics, Float[Array, "b km h w c"]]
 """Loss, metrics and velocity."""

@@ -27,7 +27,7 @@ from longlive_jax.training.stages.online_encoding import (
 from longlive_jax.training.task import Batches, process_batches
 from longlive_jax.typing import Array
 
-BATCH_SPECS = sharded.BATCH_SPECS | {"text": P(BATCH)}
+CLIP_BATCH_SPECS = sharded.BATCH_SPECS | {"text": P(BATCH)}
 """PartitionSpecs of a batch: a `TeacherForcingBatch`, and the text features of each sample."""
 
 
@@ -76,7 +76,7 @@ def clip_data(
     if videos is None:
         return ClipData(clips, clips.shape, clips.chunks, clips.manifest.texts_per_clip)
     live = online_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
-    put = make_online_encoder(live, checkpoint, mesh, BATCH_SPECS, batch_size)
+    put = make_online_encoder(live, checkpoint, mesh, CLIP_BATCH_SPECS, batch_size)
     message = f"{live.left_out} samples of {videos} cannot be used; see `longlive data check`"
     notes = (message,) if live.left_out else ()
     return ClipData(live.source, live.shape, live.chunks, live.source.texts_per_clip, notes, put)
@@ -99,7 +99,7 @@ class ClipBatchSpec:
     columns: Mapping[str, Any]
 
 
-def clip_batches(
+def collated_batches(
     source: ClipSource,
     empty: np.ndarray,
     mesh: Mesh,
@@ -110,7 +110,7 @@ def clip_batches(
     batches = process_batches(
         functools.partial(_feed, source, empty, mesh, spec),
         mesh,
-        BATCH_SPECS,
+        CLIP_BATCH_SPECS,
         batch_size=spec.batch_size,
     )
     return batches if put is None else dataclasses.replace(batches, put=put)

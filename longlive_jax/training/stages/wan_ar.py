@@ -42,8 +42,8 @@ from longlive_jax.training.objectives.teacher_forcing import (
 from longlive_jax.training.stages.clip_batches import (
     ClipBatchSpec,
     ClipData,
-    clip_batches,
     clip_data,
+    collated_batches,
     split_inputs,
 )
 from longlive_jax.training.stages.flops import clip_update_cost
@@ -152,7 +152,9 @@ class WanARStage(RunSpec):
         )
         return Task(
             trainer=self.trainer({"dit": group}, mesh, buffers),
-            batches=clip_batches(data.source, clips.empty_text_features, mesh, batches, data.put),
+            batches=collated_batches(
+                data.source, clips.empty_text_features, mesh, batches, data.put
+            ),
             evaluate=self._evaluation(loss.without_recycling(), mesh, quant),
             export=functools.partial(self._export, model),
             about=About(self._origin(clips), self._notes(data, quant, shapes, mesh), cost),
@@ -309,7 +311,7 @@ class WanARStage(RunSpec):
             check_encoded_by(clips, self.checkpoint)
             # Its clips may have more or fewer rows of text features.
             setup = dataclasses.replace(loss.setup, empty_prompt=clips.manifest.texts_per_clip)
-            batches = clip_batches(
+            batches = collated_batches(
                 clips, clips.empty_text_features, mesh, self._batch_spec(HELD_OUT_SEED)
             )
             loss = dataclasses.replace(loss, setup=setup)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.catalog import Build
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.nvfp4.format import BLOCK, CODE, NVFP4, SCALE, global_scale, swizzle
+from pallas_kernels.nvfp4.format import BLOCK, CODE_DTYPE, NVFP4, SCALE_DTYPE, global_scale, swizzle
 from pallas_kernels.nvfp4.mosaic.launch import check
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import kernel
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import DEPTH, RANKS, Problem, Tiling, choose
 
-Build = Callable[[], tuple[Callable, tuple]]
 INTERPRETED_BLOCKS = 2
 """Multiprocessors of the interpreted chip: few, so that thread blocks have several tiles."""
 SMALLEST_SCALE = 2.0**-100
@@ -183,7 +183,7 @@ def product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
         array: Any = jax.ShapeDtypeStruct
 
         def packed(rows: int) -> NVFP4:
-            codes, scales = array((rows, k), CODE), array((rows, k // BLOCK), SCALE)
+            codes, scales = array((rows, k), CODE_DTYPE), array((rows, k // BLOCK), SCALE_DTYPE)
             return NVFP4(codes, scales, array((), jnp.float32), "mse")
 
         def run(a, b, bias, *low_rank):

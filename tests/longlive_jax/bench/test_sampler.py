@@ -43,7 +43,7 @@ def test_call_report(monkeypatch, capsys):
         in_channels=4, out_channels=4,
     )  # fmt: skip
     tiny = dit_call.CallSpec(model=model, chunk_frames=2, latent=(4, 4), window=3, repeats=2)
-    monkeypatch.setitem(dit_call.MODELS, "mid", tiny)
+    monkeypatch.setitem(dit_call.MODEL_SPECS, "mid", tiny)
     assert run(["bench", "sampler", "--model=mid"]) == 0
     out = capsys.readouterr().out
     assert "seconds per call:" in out and "seconds per chunk:" in out

@@ -16,7 +16,7 @@ import pytest
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import products, quantize
-from pallas_kernels.nvfp4.format import CODE, NVFP4, SCALE, amax_divisor, swizzle
+from pallas_kernels.nvfp4.format import CODE_DTYPE, NVFP4, SCALE_DTYPE, amax_divisor, swizzle
 from pallas_kernels.nvfp4.mosaic import matmul as op
 from pallas_kernels.nvfp4.mosaic import matmul_tiling as tilings
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import tile_of
@@ -33,9 +33,9 @@ def exact(seed: int, rows: int, k: int) -> NVFP4:
     """Random codes and scales whose products have exact float32 sums in any order."""
     codes, scales = jax.random.split(jax.random.key(seed))
     codes = jax.random.bits(codes, (rows, k // 2), jnp.uint8)
-    codes = jax.lax.bitcast_convert_type(codes, CODE).reshape(rows, k)
+    codes = jax.lax.bitcast_convert_type(codes, CODE_DTYPE).reshape(rows, k)
     scales = 2.0 ** jax.random.randint(scales, (rows, k // 16), -2, 3)
-    return NVFP4(codes, scales.astype(SCALE), jnp.float32(amax_divisor("mse") / 2), "mse")
+    return NVFP4(codes, scales.astype(SCALE_DTYPE), jnp.float32(amax_divisor("mse") / 2), "mse")
 
 
 def random_integers(seed: int, *shape: int) -> jax.Array:
