@@ -99,7 +99,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Drift over the length of a video",
         _case_table(_QUARTERS, cases, _quarters),
         "## Identity of returning subjects",
-        "Captions mention neither marker nor size. By chance each is kept in 33 %.",
+        "Captions mention neither marker nor size. The chance level of each is 33 %.",
         _case_table(_RETURNS, cases, _returns),
         # Costs.
         "## Speed and memory",

@@ -235,8 +235,10 @@ class DiTStage(RunSpec):
             "target": self.windows.target_chunks,
         }
         tokens = {f"{name} tokens": n * chunk_tokens for name, n in counts.items()}
-        words = {f"text rows of {name}": n * self.model.text_len for name, n in counts.items()}
-        return tokens | words
+        text_rows = {
+            f"text tokens of {name}": n * self.model.text_len for name, n in counts.items()
+        }
+        return tokens | text_rows
 
     def _evaluation(
         self,

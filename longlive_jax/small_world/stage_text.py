@@ -36,7 +36,7 @@ from longlive_jax.training.update import Group, stateless
 from longlive_jax.typing import Array, Float, Params
 
 HIDDEN_SHARE = (0.15, 0.5)
-"""Least and largest share of a caption's words that are hidden; drawn anew for every caption."""
+"""Least and largest share of a caption's words that are hidden; drawn for every caption."""
 
 EMPTY_SHARE = 0.02
 """Share of empty prompts in a batch: the negative prompt must encode to something learnt."""
@@ -62,7 +62,7 @@ class CaptionBatches(Sequence):
         captions = all_captions("train")
         prompts = [p + c + stop for p in ("", CUT_PREFIX) for c in captions for stop in ("", ".")]
         if cut := tokenizer.truncations(prompts, length):
-            raise ValueError(f"{cut[0]}; use a length of at least {max(c.tokens for c in cut)}")
+            raise ValueError(f"{cut[0]}; set length to {max(c.tokens for c in cut)}")
         self._ids, self._mask = tokenizer.encode(["", *prompts], length)
         self.batch_size, self.steps, self.seed = batch_size, steps, seed
 

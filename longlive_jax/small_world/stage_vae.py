@@ -1,8 +1,8 @@
 """Training the VAE: reconstruct clips, images first.
 
 Images teach space cheaply; because causal convolutions start with their past taps at zero, the same
-parameters then go on with clips. Latents are decoded with a little noise added, so that the decoder
-forgives the small errors of a generator.
+parameters are then trained on clips. Latents are decoded with a little noise added, so that the
+decoder tolerates the small errors of a generator.
 """
 
 import dataclasses

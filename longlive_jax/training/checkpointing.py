@@ -31,7 +31,7 @@ STATE, ABOUT = "state", "about"
 LORA = r"(^|/)branch/[ab]$"
 """Paths of low-rank branches (`quant.low_rank.LoRAKernel`) among parameters."""
 
-type Say = Callable[[str], None]
+type Notify = Callable[[str], None]
 """Prints a line for the user."""
 
 
@@ -39,7 +39,7 @@ class TrainCheckpoints:
     """The checkpoints of one work directory; a context manager that ends with all of them on disk.
 
     `origin`, ready for JSON, is what a run comes from besides the shapes of its state: a run that
-    resumes with another origin is told the difference.
+    resumes with another origin reports the difference.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TrainCheckpoints:
         if step in self._manager.all_steps():
             return
         self.check()
-        self.check_room(state)
+        self.check_disk_space(state)
         about = {
             "arrays": _shapes(state),
             "fingerprints": fingerprints(state),
@@ -112,13 +112,15 @@ class TrainCheckpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def restore(self, like: Any, *, say: Say, complete: bool = False) -> tuple[int, Any] | None:
+    def restore(
+        self, like: Any, *, notify: Notify, complete: bool = False
+    ) -> tuple[int, Any] | None:
         """Step and state of the newest intact checkpoint, with the shapes and shardings of `like`.
 
         A checkpoint that any of the processes cannot read, or that does not match its checksums, is
-        moved to `damaged/`, reported through `say`, and the previous one is used. `like` may be a
-        part of the state, such as `{"groups": ...}`, unless `complete`; then `say` also reports how
-        this run's origin differs.
+        moved to `damaged/`, reported through `notify`, and the previous one is used. `like` may be
+        a part of the state, such as `{"groups": ...}`, unless `complete`; then `notify` also
+        reports how this run's origin differs.
 
         Returns None if there is no checkpoint. Raises UserError if the checkpoints are of another
         model, or if none of them is intact.
@@ -138,11 +140,13 @@ class TrainCheckpoints:
             )
         for step, reason in failures:
             folder = self._move_aside(step)
-            say(f"The checkpoint of step {step} is damaged ({reason}); it was moved to {folder}.")
+            notify(
+                f"The checkpoint of step {step} is damaged ({reason}); it was moved to {folder}."
+            )
         if failures:
             self._manager.reload()
         if restored is not None and complete:
-            self._compare(about.get("origin", self._origin), restored[0], say)
+            self._compare(about.get("origin", self._origin), restored[0], notify)
         return restored
 
     def _read(self, step: int, like: Any, complete: bool) -> tuple[Any, dict[str, Any], str | None]:
@@ -188,17 +192,17 @@ class TrainCheckpoints:
         }
         return jax.tree.unflatten(structure, [arrays[paths[path]] for path in wanted]), None
 
-    def _compare(self, origin: Mapping[str, Any], step: int, say: Say) -> None:
+    def _compare(self, origin: Mapping[str, Any], step: int, notify: Notify) -> None:
         for name in sorted({*origin, *self._origin}):
             before, now = origin.get(name), self._origin.get(name)
             if before != now:
-                say(
+                notify(
                     f"{name} was {before} when step {step} was checkpointed and is {now} now: the "
                     "run does not continue as it would have."
                 )
 
-    def check_room(self, state: Any) -> None:
-        """Raises Failure if the disk has no room for this process's part of a checkpoint."""
+    def check_disk_space(self, state: Any) -> None:
+        """Raises Failure if the disk lacks space for this process's part of a checkpoint."""
         shards = (s for x in jax.tree.leaves(state) for s in x.addressable_shards)
         need = sum(s.data.nbytes for s in shards if s.replica_id == 0)
         free = shutil.disk_usage(self.workdir).free
@@ -232,7 +236,7 @@ class TrainCheckpoints:
             folder.mkdir(exist_ok=True)
             (self._root / str(step)).rename(target)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"put aside {step}")
+            multihost_utils.sync_global_devices(f"move damaged {step}")
         return target
 
 
@@ -254,7 +258,7 @@ def restore_weights(
     group: str,
     part: Literal["params", "ema"] = "ema",
     only: str | None = None,
-    say: Say,
+    notify: Notify,
 ) -> tuple[int, Params]:
     """Step of the newest intact checkpoint, and a group's parameters or EMA; reads nothing else.
 
@@ -266,7 +270,7 @@ def restore_weights(
       part: the parameters or their EMA.
       only: regular expression searched in the paths, such as `LORA`. What it does not name is
         returned as it is in `like` (the base of an adapter, for instance) and need not be stored.
-      say: told of damaged checkpoints.
+      notify: called with a message for each damaged checkpoint.
 
     Raises UserError for a folder without checkpoints, for checkpoints of another model, and if
     `only` names nothing.
@@ -279,7 +283,7 @@ def restore_weights(
     if TrainCheckpoints.none_in(workdir):
         raise UserError(f"{workdir}: has no checkpoint of a run; give the --workdir of `train`")
     with TrainCheckpoints(workdir) as checkpoints:
-        restored = checkpoints.restore({"groups": {group: {part: _nested(wanted)}}}, say=say)
+        restored = checkpoints.restore({"groups": {group: {part: _nested(wanted)}}}, notify=notify)
     if restored is None:
         raise UserError(f"{workdir}: has no finished checkpoint of a run; train for longer")
     step, tree = restored

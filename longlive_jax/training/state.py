@@ -59,8 +59,8 @@ class TrainState:
 
 def init_group(params: Params, tx: optax.GradientTransformation, *, ema: bool) -> Trained:
     """A group before its first update; the EMA starts as a copy, so both can be donated."""
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    return Trained(params, average, tx.init(params), jnp.zeros((), jnp.int32))
+    ema_params = jax.tree.map(jnp.copy, params) if ema else None
+    return Trained(params, ema_params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
 def group_specs(shapes: Trained, tx: optax.GradientTransformation, rules: Rules) -> Trained:

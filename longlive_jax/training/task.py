@@ -72,10 +72,10 @@ class StepCost:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a run says of itself.
+    """Description of a run.
 
     Attributes:
-      origin: what its data and settings are, ready for JSON: stored with every checkpoint and
+      origin: its data and settings, ready for JSON; stored with every checkpoint and
         compared on resuming.
       notes: lines printed before the first step.
       cost: size of a step, to log rates.

@@ -245,17 +245,17 @@ class Trainer:
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = group.tx.update(grads, trained.opt_state, trained.params)
         params = optax.apply_updates(trained.params, updates)
-        average = trained.ema
+        new_ema = trained.ema
         if group.ema is not None:
             decay = jnp.where(step < group.ema.start, 0.0, group.ema.decay)
-            average = optax.incremental_update(params, trained.ema, 1 - decay)
+            new_ema = optax.incremental_update(params, trained.ema, 1 - decay)
 
         # 3. The old values where the update was not finite.
         old = (trained.params, trained.ema, trained.opt_state)
-        params, average, opt_state = _select(finite, (params, average, opt_state), old)
+        params, new_ema, opt_state = _select(finite, (params, new_ema, opt_state), old)
         bad_steps = jnp.where(finite, 0, trained.bad_steps + 1)
         metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
-        return Trained(params, average, opt_state, bad_steps), loss_state, metrics
+        return Trained(params, new_ema, opt_state, bad_steps), loss_state, metrics
 
 
 def accumulated(grad_fn, num_microbatches: int, weight: MicrobatchWeight):

@@ -114,15 +114,15 @@ def _head_forward(q, k, v, tokens, is_real):
     @_not_hoisted
     def queries(block):
         # One query block against all key blocks.
-        q, q_part, kinds = block
+        q, q_block, kinds = block
 
         def step(carry, xs):
-            k, v, k_part, is_real, kind = xs
+            k, v, k_block, is_real, kind = xs
 
             def visit(carry):
                 # Online softmax: rescale the running sums to the new maximum.
                 top, total, acc = carry
-                logits = _logits(q, k, _block_mask(q_part, k_part, is_real))
+                logits = _logits(q, k, _block_mask(q_block, k_block, is_real))
                 new_top = jnp.maximum(top, logits.max(0))
                 weights = jnp.exp(logits - new_top)
                 correction = jnp.exp(top - new_top)
@@ -152,16 +152,16 @@ def _head_backward(saved, gradients):
     # 2. One key block against all query blocks: dk and dv are complete, dq accumulates.
     @_not_hoisted
     def keys(d_q, xs):
-        k, v, k_part, is_real, kinds = xs
+        k, v, k_block, is_real, kinds = xs
 
         def step(carry, xs):
-            (index, q, d_out, lse, delta, q_part), kind = xs
+            (index, q, d_out, lse, delta, q_block), kind = xs
             d_q, d_k, d_v = carry
 
             def visit(sums):
                 # Recompute the weights from the log-sum-exp.
                 d_k, d_v, _ = sums
-                weights = jnp.exp(_logits(q, k, _block_mask(q_part, k_part, is_real)) - lse)
+                weights = jnp.exp(_logits(q, k, _block_mask(q_block, k_block, is_real)) - lse)
                 d_weights = product("dk,dq->kq", v, d_out)
                 d_logits = (weights * (d_weights - delta)).astype(q.dtype)
                 d_k = d_k + product("kq,dq->kd", d_logits, q)

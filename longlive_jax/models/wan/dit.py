@@ -177,7 +177,7 @@ class DiT(nnx.Module):
         """Prompts as in `text_kv`, padded and embedded: the input of every layer's keys."""
         length = text.shape[2]
         if length > self.cfg.text_len:
-            raise ValueError(f"{length} text rows; this model takes at most {self.cfg.text_len}")
+            raise ValueError(f"text tokens must be <= {self.cfg.text_len}, got {length}")
         text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
         return EmbeddedText(self.text_embedding(text), streams=streams)
 

@@ -52,7 +52,7 @@ class ARLossSpec:
       global_sinks: number of first chunks that every later one sees.
       context_noise: context latents get noise of a level uniform in [0, context_noise] per chunk,
         since the sampler's own context is never quite clean.
-      context_noise_told: the model is given that level; else the context's timestep stays 0.
+      context_noise_told: pass that level to the model; otherwise the context's timestep stays 0.
       text_dropout: probability that all prompts of a sample are replaced by the empty one, for
         classifier-free guidance.
       image_to_video: the first latent frame of the video is a conditioning frame: clean, at
@@ -80,7 +80,7 @@ class Draws:
       context: context latents as the model sees them.
       context_timestep: timestep that the model is given for the context.
       dropped: samples whose prompts are all replaced by the empty one.
-      conditioning_frame: target frames that are given (image to video) and not in the loss.
+      conditioning_frame: target frames to condition on (image to video), which are not in the loss.
     """
 
     noise: Float[Array, "b km h w c"]

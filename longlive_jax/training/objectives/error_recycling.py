@@ -215,8 +215,8 @@ def recycle(
     """Injects past errors of matching position and noise level into noise, targets and context.
 
     Context errors may have any noise level, because the errors of a sampled history come from a
-    full trajectory. Given frames (image to video) are unchanged, and an empty bucket adds nothing.
-    Raises ValueError as `error_buffer.check_rows` does.
+    full trajectory. Conditioning frames (image to video) and frames with an empty bucket are
+    unchanged. Raises ValueError as `error_buffer.check_rows` does.
     """
     layout = spec.buffer
     # 1. Which samples get errors, and the bucket of each chunk.
@@ -276,8 +276,8 @@ def prediction_errors(
     """`Errors` of a predicted velocity v against the original `batch`, without gradient.
 
     The latent error is x - sigma v minus the original target, so it includes injected errors that
-    the model did not remove. The noise error is (1 - sigma) times the error of v. Given frames have
-    no error.
+    the model did not remove. The noise error is (1 - sigma) times the error of v. Conditioning
+    frames have no error.
     """
     velocity, draws = jax.lax.stop_gradient(velocity), used.draws
     noisy = corrupt(used.model_batch.target, draws.noise, draws.sigma)
@@ -333,7 +333,7 @@ def _noise_bucket(
 ) -> Int[Array, "b k"]:
     """The noise-level bucket of each target chunk.
 
-    It is that of the chunk's last frame, because the first frame may be given.
+    It is that of the chunk's last frame, because the first frame may be the conditioning frame.
     """
     schedule = FlowSchedule(loss.shift)
     index = schedule.index(draws.timestep[:, chunk_frames - 1 :: chunk_frames])

@@ -39,7 +39,7 @@ class ClipData:
       source: rows of clips by index.
       shape: latents of a clip, (f, h, w, c).
       chunks: chunks of a clip.
-      num_texts: rows of text features of a clip, without the empty prompt.
+      num_prompts: rows of text features of a clip, without the empty prompt.
       notes: lines for the user.
       put: host batch -> batch on the mesh, where it is more than a transfer.
     """
@@ -47,7 +47,7 @@ class ClipData:
     source: ClipSource
     shape: tuple[int, ...]
     chunks: int
-    num_texts: int
+    num_prompts: int
     notes: tuple[str, ...] = ()
     put: Callable[[Any], Any] | None = None
 
@@ -75,11 +75,13 @@ def clip_data(
     """The clips of a store, or those of a dataset of videos by the store's rules."""
     if videos is None:
         return ClipData(clips, clips.shape, clips.chunks, clips.manifest.texts_per_clip)
-    live = online_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
-    put = make_online_encoder(live, checkpoint, mesh, CLIP_BATCH_SPECS, batch_size)
-    message = f"{live.left_out} samples of {videos} cannot be used; see `longlive data check`"
-    notes = (message,) if live.left_out else ()
-    return ClipData(live.source, live.shape, live.chunks, live.source.texts_per_clip, notes, put)
+    online = online_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
+    put = make_online_encoder(online, checkpoint, mesh, CLIP_BATCH_SPECS, batch_size)
+    message = f"{online.left_out} samples of {videos} cannot be used; see `longlive data check`"
+    notes = (message,) if online.left_out else ()
+    return ClipData(
+        online.source, online.shape, online.chunks, online.source.texts_per_clip, notes, put
+    )
 
 
 @dataclasses.dataclass(frozen=True)

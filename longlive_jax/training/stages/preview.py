@@ -61,7 +61,7 @@ class Preview:
         if not is_first_process():
             return
         params = jax.device_put(params, jax.local_devices()[0])
-        # Prompts are encoded anew, because their keys and values depend on the parameters.
+        # Prompts are encoded every time, because their keys and values depend on the parameters.
         self._engine = self._engine or self._load(params)
         self._engine = engine = self._engine.with_params(params)
         script = ShotScript.of(*spec.prompts, seconds=spec.seconds, seed=spec.seed)

@@ -65,7 +65,7 @@ class WanARStage(RunSpec):
       clips: folder written by `longlive data encode`.
       videos: dataset to decode and encode while training instead of reading latents from `clips`,
         which then only supplies the joining rules and text features. None: read the latents.
-      anywhere: start clips of `videos` at random places, drawn anew at every visit; else at the
+      anywhere: start clips of `videos` at random places, drawn at every visit; else at the
         start of each sample, as `data encode` does for its first clip.
       held_out: folder of held-out clips for evaluation, or None.
       held_out_batches: number of batches of an evaluation.
@@ -139,7 +139,7 @@ class WanARStage(RunSpec):
 
         # 2. Loss, precision and updates.
         tokens = data.chunk_tokens
-        setup = self.setup(model, data.chunk_shape[0], data.num_texts)
+        setup = self.setup(model, data.chunk_shape[0], data.num_prompts)
         specs = rules.specs_for(rules.DIT, shapes)
         rows = (data.chunks * tokens, data.chunks * model.text_len)
         quant = self.precision(shapes, specs, mesh, rows)
@@ -190,7 +190,7 @@ class WanARStage(RunSpec):
     ) -> tuple[str, ...]:
         """Lines printed before the first step: precision, attention, error buffers, data."""
         attention = f"attention: {self.attention}"
-        if self.attention == "auto":  # cuDNN takes no mask a sample, which clips need
+        if self.attention == "auto":  # clips need a mask per sample, which cuDNN lacks
             attention = (
                 "attention: xla, block by block; config.attention=mosaic selects the sparse "
                 "kernels for Hopper and Blackwell, compiled but not run on a chip yet"
@@ -220,12 +220,12 @@ class WanARStage(RunSpec):
         """Settings of the model that belong to the run, not to the weights."""
         return {"dtype": self.dtype, "stream_dtype": self.stream_dtype}
 
-    def setup(self, model: DiTConfig, chunk_frames: int, num_texts: int) -> ARSetup:
-        """Setup for clips with `num_texts` rows of text features before the empty prompt's."""
+    def setup(self, model: DiTConfig, chunk_frames: int, num_prompts: int) -> ARSetup:
+        """Setup for clips with `num_prompts` rows of text features before the empty prompt's."""
         return ARSetup(
             graphdef=abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[0],
             chunk_frames=chunk_frames,
-            empty_prompt=num_texts,
+            empty_prompt=num_prompts,
             spec=self.loss,
             attention_for=functools.partial(self_attention, implementation=self.attention),
             remat=self.remat,
@@ -239,7 +239,7 @@ class WanARStage(RunSpec):
 
         `rows`: clean (or noisy) tokens of a clip, and its rows of text features.
         """
-        named = dict(zip(("clean or noisy tokens", "text rows"), rows, strict=True))
+        named = dict(zip(("clean or noisy tokens", "text tokens"), rows, strict=True))
         return quantized(self.quant, shapes, specs, mesh, named)
 
     def teacher_forcing_loss(self, setup: ARSetup, mesh: Mesh, specs: Any) -> TeacherForcingLoss:

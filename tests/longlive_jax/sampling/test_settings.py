@@ -38,7 +38,7 @@ def test_the_built_in_checkpoint_has_old_names_and_loads():
     [
         ({"stepz": 3}, "did you mean 'steps'"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
-        ({"window": 2}, "use at least 3"),
+        ({"window": 2}, "window must be >= 3 "),
         ({"dtype": "float8"}, "not one of"),
         ({"vae_device": 99}, "devices 0 to"),
     ],

@@ -108,7 +108,7 @@ def test_batches_contain_no_held_out_captions_and_a_few_empty_ones(batches, toke
 
 
 def test_a_length_that_is_too_short_is_refused_with_the_minimum(tokenizer):
-    with pytest.raises(ValueError, match="at least 15"):
+    with pytest.raises(ValueError, match="set length to 15"):
         stage_text.CaptionBatches(tokenizer, BATCH, steps=1, length=12)
 
 
