@@ -110,12 +110,12 @@ class PlannedStep:
         """Shapes of one batch, as stage `clips` collates it."""
         rows, clip = self.stage.batch, self.clip
         latents = (rows, clip.frames, *clip.size)
-        text = (rows, clip.chunks + 1, self.model.text_len, self.model.text_dim)
+        text_features = (rows, clip.chunks + 1, self.model.text_len, self.model.text_dim)
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             "context": (latents, "float32"),
             "target": (latents, "float32"),
             "mask": (latents[:2], "float32"),
-            "text": (text, self.stage.dtype),
+            "text_features": (text_features, self.stage.dtype),
             **dict.fromkeys(CHUNK_COLUMNS, ((rows, 2 * clip.chunks), "int32")),
         }
         return {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}

@@ -125,10 +125,15 @@ class CrossAttention(Attention):
     """Attention of each segment of frames to its own prompt, padding rows included."""
 
     def __call__(
-        self, x: Float[Array, "b l e"], text: KV, *, streams: int, attend: AttentionFn = attention
+        self,
+        x: Float[Array, "b l e"],
+        text_kv: KV,
+        *,
+        streams: int,
+        attend: AttentionFn = attention,
     ) -> Array:
-        """`text` are the keys and values of one layer, each `[b, s, t, n, d]`."""
-        k, v = text
+        """`text_kv` are the keys and values of one layer, each `[b, s, t, n, d]`."""
+        k, v = text_kv
         b, segments, *rest = k.shape
         q = self.queries(x)
         length, (n, d) = q.shape[1], q.shape[-2:]

@@ -153,18 +153,18 @@ class DiT(nnx.Module):
     @typechecked
     def text_kv(
         self,
-        text: Float[Array, "b s t e"],
+        text_features: Float[Array, "b s t e"],
         *,
         streams: int = 1,
         materialize: Materialize = identity,
     ) -> TextKV:
         """Keys and values of `s` prompts per sample in every layer.
 
-        `text` is the text encoder's output with zeros beyond each prompt. It is zero-padded to
-        `cfg.text_len`, and padding is attended like text, as the weights were trained. Raises
-        ValueError for longer prompts.
+        `text_features` are the text encoder's output with zeros beyond each prompt. They are
+        zero-padded to `cfg.text_len`, and padding is attended like text, as the weights were
+        trained. Raises ValueError for longer prompts.
         """
-        features = self.embed_text(text, streams=streams).features
+        features = self.embed_text(text_features, streams=streams).features
 
         def layer(_, attn):
             return None, materialize(attn, "blocks", "cross_attn").keys_values(features)
@@ -173,13 +173,16 @@ class DiT(nnx.Module):
         return TextKV(k, v, streams=streams)
 
     @typechecked
-    def embed_text(self, text: Float[Array, "b s t e"], *, streams: int = 1) -> EmbeddedText:
+    def embed_text(
+        self, text_features: Float[Array, "b s t e"], *, streams: int = 1
+    ) -> EmbeddedText:
         """Prompts as in `text_kv`, padded and embedded: the input of every layer's keys."""
-        length = text.shape[2]
+        length = text_features.shape[2]
         if length > self.cfg.text_len:
             raise ValueError(f"text tokens must be <= {self.cfg.text_len}, got {length}")
-        text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
-        return EmbeddedText(self.text_embedding(text), streams=streams)
+        padding = ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0))
+        padded = jnp.pad(text_features, padding)
+        return EmbeddedText(self.text_embedding(padded), streams=streams)
 
     @typechecked
     def __call__(

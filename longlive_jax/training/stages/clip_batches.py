@@ -27,7 +27,7 @@ from longlive_jax.training.stages.online_encoding import (
 from longlive_jax.training.task import Batches, process_batches
 from longlive_jax.typing import Array
 
-CLIP_BATCH_SPECS = sharded.BATCH_SPECS | {"text": P(BATCH)}
+CLIP_BATCH_SPECS = sharded.BATCH_SPECS | {"text_features": P(BATCH)}
 """PartitionSpecs of a batch: a `TeacherForcingBatch`, and the text features of each sample."""
 
 
@@ -92,7 +92,7 @@ class ClipBatchSpec:
       batch_size: clips of a batch, over all devices.
       seed: seed of the order.
       workers: processes that read clips, beside this one (0: threads).
-      columns: settings of `data.clips.batches.columns_of`.
+      columns: settings of `data.clips.batches.token_columns`.
     """
 
     batch_size: int
@@ -121,8 +121,8 @@ def collated_batches(
 def split_inputs(arrays: Mapping[str, Array]) -> tuple[TeacherForcingBatch, TextFeatures]:
     """The batch and the text features in a batch's arrays."""
     columns = dict(arrays)
-    text = columns.pop("text")
-    return TeacherForcingBatch(**columns), text
+    text_features = columns.pop("text_features")
+    return TeacherForcingBatch(**columns), text_features
 
 
 def _feed(
@@ -144,9 +144,9 @@ def _collated(
     empty: np.ndarray, columns: Mapping[str, Any], rows: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Rows of clips as a batch; videos that are still to be encoded are passed on."""
-    batch, text = collate(rows, empty, **columns)
+    batch, text_features = collate(rows, empty, **columns)
     undecoded = {k: rows[k] for k in ("video", "dropped") if k in rows}
-    return batch | {"text": text} | undecoded
+    return batch | {"text_features": text_features} | undecoded
 
 
 class _CollatedFeed(Feed):

@@ -45,7 +45,7 @@ def untrained(cfg):
 class IdentityEncoder(nnx.Module):
     """Returns the embedding of every token of its input, so a readout finds exactly that token.
 
-    With the parameters `identity_params` the cross-entropy of a token is 0 if the encoder sees it,
+    With the parameters of `identity_loss` the cross-entropy of a token is 0 if the encoder sees it,
     and `NATS` if another one is in its place. `inputs` records the ids of every call.
     """
 
