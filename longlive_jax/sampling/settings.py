@@ -44,7 +44,7 @@ class SampleSpec:
       shot_rope_offset: latent frames added to temporal positions at every cut.
       clean_recache: whether a cut evicts all but the global sinks.
       relative_rope: whether temporal positions are counted from the start of the window.
-      kv: storage of the window's keys and values: the model's dtype, or NVFP4 at 4.5 bits a number.
+      kv: storage of the window's keys and values: the model's dtype, or NVFP4 (4.5 bits per value).
       kv_smoothing: smoothing of NVFP4 keys; "reference" is what LongLive 2.0 ships (see
         `packed_cache`).
       kv_reader: reader of NVFP4 keys and values: "auto" dequantizes them layer by layer, "mosaic"

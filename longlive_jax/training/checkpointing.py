@@ -241,7 +241,7 @@ class TrainCheckpoints:
 
 
 def _reader(handler: Any) -> ocp.Checkpointer:
-    """A reader that waits for no other process: one that meets damage would not come."""
+    """A reader that does not wait for other processes, since one that finds damage stops."""
     this = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
@@ -341,7 +341,7 @@ def _check_description(about: Mapping[str, Any]) -> None:
     """ValueError if the description of a checkpoint is not what was written."""
     rest = {name: value for name, value in about.items() if name != "digest"}
     if rest.keys() == {"arrays", "fingerprints"}:
-        return  # of a version that wrote no more
+        return  # written by a version without a digest
     if about.get("digest") != _digest(rest):
         raise ValueError("its description is not what was written")
 

@@ -2,7 +2,7 @@
 
 Batches are a function of the step, so a run that stops anywhere and resumes gets the same batches
 as an uninterrupted one. With several processes all of them run this; the first one prints and
-writes. The loop knows nothing of losses: a `Task` brings compiled updates (`training.update`).
+writes. The loop is independent of losses: a `Task` has compiled updates (`training.update`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from longlive_jax.training.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class LoopSpec:
-    """Length and rhythm of a run, in training steps.
+    """Length and intervals of a run, in training steps.
 
     Attributes:
       steps: length of the run.
@@ -58,7 +58,7 @@ class LoopSpec:
 
 
 class Diverged(Failure, FloatingPointError):
-    """Loss or gradient were not finite for too long."""
+    """Loss or gradient were not finite in too many consecutive updates."""
 
 
 def train(task: Task, workdir: pathlib.Path, loop: LoopSpec) -> TrainState:

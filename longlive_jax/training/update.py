@@ -96,7 +96,7 @@ class Group:
       ema: EMA of its parameters, or None.
       rules: PartitionSpecs by the path of a parameter.
       restore: reads the initial parameters onto the mesh; None: `init` makes them.
-      prepare: computes what the loss needs of the parameters, once an update.
+      prepare: computes what the loss needs of the parameters, once per update.
       microbatch_weight: weight of a microbatch under gradient accumulation.
     """
 

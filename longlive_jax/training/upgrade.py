@@ -12,7 +12,7 @@ import jax
 from longlive_jax.parallel.rules import path_of
 
 RENAMED_LEAVES = {"loss_state/num_updates": "memory/seen"}
-"""Leaves that have another name today, and their paths then."""
+"""Current path of each renamed leaf -> its earlier path."""
 
 
 def is_earlier(stored: Iterable[str]) -> bool:
@@ -31,7 +31,7 @@ def earlier_path(path: str) -> str:
 
 
 def earlier_layout(state: Any) -> dict[str, Any]:
-    """A state of today, or a part of one as dictionaries, in the structure of an earlier version.
+    """A current state, or a part of one as dictionaries, in the structure of an earlier version.
 
     Raises ValueError for a state with several groups.
     """
@@ -54,7 +54,7 @@ def _fields(node: Any) -> Mapping[str, Any]:
 
 
 def _memory(loss_state: Any) -> Any:
-    """A loss state as nested dictionaries with the names of then."""
+    """A loss state as nested dictionaries with the earlier names."""
     tree: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(loss_state)[0]:
         _, *parents, last = earlier_path(f"loss_state/{path_of(keys)}").split("/")

@@ -151,7 +151,7 @@ def _list_folder(where: Path, kind: str) -> list[Path]:
 
 
 def _misplaced(path: Path) -> str:
-    """Why an entry of video/ that must be meant as a sample is not a folder; empty otherwise."""
+    """The problem of an entry of video/ that is a stray video file or a broken link; else empty."""
     if os.path.isdir(path):
         return ""
     if path.suffix.lower() in SUFFIXES:

@@ -2,7 +2,7 @@
 
 A layer's cache attends for itself, because a packed one may be read by a kernel of its own. The
 call's own keys and values come dense or packed: an exchange between devices (sequence parallelism)
-can stand between `SelfAttention.compute_kv` and `attend` and send 4.5 bits a number.
+can stand between `SelfAttention.compute_kv` and `attend` and send 4.5 bits per value.
 """
 
 from typing import Protocol, cast

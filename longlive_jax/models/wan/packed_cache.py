@@ -1,4 +1,4 @@
-"""Keys and values of a chunk in NVFP4: 4.5 bits a number (LongLive 2.0, section 3.2 and Eq. 6).
+"""Keys and values of a chunk in NVFP4: 4.5 bits per value (LongLive 2.0, section 3.2 and Eq. 6).
 
 A finished chunk is packed once, layer by layer within the clean context pass: blocks of 16 along a
 head, one `amax` per layer, sample, slot and tensor (keys or values). A slot is overwritten as a
@@ -80,7 +80,7 @@ class PackedTensor:
     """Keys or values in NVFP4.
 
     Attributes:
-      codes: two 4-bit codes a byte.
+      codes: two 4-bit codes per byte.
       scales: the bytes of the E4M3 block scales.
       amax: largest magnitude per leading index.
       offset: the mean that was subtracted and is added back; None without smoothing.

@@ -96,7 +96,7 @@ class Draws:
 def draw(
     key: Key[Array, ""], batch: TeacherForcingBatch, *, chunk_frames: int, spec: ARLossSpec
 ) -> Draws:
-    """Draws for a batch: one noise level a chunk, uniform over the table, noise and dropout."""
+    """Draws for a batch: one noise level per chunk, uniform over the table, noise and dropout."""
     keys = jax.random.split(key, 5)
     b, frames = batch.target.shape[:2]
     level_key, noise_key = jax.random.split(keys[2])

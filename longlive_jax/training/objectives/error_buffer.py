@@ -94,7 +94,7 @@ class BufferSpec:
 class Buffer:
     """Stored errors.
 
-    Functions of this module take a buffer of one group, which has no axis `g`, unless they say so.
+    Unless stated otherwise, functions here take a buffer of one group, without the axis `g`.
 
     Attributes:
       entries: errors of chunks, by group, row, column and slot.

@@ -36,7 +36,7 @@ FRAMES = P(BATCH, SP)
 """Samples over data and fsdp, frames (or chunks) over sp."""
 
 CHUNK_COLUMNS = ("chunk_index", "start", "window_start", "sink", "prompt")
-"""Fields of a `TeacherForcingBatch` with a value a chunk: context chunks, then target chunks."""
+"""Fields of a `TeacherForcingBatch` with a value per chunk: context chunks, then target chunks."""
 
 BATCH_SPECS = dict.fromkeys(("context", "target", "mask"), FRAMES) | {
     name: P(BATCH) for name in CHUNK_COLUMNS

@@ -66,7 +66,7 @@ class ARSetup:
       chunk_frames: latent frames of a chunk.
       empty_prompt: row of the empty prompt in the text features.
       spec: settings of the loss.
-      attention_for: tokens -> self-attention over sequences of them; called once a step.
+      attention_for: tokens -> self-attention over sequences of them; called once per step.
       attend_text: attention to the text.
       unroll: layers in one step of the scan over layers.
       remat: recompute each layer in the backward pass, keeping only its input.
@@ -86,7 +86,7 @@ class ARSetup:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherForcingLoss:
-    """Weighted flow-matching loss of the target chunks, one noise level a chunk: a `LossFn`.
+    """Weighted flow-matching loss of the target chunks, one noise level per chunk: a `LossFn`.
 
     Its loss state are the error buffers of error recycling (appendix C), or () without it.
 
@@ -261,7 +261,7 @@ class Packing:
 
 
 def _lookup(text_features: Float[Array, "*b p t e"], prompts: Int[Array, "b s"]) -> Array:
-    """Features [b, s, t, e] of prompts, from one table or from a table a sample."""
+    """Features [b, s, t, e] of prompts, from one table or from one table per sample."""
     if text_features.ndim == 3:
         return text_features[prompts]
     return jnp.take_along_axis(text_features, prompts[:, :, None, None], axis=1)

@@ -22,7 +22,7 @@ class RunSpec:
     """Settings of a run, whatever it trains.
 
     Attributes:
-      loop: length and rhythm.
+      loop: length and intervals.
       optim: optimizer.
       ema: EMA of the parameters.
       mesh: devices along each axis.
