@@ -37,7 +37,7 @@ from longlive_jax.training.stages.clip_batches import CLIP_BATCH_SPECS
 from longlive_jax.training.stages.flops import clip_update_cost, forward_flops
 from longlive_jax.training.stages.wan_ar import WanARStage
 
-__all__ = ["PlanSpec", "check", "clip_of", "estimate", "model_of", "scale_to_mesh"]
+__all__ = ["PlanSpec", "check_settings", "clip_of", "estimate", "model_of", "scale_to_mesh"]
 
 RESERVED_BYTES = 4 * 2**30
 """Device memory that is not available to a program."""
@@ -154,7 +154,7 @@ def scale_to_mesh(stage: WanARStage, mesh: MeshSpec, clip: Clip) -> WanARStage:
     return dataclasses.replace(stage, recycling=dataclasses.replace(stage.recycling, buffer=buffer))
 
 
-def check(stage: WanARStage, model: DiTConfig, spec: PlanSpec) -> None:
+def check_settings(stage: WanARStage, model: DiTConfig, spec: PlanSpec) -> None:
     """Raises UserError if model, clips, batch and mesh do not match."""
     clip = spec.clip
     if clip.size[2] != model.in_channels:
@@ -180,7 +180,7 @@ def estimate(
     available, and Failure if the compilation fails.
     """
     model, origin = model_of(stage)
-    check(stage, model, spec)
+    check_settings(stage, model, spec)
     if spec.compile and (reason := plan_compile.refusal()) is not None:
         raise UserError(reason)
     search = spec.fastest and spec.compile

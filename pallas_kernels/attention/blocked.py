@@ -29,7 +29,7 @@ _not_hoisted = jax.checkpoint
 """Recompute the block masks: differentiating a loop over heads or layers would otherwise hoist the
 masks of all pairs of blocks out of the loop and store them."""
 
-product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+einsum_f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 """`jnp.einsum` with float32 accumulation, whatever the operands' dtype."""
 
 
@@ -126,7 +126,7 @@ def _head_forward(q, k, v, tokens, is_real):
                 new_top = jnp.maximum(top, logits.max(0))
                 weights = jnp.exp(logits - new_top)
                 correction = jnp.exp(top - new_top)
-                part = product("dk,kq->dq", v, weights.astype(v.dtype))
+                part = einsum_f32("dk,kq->dq", v, weights.astype(v.dtype))
                 return new_top, total * correction + weights.sum(0), acc * correction + part
 
             return _unless_empty(kind, visit, carry), None
@@ -162,11 +162,11 @@ def _head_backward(saved, gradients):
                 # Recompute the weights from the log-sum-exp.
                 d_k, d_v, _ = sums
                 weights = jnp.exp(_logits(q, k, _block_mask(q_block, k_block, is_real)) - lse)
-                d_weights = product("dk,dq->kq", v, d_out)
+                d_weights = einsum_f32("dk,dq->kq", v, d_out)
                 d_logits = (weights * (d_weights - delta)).astype(q.dtype)
-                d_k = d_k + product("kq,dq->kd", d_logits, q)
-                d_v = d_v + product("dq,kq->dk", d_out, weights.astype(v.dtype))
-                return d_k, d_v, product("kd,kq->dq", k, d_logits)
+                d_k = d_k + einsum_f32("kq,dq->kd", d_logits, q)
+                d_v = d_v + einsum_f32("dq,kq->dk", d_out, weights.astype(v.dtype))
+                return d_k, d_v, einsum_f32("kd,kq->dq", k, d_logits)
 
             d_k, d_v, part = _unless_empty(kind, visit, (d_k, d_v, jnp.zeros(q.shape)))
             part = part + lax.dynamic_index_in_dim(d_q, index, keepdims=False)
@@ -193,7 +193,7 @@ def _scaled(q: Float[Array, "*m d r"]) -> Float[Array, "*m d r"]:
 
 
 def _logits(q, k, mask) -> Float[Array, "k q"]:
-    logits = product("kd,dq->kq", k, q)
+    logits = einsum_f32("kd,dq->kq", k, q)
     return logits if mask is None else jnp.where(mask, logits, MASKED_LOGIT)
 
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.nvfp4.format import BLOCK, NVFP4, global_scale
-from pallas_kernels.nvfp4.mosaic.launch import WorkPartition, check, kernel, pad_to
+from pallas_kernels.nvfp4.mosaic.launch import WorkPartition, check_device, kernel, pad_to
 
 READ_BLOCKS = 256
 """Blocks that a warpgroup reads at once."""
@@ -38,7 +38,7 @@ def dequantize(
     `interpret` (`plgpu.InterpretGPUParams`) runs the kernel in the interpreter. Raises
     `Unsupported` on devices other than Blackwell and ValueError for other dtypes.
     """
-    check("dequantize", interpret)
+    check_device("dequantize", interpret)
     entries = jnp.arange(a.amax.size, dtype=jnp.int32)
     flat = NVFP4(
         a.codes.reshape(a.amax.size, -1),
@@ -62,7 +62,7 @@ def dequantize_slots(
     and the list is data, so a new list needs no compilation. Slots out of range are clamped. Raises
     like `dequantize`, and ValueError for an `amax` of another shape.
     """
-    check("dequantize", interpret)
+    check_device("dequantize", interpret)
     if a.amax.shape != a.shape[:1]:
         raise ValueError(f"amax must have shape {a.shape[:1]}, one per slot, got {a.amax.shape}")
     count = a.shape[0]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.catalog import Build
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4.format import BLOCK, CODE_DTYPE, NVFP4, SCALE_DTYPE, global_scale, swizzle
-from pallas_kernels.nvfp4.mosaic.launch import check
+from pallas_kernels.nvfp4.mosaic.launch import check_device
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import kernel
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import DEPTH, RANKS, Problem, Tiling, choose
 
@@ -55,7 +55,7 @@ def matmul(
 
     Raises `Unsupported` for arguments that the kernel does not support.
     """
-    check("matmul", interpret)
+    check_device("matmul", interpret)
     if why := refusal(a, b, bias=bias, low_rank=low_rank, out_dtype=out_dtype):
         raise Unsupported(f"mosaic NVFP4 matmul: {why}")
     problem = _problem(a, b, bias, low_rank, out_dtype)
@@ -176,7 +176,7 @@ def _padded(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, want - have) for have, want in zip(x.shape, shape, strict=True)])
 
 
-def product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
+def build_product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
     """Returns a builder of (callable, abstract arguments) for a product with a bias."""
 
     def build() -> tuple[Callable, tuple]:
@@ -201,11 +201,19 @@ PAIRS = r"UTCOMMA\.2CTA[.\w]*\.4X"
 """SASS pattern of the same product by pairs of thread blocks."""
 CATALOG: Mapping[str, tuple[tuple[str, ...], Build, tuple[str, ...]]] = MappingProxyType(
     {
-        "nvfp4_matmul": (("sm_100a",), product(7040, 3072, 3072, collective=False), (SINGLE,)),
-        "nvfp4_matmul_2cta": (("sm_100a",), product(7040, 14336, 3072, collective=True), (PAIRS,)),
+        "nvfp4_matmul": (
+            ("sm_100a",),
+            build_product(7040, 3072, 3072, collective=False),
+            (SINGLE,),
+        ),
+        "nvfp4_matmul_2cta": (
+            ("sm_100a",),
+            build_product(7040, 14336, 3072, collective=True),
+            (PAIRS,),
+        ),
         "nvfp4_matmul_low_rank": (
             ("sm_100a",),
-            product(7040, 3072, 14336, rank=64, collective=True),
+            build_product(7040, 3072, 14336, rank=64, collective=True),
             (PAIRS, r"UTCHMMA"),
         ),
     }
