@@ -83,9 +83,9 @@ class Benchmark:
         args = parser.parse_args(argv)
         # 2. Check settings and output before anything is measured.
         values = ((option.name, getattr(args, option.name)) for option in self.options)
-        given = {name: value for name, value in values if value is not None}
+        options = {name: value for name, value in values if value is not None}
         cls = pkgutil.resolve_name(self.spec)
-        spec: Any = build(cls, {**self.defaults(), **given}, path="bench")
+        spec: Any = build(cls, {**self.defaults(), **options}, path="bench")
         if args.out is not None:
             from longlive_jax.io.paths import check_writable
 

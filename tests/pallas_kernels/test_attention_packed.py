@@ -123,9 +123,9 @@ def test_results_merge_by_their_log_sum_exp():
     [
         ("", {}, "needs Blackwell .sm_100.; this is cpu: use implementation='auto'"),
         ("9.0", {}, "needs Blackwell .sm_100.; this is sm_90: use implementation='auto'"),
-        ("10.0", {"dtype": jnp.float32}, "bfloat16 queries, not float32"),
-        ("10.0", {"width": 96}, "heads are 96 wide; it takes 64 or 128"),
-        ("10.0", {"tokens": 80}, "a slot holds 80 tokens; it takes multiples of 64"),
+        ("10.0", {"dtype": jnp.float32}, "queries must be bfloat16, got float32"),
+        ("10.0", {"width": 96}, "the head width must be 64 or 128, got 96"),
+        ("10.0", {"tokens": 80}, "tokens per slot must be a multiple of 64, got 80"),
         ("10.0", {"per_token": True}, "one mean per channel, not one per token"),
     ],
 )

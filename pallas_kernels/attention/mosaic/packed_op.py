@@ -37,11 +37,11 @@ def refusal(
 ) -> str | None:
     """The reason why the kernel does not support these arguments, or None."""
     if jnp.dtype(q.dtype) != jnp.bfloat16:
-        return f"it takes bfloat16 queries, not {jnp.dtype(q.dtype)}"
+        return f"queries must be bfloat16, got {jnp.dtype(q.dtype)}"
     if q.shape[-1] not in op.WIDTHS:
-        return f"heads are {q.shape[-1]} wide; it takes {' or '.join(map(str, op.WIDTHS))}"
+        return f"the head width must be {' or '.join(map(str, op.WIDTHS))}, got {q.shape[-1]}"
     if past.shape[-3] % TILES.keys:
-        return f"a slot holds {past.shape[-3]} tokens; it takes multiples of {TILES.keys}"
+        return f"tokens per slot must be a multiple of {TILES.keys}, got {past.shape[-3]}"
     if offset is not None and offset.shape[-3] != 1:
         return "it restores one mean per channel, not one per token"
     return None

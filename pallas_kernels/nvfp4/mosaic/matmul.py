@@ -81,8 +81,8 @@ def refusal(
     """The reason why the kernel does not support these arguments on any chip, or None."""
     if a.ndim != 2 or b.ndim != 2 or a.lead or b.lead:
         return (
-            f"it takes two matrices with one amax each, not {a.shape} with {a.lead} and {b.shape} "
-            f"with {b.lead} leading axes; map over them, or flatten the rows"
+            f"operands must be matrices with one amax each, got {a.shape} with {a.lead} and "
+            f"{b.shape} with {b.lead} leading axes; map over them, or flatten the rows"
         )
     (m, k), (n, other) = a.shape, b.shape
     if k != other:
@@ -90,7 +90,9 @@ def refusal(
     if k % BLOCK or not (m and n and k):
         return f"k must be a positive multiple of {BLOCK}, got m={m}, n={n}, k={k}; pad with zeros"
     if jnp.dtype(out_dtype) not in _OUTPUTS:
-        return f"it writes bfloat16 or float32, not {jnp.dtype(out_dtype)}; convert the result"
+        return (
+            f"out_dtype must be bfloat16 or float32, got {jnp.dtype(out_dtype)}; convert the result"
+        )
     if bias is not None and bias.shape != (n,):
         return f"the bias must have shape ({n},), got {bias.shape}"
     if low_rank is None:

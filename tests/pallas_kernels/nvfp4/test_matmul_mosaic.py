@@ -151,7 +151,7 @@ A, B = exact(0, 32, 64), exact(1, 128, 64)
     ("a", "b", "options", "message"),
     [
         (A, exact(1, 128, 32), {}, "a has 64 columns, b has 32"),
-        (A, B, {"out_dtype": jnp.float16}, "bfloat16 or float32, not float16"),
+        (A, B, {"out_dtype": jnp.float16}, "must be bfloat16 or float32, got float16"),
         (A, B, {"bias": jnp.ones(32)}, r"bias must have shape \(128,\), got \(32,\)"),
         (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((9, 128)))}, r"be \[m, r\] and \[r, n"),
         (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((8, 64)))}, "be 32x128, got 32x64"),
