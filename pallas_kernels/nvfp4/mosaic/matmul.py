@@ -90,9 +90,7 @@ def refusal(
     if k % BLOCK or not (m and n and k):
         return f"k must be a positive multiple of {BLOCK}, got m={m}, n={n}, k={k}; pad with zeros"
     if jnp.dtype(out_dtype) not in _OUTPUTS:
-        return (
-            f"out_dtype must be bfloat16 or float32, got {jnp.dtype(out_dtype)}; convert the result"
-        )
+        return f"out_dtype must be bfloat16 or float32, got {jnp.dtype(out_dtype)}; cast the result"
     if bias is not None and bias.shape != (n,):
         return f"the bias must have shape ({n},), got {bias.shape}"
     if low_rank is None:
