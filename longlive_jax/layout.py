@@ -115,13 +115,13 @@ def windows(
 
     Sinks count towards the budget, and the most recent chunks get the rest. The visible chunks are
     those in a KV cache of `window` chunks that overwrites its oldest unprotected slot. Raises
-    ValueError if the window has no room for the sinks.
+    ValueError if the window is too small for the sinks.
     """
     minimum = 1 + max(1, global_sinks + shot_sink)
     if window < minimum:
         raise ValueError(
-            f"a window of {window} chunks has no room for {global_sinks} global sinks"
-            f"{' and a shot sink' if shot_sink else ''}; use at least {minimum}"
+            f"window must be >= {minimum} chunks for {global_sinks} global sinks"
+            f"{' and a shot sink' if shot_sink else ''}, got {window}"
         )
     now = jnp.arange(cuts.shape[-1], dtype=jnp.int32)
     sink = shot_sinks(cuts) if shot_sink else jnp.full(cuts.shape, EMPTY, jnp.int32)
@@ -139,7 +139,7 @@ def windowed(
     global_sinks: int,
     shot_sink: bool = True,
 ) -> Tokens:
-    """The same tokens with attention limited to the windows of `windows`.
+    """The same tokens with attention limited to the windows that `windows` computes.
 
     `cuts` covers all chunks of the tokens. If it has a batch axis, so have the returned tokens.
     Raises ValueError if `tokens` already have a batch axis.

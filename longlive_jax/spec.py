@@ -31,10 +31,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
-def reject_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises UserError for the first key of `given` that is not in `known`."""
+def reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises UserError for the first of `keys` that is not in `known`."""
     names = list(known)
-    for key in given:
+    for key in keys:
         if key not in names:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
 

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nvfp4.format import BLOCK, CODE, NVFP4, SCALE
+from pallas_kernels.nvfp4.format import BLOCK, CODE_DTYPE, NVFP4, SCALE_DTYPE
 from pallas_kernels.tokens import Tokens, make
 
 Build = Callable[[], tuple[Callable, tuple]]
+"""Builds a kernel call: (callable, abstract arguments)."""
 BLACKWELL, HOPPER = ("sm_100a",), ("sm_90a",)
 TO_E2M1 = (r"F2FP\.SATFINITE\.E2M1\.",)
 FROM_E2M1 = (r"F2FP\.F16\.E2M1\.",)
@@ -130,7 +131,11 @@ def _dequantize_slots() -> tuple[Callable, tuple]:
 
 
 def _packed(shape: tuple[int, ...], lead: tuple[int, ...]) -> NVFP4:
-    kinds = (shape, CODE), ((*shape[:-1], shape[-1] // BLOCK), SCALE), (lead, jnp.float32)
+    kinds = (
+        (shape, CODE_DTYPE),
+        ((*shape[:-1], shape[-1] // BLOCK), SCALE_DTYPE),
+        (lead, jnp.float32),
+    )
     leaves: list[Any] = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     codes, scales, amax = leaves
     return NVFP4(codes, scales, amax, "mse")

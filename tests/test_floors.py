@@ -1,4 +1,4 @@
-"""The house's rules, read off the syntax trees: who may import whom, and how long a file may be."""
+"""Rules of the package layout, read off syntax trees: imports between layers, file lengths."""
 
 import ast
 import functools
@@ -69,7 +69,7 @@ def complaints(path: Path) -> list[str]:
         other, place = home_of(name), f"{me}:{line} imports {name}"
         top = name.split(".")[0]
         if home == "pallas_kernels" and top not in KERNEL_IMPORTS | set(sys.stdlib_module_names):
-            out.append(f"{place}: a kernel knows arrays only")
+            out.append(f"{place}: kernels use arrays only")
         if home == "pallas_kernels" and top == "flax" and not name.startswith("flax.struct"):
             out.append(f"{place}: of flax, kernels use flax.struct only")
         if home is None or other is None or other == home:
@@ -93,7 +93,7 @@ def test_imports_go_down():
 
 
 def test_only_commands_know_the_small_world():
-    """It is a room of its own: the library works without it."""
+    """The library works without it."""
     wrong = [
         f"{name_of(path)}:{line} imports {name}"
         for path in SOURCES

@@ -43,7 +43,7 @@ class AttentionSpec:
       width: head width.
       dtype: dtype of queries, keys and values.
       repeats: number of timed calls, after one warm-up.
-      product: size of the square matrix product that serves as the yardstick.
+      product: size of the square matrix product that sets the reference rate.
     """
 
     seconds: float = 16.0

@@ -137,7 +137,7 @@ def make_files(folder: Path, layers: int, dtype: str) -> None:
     torch_zip(folder / "model.pt", torch_tensors)
 
 
-def measure(*arguments: str) -> dict[str, float]:
+def measure_command(*arguments: str) -> dict[str, float]:
     """Peak memory and time of one `longlive` command line, run in its own process."""
     start = time.perf_counter()
     command = [sys.executable, "-c", COMMAND_WITH_PEAK, *arguments]
@@ -189,7 +189,9 @@ def main() -> int:
             ("convert_export", "convert", "c", "d"),
         )
         for name, verb, source, out in steps:
-            report[name] = measure(verb, f"--source={folder / source}", f"--out={folder / out}")
+            report[name] = measure_command(
+                verb, f"--source={folder / source}", f"--out={folder / out}"
+            )
         # 3. Compare the checkpoints.
         report["largest_array_gib"] = largest_array(folder / "a")
         report["same_bits"] = same_bits(folder, "a", "b") and same_bits(folder, "a", "d")

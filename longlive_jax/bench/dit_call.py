@@ -43,7 +43,7 @@ class CallSpec:
     repeats: int = 5
 
 
-MODELS = {
+MODEL_SPECS = {
     "mid": CallSpec(
         model=DiTConfig(
             dim=512,

@@ -10,7 +10,7 @@ from longlive_jax.models.vae.sharded import (
     num_frame_groups,
     plan_vae_shards,
 )
-from longlive_jax.parallel.halo import windows
+from longlive_jax.parallel.halo import halo_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _clip(spec: EncodeCostSpec, latents: int) -> dict[str, Any]:
     if latents >= 2 * spec.sp:
         plans["tails"] = plan_vae_shards(cfg, latents, spec.sp, "tails")
     # 2. Count frames and operations.
-    ref = windows(latents, spec.sp, halo=plans["halo"].halo, temporal_stride=temporal_stride)
+    ref = halo_windows(latents, spec.sp, halo=plans["halo"].halo, temporal_stride=temporal_stride)
     return {
         "halo_latents": plans["halo"].halo,
         "raw_frames": {
@@ -89,7 +89,7 @@ def _tera(flops: float) -> float:
     return round(flops / 1e12, 2)
 
 
-def table(report: dict[str, Any]) -> str:
+def cost_table(report: dict[str, Any]) -> str:
     """The report as a text table."""
     height, width = report["size"]
     lines = [

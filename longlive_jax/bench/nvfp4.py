@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.bench.timing import machine, peak_memory, repeated
-from longlive_jax.quant.packed import pack
+from longlive_jax.quant.packed import pack_kernel
 from longlive_jax.quant.policy import Format
 from longlive_jax.typing import Array
 from pallas_kernels.attention import attention
@@ -104,7 +104,7 @@ def bench_nvfp4(spec: NVFP4Spec) -> dict[str, Any]:
     about, limits = machine(), _limits(spec)
     operations: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    for name, make in OPS.items():
+    for name, make in OPERATIONS.items():
         op = make(spec)
         rows: dict[str, Any] = {}
         for way, function in op.ways.items():
@@ -220,7 +220,7 @@ def _linear(spec: NVFP4Spec) -> Op:
     """A linear layer with activations quantized on the fly, in FP8 and in NVFP4."""
     x, bias = _normal(0, spec.rows, spec.inputs), _normal(1, spec.outputs)
     kernel = _normal(2, spec.inputs, spec.outputs)
-    four, eight = pack(kernel, Format()), pack(kernel, Format(kind="fp8"))
+    four, eight = pack_kernel(kernel, Format()), pack_kernel(kernel, Format(kind="fp8"))
     ways: dict[str, Callable[..., Any]] = {
         PLAIN: lambda x, kernel, bias: x @ kernel + bias,
         "fp8": lambda x, _, eight, bias: eight.product(x, bias),
@@ -258,7 +258,7 @@ def _kv_attention(spec: NVFP4Spec) -> Op:
     return Op(flop, "flop", ways, (*own, k, v), (own[0], *unpacked))
 
 
-OPS: Mapping[str, Callable[[NVFP4Spec], Op]] = {
+OPERATIONS: Mapping[str, Callable[[NVFP4Spec], Op]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
     "matmul": _matmul,

@@ -48,8 +48,8 @@ class BenchSpec:
     def __post_init__(self) -> None:
         if self.chunks < 6 or self.batch < 1:
             raise ValueError(
-                f"need at least 6 chunks (three shots, of which the first compiles) and 1 video, "
-                f"got chunks={self.chunks} and batch={self.batch}"
+                f"chunks must be >= 6 (three shots, of which the first compiles) and batch >= 1, "
+                f"got {self.chunks} and {self.batch}"
             )
 
 

@@ -17,10 +17,10 @@ def show_nested(report: Any, name: str = "", depth: int = 0) -> None:
 
 
 def show_encode(report: Report) -> None:
-    """Prints a table of encoding costs by clip length and method."""
-    from longlive_jax.bench.encode_cost import table
+    """A table of encoding costs by clip length and method."""
+    from longlive_jax.bench.encode_cost import cost_table
 
-    print(table(report))
+    print(cost_table(report))
 
 
 def show_attention(report: Report) -> None:
@@ -34,7 +34,7 @@ def show_attention(report: Report) -> None:
         f"in chunks of {spec['chunk']} frames, {spec['heads']} heads of {spec['width']}, "
         f"{spec['dtype']}; {pairs['visible']:.1%} of all pairs are visible, {pairs['visited']:.1%} "
         f"are in tiles of {pairs['tile']} that a kernel visits; one matrix product runs at "
-        f"{rate(product)}.",
+        f"{format_rate(product)}.",
         highlight=False,
     )
     console.print(_attention_table(report))
@@ -54,7 +54,7 @@ def _attention_table(report: Report):
                 name if part == "forward" else "",
                 "both" if part == "forward_backward" else part,
                 f"{row['seconds'][part]['median']:.4g}",
-                rate(row["flop_per_second"][part]),
+                format_rate(row["flop_per_second"][part]),
                 f"{row['share_of_matmul'][part]:.1%}",
                 "" if ratio is None else f"{ratio[part]:.2f}",
             )
@@ -68,10 +68,11 @@ def show_nvfp4(report: Report) -> None:
 
     console, limits, spec = Console(), report["limits"], report["spec"]
     console.print(
-        f"{report['machine']['device']}: {rate(limits['bytes'], 'B/s')} copying, "
-        f"{rate(limits['flop_bfloat16'], 'FLOP/s')} in bfloat16 products and "
-        f"{rate(limits['flop_float32'], 'FLOP/s')} in float32; {spec['rows']} x {spec['inputs']} "
-        f"x {spec['outputs']}, {spec['slots']} slots of {spec['tokens']} tokens.",
+        f"{report['machine']['device']}: {format_rate(limits['bytes'], 'B/s')} copying, "
+        f"{format_rate(limits['flop_bfloat16'], 'FLOP/s')} in bfloat16 products and "
+        f"{format_rate(limits['flop_float32'], 'FLOP/s')} in float32; "
+        f"{spec['rows']} x {spec['inputs']} x {spec['outputs']}, "
+        f"{spec['slots']} slots of {spec['tokens']} tokens.",
         highlight=False,
     )
     console.print(_nvfp4_table(report))
@@ -90,7 +91,7 @@ def _nvfp4_table(report: Report):
                 "" if i else name,
                 implementation,
                 f"{1e3 * row['seconds']['median']:.4g}",
-                rate(row["per_second"], unit),
+                format_rate(row["per_second"], unit),
                 f"{row['share_of_limit']:.1%}",
                 *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             )
@@ -118,8 +119,8 @@ def show_kv(report: Report) -> None:
         Console().print(table)
 
 
-def rate(per_second: float, unit: str = "FLOP/s") -> str:
-    """A rate as text with three significant digits and the prefix T, G or M."""
+def format_rate(per_second: float, unit: str = "FLOP/s") -> str:
+    """A rate in T, G or M of the unit, with three digits."""
     for letter, size in (("T", 1e12), ("G", 1e9)):
         if per_second >= size:
             return f"{per_second / size:.3g} {letter}{unit}"

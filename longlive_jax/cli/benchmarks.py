@@ -83,9 +83,9 @@ class Benchmark:
         args = parser.parse_args(argv)
         # 2. Check settings and output before anything is measured.
         values = ((option.name, getattr(args, option.name)) for option in self.options)
-        given = {name: value for name, value in values if value is not None}
+        options = {name: value for name, value in values if value is not None}
         cls = pkgutil.resolve_name(self.spec)
-        spec: Any = build(cls, {**self.defaults(), **given}, path="bench")
+        spec: Any = build(cls, {**self.defaults(), **options}, path="bench")
         if args.out is not None:
             from longlive_jax.io.paths import check_writable
 
@@ -147,12 +147,12 @@ class SamplerOptions:
 def run_sampler(options: SamplerOptions) -> Report:
     """Times sampling stage by stage, or one call of a larger DiT with random weights."""
     if options.model:
-        from longlive_jax.bench.dit_call import MODELS, bench_call
+        from longlive_jax.bench.dit_call import MODEL_SPECS, bench_call
 
-        if options.model not in MODELS:
-            known = nearest(options.model, MODELS)
+        if options.model not in MODEL_SPECS:
+            known = nearest(options.model, MODEL_SPECS)
             raise UserError(f"--model: unknown model {options.model!r}{known}")
-        return bench_call(MODELS[options.model])
+        return bench_call(MODEL_SPECS[options.model])
     from longlive_jax.bench.sampler import BenchSpec, bench_sampler
     from longlive_jax.io.builtin import builtin_checkpoint
 
@@ -196,7 +196,7 @@ def kv_defaults() -> dict[str, str]:
     return {"checkpoint": str(builtin_checkpoint())}
 
 
-SAMPLER = Benchmark(
+SAMPLER_BENCHMARK = Benchmark(
     name="sampler",
     summary="sampling, stage by stage",
     about=(
@@ -216,7 +216,7 @@ SAMPLER = Benchmark(
     show=show_nested,
 )
 
-ENCODE = Benchmark(
+ENCODE_BENCHMARK = Benchmark(
     name="encode",
     summary="VAE encoding cost of each device of a mesh (counted, not timed)",
     about=(
@@ -233,7 +233,7 @@ ENCODE = Benchmark(
     show=show_encode,
 )
 
-ATTENTION = Benchmark(
+ATTENTION_BENCHMARK = Benchmark(
     name="attention",
     summary="attention alone, by implementation",
     about=(
@@ -260,7 +260,7 @@ ATTENTION = Benchmark(
     defaults=deferred("longlive_jax.bench.attention:default_settings"),
 )
 
-BALANCED = Benchmark(
+BALANCED_BENCHMARK = Benchmark(
     name="balanced",
     summary="Balanced SP against contiguous SP",
     about=(
@@ -282,7 +282,7 @@ BALANCED = Benchmark(
     show=show_nested,
 )
 
-NVFP4 = Benchmark(
+NVFP4_BENCHMARK = Benchmark(
     name="nvfp4",
     summary="NVFP4 and FP8, one operation at a time",
     about=(
@@ -310,7 +310,7 @@ NVFP4 = Benchmark(
     defaults=deferred("longlive_jax.bench.nvfp4:default_settings"),
 )
 
-KV = Benchmark(
+KV_BENCHMARK = Benchmark(
     name="kv",
     summary="error and size of an NVFP4 KV cache, by smoothing",
     about=(
@@ -332,5 +332,15 @@ KV = Benchmark(
     defaults=kv_defaults,
 )
 
-BENCHMARKS = {x.name: x for x in (SAMPLER, ENCODE, ATTENTION, BALANCED, NVFP4, KV)}
+BENCHMARKS = {
+    x.name: x
+    for x in (
+        SAMPLER_BENCHMARK,
+        ENCODE_BENCHMARK,
+        ATTENTION_BENCHMARK,
+        BALANCED_BENCHMARK,
+        NVFP4_BENCHMARK,
+        KV_BENCHMARK,
+    )
+}
 """Every benchmark by its name."""

@@ -13,7 +13,7 @@ from typing import Any
 from longlive_jax.cli.app import Parser
 from longlive_jax.spec import UserError, nearest
 
-WHAT = ("check",)
+ACTIONS = ("check",)
 NUMBERS = {"spills": "spill_bytes", "regs": "registers", "shared": "smem_bytes"}
 """Table column -> key of a row."""
 
@@ -21,7 +21,7 @@ NUMBERS = {"spills": "spill_bytes", "regs": "registers", "shared": "smem_bytes"}
 def main(argv: Sequence[str]) -> int:
     """Prints the table, or with --json a list of rows."""
     parser = Parser("kernels", __doc__ or "")
-    parser.add_argument("what", help=", ".join(WHAT))
+    parser.add_argument("what", help=", ".join(ACTIONS))
     parser.add_argument(
         "--chip", required=True, help="sm_100a (GB200, B200) or sm_90a (H200, H100)"
     )
@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-interpret", action="store_true", help="only compile")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     args = parser.parse_args(argv)
-    if args.what not in WHAT:
-        raise UserError(f"kernels: unknown command {args.what!r}{nearest(args.what, WHAT)}")
+    if args.what not in ACTIONS:
+        raise UserError(f"kernels: unknown command {args.what!r}{nearest(args.what, ACTIONS)}")
     from longlive_jax.bench.kernels import check
     from longlive_jax.cli.progress import ProgressBars
 

@@ -20,7 +20,7 @@ from longlive_jax.spec import UserError, build
 
 GIB = 2**30
 FLAGS = {"chunk_frames": "--chunk"}
-"""Command-line options that are not called like their setting."""
+"""Command-line options whose name differs from their setting."""
 LABELS = {
     "average": "EMA",
     "moments": "optimizer moments",

@@ -65,7 +65,7 @@ def _weights(args: Any, checkpoint: Path) -> Any:
         return None
     from longlive_jax.training.trained_weights import TrainedWeights
 
-    return TrainedWeights.load(args.workdir, args.source, checkpoint, say=print)
+    return TrainedWeights.load(args.workdir, args.source, checkpoint, notify=print)
 
 
 def _lora(args: Any) -> Any:

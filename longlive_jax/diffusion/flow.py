@@ -40,9 +40,7 @@ class FlowSchedule:
 
     def __post_init__(self) -> None:
         if self.shift <= 0 or self.size < 2:
-            raise ValueError(
-                f"shift must be positive and size at least 2, got {self.shift} and {self.size}"
-            )
+            raise ValueError(f"shift must be > 0 and size >= 2, got {self.shift} and {self.size}")
 
     @functools.cached_property
     def sigmas(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from longlive_jax.spec import UserError
 
-__all__ = ["Global", "StateDict", "TensorCall", "read_pickle", "walk"]
+__all__ = ["Global", "StateDict", "TensorCall", "read_pickle", "replace_tensor_calls"]
 
 MAX_DEPTH = 64
 MAX_NODES = 500_000
@@ -53,7 +53,7 @@ class StateDict(dict):
 
 _MARK = object()
 
-DTYPES = {
+TORCH_DTYPES = {
     f"torch.{name}"
     for name in (
         *("float64", "double", "float32", "float", "float16", "half", "bfloat16", "bool"),
@@ -73,7 +73,7 @@ PARAMETER_CALLS = {
     "torch._utils." + name for name in ("_rebuild_parameter", "_rebuild_parameter_with_state")
 }
 CONTAINER_CALLS = {"collections.OrderedDict", "torch.Size", "torch.device"}
-KNOWN = DTYPES | STORAGES | TENSOR_CALLS | PARAMETER_CALLS | CONTAINER_CALLS
+KNOWN = TORCH_DTYPES | STORAGES | TENSOR_CALLS | PARAMETER_CALLS | CONTAINER_CALLS
 
 
 def read_pickle(stream: BinaryIO, where: str, *, persistent: Callable[[Any], Any]) -> Any:
@@ -249,7 +249,7 @@ def _literal(argument: Any) -> Any:
     return argument
 
 
-def walk(value: Any, leaf: Callable[[Any], Any], where: str) -> Any:
+def replace_tensor_calls(value: Any, leaf: Callable[[Any], Any], where: str) -> Any:
     """A copy of a plain value with every `TensorCall` replaced by `leaf(call)`.
 
     Depth and number of nodes are bounded, since memoised references can encode an exponentially

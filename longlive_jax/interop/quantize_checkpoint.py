@@ -35,7 +35,7 @@ from longlive_jax.io.packed_kernels import (
     read_quantization,
 )
 from longlive_jax.io.progress import ProgressCallback, no_progress
-from longlive_jax.quant.packed import pack
+from longlive_jax.quant.packed import pack_kernel
 from longlive_jax.quant.policy import Format, QuantPolicy
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array
@@ -218,7 +218,7 @@ class _Plan:
 
 @functools.partial(jax.jit, static_argnames="form")
 def _pack(kernel: Array, form: Format) -> dict[str, Array]:
-    return packed_arrays(pack(kernel, form))
+    return packed_arrays(pack_kernel(kernel, form))
 
 
 def _plan(

@@ -25,7 +25,7 @@ from longlive_jax.spec import UserError
 
 __all__ = ["OutputTensor", "read_index", "read_safetensors", "write_safetensors"]
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -42,7 +42,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 MAX_HEADER_BYTES = 100 * 2**20
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -92,11 +92,11 @@ def _header(text: bytearray, path: Path) -> tuple[dict, list[str]]:
 
 
 def _lazy(path: Path, base: int, name: str, entry: dict) -> LazyTensor:
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise UserError(
-            f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}"
+            f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(SAFETENSORS_DTYPES)}"
         )
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise UserError(

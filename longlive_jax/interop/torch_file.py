@@ -23,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from longlive_jax.interop.pickles import Global, TensorCall, read_pickle, walk
+from longlive_jax.interop.pickles import Global, TensorCall, read_pickle, replace_tensor_calls
 from longlive_jax.interop.tensors import LazyTensor, pread
 from longlive_jax.spec import UserError
 
@@ -250,7 +250,7 @@ def _with_tensors(value: Any, path: Path, offset_of: Callable[[_Storage], int]) 
                 f"{path}: invalid tensor ({error}); copy or download the file again"
             ) from error
 
-    return walk(value, leaf, str(path))
+    return replace_tensor_calls(value, leaf, str(path))
 
 
 def _tensor(call: TensorCall, path: Path, offset_of: Callable[[_Storage], int]) -> LazyTensor:

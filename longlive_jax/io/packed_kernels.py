@@ -46,7 +46,7 @@ __all__ = [
     "with_packed_shapes",
 ]
 
-F8 = np.dtype(ml_dtypes.float8_e4m3fn)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +128,12 @@ def packed_specs(kernel: KernelFormat, shape: Shape) -> dict[str, ArraySpec]:
     *layers, inputs, outputs = shape
     if kernel.kind == "fp8":
         return {
-            "codes": ArraySpec((*layers, outputs, inputs), F8),
+            "codes": ArraySpec((*layers, outputs, inputs), E4M3),
             "scales": ArraySpec((*layers, outputs), np.dtype(np.float32)),
         }
     return {
         "codes": ArraySpec((*layers, outputs, inputs // 2), np.dtype(np.uint8)),
-        "scales": ArraySpec((*layers, outputs, inputs // BLOCK), F8),
+        "scales": ArraySpec((*layers, outputs, inputs // BLOCK), E4M3),
         "amax": ArraySpec((*layers,), np.dtype(np.float32)),
     }
 

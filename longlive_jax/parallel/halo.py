@@ -46,7 +46,7 @@ def window(keep: tuple[int, int], *, halo: int = HALO, temporal_stride: int = 4)
     return Window(temporal_stride * (first - 1), last, 1 + start - first)
 
 
-def windows(
+def halo_windows(
     latents: int, num_shards: int, *, halo: int = HALO, temporal_stride: int = 4
 ) -> tuple[Window, ...]:
     """The window of each device.
@@ -67,17 +67,17 @@ def windows(
 def equal_windows(
     latents: int, num_shards: int, *, halo: int = HALO, temporal_stride: int = 4
 ) -> tuple[Window, ...]:
-    """The windows of `windows`, all extended to the longest length, for SPMD execution.
+    """The windows of `halo_windows`, all extended to the longest length, for SPMD execution.
 
     Near either end of the clip a window covers more frames than it needs: extra frames on the right
     at the start of the clip, and on the left at its end. `dropped` counts the latents before those
-    that are kept. No device takes longer than the busiest one of `windows`. Raises ValueError if
-    `num_shards` does not divide `latents`.
+    that are kept. No device takes longer than the busiest one of `halo_windows`. Raises ValueError
+    if `num_shards` does not divide `latents`.
     """
     own = latents // num_shards
     longest = min(latents, 1 + halo + own)
     padded = []
-    exact = windows(latents, num_shards, halo=halo, temporal_stride=temporal_stride)
+    exact = halo_windows(latents, num_shards, halo=halo, temporal_stride=temporal_stride)
     for shard in range(len(exact)):
         first = min(max(0, shard * own - halo - 1), latents - longest)
         last = 1 + temporal_stride * (first + longest - 1)

@@ -41,11 +41,11 @@ class Hosts:
         """Parses `auto` or `HOST:PORT,PROCESSES,INDEX`; raises ValueError for anything else."""
         if text == "auto":
             return cls()
-        words = text.split(",")
+        values = text.split(",")
         try:
-            address, processes, index = words[0], int(words[1]), int(words[2])
+            address, processes, index = values[0], int(values[1]), int(values[2])
             host, port = address.rsplit(":", 1)
-            ok = len(words) == 3 and host and 0 < int(port) < 65536 and 0 <= index < processes
+            ok = len(values) == 3 and host and 0 < int(port) < 65536 and 0 <= index < processes
         except (ValueError, IndexError):
             ok = False
         if not ok:

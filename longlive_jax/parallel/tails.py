@@ -98,6 +98,6 @@ def _from_left_neighbour(x: Array, n: int) -> Array:
 def _check(x: Array, n: int, latents: int) -> None:
     if x.shape[1] < n:
         raise ValueError(
-            f"{latents} latents a device are too few for a layer that looks back {n} frames; use "
-            "a smaller mesh.sp or longer clips, at least 2 latents a device"
+            f"{latents} latents per device are too few for a layer that looks back {n} frames; use "
+            "a smaller mesh.sp or longer clips, at least 2 latents per device"
         )

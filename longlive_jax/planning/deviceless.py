@@ -132,8 +132,8 @@ def _inspect(ptxas: pathlib.Path, patterns: Sequence[str]) -> dict[str, Any]:
     resources = ptxas.with_suffix(".resources.txt").read_text()
     sass = ptxas.with_suffix(".sass_ctrl").read_text(errors="replace")
     mma = re.findall(r"\b(UTC[A-Z]*MMA|HGMMA|QGMMA|HMMA)\b", sass)
-    words = collections.Counter(re.findall(r"\b[A-Z][A-Z0-9]+(?:\.\w+)*", sass))
-    matches = {p: {w: n for w, n in words.items() if re.match(p, w)} for p in patterns}
+    mnemonics = collections.Counter(re.findall(r"\b[A-Z][A-Z0-9]+(?:\.\w+)*", sass))
+    matches = {p: {w: n for w, n in mnemonics.items() if re.match(p, w)} for p in patterns}
 
     def total(pattern: str, text: str) -> int:
         return sum(int(x) for x in re.findall(pattern, text))

@@ -33,11 +33,11 @@ from longlive_jax.planning.step import (
     num_parameters,
 )
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.stages.clip_batches import BATCH_SPECS
+from longlive_jax.training.stages.clip_batches import CLIP_BATCH_SPECS
 from longlive_jax.training.stages.flops import clip_update_cost, forward_flops
 from longlive_jax.training.stages.wan_ar import WanARStage
 
-__all__ = ["PlanSpec", "check", "clip_of", "estimate", "model_of", "scale_to_mesh"]
+__all__ = ["PlanSpec", "check_settings", "clip_of", "estimate", "model_of", "scale_to_mesh"]
 
 RESERVED_BYTES = 4 * 2**30
 """Device memory that is not available to a program."""
@@ -101,7 +101,7 @@ def clip_of(stage: WanARStage) -> tuple[Clip, str]:
     """
     # 1. Encoded clips on disk.
     folder = Path(stage.clips)
-    if (folder / store.MANIFEST).is_file():
+    if (folder / store.STORE_MANIFEST).is_file():
         identity = store.Manifest.read(folder).identity
         vae, join = _vae_of(stage), identity["join"]
         height, width = (side // vae.spatial_stride for side in identity["size"])
@@ -154,7 +154,7 @@ def scale_to_mesh(stage: WanARStage, mesh: MeshSpec, clip: Clip) -> WanARStage:
     return dataclasses.replace(stage, recycling=dataclasses.replace(stage.recycling, buffer=buffer))
 
 
-def check(stage: WanARStage, model: DiTConfig, spec: PlanSpec) -> None:
+def check_settings(stage: WanARStage, model: DiTConfig, spec: PlanSpec) -> None:
     """Raises UserError if model, clips, batch and mesh do not match."""
     clip = spec.clip
     if clip.size[2] != model.in_channels:
@@ -180,7 +180,7 @@ def estimate(
     available, and Failure if the compilation fails.
     """
     model, origin = model_of(stage)
-    check(stage, model, spec)
+    check_settings(stage, model, spec)
     if spec.compile and (reason := plan_compile.refusal()) is not None:
         raise UserError(reason)
     search = spec.fastest and spec.compile
@@ -312,7 +312,7 @@ def _state_bytes(step: PlannedStep) -> dict[str, int]:
     shapes, specs = step.state()
     trained, trained_specs = shapes.groups["dit"], specs.groups["dit"]
     mesh = dict(zip(AXES, step.stage.mesh.shape, strict=True))
-    batch = {k: P(*BATCH_SPECS[k][: x.ndim]) for k, x in step.batch().items()}
+    batch = {k: P(*CLIP_BATCH_SPECS[k][: x.ndim]) for k, x in step.batch().items()}
     return {
         "parameters": _bytes_per_device(trained.params, trained_specs.params, mesh),
         "average": _bytes_per_device(trained.ema, trained_specs.ema, mesh),

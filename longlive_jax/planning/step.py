@@ -24,7 +24,7 @@ from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import AXES
 from longlive_jax.training.objectives.error_recycling import buffer_state
 from longlive_jax.training.objectives.sharded import CHUNK_COLUMNS
-from longlive_jax.training.stages.clip_batches import BATCH_SPECS
+from longlive_jax.training.stages.clip_batches import CLIP_BATCH_SPECS
 from longlive_jax.training.stages.wan_ar import WanARStage
 from longlive_jax.training.state import TrainState, abstract_state
 from longlive_jax.training.update import Group, LossFn, Trainer, stateless
@@ -110,12 +110,12 @@ class PlannedStep:
         """Shapes of one batch, as stage `clips` collates it."""
         rows, clip = self.stage.batch, self.clip
         latents = (rows, clip.frames, *clip.size)
-        text = (rows, clip.chunks + 1, self.model.text_len, self.model.text_dim)
+        text_features = (rows, clip.chunks + 1, self.model.text_len, self.model.text_dim)
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             "context": (latents, "float32"),
             "target": (latents, "float32"),
             "mask": (latents[:2], "float32"),
-            "text": (text, self.stage.dtype),
+            "text_features": (text_features, self.stage.dtype),
             **dict.fromkeys(CHUNK_COLUMNS, ((rows, 2 * clip.chunks), "int32")),
         }
         return {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
@@ -139,7 +139,9 @@ class PlannedStep:
 
         # 3. Arguments: state, frozen parameters (none) and batch.
         batch = self.batch()
-        shardings = {k: NamedSharding(mesh, P(*BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()}
+        shardings = {
+            k: NamedSharding(mesh, P(*CLIP_BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()
+        }
         arguments: Any = (trainer.abstract, {}, abstract_state(batch, shardings))
         return trainer.program(("dit",)), arguments
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.quant.policy import path_of
+from longlive_jax.quant.policy import kernel_path
 from longlive_jax.typing import Array, Float, Params
 
 __all__ = ["LoRAKernel", "LowRank", "with_branches"]
@@ -82,7 +82,7 @@ def with_branches(params: Params, branches: Mapping[str, LowRank]) -> Params:
     matched: set[str] = set()
 
     def attach(keys: tuple, leaf: Any) -> Any:
-        path = path_of(keys)
+        path = kernel_path(keys)
         if path not in branches:
             return leaf
         matched.add(path)

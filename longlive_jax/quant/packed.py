@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from longlive_jax.quant.fp8 import Fp8Kernel, pack_fp8
 from longlive_jax.quant.low_rank import LowRank
-from longlive_jax.quant.policy import Format, QuantPolicy, path_of
+from longlive_jax.quant.policy import Format, QuantPolicy, kernel_path
 from longlive_jax.typing import Array, Float, Params
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, matmul, quantize, select_implementation
@@ -28,7 +28,7 @@ __all__ = [
     "Fp8Kernel",
     "PackedKernel",
     "describe_kernels",
-    "pack",
+    "pack_kernel",
     "quantize_params",
     "resident_bytes",
 ]
@@ -92,7 +92,7 @@ class PackedKernel:
 
 
 @functools.partial(jax.jit, static_argnames=("form", "implementation"))
-def pack(
+def pack_kernel(
     kernel: Float[Array, "*layers i o"], form: Format, *, implementation: Implementation = "auto"
 ) -> PackedKernel | Fp8Kernel:
     """Quantizes a kernel, one layer at a time, so that only one layer is in float32."""
@@ -136,9 +136,9 @@ def quantize_params(
         raise ValueError(f"{policy.name} packs no kernel at {', '.join(homeless[:4])} for a LoRA")
 
     def convert(keys: tuple, leaf: Array) -> Any:
-        path = path_of(keys)
+        path = kernel_path(keys)
         if path in formats:
-            packed = pack(leaf, formats[path], implementation=implementation)
+            packed = pack_kernel(leaf, formats[path], implementation=implementation)
             return dataclasses.replace(packed, branch=branches.get(path))
         floating = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if floating else leaf

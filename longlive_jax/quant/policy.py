@@ -19,7 +19,7 @@ from longlive_jax.typing import Params
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.nvfp4 import BLOCK, Rule
 
-__all__ = ["POLICIES", "Format", "QuantPolicy", "QuantSpec", "Recipe", "named", "path_of"]
+__all__ = ["POLICIES", "Format", "QuantPolicy", "QuantSpec", "Recipe", "kernel_path", "named"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +143,11 @@ class QuantPolicy:
 def kernels(params: Params) -> dict[str, tuple[int, ...]]:
     """Shapes of all matrices by path; stacked matrices have leading layer axes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    shapes = {path_of(keys): leaf.shape for keys, leaf in leaves}
+    shapes = {kernel_path(keys): leaf.shape for keys, leaf in leaves}
     return {p: x for p, x in shapes.items() if p.rpartition("/")[2] == "kernel" and len(x) > 1}
 
 
-def path_of(keys: tuple) -> str:
+def kernel_path(keys: tuple) -> str:
     """The path of a leaf, `blocks/ffn/up/kernel`, from its pytree keys."""
     return "/".join(str(getattr(key, "key", key)) for key in keys)
 

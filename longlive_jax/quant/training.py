@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.quant.policy import Format, QuantPolicy, QuantSpec, named, path_of
+from longlive_jax.quant.policy import Format, QuantPolicy, QuantSpec, kernel_path, named
 from longlive_jax.quant.recipe import ProductConfig, TrainingKernel
 from longlive_jax.typing import Array, Params
 from pallas_kernels.dispatch import Implementation, capability
@@ -147,14 +147,14 @@ def _select[T](
 ) -> dict[str, T]:
     """`convert(path, leaf)` for the leaves that have a format, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, P))
-    by_path = {path_of(keys): leaf for keys, leaf in leaves}
+    by_path = {kernel_path(keys): leaf for keys, leaf in leaves}
     return {path: convert(path, by_path[path]) for path in formats}
 
 
 def _replace(tree: Any, others: dict[str, Any]) -> Any:
     """`tree` with the leaves at the paths of `others` replaced."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: others.get(path_of(keys), leaf),
+        lambda keys, leaf: others.get(kernel_path(keys), leaf),
         tree,
         is_leaf=lambda x: isinstance(x, P),
     )

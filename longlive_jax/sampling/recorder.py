@@ -19,7 +19,7 @@ STRIP_ROWS = 60
 """Most segments in a strip; a video of hours has more than a picture can hold."""
 
 
-def segments(timeline: Timeline, video: int) -> list[tuple[int, int, str]]:
+def prompt_segments(timeline: Timeline, video: int) -> list[tuple[int, int, str]]:
     """(first chunk, end, prompt) of every stretch of one video with one prompt and no cut."""
     starts: list[tuple[int, str]] = []
     length = int(timeline.lengths[video])
@@ -73,7 +73,9 @@ class VideoFiles:
         self._num_stills = stills
         self._writer = Mp4Writer(self.path, fps=timeline.fps)
         self._latents: list[np.ndarray] | None = [] if latents else None
-        self._planned_ends = {(a, prompt): end for a, end, prompt in segments(timeline, video)}
+        self._planned_ends = {
+            (a, prompt): end for a, end, prompt in prompt_segments(timeline, video)
+        }
         self._prompt: str | None = None
         self._rows: list[StripRow] = []
 

@@ -16,13 +16,13 @@ from longlive_jax.sampling.script import check_size
 from longlive_jax.spec import UserError, build, with_renamed
 
 MANIFEST_KEY = "sampling"
-RENAMED = {"chunk": "chunk_frames", "rope_offset": "shot_rope_offset"}
+RENAMED_SETTINGS = {"chunk": "chunk_frames", "rope_offset": "shot_rope_offset"}
 """Names of settings in checkpoints of earlier versions -> current names."""
 LOADED_WITH = frozenset({"dtype", "vae_dtype", "vae_device", "quant"})
 """Settings that apply when weights are loaded and cannot change after."""
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Solver = Literal["unipc", "euler", "sde"]
+SolverName = Literal["unipc", "euler", "sde"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class SampleSpec:
       shot_rope_offset: latent frames added to temporal positions at every cut.
       clean_recache: whether a cut evicts all but the global sinks.
       relative_rope: whether temporal positions are counted from the start of the window.
-      kv: storage of the window's keys and values: the model's dtype, or NVFP4 at 4.5 bits a number.
+      kv: storage of the window's keys and values: the model's dtype, or NVFP4 (4.5 bits per value).
       kv_smoothing: smoothing of NVFP4 keys; "reference" is what LongLive 2.0 ships (see
         `packed_cache`).
       kv_reader: reader of NVFP4 keys and values: "auto" dequantizes them layer by layer, "mosaic"
@@ -61,7 +61,7 @@ class SampleSpec:
     size: tuple[int, int] = (704, 1280)
     fps: float = 24.0
     chunk_frames: int = 8
-    solver: Solver = "unipc"
+    solver: SolverName = "unipc"
     steps: int = 4
     shift: float = 5.0
     guidance: float = 1.0
@@ -124,7 +124,7 @@ def precision(choice: Precision) -> str:
 
 def spec_for(folder: str | os.PathLike, changes: Mapping[str, Any] | None = None) -> SampleSpec:
     """The checkpoint's own settings, overridden by `changes`; UserError as from `build`."""
-    own = with_renamed(read_manifest(folder).get(MANIFEST_KEY, {}), RENAMED)
+    own = with_renamed(read_manifest(folder).get(MANIFEST_KEY, {}), RENAMED_SETTINGS)
     return build(SampleSpec, {**own, **(changes or {})}, path="sample")
 
 

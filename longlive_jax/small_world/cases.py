@@ -12,13 +12,13 @@ from longlive_jax.io.checkpoint import weights_fingerprint
 from longlive_jax.io.models import load_model
 from longlive_jax.quant.packed import resident_bytes
 from longlive_jax.sampling.pipeline import Pipeline
-from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, Solver, spec_for
+from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, SolverName, spec_for
 from longlive_jax.small_world.evaluator import (
     EvaluationSet,
     Example,
-    ProgressCallback,
     SampledVideos,
     VAEReconstruction,
+    VideoProgress,
     ground_truth,
     measure,
 )
@@ -34,7 +34,7 @@ from longlive_jax.spec import UserError, nearest
 
 PARTS = ("ceilings", "steps", "long", "sinks", "compared")
 
-type StartCase = Callable[[str], ProgressCallback]
+type StartCase = Callable[[str], VideoProgress]
 """Called with the name of a case when it starts; returns the callback for its progress."""
 
 
@@ -68,7 +68,7 @@ class EvaluateSpec:
 
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
     fewer_steps: tuple[int, ...] = (4, 2)
-    fewer_solver: Solver = "unipc"
+    fewer_solver: SolverName = "unipc"
     batch: int = 8
     short: EvaluationSet = SHORT
     long: EvaluationSet = LONG
@@ -170,9 +170,7 @@ class CaseRunner:
         weights = self.weights if case.checkpoint is None else weights_fingerprint(case.checkpoint)
         return {"sample": sample, "footage": videos, "batch": batch, "weights": weights}
 
-    def measure(
-        self, case: Case, batch: int, on_progress: ProgressCallback
-    ) -> tuple[dict, Example]:
+    def measure(self, case: Case, batch: int, on_progress: VideoProgress) -> tuple[dict, Example]:
         """The result of one case, and an example video."""
         if case.name == "truth":
             return measure(ground_truth, case.videos, batch=batch, on_progress=on_progress)

@@ -24,7 +24,7 @@ RAMP = 3.0
 _BLOCK = 16  # frames drawn together, so that temporaries fit into a core's cache
 
 
-def levels(table) -> Float[np.ndarray, "n 3"]:
+def colour_levels(table) -> Float[np.ndarray, "n 3"]:
     """The colours of a table (name -> 8-bit RGB) in its order, float32 in [-1, 1]."""
     return np.asarray(list(table.values()), np.float32) / np.float32(127.5) - 1
 

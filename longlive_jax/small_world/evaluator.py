@@ -41,7 +41,7 @@ type VideoSource = Callable[[Sequence[VideoSpec], Sequence[int]], Iterable[np.nd
 A chunk has shape [b, f, h, w, 3], and is uint8 or float in [-1, 1].
 """
 
-type ProgressCallback = Callable[[float, int], None]
+type VideoProgress = Callable[[float, int], None]
 """Called with the number of finished videos, which may be fractional, and their total number."""
 
 
@@ -168,10 +168,10 @@ class VAEReconstruction:
     def fidelity(self) -> dict[str, float]:
         """PSNR in dB over all pixels, and of the worst frame."""
         errors = np.concatenate([chunk.reshape(-1) for chunk in self.errors])
-        return {"psnr": psnr(errors.mean()), "psnr_worst_frame": psnr(errors.max())}
+        return {"psnr": psnr_of_mse(errors.mean()), "psnr_worst_frame": psnr_of_mse(errors.max())}
 
 
-def psnr(mean_square: float) -> float:
+def psnr_of_mse(mean_square: float) -> float:
     """Peak signal-to-noise ratio in dB, from the mean squared error of pixels in [-1, 1]."""
     return float(10 * np.log10(4 / max(float(mean_square), 1e-12)))
 
@@ -181,7 +181,7 @@ def measure(
     evaluation_set: EvaluationSet,
     *,
     batch: int,
-    on_progress: ProgressCallback | None = None,
+    on_progress: VideoProgress | None = None,
 ) -> tuple[dict, Example]:
     """Generates and judges the videos of an evaluation set.
 

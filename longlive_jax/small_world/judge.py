@@ -14,7 +14,7 @@ import numpy as np
 
 from longlive_jax.small_world import words
 from longlive_jax.small_world.drawing import HEIGHT, SPEED, WIDTH
-from longlive_jax.small_world.reading import UNCLEAR, FrameReadings, read_frames
+from longlive_jax.small_world.reading import UNCLEAR, FrameReadings, frame_readings
 from longlive_jax.small_world.words import BACKGROUNDS, COLOURS, MARKERS, MOTIONS, SHAPES
 from longlive_jax.typing import Float
 
@@ -162,11 +162,11 @@ def judge_video(
 
     Raises:
       ValueError: if a caption is outside the small world, if the bounds do not tile the video or
-        do not match the captions in number, or if `read_frames` rejects the video.
+        do not match the captions in number, or if `frame_readings` rejects the video.
     """
     scenes = [words.parse_caption(text) for text in captions]
     bounds = _check_bounds(bounds, len(captions), len(video))
-    frames = read_frames(video)
+    frames = frame_readings(video)
     shots = tuple(
         _judge_shot(frames, words.caption(scene), scene, span)
         for scene, span in zip(scenes, bounds, strict=True)

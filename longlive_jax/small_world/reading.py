@@ -68,7 +68,7 @@ class FrameReadings:
         return len(self.shape)
 
 
-def read_frames(video: Float[np.ndarray, "f h w 3"]) -> FrameReadings:
+def frame_readings(video: Float[np.ndarray, "f h w 3"]) -> FrameReadings:
     """Reads every frame of a video: floats in [-1, 1], HEIGHT x WIDTH pixels.
 
     Raises:
@@ -113,9 +113,9 @@ def _read(video: np.ndarray) -> dict[str, np.ndarray]:
     clean = drawing.compose(
         outline,
         dot,
-        drawing.levels(BACKGROUNDS)[background],
-        drawing.levels(COLOURS)[colour],
-        drawing.levels(MARKERS)[marker],
+        drawing.colour_levels(BACKGROUNDS)[background],
+        drawing.colour_levels(COLOURS)[colour],
+        drawing.colour_levels(MARKERS)[marker],
     )
     has_shape = explained >= _MIN_EXPLAINED
     is_plain = (away < _PLAIN_DISTANCE).mean((1, 2)) >= _PLAIN_SHARE
@@ -237,7 +237,7 @@ def _mean_over(video: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def _nearest(rgb: np.ndarray, table) -> tuple[np.ndarray, np.ndarray]:
     """Index of the nearest colour in a table, and the Euclidean distance to it."""
-    gap = np.linalg.norm(rgb[:, None] - drawing.levels(table), axis=-1)
+    gap = np.linalg.norm(rgb[:, None] - drawing.colour_levels(table), axis=-1)
     return gap.argmin(1), gap.min(1)
 
 

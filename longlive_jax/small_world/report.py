@@ -25,7 +25,7 @@ RATES = {
 }
 """Rates of `metrics.summary` in the report -> their names for readers."""
 
-TARGETS = {
+QUALITY_TARGETS = {
     "vae": dict.fromkeys(("shape", "colour", "background", "motion"), 0.98) | {"psnr": 32.0},
     "shots": dict.fromkeys(("shape", "colour", "background", "motion"), 0.90)
     | {"all_right": 0.80, "cut_exact": 0.98},
@@ -71,7 +71,7 @@ def is_done(report: Mapping[str, Any], name: str, dependencies: Mapping[str, Any
 
 def target_results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, bool]]:
     """(case, metric, value, target, is met) for every target whose case was measured."""
-    for case, targets in TARGETS.items():
+    for case, targets in QUALITY_TARGETS.items():
         result = report["cases"].get(case)
         if result is None:
             continue
@@ -99,7 +99,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Drift over the length of a video",
         _case_table(_QUARTERS, cases, _quarters),
         "## Identity of returning subjects",
-        "Captions mention neither marker nor size. By chance each is kept in 33 %.",
+        "Captions mention neither marker nor size. The chance level of each is 33 %.",
         _case_table(_RETURNS, cases, _returns),
         # Costs.
         "## Speed and memory",

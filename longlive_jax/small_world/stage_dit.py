@@ -22,7 +22,7 @@ from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
 from longlive_jax.parallel.mesh import check_fits
 from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.quant.training import QuantizedTraining
-from longlive_jax.sampling.settings import Solver, save_settings
+from longlive_jax.sampling.settings import SolverName, save_settings
 from longlive_jax.small_world import world
 from longlive_jax.small_world.corpus import CorpusSpec, encoded_corpus
 from longlive_jax.small_world.windows import (
@@ -66,7 +66,7 @@ class SampleDefaults:
       guidance: scale of classifier-free guidance.
     """
 
-    solver: Solver = "unipc"
+    solver: SolverName = "unipc"
     num_steps: int = 32
     guidance: float = 2.0
 
@@ -232,8 +232,10 @@ class DiTStage(RunSpec):
             "target": self.windows.target_chunks,
         }
         tokens = {f"{name} tokens": n * chunk_tokens for name, n in counts.items()}
-        words = {f"text rows of {name}": n * self.model.text_len for name, n in counts.items()}
-        return tokens | words
+        text_rows = {
+            f"text tokens of {name}": n * self.model.text_len for name, n in counts.items()
+        }
+        return tokens | text_rows
 
     def _evaluation(
         self,

@@ -62,7 +62,7 @@ class CaptionBatches(Sequence):
         captions = all_captions("train")
         prompts = [p + c + stop for p in ("", CUT_PREFIX) for c in captions for stop in ("", ".")]
         if cut := tokenizer.truncations(prompts, length):
-            raise ValueError(f"{cut[0]}; use a length of at least {max(c.tokens for c in cut)}")
+            raise ValueError(f"{cut[0]}; set length to {max(c.tokens for c in cut)}")
         self._ids, self._mask = tokenizer.encode(["", *prompts], length)
         self.batch_size, self.steps, self.seed = batch_size, steps, seed
 

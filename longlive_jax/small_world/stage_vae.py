@@ -27,7 +27,7 @@ from longlive_jax.training.task import Task, global_batches
 from longlive_jax.training.update import Group, stateless
 from longlive_jax.typing import Array, Float, Params
 
-ClipSource = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
+ClipSampler = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
 """(rng, batch, frames) -> video [b, f, h, w, 3] in [-1, 1], weight [b, f, h, w, 1] of pixels."""
 
 
@@ -65,7 +65,7 @@ class VAELossSpec:
 class ClipBatches(Sequence):
     """The batches of the run; batch i is a function of i."""
 
-    source: ClipSource
+    source: ClipSampler
     phases: tuple[Phase, ...]
     seed: int
 
@@ -149,7 +149,7 @@ class VAEStage(RunSpec):
     def _clips(
         self, rng: np.random.Generator, batch: int, frames: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Videos and the weights of their pixels: a `ClipSource`."""
+        """Videos and the weights of their pixels; a `ClipSampler`."""
         video, cover = world.vae_clips(rng, batch, frames, self.cut_probability)
         return video, 1 + self.subject_weight * (cover > 0)[..., None].astype(np.float32)
 

@@ -229,9 +229,9 @@ def _draw(rows: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     video = drawing.compose(
         outline,
         dot,
-        drawing.levels(BACKGROUNDS)[background],
-        drawing.levels(COLOURS)[colour],
-        drawing.levels(MARKERS)[marker],
+        drawing.colour_levels(BACKGROUNDS)[background],
+        drawing.colour_levels(COLOURS)[colour],
+        drawing.colour_levels(MARKERS)[marker],
     )
     return video, outline
 

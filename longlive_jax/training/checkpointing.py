@@ -31,7 +31,7 @@ STATE, ABOUT = "state", "about"
 LORA = r"(^|/)branch/[ab]$"
 """Paths of low-rank branches (`quant.low_rank.LoRAKernel`) among parameters."""
 
-type Say = Callable[[str], None]
+type Notify = Callable[[str], None]
 """Prints a line for the user."""
 
 
@@ -79,7 +79,7 @@ class TrainCheckpoints:
         if step in self._manager.all_steps():
             return
         self.check()
-        self.check_room(state)
+        self.check_disk_space(state)
         about = {
             "arrays": _shapes(state),
             "fingerprints": fingerprints(state),
@@ -112,13 +112,15 @@ class TrainCheckpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def restore(self, like: Any, *, say: Say, complete: bool = False) -> tuple[int, Any] | None:
+    def restore(
+        self, like: Any, *, notify: Notify, complete: bool = False
+    ) -> tuple[int, Any] | None:
         """Step and state of the newest intact checkpoint, with the shapes and shardings of `like`.
 
         A checkpoint that any of the processes cannot read, or that does not match its checksums, is
-        moved to `damaged/`, reported through `say`, and the previous one is used. `like` may be a
-        part of the state, such as `{"groups": ...}`, unless `complete`; then `say` also reports how
-        this run's origin differs.
+        moved to `damaged/`, reported through `notify`, and the previous one is used. `like` may be
+        a part of the state, such as `{"groups": ...}`, unless `complete`; then `notify` also
+        reports how this run's origin differs.
 
         Returns None if there is no checkpoint. Raises UserError if the checkpoints are of another
         model, or if none of them is intact.
@@ -138,11 +140,13 @@ class TrainCheckpoints:
             )
         for step, reason in failures:
             folder = self._move_aside(step)
-            say(f"The checkpoint of step {step} is damaged ({reason}); it was moved to {folder}.")
+            notify(
+                f"The checkpoint of step {step} is damaged ({reason}); it was moved to {folder}."
+            )
         if failures:
             self._manager.reload()
         if restored is not None and complete:
-            self._compare(about.get("origin", self._origin), restored[0], say)
+            self._compare(about.get("origin", self._origin), restored[0], notify)
         return restored
 
     def _read(self, step: int, like: Any, complete: bool) -> tuple[Any, dict[str, Any], str | None]:
@@ -188,17 +192,17 @@ class TrainCheckpoints:
         }
         return jax.tree.unflatten(structure, [arrays[paths[path]] for path in wanted]), None
 
-    def _compare(self, origin: Mapping[str, Any], step: int, say: Say) -> None:
+    def _compare(self, origin: Mapping[str, Any], step: int, notify: Notify) -> None:
         for name in sorted({*origin, *self._origin}):
             before, now = origin.get(name), self._origin.get(name)
             if before != now:
-                say(
+                notify(
                     f"{name} was {before} when step {step} was checkpointed and is {now} now: the "
                     "run does not continue as it would have."
                 )
 
-    def check_room(self, state: Any) -> None:
-        """Raises Failure if the disk has no room for this process's part of a checkpoint."""
+    def check_disk_space(self, state: Any) -> None:
+        """Raises Failure if the disk lacks space for this process's part of a checkpoint."""
         shards = (s for x in jax.tree.leaves(state) for s in x.addressable_shards)
         need = sum(s.data.nbytes for s in shards if s.replica_id == 0)
         free = shutil.disk_usage(self.workdir).free
@@ -232,7 +236,7 @@ class TrainCheckpoints:
             folder.mkdir(exist_ok=True)
             (self._root / str(step)).rename(target)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"put aside {step}")
+            multihost_utils.sync_global_devices(f"move damaged {step}")
         return target
 
 
@@ -254,7 +258,7 @@ def restore_weights(
     group: str,
     part: Literal["params", "ema"] = "ema",
     only: str | None = None,
-    say: Say,
+    notify: Notify,
 ) -> tuple[int, Params]:
     """Step of the newest intact checkpoint, and a group's parameters or EMA; reads nothing else.
 
@@ -265,7 +269,7 @@ def restore_weights(
       part: "params" for the parameters, or "ema" for their EMA.
       only: regular expression searched in the paths, such as `LORA`. Other leaves (the base of an
         adapter, for instance) are returned as they are in `like` and need not be stored.
-      say: called with a line about each damaged checkpoint.
+      notify: called with a line about each damaged checkpoint.
 
     Raises UserError for a folder without checkpoints, for checkpoints of another model, and if
     `only` matches no path.
@@ -278,7 +282,7 @@ def restore_weights(
     if TrainCheckpoints.none_in(workdir):
         raise UserError(f"{workdir}: has no checkpoint of a run; give the --workdir of `train`")
     with TrainCheckpoints(workdir) as checkpoints:
-        restored = checkpoints.restore({"groups": {group: {part: _nested(wanted)}}}, say=say)
+        restored = checkpoints.restore({"groups": {group: {part: _nested(wanted)}}}, notify=notify)
     if restored is None:
         raise UserError(f"{workdir}: has no finished checkpoint of a run; train for longer")
     step, tree = restored
@@ -336,7 +340,7 @@ def _check_description(about: Mapping[str, Any]) -> None:
     """Raises ValueError if the description of a checkpoint is not what was written."""
     rest = {name: value for name, value in about.items() if name != "digest"}
     if rest.keys() == {"arrays", "fingerprints"}:
-        return  # of a version that wrote no more
+        return  # written by a version without a digest
     if about.get("digest") != _digest(rest):
         raise ValueError("its description is not what was written")
 

@@ -80,10 +80,10 @@ def train(task: Task, workdir: pathlib.Path, loop: LoopSpec) -> TrainState:
     with (
         TrainCheckpoints(workdir, keep=loop.keep, origin=origin) as checkpoints,
         run.progress(),
-        StopRequest(run.say) as stop,
+        StopRequest(run.notify) as stop,
     ):
         state = run.initial_state(checkpoints)
-        checkpoints.check_room(state)
+        checkpoints.check_disk_space(state)
         return run.until_done(state, checkpoints, stop)
 
 
@@ -105,21 +105,21 @@ class _Run:
         with self._bar:
             yield
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         if self.first:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def initial_state(self, checkpoints: TrainCheckpoints) -> TrainState:
         """The state of the newest intact checkpoint, or that of step 0."""
         trainer = self.task.trainer
-        resumed = checkpoints.restore(trainer.abstract, say=self.say, complete=True)
+        resumed = checkpoints.restore(trainer.abstract, notify=self.notify, complete=True)
         if resumed is not None:
             step, state = resumed
-            self.say(f"Resumed from step {step} of {self.workdir}.")
+            self.notify(f"Resumed from step {step} of {self.workdir}.")
         else:
             state = trainer.init()
         for note in self.task.about.notes:
-            self.say(note)
+            self.notify(note)
         return state
 
     def until_done(

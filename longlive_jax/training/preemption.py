@@ -31,8 +31,8 @@ class StopRequest:
     caught.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, notify: Callable[[str], None]):
+        self._notify = notify
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -50,7 +50,7 @@ class StopRequest:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
-        self._say("Stopping after this step is saved; Ctrl-C again stops at once.")
+        self._notify("Stopping after this step is saved; Ctrl-C again stops at once.")
 
     def after(self, step: int) -> int | None:
         """The signal to stop for after `step`, equal in all processes; None to continue."""

@@ -34,13 +34,13 @@ class TrainedWeights:
         part: Literal["params", "ema"],
         checkpoint: Path,
         *,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> "TrainedWeights":
         """Loads parameters or their EMA from the newest intact training checkpoint in `workdir`.
 
         All arrays are loaded at once, in float32, unlike those of a checkpoint directory, which is
         read layer by layer. The DiT's config is that of the checkpoint directory `checkpoint`.
-        Corrupt training checkpoints are reported through `say`.
+        Corrupt training checkpoints are reported through `notify`.
 
         Raises:
           UserError: there is no training checkpoint, or it belongs to a different model.
@@ -54,7 +54,7 @@ class TrainedWeights:
         target: Any = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), shapes
         )
-        _, tree = restore_weights(workdir, target, group="dit", part=part, say=say)
+        _, tree = restore_weights(workdir, target, group="dit", part=part, notify=notify)
         return cls({path: np.asarray(x) for path, x in flatten(tree).items()})
 
     @property

@@ -26,9 +26,10 @@ from longlive_jax.training.state import (
     group_specs,
     init_group,
 )
-from longlive_jax.typing import Array, Params
+from longlive_jax.typing import Array, Float, Params
 
-type Metrics = dict[str, Array]
+type Metrics = dict[str, Float[Array, ""]]
+"""Scalars by name."""
 
 type QuantizeForLoss = Callable[[Params, Array], Params]
 """`(params, key) -> params` in the form that the loss computes with."""

@@ -54,7 +54,7 @@ def attention(
     float32; the result has the dtype of `v`. Raises ValueError if tokens do not match the arrays,
     and `Unsupported` if a named implementation cannot run.
     """
-    check(q, k, q_tokens, k_tokens)
+    check_tokens(q, k, q_tokens, k_tokens)
     chosen = select_implementation(q, k, v, q_tokens, k_tokens, implementation=implementation)
     run = _RUN[chosen]
     segment_list = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
@@ -79,7 +79,7 @@ def attention_with_lse(
     The log-sum-exp is float32 and -inf for fully masked queries; it merges attention over disjoint
     sets of keys. Both results are differentiable. "auto" selects "xla"; "cudnn" is not supported.
     """
-    check(q, k, q_tokens, k_tokens)
+    check_tokens(q, k, q_tokens, k_tokens)
     chosen: Implementation = "xla" if implementation == "auto" else implementation
     select_implementation(q, k, v, q_tokens, k_tokens, implementation=chosen)
     if chosen not in _RUN_WITH_LSE:
@@ -123,7 +123,7 @@ def select_implementation(
     return implementation
 
 
-def check(
+def check_tokens(
     q: Array | jax.ShapeDtypeStruct,
     k: Array | jax.ShapeDtypeStruct,
     q_tokens: Tokens | None,

@@ -9,7 +9,12 @@ from typing import Any
 import flax.struct
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.api import attention, attention_with_lse, check, select_implementation
+from pallas_kernels.attention.api import (
+    attention,
+    attention_with_lse,
+    check_tokens,
+    select_implementation,
+)
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.tokens import Tokens
 
@@ -53,7 +58,7 @@ class FixedMaskAttention:
         tokens = self.q_tokens, self.k_tokens
         if self.mask is None:
             return attention_with_lse(q, k, v, *tokens, implementation=self.implementation)
-        check(q, k, *tokens)
+        check_tokens(q, k, *tokens)
         select_implementation(q, k, v, *tokens, implementation=self.implementation)
         from pallas_kernels.attention.mosaic import op
 

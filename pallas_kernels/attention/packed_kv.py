@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.api import attention, check, select_implementation
+from pallas_kernels.attention.api import attention, check_tokens, select_implementation
 from pallas_kernels.dispatch import Implementation, Unsupported, capability, platform
 from pallas_kernels.nvfp4 import NVFP4, dequantize
 from pallas_kernels.tokens import Tokens
@@ -51,14 +51,14 @@ def attention_packed(
         from pallas_kernels.attention.mosaic import packed_op
 
         length = own_k.shape[1] + past_k.shape[1] * past_k.shape[2]
-        check(q, jax.ShapeDtypeStruct((q.shape[0], length), q.dtype), q_tokens, k_tokens)
+        check_tokens(q, jax.ShapeDtypeStruct((q.shape[0], length), q.dtype), q_tokens, k_tokens)
         return packed_op.attend(q, own_k, own_v, past_k, past_v, q_tokens, k_tokens, offset)
     dtypes = (jnp.float32,) * 2 if chosen == "reference" else (own_k.dtype, own_v.dtype)
     past = dequantize_kv(past_k, offset, dtypes[0]), dequantize_kv(past_v, None, dtypes[1])
     own = (x.astype(dtype) for x, dtype in zip((own_k, own_v), dtypes, strict=True))
     k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, past, strict=True))
     if chosen == "reference":
-        check(q, k, q_tokens, k_tokens)
+        check_tokens(q, k, q_tokens, k_tokens)
         return reference.attend(q, k, v, q_tokens, k_tokens).astype(own_v.dtype)
     return attention(q, k, v, q_tokens, k_tokens, implementation=chosen)
 

@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.attention import blocked
-from pallas_kernels.attention.blocked import MASKED_LOGIT, log_sum, product
+from pallas_kernels.attention.blocked import MASKED_LOGIT, einsum_f32, log_sum
 from pallas_kernels.dispatch import platform
 from pallas_kernels.tokens import Tokens, visible, visible_keys
 
@@ -83,13 +83,16 @@ def _dense(q, k, v, mask):
 @jax.custom_vjp
 def _logits(q: Float[Array, "b q n d"], k: Float[Array, "b k n d"]) -> Float[Array, "b n q k"]:
     """Float32 logits; the gradient's products take operands of the same dtype as the forward's."""
-    return product("bqnd,bknd->bnqk", q, k)
+    return einsum_f32("bqnd,bknd->bnqk", q, k)
 
 
 def _logits_backward(saved, gradient):
     q, k = saved
     gradient = gradient.astype(q.dtype)
-    d_q, d_k = product("bnqk,bknd->bqnd", gradient, k), product("bnqk,bqnd->bknd", gradient, q)
+    d_q, d_k = (
+        einsum_f32("bnqk,bknd->bqnd", gradient, k),
+        einsum_f32("bnqk,bqnd->bknd", gradient, q),
+    )
     return d_q.astype(q.dtype), d_k.astype(k.dtype)
 
 

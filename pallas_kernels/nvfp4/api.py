@@ -13,7 +13,7 @@ from pallas_kernels.nvfp4.format import BLOCK, NVFP4, RULES, Rule, dequantize_re
 from pallas_kernels.nvfp4.rounding import rounding_noise, seeds
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic")
-OPS: dict[str, str] = {
+FALLBACKS: dict[str, str] = {
     "quantize": "use implementation='xla'",
     "dequantize": "use implementation='xla'",
     "matmul": "use quant=fp8 or implementation='xla' (dequantizes)",
@@ -99,7 +99,7 @@ def matmul(
     b: NVFP4,
     *,
     bias: Float[Array, "n"] | None = None,
-    low_rank: products.LowRank | None = None,
+    low_rank: products.LowRankFactors | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
     implementation: Implementation = "auto",
 ) -> Float[Array, "m n"]:
@@ -133,8 +133,8 @@ def select_implementation(
     "auto" selects "xla"; "mosaic" has not run on a GPU yet and is used only if named. Raises
     ValueError for unknown names and `Unsupported` if the named implementation cannot run.
     """
-    if op not in OPS:
-        raise ValueError(f"NVFP4 has no op {op!r}; choose from {', '.join(OPS)}")
+    if op not in FALLBACKS:
+        raise ValueError(f"NVFP4 has no op {op!r}; choose from {', '.join(FALLBACKS)}")
     if implementation == "auto":
         return "xla"
     if implementation not in IMPLEMENTATIONS:
@@ -142,7 +142,7 @@ def select_implementation(
         raise ValueError(f"implementation {implementation!r}; choose from {known}")
     if implementation == "mosaic" and not capability().startswith("10."):
         chip = f"sm_{capability().replace('.', '')}" if platform() == "gpu" else platform()
-        raise Unsupported(f"NVFP4 {op} needs Blackwell (sm_100); this is {chip}: {OPS[op]}")
+        raise Unsupported(f"NVFP4 {op} needs Blackwell (sm_100); this is {chip}: {FALLBACKS[op]}")
     return implementation
 
 
@@ -180,7 +180,9 @@ def check_quantize(
         )
 
 
-def check_matmul(a: NVFP4, b: NVFP4, bias: Array | None, low_rank: products.LowRank | None) -> None:
+def check_matmul(
+    a: NVFP4, b: NVFP4, bias: Array | None, low_rank: products.LowRankFactors | None
+) -> None:
     """Raises ValueError if operands of `matmul` do not match."""
     for name, c in (("a", a), ("b", b)):
         if c.ndim != 2 or c.lead:

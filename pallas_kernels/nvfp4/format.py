@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-CODE = jnp.float4_e2m1fn
-SCALE = jnp.float8_e4m3fn
+CODE_DTYPE = jnp.float4_e2m1fn
+SCALE_DTYPE = jnp.float8_e4m3fn
 BLOCK = 16
 """Values of the last axis that share a scale."""
 
@@ -128,13 +128,13 @@ def pack(codes: Float[Array, "*rows k"]) -> UInt8[Array, "*rows k/2"]:
     """Packs two codes per byte, the even column in the low half."""
     if codes.shape[-1] % 2:
         raise ValueError(f"the number of codes per row must be even, got {codes.shape[-1]}")
-    pairs = jnp.asarray(codes, CODE).reshape(*codes.shape[:-1], -1, 2)
+    pairs = jnp.asarray(codes, CODE_DTYPE).reshape(*codes.shape[:-1], -1, 2)
     return lax.bitcast_convert_type(pairs, jnp.uint8)
 
 
 def unpack(packed: UInt8[Array, "*rows k/2"]) -> Float[Array, "*rows k"]:
     """Unpacks the codes of `pack`."""
-    pairs = lax.bitcast_convert_type(jnp.asarray(packed, jnp.uint8), CODE)
+    pairs = lax.bitcast_convert_type(jnp.asarray(packed, jnp.uint8), CODE_DTYPE)
     return pairs.reshape(*packed.shape[:-1], -1)
 
 

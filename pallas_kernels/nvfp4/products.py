@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.dispatch import capability
 from pallas_kernels.nvfp4.format import BLOCK, NVFP4, dequantize_reference, global_scale
 
-LowRank = tuple[Float[Array, "m r"], Float[Array, "r n"]]
+LowRankFactors = tuple[Float[Array, "m r"], Float[Array, "r n"]]
 
 
 def reference(
@@ -16,7 +16,7 @@ def reference(
     b: NVFP4,
     *,
     bias: Float[Array, "n"] | None = None,
-    low_rank: LowRank | None = None,
+    low_rank: LowRankFactors | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
 ) -> Float[Array, "m n"]:
     """Computes `api.matmul` from operands dequantized to float32."""
@@ -30,7 +30,7 @@ def xla(
     b: NVFP4,
     *,
     bias: Float[Array, "n"] | None = None,
-    low_rank: LowRank | None = None,
+    low_rank: LowRankFactors | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
 ) -> Float[Array, "m n"]:
     """Computes `api.matmul` with XLA's block-scaled product on Blackwell (capability 10.x).
@@ -62,7 +62,7 @@ def _unscaled(a: NVFP4) -> Array:
 def _finish(
     product: Float32[Array, "m n"],
     bias: Array | None,
-    low_rank: LowRank | None,
+    low_rank: LowRankFactors | None,
     out_dtype: jnp.dtype,
 ) -> Float[Array, "m n"]:
     if low_rank is not None:

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.nvfp4.format import (
     BLOCK,
-    CODE,
+    CODE_DTYPE,
     LIMITS,
     NVFP4,
-    SCALE,
+    SCALE_DTYPE,
     Rule,
     amax_divisor,
     expand_amax,
@@ -89,8 +89,8 @@ def quantize(
     tiles = functools.partial(_tiles, block_rows=block_rows)
     tiled_noise = None if noise is None else (tiles(noise[0]), tiles(noise[1]))
     values, scales = _encode(tiles(x.astype(jnp.float32)), amax, rule, tiled_noise)
-    scales = jnp.broadcast_to(scales, (*values.shape[:-1], 1)).astype(SCALE)
-    codes, scales = (_untiled(a, x.shape) for a in (values.astype(CODE), scales))
+    scales = jnp.broadcast_to(scales, (*values.shape[:-1], 1)).astype(SCALE_DTYPE)
+    codes, scales = (_untiled(a, x.shape) for a in (values.astype(CODE_DTYPE), scales))
     return NVFP4(codes, scales, amax, rule)
 
 

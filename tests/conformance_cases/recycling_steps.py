@@ -33,7 +33,7 @@ REPLACE: dict[str, eb.Replacement] = {"random": "random", "fifo": "oldest", "l2"
 NEVER = 1.0
 """The draw of a gate that is closed at any probability."""
 
-GIVEN = {"clean_latent", "noise", "index_draw", "initial_latent"}
+INPUTS = {"clean_latent", "noise", "index_draw", "initial_latent"}
 OPTIONS = {"i2v", "independent_first_frame"}
 
 sample_bucket = jax.jit(eb.sample_bucket, static_argnames="replace")
@@ -110,7 +110,7 @@ class Steps:
         cases = []
         for i, call in enumerate(self.calls):
             for key, theirs in self.golden.under(f"{self.name}/{i}/").items():
-                if key in GIVEN:
+                if key in INPUTS:
                     continue
                 want = theirs if theirs.ndim < 5 else np.moveaxis(theirs, 2, -1)
                 got = partial(lambda i, key: self.replayed()[i][key], i, key)

@@ -75,5 +75,5 @@ def test_invalid_layouts_are_errors():
         grid(2, 1, 1, chunk_frames=2, start=3)
     with pytest.raises(ValueError, match="not a multiple of chunk_frames"):
         teacher_forcing(5, 1, 1, chunk_frames=2)
-    with pytest.raises(ValueError, match="use at least 3"):
+    with pytest.raises(ValueError, match=r"window must be >= 3 .*, got 2"):
         windows(np.zeros(4, bool), window=2, global_sinks=1)

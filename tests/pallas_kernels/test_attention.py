@@ -70,7 +70,7 @@ def layouts():
 @pytest.mark.parametrize("name", layouts())
 def test_xla_equals_reference_in_values_and_gradients(name, dense_bytes, known, monkeypatch):
     monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
-    monkeypatch.setattr(blocked, "BLOCK", 7)
+    monkeypatch.setattr(blocked, "MAX_BLOCK", 7)
     q_tokens, k_tokens = layouts()[name]
     if not known:
         q_tokens, k_tokens = traced(q_tokens), traced(k_tokens)
@@ -93,7 +93,7 @@ def test_xla_equals_reference_in_values_and_gradients(name, dense_bytes, known, 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (37, 53), (131, 7)])
 def test_any_lengths_are_supported(queries, keys, dense_bytes, monkeypatch):
     monkeypatch.setattr(xla, "DENSE_BYTES", dense_bytes)
-    monkeypatch.setattr(blocked, "BLOCK", 16)
+    monkeypatch.setattr(blocked, "MAX_BLOCK", 16)
     rng = np.random.default_rng(0)
     q_tokens, k_tokens = (
         make(np.zeros((n, 3), np.int32), np.sort(rng.integers(-1, 3, n)), np.arange(n) > n // 2)
@@ -172,7 +172,7 @@ def test_gradients_are_summed_in_float32_over_blocks(monkeypatch):
     want = gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
     errors = []
     for block in (512, 4):
-        monkeypatch.setattr(blocked, "BLOCK", block)
+        monkeypatch.setattr(blocked, "MAX_BLOCK", block)
         got = gradients("xla", q, k, v)
         errors.append(
             [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, want, strict=True)]
@@ -209,7 +209,7 @@ def test_fully_masked_blocks_are_not_read(where, monkeypatch):
     would through a mask that is applied after the products."""
     monkeypatch.setattr(xla, "platform", lambda: where)
     monkeypatch.setattr(xla, "DENSE_BYTES", 0)
-    monkeypatch.setattr(blocked, "BLOCK", 8)
+    monkeypatch.setattr(blocked, "MAX_BLOCK", 8)
     tokens = traced(teacher_forcing(4, 2, 4, chunk_frames=1))  # one block per chunk
     q, k, v = arrays(64, 64)
     last = slice(56, 64)  # noisy
@@ -230,7 +230,7 @@ def test_fully_masked_blocks_are_not_read(where, monkeypatch):
 def test_blocked_attention_has_no_quadratic_array(where, monkeypatch):
     """The compiled program of value and gradient with traced tokens is checked."""
     monkeypatch.setattr(xla, "platform", lambda: where)
-    monkeypatch.setattr(blocked, "BLOCK", 64)
+    monkeypatch.setattr(blocked, "MAX_BLOCK", 64)
     tokens = traced(teacher_forcing(4, 8, 8, chunk_frames=1))
     length = len(tokens)
     operands = arrays(length, length, batch=1, heads=2, dtype=jnp.bfloat16)

@@ -151,8 +151,8 @@ def test_the_device_selects_the_kernels(capability, target, monkeypatch):
     ("capability", "dtype", "width", "message"),
     [
         ("8.0", "bfloat16", 64, "not for compute capability 8.0"),
-        ("9.0", "float32", 64, "bfloat16 arguments, not float32"),
-        ("10.0", "bfloat16", 96, "heads are 96 wide; it takes 64 or 128"),
+        ("9.0", "float32", 64, "arguments must be bfloat16, got float32"),
+        ("10.0", "bfloat16", 96, "the head width must be 64 or 128, got 96"),
     ],
 )
 def test_unsupported_arguments_are_refused_with_a_reason(

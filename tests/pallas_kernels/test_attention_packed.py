@@ -20,7 +20,7 @@ from pallas_kernels.attention.packed_kv import (
 )
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import BLOCK, NVFP4, dequantize
-from pallas_kernels.nvfp4.format import CODE, SCALE
+from pallas_kernels.nvfp4.format import CODE_DTYPE, SCALE_DTYPE
 from pallas_kernels.tokens import EMPTY, concat, make
 from tests.pallas_kernels import deviceless
 from tests.pallas_kernels.interpreter import SIMULATED, no_races
@@ -42,8 +42,8 @@ def problem(*, batch=1, slots=2, tokens=64, heads=2, width=64, own=40, dtype=jnp
 
 
 def random_array(rng, shape, amax) -> NVFP4:
-    codes = (2 * rng.standard_normal(shape)).astype(CODE)
-    scales = rng.uniform(50, 250, (*shape[:-1], shape[-1] // BLOCK)).astype(SCALE)
+    codes = (2 * rng.standard_normal(shape)).astype(CODE_DTYPE)
+    scales = rng.uniform(50, 250, (*shape[:-1], shape[-1] // BLOCK)).astype(SCALE_DTYPE)
     largest = amax * (1 + np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape[:2]))
     return NVFP4(jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(largest), "mse")
 
@@ -123,9 +123,9 @@ def test_results_merge_by_their_log_sum_exp():
     [
         ("", {}, "needs Blackwell .sm_100.; this is cpu: use implementation='auto'"),
         ("9.0", {}, "needs Blackwell .sm_100.; this is sm_90: use implementation='auto'"),
-        ("10.0", {"dtype": jnp.float32}, "bfloat16 queries, not float32"),
-        ("10.0", {"width": 96}, "heads are 96 wide; it takes 64 or 128"),
-        ("10.0", {"tokens": 80}, "a slot holds 80 tokens; it takes multiples of 64"),
+        ("10.0", {"dtype": jnp.float32}, "queries must be bfloat16, got float32"),
+        ("10.0", {"width": 96}, "the head width must be 64 or 128, got 96"),
+        ("10.0", {"tokens": 80}, "tokens per slot must be a multiple of 64, got 80"),
         ("10.0", {"per_token": True}, "one mean per channel, not one per token"),
     ],
 )

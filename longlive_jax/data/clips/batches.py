@@ -1,4 +1,4 @@
-"""Batches of clips in the layout that the teacher-forcing loss takes."""
+"""Batches of clips in the layout of the teacher-forcing loss."""
 
 from collections.abc import Mapping
 

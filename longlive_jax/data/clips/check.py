@@ -7,7 +7,7 @@ from typing import Any
 
 from longlive_jax.data.clips.clip_plan import FPS, JoinSpec, count_chunks, plan_clip
 from longlive_jax.data.clips.dataset import Unusable, VideoSample
-from longlive_jax.data.clips.decoding import check_fits, probe, verify
+from longlive_jax.data.clips.decoding import check_first_frame, probe, verify
 from longlive_jax.data.clips.source import shot_lengths
 
 __all__ = ["SampleReport", "check_samples"]
@@ -93,7 +93,7 @@ def _check(
         plan_clip(lengths, join)
         if size is not None:
             for shot in sample.shots:
-                check_fits(shot, size)
+                check_first_frame(shot, size)
     except Unusable as reason:
         return dataclasses.replace(report, reason=str(reason))
     return report

@@ -47,7 +47,7 @@ FrameSelection = slice | Sequence[int]
 class JoinSpec:
     """How shots are joined into clips of equal length.
 
-    The field names are stored in the manifests of encoded clips (`store.RENAMED`).
+    The field names are stored in the manifests of encoded clips (`store.RENAMED_FIELDS`).
 
     Attributes:
       chunks: chunks per clip.

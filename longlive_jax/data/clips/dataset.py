@@ -29,9 +29,9 @@ from typing import Any
 
 from longlive_jax.spec import UserError, reject_unknown
 
-__all__ = ["MANIFEST", "SourceShot", "Unusable", "VideoSample", "find_samples", "usable"]
+__all__ = ["DATASET_MANIFEST", "SourceShot", "Unusable", "VideoSample", "find_samples", "usable"]
 
-MANIFEST = "manifest.jsonl"
+DATASET_MANIFEST = "manifest.jsonl"
 MAX_SECONDS = 1e9
 """Upper limit of `start` and `end`: longer than any video, and safe to compute with."""
 
@@ -87,12 +87,12 @@ def find_samples(where: str | Path) -> list[VideoSample]:
         return _sorted(_read_manifest(where))
     if not where.is_dir():
         raise UserError(f"{where}: no such dataset; expected a folder or a manifest in JSON lines")
-    if (where / MANIFEST).is_file():
-        return _sorted(_read_manifest(where / MANIFEST))
+    if (where / DATASET_MANIFEST).is_file():
+        return _sorted(_read_manifest(where / DATASET_MANIFEST))
     if not (where / "video").is_dir():
         raise UserError(
             f"{where}: not a dataset; expected video/<sample>/<shot>.mp4 with "
-            f"caption/<sample>/<shot>.json, or {MANIFEST}"
+            f"caption/<sample>/<shot>.json, or {DATASET_MANIFEST}"
         )
     videos, captions = _list_folder(where, "video"), _list_folder(where, "caption")
     misplaced = {path.name: _misplaced(path) for path in videos}
@@ -151,7 +151,7 @@ def _list_folder(where: Path, kind: str) -> list[Path]:
 
 
 def _misplaced(path: Path) -> str:
-    """Why an entry of video/ that must be meant as a sample is not a folder; empty otherwise."""
+    """The problem of an entry of video/ that is a stray video file or a broken link; else empty."""
     if os.path.isdir(path):
         return ""
     if path.suffix.lower() in SUFFIXES:

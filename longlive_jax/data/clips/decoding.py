@@ -27,7 +27,7 @@ from longlive_jax.data.clips.dataset import SourceShot, Unusable
 from longlive_jax.io.video import BT709
 from longlive_jax.typing import UInt8
 
-__all__ = ["VideoInfo", "check_fits", "probe", "read_frames", "shot_length", "verify"]
+__all__ = ["VideoInfo", "check_first_frame", "probe", "read_frames", "shot_length", "verify"]
 
 GRACE = Fraction(1, 4 * FPS)
 """Seconds by which a frame may begin late and still count as on screen."""
@@ -145,7 +145,7 @@ def verify(path: Path, *, decode: bool = False) -> None:
     _check_length(path, probe(path).seconds, seconds)
 
 
-def check_fits(shot: SourceShot, size: tuple[int, int]) -> None:
+def check_first_frame(shot: SourceShot, size: tuple[int, int]) -> None:
     """Decodes a shot's first frame.
 
     Raises Unusable if its aspect ratio is too far from that of `size` (height, width).

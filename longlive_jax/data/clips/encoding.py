@@ -24,15 +24,15 @@ from longlive_jax.data.clips.dataset import Unusable, VideoSample
 from longlive_jax.data.clips.encoding_plan import (
     ClipJob,
     EncodingPlan,
-    ProgressCallback,
+    EncodingProgress,
     plan_encoding,
     plan_prompts,
 )
 from longlive_jax.data.clips.latents import clip_latents
-from longlive_jax.data.clips.records import dtype_of, pack, unpack
+from longlive_jax.data.clips.records import dtype_of, pack_record, unpack_record
 from longlive_jax.data.clips.source import read_clip
 from longlive_jax.data.clips.store import (
-    MANIFEST,
+    STORE_MANIFEST,
     Manifest,
     Shard,
     is_complete,
@@ -106,7 +106,7 @@ def encode_dataset(
     spec: EncodeSpec,
     encoders: Encoders,
     texts_only: bool = False,
-    progress: ProgressCallback = lambda *_: None,
+    progress: EncodingProgress = lambda *_: None,
 ) -> Manifest:
     """Encodes what `out` does not have yet, and returns its manifest.
 
@@ -160,7 +160,7 @@ def _open_manifest(out: Path, plan: EncodingPlan, spec: EncodeSpec, encoders: En
     # 1. Resume.
     identity = json.loads(json.dumps(dataclasses.asdict(spec) | dict(encoders.identity)))
     identity |= {"clips": len(plan.jobs), "dataset": plan.digest}
-    if (out / MANIFEST).is_file():
+    if (out / STORE_MANIFEST).is_file():
         manifest = Manifest.read(out)
         differs = [k for k in identity if manifest.identity.get(k) != identity[k]]
         if differs:
@@ -191,7 +191,7 @@ def _encode_texts(
     prompts: Sequence[str],
     spec: EncodeSpec,
     encoders: Encoders,
-    progress: ProgressCallback,
+    progress: EncodingProgress,
 ) -> Manifest:
     """Encodes the prompts of the missing shards."""
     if not missing:
@@ -202,7 +202,7 @@ def _encode_texts(
         def records(indices: range = indices) -> Iterator[bytes]:
             for i in indices:
                 features = encode(prompts[i]).astype(dtype)
-                yield pack({"features": features}, {"prompt": prompts[i]})
+                yield pack_record({"features": features}, {"prompt": prompts[i]})
                 progress("texts", i + 1, len(prompts))
 
         file = f"texts-{number:05d}.array_record"
@@ -236,7 +236,7 @@ def _encode_clips(
     plan: EncodingPlan,
     spec: EncodeSpec,
     encoders: Encoders,
-    progress: ProgressCallback,
+    progress: EncodingProgress,
 ) -> Manifest:
     """Encodes the clips of the missing shards. Raises UserError if none can be decoded."""
     # 1. Find the clips that have no part file yet.
@@ -268,7 +268,7 @@ def _close_shard(manifest: Manifest, out: Path, number: int, parts: Sequence[Pat
     """Joins parts into a shard, adds it to the manifest, and only then removes the parts."""
     clips, skipped = [], []
     for part in parts:
-        _, meta = unpack(part.read_bytes())
+        _, meta = unpack_record(part.read_bytes())
         if meta["reason"]:
             skipped.append((meta["sample"], meta["reason"]))
         else:
@@ -286,7 +286,7 @@ def _close_shard(manifest: Manifest, out: Path, number: int, parts: Sequence[Pat
 def _is_record(part: Path) -> bool:
     """Whether a part file exists and is undamaged."""
     try:
-        unpack(part.read_bytes())
+        unpack_record(part.read_bytes())
     except (FileNotFoundError, Unusable):
         return False
     return True
@@ -320,7 +320,7 @@ def _encoded_records(
             if following is not None:
                 future = reader.submit(decode, following)
             if isinstance(video, Unusable):
-                yield pack({}, {"sample": jobs[i].sample.name, "reason": str(video)})
+                yield pack_record({}, {"sample": jobs[i].sample.name, "reason": str(video)})
             else:
                 yield _record(jobs[i], encode(video).astype(dtype), prompt_rows)
 
@@ -331,4 +331,4 @@ def _record(job: ClipJob, latents: np.ndarray, prompt_rows: Mapping[str, int]) -
     clip = clip_latents(job.clip, captions, latents, lambda prompt: np.array(prompt_rows[prompt]))
     arrays = dict(vars(clip))
     arrays["texts"] = arrays.pop("text_features").astype(np.int32)
-    return pack(arrays, {"sample": job.sample.name, "reason": ""})
+    return pack_record(arrays, {"sample": job.sample.name, "reason": ""})

@@ -10,12 +10,12 @@ from longlive_jax.data.clips.dataset import Unusable, VideoSample
 from longlive_jax.data.clips.source import shot_lengths
 from longlive_jax.spec import UserError
 
-__all__ = ["ClipJob", "EncodingPlan", "ProgressCallback", "plan_encoding", "plan_prompts"]
+__all__ = ["ClipJob", "EncodingPlan", "EncodingProgress", "plan_encoding", "plan_prompts"]
 
 THREADS = 8
 """Samples whose headers are read at once."""
 
-ProgressCallback = Callable[[str, int, int], None]
+EncodingProgress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`."""
 
 
@@ -60,7 +60,7 @@ def plan_encoding(
     samples: Sequence[VideoSample],
     join: JoinSpec,
     limit: int,
-    progress: ProgressCallback = lambda *_: None,
+    progress: EncodingProgress = lambda *_: None,
 ) -> EncodingPlan:
     """Plans the clips of a dataset, at most `limit` per sample (0 for as many as fit).
 

@@ -26,7 +26,7 @@ from absl import flags, logging
 from longlive_jax.data.clips.dataset import Unusable
 from longlive_jax.spec import UserError, check_minimums
 
-__all__ = ["ClipFeed", "ClipSource", "FeedSpec", "clip_batches"]
+__all__ = ["ClipFeed", "ClipSource", "FeedSpec", "clip_dataset"]
 
 MAX_TRIES = 64
 """Consecutive unusable samples after which a run gives up."""
@@ -138,7 +138,7 @@ class _Rows:
                 yield other
 
 
-def clip_batches(source: ClipSource, spec: FeedSpec) -> grain.MapDataset:
+def clip_dataset(source: ClipSource, spec: FeedSpec) -> grain.MapDataset:
     """An endless dataset whose item `[i]` has this group's rows of step i.
 
     These are the source's columns, stacked, and two more: `skipped` [b], the number of samples
@@ -172,7 +172,7 @@ class ClipFeed:
         self.skipped: collections.Counter[str] = collections.Counter()
         options = grain.ReadOptions(num_threads=spec.threads, prefetch_buffer_size=spec.ahead)
         # Slicing, unlike a stored iterator state, resumes with any number of workers.
-        batches = clip_batches(source, spec)[start:].to_iter_dataset(options)
+        batches = clip_dataset(source, spec)[start:].to_iter_dataset(options)
         if spec.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags

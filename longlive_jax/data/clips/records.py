@@ -16,7 +16,7 @@ import numpy as np
 
 from longlive_jax.data.clips.dataset import Unusable
 
-__all__ = ["dtype_of", "pack", "unpack"]
+__all__ = ["dtype_of", "pack_record", "unpack_record"]
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -24,7 +24,7 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+def pack_record(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
     """Serialises arrays, and metadata of any type that JSON supports."""
     bodies = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes() for x in arrays.values()]
     body = b"".join(bodies)
@@ -37,7 +37,7 @@ def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
     return len(head).to_bytes(8, "little") + head + body
 
 
-def unpack(record: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def unpack_record(record: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the arrays and the metadata of a record. Raises Unusable if any bit has changed."""
     try:
         length = int.from_bytes(record[:8], "little")

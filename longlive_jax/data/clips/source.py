@@ -47,8 +47,8 @@ class VideoClips:
       join: joining rules for their shots.
       size: (height, width) in pixels.
       part: indices of the raw frames to decode, ascending: those that this process's devices encode
-        (`models.vae.sharded.VAEShardPlan.wanted`); None for all. Prompts, flags and mask always
-        cover the full clip.
+        (`models.vae.sharded.VAEShardPlan.frame_indices`); None for all. Prompts, flags and mask
+        always cover the full clip.
       anywhere: whether clips begin at random positions, drawn again on every read, rather than at
         the beginning of the sample.
     """

@@ -5,8 +5,8 @@
     DIR/texts-00000.array_record ...     one record per distinct prompt, in sorted order
     DIR/parts/00000012                   clips of shards that are not complete yet
 
-The format of a record is that of `records.pack`. A clip refers to its prompts by their row in the
-store, so a prompt that many clips have in common is stored once, without padding.
+The format of a record is that of `records.pack_record`. A clip refers to its prompts by their row
+in the store, so a prompt that many clips have in common is stored once, without padding.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from longlive_jax.data.clips.dataset import Unusable
 from longlive_jax.data.clips.latents import ClipLatents
-from longlive_jax.data.clips.records import unpack
+from longlive_jax.data.clips.records import unpack_record
 from longlive_jax.spec import UserError, with_renamed
 from longlive_jax.typing import Float
 
@@ -33,9 +33,9 @@ __all__ = ["EncodedClips", "Manifest", "Shard", "is_complete", "write_file", "wr
 FORMAT = 1
 """Version of the manifest's format."""
 
-MANIFEST = "manifest.json"
+STORE_MANIFEST = "manifest.json"
 
-RENAMED = {"chunk": "chunk_frames", "ratio": "temporal_stride"}
+RENAMED_FIELDS = {"chunk": "chunk_frames", "ratio": "temporal_stride"}
 """Fields of `JoinSpec` in the manifests of earlier versions, and their names now."""
 
 AGAIN = "run the same `longlive data encode` again"
@@ -88,7 +88,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes the manifest of a store, or replaces it."""
         values = {"format": FORMAT} | dataclasses.asdict(self)
-        write_file(folder / MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
+        write_file(folder / STORE_MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -96,7 +96,7 @@ class Manifest:
 
         Raises UserError if it is missing, damaged, or in another format.
         """
-        path = folder / MANIFEST
+        path = folder / STORE_MANIFEST
         try:
             values = json.loads(path.read_text())
             version = values.pop("format")
@@ -106,7 +106,7 @@ class Manifest:
                     "the dataset again"
                 )
             # Convert JSON lists to tuples, and old field names to new ones.
-            values["identity"]["join"] = with_renamed(values["identity"]["join"], RENAMED)
+            values["identity"]["join"] = with_renamed(values["identity"]["join"], RENAMED_FIELDS)
             for name in ("texts", "clips"):
                 shards = values[name]
                 values[name] = tuple(
@@ -115,7 +115,7 @@ class Manifest:
             return cls(**values | {"unplanned": _pairs(values["unplanned"])})
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder}: no encoded clips ({MANIFEST} is missing); encode them with "
+                f"{folder}: no encoded clips ({STORE_MANIFEST} is missing); encode them with "
                 f"`longlive data encode --out={folder}`"
             ) from error
         except UserError:
@@ -305,6 +305,6 @@ class EncodedClips:
 
     def _record(self, source: Any, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         try:
-            return unpack(source[index])
+            return unpack_record(source[index])
         except (RuntimeError, OSError) as error:
             raise Unusable(f"damaged record ({_summary(error)})") from error

@@ -30,7 +30,7 @@ from longlive_jax.typing import Array, Float, Params, Shaped
 Method = Literal["halo", "tails"]
 
 LATENTS_PER_STEP = 8
-"""Maximum number of latents a device encodes at a time: a chunk of the 5B model."""
+"""Maximum number of latents that a device encodes at a time: a chunk of the 5B model."""
 
 
 def lookback(cfg: VAEConfig) -> int:
@@ -158,8 +158,8 @@ def plan_vae_shards(
     too_few = own < 2
     if method == "tails" and too_few:
         raise ValueError(
-            f"{own} latents a device are too few to exchange tails; use a smaller mesh.sp or "
-            "longer clips, at least 2 latents a device, or a halo"
+            f"{own} latents per device are too few to exchange tails; use a smaller mesh.sp or "
+            "longer clips, at least 2 latents per device, or a halo"
         )
     halo = math.ceil(lookback(cfg) / cfg.temporal_stride)
     step = max((n for n in range(2, max_step + 1) if own % n == 0), default=own)

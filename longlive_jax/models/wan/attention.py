@@ -8,7 +8,7 @@ from flax import nnx
 from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.layer_kv import KV, AttentionContext, LayerKV
 from longlive_jax.models.wan.layers import Linear, RMSNorm
-from longlive_jax.models.wan.positions import rotate
+from longlive_jax.models.wan.positions import apply_rope
 from longlive_jax.typing import Array, Float
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens
@@ -49,7 +49,7 @@ class TextKV:
 
 
 @flax.struct.dataclass
-class TextFeatures:
+class EmbeddedText:
     """Prompts as `DiT.embed_text` embeds them; every layer computes its own keys and values.
 
     For training, which would otherwise keep the keys and values of all layers for the gradient.
@@ -108,7 +108,7 @@ class SelfAttention(Attention):
     ) -> tuple[Float[Array, "b l e"], KV]:
         """Returns the output and this call's own (k, v), keys as a cache stores them."""
         k, v = own = self.compute_kv(x, context)
-        q = rotate(self.queries(x), context.q_rotation)
+        q = apply_rope(self.queries(x), context.q_rotation)
         if layer_kv is None:
             y = attend(q, context.rotate_keys(k), v, context.q_tokens, context.k_tokens)
         else:
@@ -118,17 +118,22 @@ class SelfAttention(Attention):
     def compute_kv(self, x: Float[Array, "b l e"], context: AttentionContext) -> KV:
         """The (k, v) of this call only: keys are rotated unless positions are relative."""
         k, v = self.keys_values(x)
-        return (k if context.relative else rotate(k, context.k_rotation)), v
+        return (k if context.relative else apply_rope(k, context.k_rotation)), v
 
 
 class CrossAttention(Attention):
     """Attention of each segment of frames to its own prompt, padding rows included."""
 
     def __call__(
-        self, x: Float[Array, "b l e"], text: KV, *, streams: int, attend: AttentionFn = attention
+        self,
+        x: Float[Array, "b l e"],
+        text_kv: KV,
+        *,
+        streams: int,
+        attend: AttentionFn = attention,
     ) -> Array:
-        """`text` are the keys and values of one layer, each `[b, s, t, n, d]`."""
-        k, v = text
+        """`text_kv` are the keys and values of one layer, each `[b, s, t, n, d]`."""
+        k, v = text_kv
         b, segments, *rest = k.shape
         q = self.queries(x)
         length, (n, d) = q.shape[1], q.shape[-2:]

@@ -54,8 +54,8 @@ class CachePolicy:
         least = 1 + max(1, self.global_sinks + self.shot_sinks)
         if self.global_sinks < 0 or self.window < least:
             raise ValueError(
-                f"a window of {self.window} chunks cannot hold {self.global_sinks} global sinks, "
-                f"{int(self.shot_sinks)} shot sinks and the current chunk; use at least {least}"
+                f"window must be >= {least} chunks for {self.global_sinks} global sinks, "
+                f"{int(self.shot_sinks)} shot sinks and the current chunk, got {self.window}"
             )
         if self.relative_rope and self.format.packed and self.format.reader == "mosaic":
             raise UserError(

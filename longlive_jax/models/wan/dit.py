@@ -18,8 +18,8 @@ from jax import lax
 from longlive_jax.models.wan.attention import (
     Cache,
     CrossAttention,
+    EmbeddedText,
     SelfAttention,
-    TextFeatures,
     TextKV,
 )
 from longlive_jax.models.wan.config import DiTConfig
@@ -39,7 +39,7 @@ from longlive_jax.typing import Array, Float, typechecked
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, concat
 
-__all__ = ["GATES", "DiT", "DiTBlock", "TextFeatures", "TextKV"]
+__all__ = ["GATES", "DiT", "DiTBlock", "EmbeddedText", "TextKV"]
 
 Materialize = Callable[..., Any]
 """`(module, *path) -> module` with usable parameters, called on a layer or a submodule of one at
@@ -153,18 +153,18 @@ class DiT(nnx.Module):
     @typechecked
     def text_kv(
         self,
-        text: Float[Array, "b s t e"],
+        text_features: Float[Array, "b s t e"],
         *,
         streams: int = 1,
         materialize: Materialize = identity,
     ) -> TextKV:
         """Keys and values of `s` prompts per sample in every layer.
 
-        `text` is the text encoder's output with zeros beyond each prompt. It is zero-padded to
-        `cfg.text_len`, and padding is attended like text, as the weights were trained. Raises
-        ValueError for longer prompts.
+        `text_features` are the text encoder's output with zeros beyond each prompt. They are
+        zero-padded to `cfg.text_len`, and padding is attended like text, as the weights were
+        trained. Raises ValueError for longer prompts.
         """
-        features = self.embed_text(text, streams=streams).features
+        features = self.embed_text(text_features, streams=streams).features
 
         def layer(_, attn):
             return None, materialize(attn, "blocks", "cross_attn").keys_values(features)
@@ -173,20 +173,23 @@ class DiT(nnx.Module):
         return TextKV(k, v, streams=streams)
 
     @typechecked
-    def embed_text(self, text: Float[Array, "b s t e"], *, streams: int = 1) -> TextFeatures:
+    def embed_text(
+        self, text_features: Float[Array, "b s t e"], *, streams: int = 1
+    ) -> EmbeddedText:
         """Prompts as in `text_kv`, padded and embedded: the input of every layer's keys."""
-        length = text.shape[2]
+        length = text_features.shape[2]
         if length > self.cfg.text_len:
-            raise ValueError(f"{length} text rows; this model takes at most {self.cfg.text_len}")
-        text = jnp.pad(text, ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0)))
-        return TextFeatures(self.text_embedding(text), streams=streams)
+            raise ValueError(f"text tokens must be <= {self.cfg.text_len}, got {length}")
+        padding = ((0, 0), (0, 0), (0, self.cfg.text_len - length), (0, 0))
+        padded = jnp.pad(text_features, padding)
+        return EmbeddedText(self.text_embedding(padded), streams=streams)
 
     @typechecked
     def __call__(
         self,
         latents: Float[Array, "b f h w c"],
         timestep: Float[Array, "b g"],
-        text: TextKV | TextFeatures,
+        text: TextKV | EmbeddedText,
         tokens: Tokens,
         cache: Cache | None = None,
         *,
@@ -228,7 +231,7 @@ class DiT(nnx.Module):
         x, kv = lax.scan(body, x, layers, unroll=unroll)
         return self._velocity(x.astype(jnp.float32), time, latents.shape, noisy_from), kv
 
-    def _scan_inputs(self, text: TextKV | TextFeatures, cache: Cache | None):
+    def _scan_inputs(self, text: TextKV | EmbeddedText, cache: Cache | None):
         """What is scanned over: modules, the prompts' keys and values, and the cache."""
         text_kv = (text.k, text.v) if isinstance(text, TextKV) else None
         return self.blocks, text_kv, None if cache is None else cache.layer_kv
@@ -254,7 +257,7 @@ class DiT(nnx.Module):
         rows = self.time_projection(jax.nn.silu(time).astype(time_dtype(self.cfg)))
         return time, einops.rearrange(rows.astype(jnp.float32), "b g (six e) -> b g six e", six=6)
 
-    def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV | TextFeatures):
+    def _embed(self, latents: Array, timestep: Array, tokens: Tokens, text: TextKV | EmbeddedText):
         """Patches as [b, groups, tokens per group, e], one group per timestep."""
         b, frames, height, width, channels = latents.shape
         if channels != self.cfg.in_channels or height % 2 or width % 2:
@@ -287,7 +290,7 @@ class LayerScan:
     """The body of the scan over layers, and what is the same in all of them.
 
     Attributes:
-      text: the prompts. With `TextFeatures` a layer computes their keys and values, inside remat.
+      text: the prompts. With `EmbeddedText` a layer computes their keys and values, inside remat.
       modulation: noise levels as block modulation.
       context: metadata and rotations of self-attention.
       store: converts the keys and values that a layer returns; None returns none.
@@ -295,7 +298,7 @@ class LayerScan:
       options: keyword arguments of `DiTBlock`.
     """
 
-    text: TextKV | TextFeatures
+    text: TextKV | EmbeddedText
     modulation: Array
     context: AttentionContext
     store: Callable[[Array, Array], Any] | None
@@ -306,7 +309,7 @@ class LayerScan:
         """One layer: its output, and its stored keys and values."""
         block, text_kv, layer_kv = xs
         block = self.materialize(block, "blocks")
-        if isinstance(self.text, TextFeatures):
+        if isinstance(self.text, EmbeddedText):
             text_kv = block.cross_attn.keys_values(self.text.features)
         y, kv = block(
             x.astype(jnp.float32), self.modulation, text_kv, self.context, layer_kv,

@@ -2,7 +2,7 @@
 
 A layer's cache attends for itself, because a packed one may be read by a kernel of its own. The
 call's own keys and values come dense or packed: an exchange between devices (sequence parallelism)
-can stand between `SelfAttention.compute_kv` and `attend` and send 4.5 bits a number.
+can stand between `SelfAttention.compute_kv` and `attend` and send 4.5 bits per value.
 """
 
 from typing import Protocol, cast
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from longlive_jax.models.wan.packed_cache import KVFormat, PackedTensor
-from longlive_jax.models.wan.positions import rotate
+from longlive_jax.models.wan.positions import apply_rope
 from longlive_jax.typing import Array, Float
 from pallas_kernels.attention import AttentionFn
 from pallas_kernels.attention.packed_kv import attention_packed
@@ -47,7 +47,7 @@ class AttentionContext:
 
     def rotate_keys(self, k: Array) -> Array:
         """All keys with their rotation: unchanged unless positions are relative."""
-        return rotate(k, self.k_rotation) if self.relative else k
+        return apply_rope(k, self.k_rotation) if self.relative else k
 
 
 class LayerKV(Protocol):

@@ -1,4 +1,4 @@
-"""Keys and values of a chunk in NVFP4: 4.5 bits a number (LongLive 2.0, section 3.2 and Eq. 6).
+"""Keys and values of a chunk in NVFP4: 4.5 bits per value (LongLive 2.0, section 3.2 and Eq. 6).
 
 A finished chunk is packed once, layer by layer within the clean context pass: blocks of 16 along a
 head, one `amax` per layer, sample, slot and tensor (keys or values). A slot is overwritten as a
@@ -36,7 +36,7 @@ from jax.typing import DTypeLike
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, quantize
-from pallas_kernels.nvfp4.format import BLOCK, SCALE, pack, unpack
+from pallas_kernels.nvfp4.format import BLOCK, SCALE_DTYPE, pack, unpack
 
 Smoothing = Literal["none", "reference", "token_mean", "channel_mean"]
 Storage = Literal["model", "nvfp4"]
@@ -80,7 +80,7 @@ class PackedTensor:
     """Keys or values in NVFP4.
 
     Attributes:
-      codes: two 4-bit codes a byte.
+      codes: two 4-bit codes per byte.
       scales: the bytes of the E4M3 block scales.
       amax: largest magnitude per leading index.
       offset: the mean that was subtracted and is added back; None without smoothing.
@@ -106,7 +106,7 @@ class PackedTensor:
     @property
     def array(self) -> NVFP4:
         """The codes and scales as an array, without the offset."""
-        scales = lax.bitcast_convert_type(self.scales, SCALE)
+        scales = lax.bitcast_convert_type(self.scales, SCALE_DTYPE)
         return NVFP4(unpack(self.codes), scales, self.amax, self.rule)
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*rows d"]:

@@ -61,7 +61,9 @@ def rope_rotation(pos: Array, head_dim: int) -> tuple[Array, Array]:
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "b l n d"], rotation: tuple[Array, Array]) -> Float[Array, "b l n d"]:
+def apply_rope(
+    x: Float[Array, "b l n d"], rotation: tuple[Array, Array]
+) -> Float[Array, "b l n d"]:
     """Rotates each pair of channels (2j, 2j+1) by its angle, in float32; keeps the dtype of `x`."""
     cos, sin = (table[..., None, :] for table in rotation)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)

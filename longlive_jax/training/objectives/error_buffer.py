@@ -26,11 +26,11 @@ Replacement = Literal["random", "oldest", "nearest"]
 class BufferSpec:
     """Size and layout of a buffer; `buffer_bytes` computes the size of both buffers of a run.
 
-    A buffer has room for `groups x rows x columns x slots` errors of one chunk each, allocated once
+    A buffer holds `groups x rows x columns x slots` errors of one chunk each, allocated once
     at the start. A chunk of the 5B model at 1280x704 (8 x 44 x 80 x 48) is 2.58 MiB in bfloat16.
-    With 10 buckets of 4 slots, both buffers together take 9.7 GiB for videos of 64 s (48 rows),
+    With 10 buckets of 4 slots, both buffers together use 9.7 GiB for videos of 64 s (48 rows),
     which is 2.4 GiB per device at mesh.sp = 4, and a quarter of that for videos of 16 s. The
-    reference's 50 buckets of 500 slots take 35 GB per device at sp = 4, without distinguishing
+    reference's 50 buckets of 500 slots use 35 GB per device at sp = 4, without distinguishing
     positions.
 
     Attributes:
@@ -39,7 +39,7 @@ class BufferSpec:
         on full clips; rows are then sharded over sp. "chunk": its index in the video, for windows
         cut from anywhere; all chunks from index `rows - 1` on use the last row.
       buckets: number of noise-level buckets, each an equal part of the table of levels.
-      slots: number of errors that a bucket has room for.
+      slots: maximum number of errors in a bucket.
       groups: number of independent buffers, each for an equal share of the batch; with 1 all
         samples use the same buffer. Groups are sharded over mesh.data and mesh.fsdp, so that with
         as many groups as batch shards each rank has its own.
@@ -94,7 +94,7 @@ class BufferSpec:
 class Buffer:
     """Stored errors.
 
-    Functions of this module take a buffer of one group, which has no axis `g`, unless they say so.
+    Unless stated otherwise, functions here take a buffer of one group, without the axis `g`.
 
     Attributes:
       entries: errors of chunks, by group, row, column and slot.
@@ -111,7 +111,7 @@ class Buffer:
 
     @property
     def slots(self) -> int:
-        """Number of entries that a bucket has room for."""
+        """Maximum number of entries in a bucket."""
         return self.entries.shape[self.added.ndim]
 
 

@@ -25,11 +25,11 @@ from longlive_jax.training.objectives.batch import Draws, TeacherForcingBatch, d
 from longlive_jax.training.objectives.teacher_forcing import (
     ARSetup,
     LossOutput,
-    Metrics,
     TextFeatures,
     flow_loss,
     predict,
 )
+from longlive_jax.training.update import Metrics
 from longlive_jax.typing import Array, Float, Key, Params
 
 FRAMES = P(BATCH, SP)
@@ -118,11 +118,13 @@ def sharded_teacher_forcing_loss(
     params: Params,
     batch: TeacherForcingBatch,
     key: Key[Array, ""],
-    text: TextFeatures,
+    text_features: TextFeatures,
 ) -> tuple[Float[Array, ""], Metrics]:
     """`teacher_forcing_loss` over a mesh; context and target chunks must divide over sp."""
     draws = draw(key, batch, chunk_frames=setup.chunk_frames, spec=setup.spec)
-    loss, metrics, _ = sharded_forward(setup, params, batch, batch, draws, text, sharded=sharded)
+    loss, metrics, _ = sharded_forward(
+        setup, params, batch, batch, draws, text_features, sharded=sharded
+    )
     return loss, metrics
 
 
@@ -132,7 +134,7 @@ def sharded_forward(
     target_batch: TeacherForcingBatch,
     model_batch: TeacherForcingBatch,
     draws: Draws,
-    text: TextFeatures,
+    text_features: TextFeatures,
     *,
     sharded: ShardedLoss,
 ) -> LossOutput:
@@ -153,12 +155,14 @@ def sharded_forward(
             jax.tree.map(lambda _: FRAMES, model_batch),
             FRAMES,
             _draw_specs(),
-            P() if text.ndim == 3 else P(BATCH),
+            P() if text_features.ndim == 3 else P(BATCH),
         ),
         out_specs=(P(), P(), FRAMES),
         check_vma=False,
     )
-    loss, metrics, velocity = over_mesh(params, model_batch, target_batch.target, draws, text)
+    loss, metrics, velocity = over_mesh(
+        params, model_batch, target_batch.target, draws, text_features
+    )
     return loss, metrics, velocity[:, added:]
 
 
@@ -169,7 +173,7 @@ def _forward_on_shard(
     model_batch: TeacherForcingBatch,
     target: Array,
     draws: Draws,
-    text: Array,
+    text_features: Array,
 ) -> LossOutput:
     """The prediction for a device's own frames, and the loss over the frames of all devices."""
     model_batch, draws = sharded.layout.on_shard(model_batch, draws)
@@ -183,7 +187,7 @@ def _forward_on_shard(
         with_params(setup.graphdef, {**gathered, "blocks": params["blocks"]}),
         model_batch,
         draws,
-        text,
+        text_features,
         gather_tokens=all_gather_tokens,
         wrap_attention=partial(ulysses, exchange=sharded.exchange),
         materialize=gather,

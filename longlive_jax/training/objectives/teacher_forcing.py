@@ -28,6 +28,7 @@ from longlive_jax.training.objectives.error_recycling import (
     record_errors,
     recycle,
 )
+from longlive_jax.training.update import Metrics
 from longlive_jax.typing import Array, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention, make_attention
 from pallas_kernels.dispatch import Implementation
@@ -36,14 +37,12 @@ from pallas_kernels.tokens import Tokens, make
 type TextFeatures = Float[Array, "*b p t e"]
 """Text encoder features: a table of prompts for all samples, or one for each."""
 
-type Metrics = dict[str, Float[Array, ""]]
-
 type LossOutput = tuple[Float[Array, ""], Metrics, Float[Array, "b km h w c"]]
 """Loss, metrics and velocity."""
 
 type Forward = Callable[..., LossOutput]
-"""`(setup, params, target_batch, model_batch, draws, text) -> LossOutput`: `forward` on one device,
-`sharded.sharded_forward` over a mesh."""
+"""`(setup, params, target_batch, model_batch, draws, text_features) -> LossOutput`: `forward` on
+one device, `sharded.sharded_forward` over a mesh."""
 
 _LEVELS = {
     "error_low_noise": (0.0, 0.5),
@@ -119,10 +118,10 @@ class TeacherForcingLoss:
         # 1. Noise levels, noise and dropped prompts: the same with and without recycling.
         setup, recycling = self.setup, self.recycling
         run = partial(self.forward or forward, setup)
-        target_batch, text = self.inputs(batch)
+        target_batch, text_features = self.inputs(batch)
         draws = draw(key, target_batch, chunk_frames=setup.chunk_frames, spec=setup.spec)
         if recycling is None:
-            loss, metrics, _ = run(params, target_batch, target_batch, draws, text)
+            loss, metrics, _ = run(params, target_batch, target_batch, draws, text_features)
             return loss, (metrics, loss_state)
 
         # 2. Inject past errors into what the model sees.
@@ -131,7 +130,9 @@ class TeacherForcingLoss:
         used = recycle(drawn, target_batch, draws, loss_state, **options)
 
         # 3. Predict, and compare with the original targets.
-        loss, metrics, velocity = run(params, target_batch, used.model_batch, used.draws, text)
+        loss, metrics, velocity = run(
+            params, target_batch, used.model_batch, used.draws, text_features
+        )
 
         # 4. Store the errors of this prediction.
         errors = prediction_errors(velocity, target_batch, used)
@@ -150,11 +151,11 @@ def teacher_forcing_loss(
     params: Params,
     batch: TeacherForcingBatch,
     key: Key[Array, ""],
-    text: TextFeatures,
+    text_features: TextFeatures,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Loss and metrics of one batch on one device, without recycling."""
     draws = draw(key, batch, chunk_frames=setup.chunk_frames, spec=setup.spec)
-    loss, metrics, _ = forward(setup, params, batch, batch, draws, text)
+    loss, metrics, _ = forward(setup, params, batch, batch, draws, text_features)
     return loss, metrics
 
 
@@ -164,13 +165,15 @@ def forward(
     target_batch: TeacherForcingBatch,
     model_batch: TeacherForcingBatch,
     draws: Draws,
-    text: TextFeatures,
+    text_features: TextFeatures,
 ) -> LossOutput:
     """Prediction for `model_batch` and its loss against `target_batch`.
 
     The two batches differ by recycled errors.
     """
-    velocity = predict(setup, with_params(setup.graphdef, params), model_batch, draws, text)
+    velocity = predict(
+        setup, with_params(setup.graphdef, params), model_batch, draws, text_features
+    )
     return *flow_loss(velocity, target_batch, draws), velocity
 
 
@@ -179,7 +182,7 @@ def predict(
     dit: DiT,
     batch: TeacherForcingBatch,
     draws: Draws,
-    text: TextFeatures,
+    text_features: TextFeatures,
     *,
     gather_tokens: Callable[[Tokens], Tokens] = lambda tokens: tokens,
     wrap_attention: Callable[[AttentionFn], AttentionFn] = lambda attend: attend,
@@ -207,7 +210,7 @@ def predict(
     velocity, _ = dit(
         packing.join(draws.context, noisy),
         packing.join(draws.context_timestep, draws.timestep),
-        dit.embed_text(packing.join(*_split_at(_prompt_features(text, prompts), context_chunks))),
+        dit.embed_text(packing.join(*_split_at(_lookup(text_features, prompts), context_chunks))),
         jax.tree.map(lambda x: packing.join(*_split_at(x, packing.context)), tokens),
         attend=packing.wrap(attend, all_tokens),
         attend_text=setup.attend_text,
@@ -257,11 +260,11 @@ class Packing:
         return packed
 
 
-def _prompt_features(text: Float[Array, "*b p t e"], prompts: Int[Array, "b s"]) -> Array:
-    """Features [b, s, t, e] of prompts, from one table or from a table per sample."""
-    if text.ndim == 3:
-        return text[prompts]
-    return jnp.take_along_axis(text, prompts[:, :, None, None], axis=1)
+def _lookup(text_features: Float[Array, "*b p t e"], prompts: Int[Array, "b s"]) -> Array:
+    """Features [b, s, t, e] of prompts, from one table or from one table per sample."""
+    if text_features.ndim == 3:
+        return text_features[prompts]
+    return jnp.take_along_axis(text_features, prompts[:, :, None, None], axis=1)
 
 
 def _split_at(x: Array, at: int) -> tuple[Array, Array]:

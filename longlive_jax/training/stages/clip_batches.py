@@ -25,7 +25,7 @@ from longlive_jax.training.stages.online_encoding import (
 from longlive_jax.training.task import Batches, process_batches
 from longlive_jax.typing import Array
 
-BATCH_SPECS = sharded.BATCH_SPECS | {"text": P(BATCH)}
+CLIP_BATCH_SPECS = sharded.BATCH_SPECS | {"text_features": P(BATCH)}
 """PartitionSpecs of a batch: a `TeacherForcingBatch`, and the text features of each sample."""
 
 
@@ -34,10 +34,10 @@ class ClipData:
     """Clips to train on.
 
     Attributes:
-      source: clips by index.
-      shape: shape of a clip's latents, (f, h, w, c).
-      chunks: number of chunks per clip.
-      num_texts: rows of text features per clip, without the empty prompt.
+      source: rows of clips by index.
+      shape: latents of a clip, (f, h, w, c).
+      chunks: chunks of a clip.
+      num_prompts: rows of text features of a clip, without the empty prompt.
       notes: lines for the user.
       put: host batch -> batch on the mesh; None: only a transfer.
     """
@@ -45,7 +45,7 @@ class ClipData:
     source: ClipSource
     shape: tuple[int, ...]
     chunks: int
-    num_texts: int
+    num_prompts: int
     notes: tuple[str, ...] = ()
     put: Callable[[Any], Any] | None = None
 
@@ -73,11 +73,13 @@ def clip_data(
     """The clips of a store, or the clips of a video dataset, joined by the store's rules."""
     if videos is None:
         return ClipData(clips, clips.shape, clips.chunks, clips.manifest.texts_per_clip)
-    live = online_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
-    put = make_online_encoder(live, checkpoint, mesh, BATCH_SPECS, batch_size)
-    message = f"{live.left_out} samples of {videos} cannot be used; see `longlive data check`"
-    notes = (message,) if live.left_out else ()
-    return ClipData(live.source, live.shape, live.chunks, live.source.texts_per_clip, notes, put)
+    online = online_clips(videos, clips, checkpoint, mesh, anywhere=anywhere)
+    put = make_online_encoder(online, checkpoint, mesh, CLIP_BATCH_SPECS, batch_size)
+    message = f"{online.left_out} samples of {videos} cannot be used; see `longlive data check`"
+    notes = (message,) if online.left_out else ()
+    return ClipData(
+        online.source, online.shape, online.chunks, online.source.texts_per_clip, notes, put
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,8 @@ class ClipBatchSpec:
     Attributes:
       batch_size: clips per batch, over all devices.
       seed: seed of the order.
-      workers: number of additional processes that read clips (0: threads of this one).
-      columns: settings of `data.clips.batches.columns_of`.
+      workers: processes that read clips, beside this one (0: threads).
+      columns: settings of `data.clips.batches.token_columns`.
     """
 
     batch_size: int
@@ -97,7 +99,7 @@ class ClipBatchSpec:
     columns: Mapping[str, Any]
 
 
-def clip_batches(
+def collated_batches(
     source: ClipSource,
     empty: np.ndarray,
     mesh: Mesh,
@@ -108,7 +110,7 @@ def clip_batches(
     batches = process_batches(
         functools.partial(_feed, source, empty, mesh, spec),
         mesh,
-        BATCH_SPECS,
+        CLIP_BATCH_SPECS,
         batch_size=spec.batch_size,
     )
     return batches if put is None else dataclasses.replace(batches, put=put)
@@ -117,8 +119,8 @@ def clip_batches(
 def split_inputs(arrays: Mapping[str, Array]) -> tuple[TeacherForcingBatch, TextFeatures]:
     """Splits the arrays of a batch into the `TeacherForcingBatch` and the text features."""
     columns = dict(arrays)
-    text = columns.pop("text")
-    return TeacherForcingBatch(**columns), text
+    text_features = columns.pop("text_features")
+    return TeacherForcingBatch(**columns), text_features
 
 
 def _feed(
@@ -139,10 +141,10 @@ def _feed(
 def _collated(
     empty: np.ndarray, columns: Mapping[str, Any], rows: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Rows of clips as a batch; videos that are still to be encoded are passed through."""
-    batch, text = collate(rows, empty, **columns)
+    """Rows of clips as a batch; videos that are still to be encoded are passed on."""
+    batch, text_features = collate(rows, empty, **columns)
     undecoded = {k: rows[k] for k in ("video", "dropped") if k in rows}
-    return batch | {"text": text} | undecoded
+    return batch | {"text_features": text_features} | undecoded
 
 
 class _CollatedFeed(Feed):

@@ -42,8 +42,8 @@ from longlive_jax.training.objectives.teacher_forcing import (
 from longlive_jax.training.stages.clip_batches import (
     ClipBatchSpec,
     ClipData,
-    clip_batches,
     clip_data,
+    collated_batches,
     split_inputs,
 )
 from longlive_jax.training.stages.flops import clip_update_cost
@@ -65,7 +65,7 @@ class WanARStage(RunSpec):
       clips: folder written by `longlive data encode`.
       videos: dataset to decode and encode while training instead of reading latents from `clips`,
         which then only supplies the joining rules and text features. None: read the latents.
-      anywhere: whether clips of `videos` start at random frames, drawn anew each time; otherwise
+      anywhere: whether clips of `videos` start at random frames, drawn each time; otherwise
         they start with their sample, as the first clip of `data encode` does.
       held_out: folder of held-out clips for evaluation, or None.
       held_out_batches: number of batches of an evaluation.
@@ -139,7 +139,7 @@ class WanARStage(RunSpec):
 
         # 2. Loss, precision and updates.
         tokens = data.chunk_tokens
-        setup = self.setup(model, data.chunk_shape[0], data.num_texts)
+        setup = self.setup(model, data.chunk_shape[0], data.num_prompts)
         specs = rules.specs_for(rules.DIT, shapes)
         rows = (data.chunks * tokens, data.chunks * model.text_len)
         quant = self.precision(shapes, specs, mesh, rows)
@@ -152,7 +152,9 @@ class WanARStage(RunSpec):
         )
         return Task(
             trainer=self.trainer({"dit": group}, mesh, buffers),
-            batches=clip_batches(data.source, clips.empty_text_features, mesh, batches, data.put),
+            batches=collated_batches(
+                data.source, clips.empty_text_features, mesh, batches, data.put
+            ),
             evaluate=self._evaluation(loss.without_recycling(), mesh, quant),
             export=functools.partial(self._export, model),
             about=About(self._origin(clips), self._notes(data, quant, shapes, mesh), cost),
@@ -218,12 +220,12 @@ class WanARStage(RunSpec):
         """Settings of the model that belong to the run, not to the weights."""
         return {"dtype": self.dtype, "stream_dtype": self.stream_dtype}
 
-    def setup(self, model: DiTConfig, chunk_frames: int, num_texts: int) -> ARSetup:
-        """Setup for clips with `num_texts` rows of text features, then that of the empty prompt."""
+    def setup(self, model: DiTConfig, chunk_frames: int, num_prompts: int) -> ARSetup:
+        """Setup for clips with `num_prompts` rows of text features before the empty prompt's."""
         return ARSetup(
             graphdef=abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[0],
             chunk_frames=chunk_frames,
-            empty_prompt=num_texts,
+            empty_prompt=num_prompts,
             spec=self.loss,
             attention_for=functools.partial(self_attention, implementation=self.attention),
             remat=self.remat,
@@ -237,7 +239,7 @@ class WanARStage(RunSpec):
 
         `rows` is the number of clean (or noisy) tokens of a clip, and of its rows of text features.
         """
-        named = dict(zip(("clean or noisy tokens", "text rows"), rows, strict=True))
+        named = dict(zip(("clean or noisy tokens", "text tokens"), rows, strict=True))
         return quantized(self.quant, shapes, specs, mesh, named)
 
     def teacher_forcing_loss(self, setup: ARSetup, mesh: Mesh, specs: Any) -> TeacherForcingLoss:
@@ -309,7 +311,7 @@ class WanARStage(RunSpec):
             check_encoded_by(clips, self.checkpoint)
             # Held-out clips may have another number of rows of text features.
             setup = dataclasses.replace(loss.setup, empty_prompt=clips.manifest.texts_per_clip)
-            batches = clip_batches(
+            batches = collated_batches(
                 clips, clips.empty_text_features, mesh, self._batch_spec(HELD_OUT_SEED)
             )
             loss = dataclasses.replace(loss, setup=setup)

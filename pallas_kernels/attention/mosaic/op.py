@@ -85,9 +85,9 @@ def refusal(q: Array | jax.ShapeDtypeStruct) -> str | None:
             f"there are kernels for {supported}, not for compute capability {capability() or '?'}"
         )
     if jnp.dtype(q.dtype) != jnp.bfloat16:
-        return f"it takes bfloat16 arguments, not {jnp.dtype(q.dtype)}"
+        return f"arguments must be bfloat16, got {jnp.dtype(q.dtype)}"
     if q.shape[-1] not in WIDTHS:
-        return f"heads are {q.shape[-1]} wide; it takes {' or '.join(map(str, WIDTHS))}"
+        return f"the head width must be {' or '.join(map(str, WIDTHS))}, got {q.shape[-1]}"
     return None
 
 

@@ -40,7 +40,7 @@ from pallas_kernels.attention.mosaic.primitives import (
 )
 from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
-from pallas_kernels.nvfp4.format import BLOCK, CODE, SCALE
+from pallas_kernels.nvfp4.format import BLOCK, CODE_DTYPE, SCALE_DTYPE
 
 CONTROL, SOFTMAX, GATHER, UNPACK = range(4)  # warpgroups
 REGISTERS = {CONTROL: 40, SOFTMAX: 192, GATHER: 184, UNPACK: 96}  # 512 for all warpgroups
@@ -124,8 +124,8 @@ def _scratch(size: PackedTiles, width: int, dtype, *, shifted: bool):
     return {
         "kv_s": plgpu.SMEM((stages, kv_rows, width), dtype, transforms=SWIZZLED),
         # Swizzled, so that eight threads reading a row each do not conflict in a bank.
-        "codes_s": plgpu.SMEM((stages, kv_rows, width), CODE, transforms=swizzled(width, 4)),
-        "scales_s": plgpu.SMEM((stages, width // BLOCK, kv_rows), SCALE),
+        "codes_s": plgpu.SMEM((stages, kv_rows, width), CODE_DTYPE, transforms=swizzled(width, 4)),
+        "scales_s": plgpu.SMEM((stages, width // BLOCK, kv_rows), SCALE_DTYPE),
         "per_key": tuple(per_key),
         "packed_here": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "packed_used": plgpu.Barrier(num_barriers=stages),

@@ -26,7 +26,7 @@ from pallas_kernels.attention.tilemap import (
     pad_tokens,
     tile_map,
 )
-from pallas_kernels.nvfp4.format import BLOCK, CODE, NVFP4, SCALE, amax_divisor
+from pallas_kernels.nvfp4.format import BLOCK, CODE_DTYPE, NVFP4, SCALE_DTYPE, amax_divisor
 from pallas_kernels.tokens import VISIBILITY_COLUMNS, Tokens
 
 TILES = PackedTiles()
@@ -37,11 +37,11 @@ def refusal(
 ) -> str | None:
     """The reason why the kernel does not support these arguments, or None."""
     if jnp.dtype(q.dtype) != jnp.bfloat16:
-        return f"it takes bfloat16 queries, not {jnp.dtype(q.dtype)}"
+        return f"queries must be bfloat16, got {jnp.dtype(q.dtype)}"
     if q.shape[-1] not in op.WIDTHS:
-        return f"heads are {q.shape[-1]} wide; it takes {' or '.join(map(str, op.WIDTHS))}"
+        return f"the head width must be {' or '.join(map(str, op.WIDTHS))}, got {q.shape[-1]}"
     if past.shape[-3] % TILES.keys:
-        return f"a slot holds {past.shape[-3]} tokens; it takes multiples of {TILES.keys}"
+        return f"tokens per slot must be a multiple of {TILES.keys}, got {past.shape[-3]}"
     if offset is not None and offset.shape[-3] != 1:
         return "it restores one mean per channel, not one per token"
     return None
@@ -136,7 +136,7 @@ def kernel_inputs(
 def _tile_scales(x: NVFP4) -> Float[Array, "b n tiles d/16 keys"]:
     b, _, _, n, d = x.shape
     tiles = x.scales.reshape(b, -1, TILES.keys, n, d // 16)
-    return jnp.transpose(tiles, (0, 3, 1, 4, 2)).astype(SCALE)
+    return jnp.transpose(tiles, (0, 3, 1, 4, 2)).astype(SCALE_DTYPE)
 
 
 def merge_by_lse(*parts: tuple[Array, Array]) -> Float[Array, "b q n d"]:
@@ -167,7 +167,10 @@ def example_call(width: int = 128, *, offset: bool = True) -> tuple[Callable, tu
     length, slots, tokens, heads = 256, 3, 640, 2
     shape = (1, slots, tokens, heads)
     struct: Any = jax.ShapeDtypeStruct
-    codes, scales = struct((*shape, width), CODE), struct((*shape, width // BLOCK), SCALE)
+    codes, scales = (
+        struct((*shape, width), CODE_DTYPE),
+        struct((*shape, width // BLOCK), SCALE_DTYPE),
+    )
     packed = NVFP4(codes, scales, struct((1, slots), jnp.float32), "mse")
     mean = struct((1, slots, 1, heads, width), jnp.bfloat16) if offset else None
     q = struct((1, length, heads, width), jnp.bfloat16)

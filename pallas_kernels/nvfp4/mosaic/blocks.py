@@ -120,7 +120,7 @@ class BlockGroups:
         return lax.fori_loop(0, self.count // width, lambda i, carry: step(i * width, carry), start)
 
 
-def encode(groups: BlockGroups, amax: Any, options: QuantizeOptions) -> Any:
+def encode_groups(groups: BlockGroups, amax: Any, options: QuantizeOptions) -> Any:
     """Writes the codes of all blocks and returns the scales [128] of the groups."""
     code, most = LIMITS[options.rule]
     small = amax < TINY

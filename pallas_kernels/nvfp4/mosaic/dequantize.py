@@ -14,12 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.nvfp4.format import BLOCK, NVFP4, global_scale
-from pallas_kernels.nvfp4.mosaic.launch import WorkPartition, check, kernel, pad_to
+from pallas_kernels.nvfp4.mosaic.launch import WorkPartition, check_device, kernel, pad_to
 
-GROUP = 256
+READ_BLOCKS = 256
 """Blocks that a warpgroup reads at once."""
-GROUPS = 2
-"""Groups per program."""
+READS_PER_PROGRAM = 2
+"""Reads of a warpgroup per program."""
 _PLGPU: Any = plgpu  # its classes look abstract to a type checker
 LAYOUT = _PLGPU.Layout.TILED(
     _PLGPU.Tiling(((64, BLOCK), (16, BLOCK), (8,))),
@@ -38,7 +38,7 @@ def dequantize(
     `interpret` (`plgpu.InterpretGPUParams`) runs the kernel in the interpreter. Raises
     `Unsupported` on devices other than Blackwell and ValueError for other dtypes.
     """
-    check("dequantize", interpret)
+    check_device("dequantize", interpret)
     entries = jnp.arange(a.amax.size, dtype=jnp.int32)
     flat = NVFP4(
         a.codes.reshape(a.amax.size, -1),
@@ -62,7 +62,7 @@ def dequantize_slots(
     and the list is data, so a new list needs no compilation. Slots out of range are clamped. Raises
     like `dequantize`, and ValueError for an `amax` of another shape.
     """
-    check("dequantize", interpret)
+    check_device("dequantize", interpret)
     if a.amax.shape != a.shape[:1]:
         raise ValueError(f"amax must have shape {a.shape[:1]}, one per slot, got {a.amax.shape}")
     count = a.shape[0]
@@ -83,9 +83,9 @@ def _dequantize(a: NVFP4, slots: Array, dtype: Any, interpret: Any) -> Array:
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"the kernel writes bfloat16 or float32, got {jnp.dtype(dtype)}")
     count, number = a.scales.shape
-    codes = pad_to(a.codes.reshape(count, number, BLOCK), 1, GROUP)
-    scales = pad_to(a.scales, 1, GROUP)
-    partition = WorkPartition(scales.shape[1], GROUPS, GROUP)
+    codes = pad_to(a.codes.reshape(count, number, BLOCK), 1, READ_BLOCKS)
+    scales = pad_to(a.scales, 1, READ_BLOCKS)
+    partition = WorkPartition(scales.shape[1], READS_PER_PROGRAM, READ_BLOCKS)
 
     def body(codes, scales, global_scales, slots, out):
         entry, program = lax.axis_index("slots"), lax.axis_index("programs")
@@ -93,7 +93,7 @@ def _dequantize(a: NVFP4, slots: Array, dtype: Any, interpret: Any) -> Array:
         factor = global_scales[slot]
 
         def step(start):
-            own = pl.ds(start, GROUP)
+            own = pl.ds(start, READ_BLOCKS)
             codes_f32 = _load(codes.at[slot, own, :], LAYOUT)
             scale = _load(scales.at[slot, own], SCALES)
             values = codes_f32 * lax.broadcast_in_dim(scale, codes_f32.shape, (0,)) * factor

@@ -30,7 +30,7 @@ def refusal(op: str) -> str | None:
     return None
 
 
-def check(op: str, interpret: Any) -> None:
+def check_device(op: str, interpret: Any) -> None:
     """Raises `Unsupported` if the kernel can neither run nor be interpreted."""
     if interpret is None and (why := refusal(op)) is not None:
         raise Unsupported(why)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.catalog import Build
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.nvfp4.format import BLOCK, CODE, NVFP4, SCALE, global_scale, swizzle
-from pallas_kernels.nvfp4.mosaic.launch import check
+from pallas_kernels.nvfp4.format import BLOCK, CODE_DTYPE, NVFP4, SCALE_DTYPE, global_scale, swizzle
+from pallas_kernels.nvfp4.mosaic.launch import check_device
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import kernel
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import DEPTH, RANKS, Problem, Tiling, choose
 
-Build = Callable[[], tuple[Callable, tuple]]
 INTERPRETED_BLOCKS = 2
 """Multiprocessors of the interpreted chip: few, so that thread blocks have several tiles."""
 SMALLEST_SCALE = 2.0**-100
@@ -55,7 +55,7 @@ def matmul(
 
     Raises `Unsupported` for arguments that the kernel does not support.
     """
-    check("matmul", interpret)
+    check_device("matmul", interpret)
     if why := refusal(a, b, bias=bias, low_rank=low_rank, out_dtype=out_dtype):
         raise Unsupported(f"mosaic NVFP4 matmul: {why}")
     problem = _problem(a, b, bias, low_rank, out_dtype)
@@ -81,8 +81,8 @@ def refusal(
     """The reason why the kernel does not support these arguments on any chip, or None."""
     if a.ndim != 2 or b.ndim != 2 or a.lead or b.lead:
         return (
-            f"it takes two matrices with one amax each, not {a.shape} with {a.lead} and {b.shape} "
-            f"with {b.lead} leading axes; map over them, or flatten the rows"
+            f"operands must be matrices with one amax each, got {a.shape} with {a.lead} and "
+            f"{b.shape} with {b.lead} leading axes; map over them, or flatten the rows"
         )
     (m, k), (n, other) = a.shape, b.shape
     if k != other:
@@ -90,7 +90,7 @@ def refusal(
     if k % BLOCK or not (m and n and k):
         return f"k must be a positive multiple of {BLOCK}, got m={m}, n={n}, k={k}; pad with zeros"
     if jnp.dtype(out_dtype) not in _OUTPUTS:
-        return f"it writes bfloat16 or float32, not {jnp.dtype(out_dtype)}; convert the result"
+        return f"out_dtype must be bfloat16 or float32, got {jnp.dtype(out_dtype)}; cast the result"
     if bias is not None and bias.shape != (n,):
         return f"the bias must have shape ({n},), got {bias.shape}"
     if low_rank is None:
@@ -176,14 +176,14 @@ def _padded(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, want - have) for have, want in zip(x.shape, shape, strict=True)])
 
 
-def product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
+def build_product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
     """Returns a builder of (callable, abstract arguments) for a product with a bias."""
 
     def build() -> tuple[Callable, tuple]:
         array: Any = jax.ShapeDtypeStruct
 
         def packed(rows: int) -> NVFP4:
-            codes, scales = array((rows, k), CODE), array((rows, k // BLOCK), SCALE)
+            codes, scales = array((rows, k), CODE_DTYPE), array((rows, k // BLOCK), SCALE_DTYPE)
             return NVFP4(codes, scales, array((), jnp.float32), "mse")
 
         def run(a, b, bias, *low_rank):
@@ -201,11 +201,19 @@ PAIRS = r"UTCOMMA\.2CTA[.\w]*\.4X"
 """SASS pattern of the same product by pairs of thread blocks."""
 CATALOG: Mapping[str, tuple[tuple[str, ...], Build, tuple[str, ...]]] = MappingProxyType(
     {
-        "nvfp4_matmul": (("sm_100a",), product(7040, 3072, 3072, collective=False), (SINGLE,)),
-        "nvfp4_matmul_2cta": (("sm_100a",), product(7040, 14336, 3072, collective=True), (PAIRS,)),
+        "nvfp4_matmul": (
+            ("sm_100a",),
+            build_product(7040, 3072, 3072, collective=False),
+            (SINGLE,),
+        ),
+        "nvfp4_matmul_2cta": (
+            ("sm_100a",),
+            build_product(7040, 14336, 3072, collective=True),
+            (PAIRS,),
+        ),
         "nvfp4_matmul_low_rank": (
             ("sm_100a",),
-            product(7040, 3072, 14336, rank=64, collective=True),
+            build_product(7040, 3072, 14336, rank=64, collective=True),
             (PAIRS, r"UTCHMMA"),
         ),
     }

@@ -18,13 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.nvfp4.format import CODE, SCALE
+from pallas_kernels.nvfp4.format import CODE_DTYPE, SCALE_DTYPE
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import (
     DEPTH,
     PIECE_BYTES,
     ROWS,
     SCALE_SLOTS,
-    SCALES,
+    STEP_SCALES,
     Problem,
     Tiling,
 )
@@ -80,14 +80,14 @@ def _scratch(problem: Problem, tiling: Tiling, dtype) -> dict[str, Any]:
     )
 
     def codes(rows: int):
-        return plgpu.SMEM((stages, rows, DEPTH), CODE, transforms=_swizzled(CODE))
+        return plgpu.SMEM((stages, rows, DEPTH), CODE_DTYPE, transforms=_swizzled(CODE_DTYPE))
 
     def scales(tiles: int):
-        return plgpu.SMEM((stages, tiles, SCALE_TILES, 32, 16), SCALE)
+        return plgpu.SMEM((stages, tiles, SCALE_TILES, 32, 16), SCALE_DTYPE)
 
     def scales_in_tensor_memory(rows: int):
         layout = plgpu.TMEMLayout.SCALES_LAYOUT
-        scales = plgpu.TMEM((rows, SCALES), SCALE, layout=layout, collective=pair)
+        scales = plgpu.TMEM((rows, STEP_SCALES), SCALE_DTYPE, layout=layout, collective=pair)
         return (scales,) * SCALE_SLOTS
 
     # 2. The buffers of every product, then those of the optional operands.

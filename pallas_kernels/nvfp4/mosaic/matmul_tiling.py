@@ -7,7 +7,7 @@ ROWS = 128
 """Accumulator rows of one thread block (CTA): all lanes of its tensor memory."""
 DEPTH = 256
 """Length of the contraction axis per step: rows of 128 bytes of codes."""
-SCALES = DEPTH // 16
+STEP_SCALES = DEPTH // 16
 SCALE_SLOTS = 2
 """Steps whose scales are in tensor memory: one is read while the other is written."""
 TENSOR_COLUMNS = 512
@@ -97,7 +97,7 @@ class Tiling:
         Two accumulators of 256 columns and the scales do not fit into tensor memory. They overlap
         then, and the epilogue reads the shared columns first.
         """
-        scales = SCALE_SLOTS * SCALES // 4 * (ROWS + self.scale_rows) // 32
+        scales = SCALE_SLOTS * STEP_SCALES // 4 * (ROWS + self.scale_rows) // 32
         return min(self.columns, TENSOR_COLUMNS - scales - self.columns)
 
     @property
@@ -139,7 +139,7 @@ def fit(problem: Problem, columns: int, collective: bool, multiprocessors: int) 
 def shared_bytes(problem: Problem, tiling: Tiling) -> int:
     """Shared memory of a thread block in bytes, without barriers."""
     codes = (ROWS + tiling.own_columns) * DEPTH // 2
-    scales = (ROWS + tiling.scale_rows) * SCALES
+    scales = (ROWS + tiling.scale_rows) * STEP_SCALES
     low_rank = 2 * problem.rank * (ROWS + tiling.own_columns)
     bias = 4 * tiling.columns * problem.bias
     return tiling.stages * (codes + scales) + 2 * ROWS * PIECE_BYTES + low_rank + bias

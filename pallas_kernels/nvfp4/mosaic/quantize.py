@@ -24,7 +24,7 @@ from pallas_kernels.nvfp4.mosaic.blocks import (
     QuantizeOptions,
     as_uint32,
     centred_noise,
-    encode,
+    encode_groups,
     join,
     load,
     load_column,
@@ -35,7 +35,7 @@ from pallas_kernels.nvfp4.mosaic.blocks import (
 from pallas_kernels.nvfp4.mosaic.launch import (
     ProgramArgs,
     WorkPartition,
-    check,
+    check_device,
     kernel,
     outputs,
     pad_to,
@@ -71,7 +71,7 @@ def quantize(
     `interpret` (`plgpu.InterpretGPUParams`) runs the kernel in the interpreter. Raises
     `Unsupported` on devices other than Blackwell and ValueError for shapes that do not match.
     """
-    check("quantize", interpret)
+    check_device("quantize", interpret)
     _check_shapes(x, amax, transpose=transpose, block_rows=block_rows)
     options, words = QuantizeOptions(rule, hadamard, key is not None), _seed_words(key)
     if block_rows == 1 and not transpose:
@@ -103,7 +103,7 @@ def quantize_both(
     rotated transpose for a product over tokens. `amax`, `keys` and `hadamard` come in pairs, for x
     and for the transpose. If k is not a multiple of 128, x is read twice. Raises like `quantize`.
     """
-    check("quantize", interpret)
+    check_device("quantize", interpret)
     for transpose in (False, True):
         _check_shapes(x, amax, transpose=transpose, block_rows=1)
     # 1. Two passes if k does not split into groups.
@@ -194,7 +194,7 @@ def _row_group(x, codes, scales, args: ProgramArgs, start: Any, number: int) -> 
     def write(_, block_codes):
         codes[*at, :] = block_codes
 
-    scales[*at] = encode(BlockGroups(1, source, noise, write), args.amax, args.options)
+    scales[*at] = encode_groups(BlockGroups(1, source, noise, write), args.amax, args.options)
 
 
 def _columns(x: Array, amax: Array, words: Array, options: QuantizeOptions, interpret: Any):
@@ -237,7 +237,7 @@ def _column_group(x, codes, scales, args: ProgramArgs, column: Any, block: Any, 
     def write(_, block_codes):
         codes[args.entry, own, block, :] = block_codes
 
-    scales[args.entry, own, block] = encode(
+    scales[args.entry, own, block] = encode_groups(
         BlockGroups(1, source, noise, write), args.amax, args.options
     )
 

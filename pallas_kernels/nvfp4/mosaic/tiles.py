@@ -18,7 +18,7 @@ from pallas_kernels.nvfp4.mosaic.blocks import (
     QuantizeOptions,
     as_uint32,
     centred_noise,
-    encode,
+    encode_groups,
     load,
     thread_index,
 )
@@ -97,4 +97,4 @@ def _group(x, codes, scales, args: ProgramArgs, down: Any, at: Any, transpose: b
         codes[args.entry, down * BLOCK + i, own, :] = block_codes
 
     groups = BlockGroups(BLOCK, source, noise, write)
-    scales[args.entry, down, own] = encode(groups, args.amax, args.options)
+    scales[args.entry, down, own] = encode_groups(groups, args.amax, args.options)

@@ -23,7 +23,7 @@ def test_the_default_smoothing_is_robust_to_outlier_channels():
 
 def test_bytes_of_packed_keys_and_values():
     row = _row(KVFormat("nvfp4", smoothing="none"), {"some": [synthetic(SPEC, 0.0)]})["some"]
-    # Key and value: half a byte a number, a byte a block, and four bytes a chunk.
+    # Key and value: half a byte per number, a byte per block, and four bytes per chunk.
     assert row["bytes_per_token_and_head"] == round(2 * 36 + 8 / (32 * 2), 3)
     assert 0 < row["keys_error"] < row["keys_and_values_error"] < 0.2
 

@@ -19,7 +19,7 @@ def test_report_as_json_and_as_a_table(tmp_path, capsys):
     assert run(["bench", "nvfp4", *TINY, "--json", f"--out={out}"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads(out.read_text())
-    assert list(report["operations"]) == list(bench.OPS)
+    assert list(report["operations"]) == list(bench.OPERATIONS)
     assert report["machine"]["jax"] == jax.__version__
     for name, operation in report["operations"].items():
         for way, row in operation["ways"].items():
@@ -38,7 +38,7 @@ def test_report_as_json_and_as_a_table(tmp_path, capsys):
 
 def test_useful_work_counts_each_byte_and_operation_once():
     spec = bench.NVFP4Spec(rows=32, inputs=32, outputs=48, slots=1, tokens=8, heads=1, width=16)
-    work = {name: make(spec).work for name, make in bench.OPS.items()}
+    work = {name: make(spec).work for name, make in bench.OPERATIONS.items()}
     assert work == {
         "quantize": 32 * 32 * (2 + 0.5625),
         "dequantize": 48 * 32 * (2 + 0.5625),

@@ -43,7 +43,7 @@ def test_call_report(monkeypatch, capsys):
         in_channels=4, out_channels=4,
     )  # fmt: skip
     tiny = dit_call.CallSpec(model=model, chunk_frames=2, latent=(4, 4), window=3, repeats=2)
-    monkeypatch.setitem(dit_call.MODELS, "mid", tiny)
+    monkeypatch.setitem(dit_call.MODEL_SPECS, "mid", tiny)
     assert run(["bench", "sampler", "--model=mid"]) == 0
     out = capsys.readouterr().out
     assert "seconds per call:" in out and "seconds per chunk:" in out
@@ -80,7 +80,7 @@ def test_stages_wait_and_add_up():
 
 
 def test_repeats_must_be_positive():
-    with pytest.raises(ValueError, match="repeats is 0"):
+    with pytest.raises(ValueError, match="repeats must be >= 1, got 0"):
         repeated(lambda: None, 0)
     assert repeated(lambda: None, 2)["repeats"] == 2
 
@@ -97,7 +97,7 @@ def test_machine_and_memory():
         (["simpler"], "did you mean 'sampler'"),
         (["sampler", "--model=med"], "did you mean 'mid'"),
         (["sampler", "--checkpoint=/nowhere"], "no such checkpoint"),
-        (["sampler", "--chunks=1", "--checkpoint=/nowhere"], "at least 6 chunks"),
+        (["sampler", "--chunks=1", "--checkpoint=/nowhere"], "chunks must be >= 6 "),
         (["sampler", "--model=mid", "--out=/proc/x/y.json"], "cannot write"),
     ],
 )

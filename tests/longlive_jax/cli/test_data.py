@@ -247,7 +247,7 @@ def test_encode_names_skipped_samples_and_resumes_after_a_full_disk(
         (["--chunks=50"], "none of the 2 samples can be used"),
         (["--sorce=x"], "did you mean '--source'"),
         (["--mesh=sp=3"], "4 latents do not split over mesh.sp = 3"),
-        (["--mesh=sp=4", "--vae_parallel=tails"], "1 latents a device are too few"),
+        (["--mesh=sp=4", "--vae_parallel=tails"], "1 latents per device are too few"),
         (["--mesh=sp=9"], "sp must be <= 8, the number of devices, got 9"),
         (["--mesh=data=2"], "data and fsdp must be 1"),
         (["--mesh=ps=2"], "unknown axis 'ps'"),

@@ -105,7 +105,7 @@ def test_the_table_tells_whether_the_step_fits(capsys, monkeypatch):
         ("--chip=gb20", "unknown chip 'gb20'; did you mean 'gb200'?"),
         ("--chip=h200 --mesh=data=8,tp=4", "--mesh: unknown axis 'tp'"),
         ("--chip=h200 --mesh=sp=four", "--mesh: expected sp=NUMBER, got 'sp=four'"),
-        ("--chip=h200 --mesh=sp=0", "mesh.sp is 0; give at least 1"),
+        ("--chip=h200 --mesh=sp=0", "mesh.sp must be >= 1, got 0"),
         ("--chip=h200 --mesh=sp=5", "24 attention heads do not split over mesh.sp = 5"),
         ("--chip=h200 --mesh=sp=8 --frames=96", "12 chunks of a sequence do not split over"),
         ("--chip=h200 --mesh=sp=3", "an axis of 14336 does not split into 3"),

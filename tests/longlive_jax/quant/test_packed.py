@@ -14,7 +14,7 @@ from longlive_jax.quant.low_rank import LoRAKernel, LowRank
 from longlive_jax.quant.packed import (
     PackedKernel,
     describe_kernels,
-    pack,
+    pack_kernel,
     quantize_params,
     resident_bytes,
 )
@@ -55,7 +55,7 @@ def layer(tree, i):
 def test_the_product_is_that_of_the_quantized_operands(form, kernel):
     if form.tile == 16:
         kernel = normal(0, LAYERS, INPUTS, 32)
-    packed = pack(kernel, form)
+    packed = pack_kernel(kernel, form)
     x, bias = 3 * normal(3, 1, 7, INPUTS), normal(4, kernel.shape[-1])
     quantized = quantize(x.reshape(-1, INPUTS), rule=form.activations)
     rows = np.asarray(dequantize(quantized, jnp.float32), np.float64).reshape(x.shape)
@@ -70,7 +70,7 @@ def test_the_product_is_that_of_the_quantized_operands(form, kernel):
 
 
 def test_a_branch_is_added_exactly(kernel, branch):
-    packed = pack(kernel, Format())
+    packed = pack_kernel(kernel, Format())
     adapted = PackedKernel(packed.weight, branch, packed.activations)
     x, bias = normal(3, 7, INPUTS), normal(4, OUTPUTS)
     plain, got = (layer(k, 0).product(x, bias) for k in (packed, adapted))
@@ -80,7 +80,7 @@ def test_a_branch_is_added_exactly(kernel, branch):
 
 
 def test_a_branch_in_bfloat16_is_fused_into_the_product(kernel, branch):
-    packed = pack(kernel, Format())
+    packed = pack_kernel(kernel, Format())
     adapted = PackedKernel(packed.weight, branch, packed.activations)
     x, bias = normal(3, 7, INPUTS, dtype=jnp.bfloat16), normal(4, OUTPUTS)
     got = layer(adapted, 0).product(x, bias)
@@ -92,7 +92,7 @@ def test_a_branch_in_bfloat16_is_fused_into_the_product(kernel, branch):
 def test_a_merged_lora_is_quantized_with_the_matrix(kernel, branch):
     merged = LoRAKernel(kernel, branch).merged()
     np.testing.assert_allclose(merged, kernel + branch.a @ branch.b * 0.5, rtol=1e-5, atol=1e-5)
-    got, unmerged = pack(merged, Format()), pack(kernel, Format())
+    got, unmerged = pack_kernel(merged, Format()), pack_kernel(kernel, Format())
     assert not np.array_equal(got.dequantized(), unmerged.dequantized())
     x, bias = normal(3, 7, INPUTS), jnp.zeros(OUTPUTS)
     rows = dequantize(quantize(x), jnp.float32)
@@ -102,7 +102,7 @@ def test_a_merged_lora_is_quantized_with_the_matrix(kernel, branch):
 
 
 def test_scanned_over_layers(kernel, branch):
-    packed = PackedKernel(pack(kernel[..., :OUTPUTS], Format()).weight, branch)
+    packed = PackedKernel(pack_kernel(kernel[..., :OUTPUTS], Format()).weight, branch)
     x, bias = normal(3, 7, INPUTS), normal(5, LAYERS, OUTPUTS)
 
     def body(total, layer):
@@ -162,7 +162,7 @@ def test_a_policy_that_does_not_match_is_refused(model, branch):
 
 def test_a_named_implementation_runs_or_raises(kernel):
     x, bias = normal(3, 7, INPUTS), jnp.zeros(OUTPUTS)
-    weight = pack(kernel, Format()).weight
+    weight = pack_kernel(kernel, Format()).weight
     results = {
         name: jax.jit(layer(PackedKernel(weight, implementation=name), 0).product)(x, bias)
         for name in ("auto", "xla", "reference")

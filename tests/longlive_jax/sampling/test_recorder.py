@@ -8,7 +8,7 @@ import pytest
 from longlive_jax.captions import CUT_PREFIX
 from longlive_jax.io.video import read_video
 from longlive_jax.sampling import recorder
-from longlive_jax.sampling.recorder import Recorder, file_name, segments
+from longlive_jax.sampling.recorder import Recorder, file_name, prompt_segments
 from longlive_jax.sampling.script import Shot, ShotScript
 from longlive_jax.sampling.stream import Chunk
 from longlive_jax.sampling.timeline import make_timeline
@@ -48,8 +48,8 @@ def strips(monkeypatch):
 
 def test_segments_end_where_the_prompt_changes_or_the_camera_cuts():
     timeline = make_timeline(SCRIPTS, chunk_frames=2)
-    assert segments(timeline, 0) == [(0, 1, "a"), (1, 2, "b"), (2, 4, "c")]
-    assert segments(timeline, 1) == [(0, 2, "a")]
+    assert prompt_segments(timeline, 0) == [(0, 1, "a"), (1, 2, "b"), (2, 4, "c")]
+    assert prompt_segments(timeline, 1) == [(0, 2, "a")]
 
 
 def test_each_video_has_its_own_length(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from longlive_jax.io.builtin import builtin_checkpoint
-from longlive_jax.sampling.settings import RENAMED, spec_for
+from longlive_jax.sampling.settings import RENAMED_SETTINGS, spec_for
 from longlive_jax.spec import UserError
 
 
@@ -27,9 +27,9 @@ def test_settings_under_their_old_names_are_read(tiny_checkpoint, tmp_path):
 def test_the_built_in_checkpoint_has_old_names_and_loads():
     folder = builtin_checkpoint()
     settings, spec = sampling_of(folder), spec_for(folder)
-    assert RENAMED.keys() & settings.keys()
+    assert RENAMED_SETTINGS.keys() & settings.keys()
     for name, value in settings.items():
-        loaded = getattr(spec, RENAMED.get(name, name))
+        loaded = getattr(spec, RENAMED_SETTINGS.get(name, name))
         assert (list(loaded) if isinstance(loaded, tuple) else loaded) == value
 
 
@@ -38,7 +38,7 @@ def test_the_built_in_checkpoint_has_old_names_and_loads():
     [
         ({"stepz": 3}, "did you mean 'steps'"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
-        ({"window": 2}, "use at least 3"),
+        ({"window": 2}, "window must be >= 3 "),
         ({"dtype": "float8"}, "not one of"),
         ({"vae_device": 99}, "devices 0 to"),
     ],

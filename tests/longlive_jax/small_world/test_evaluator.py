@@ -13,7 +13,7 @@ from longlive_jax.small_world.evaluator import (
     EvaluationSet,
     ground_truth,
     measure,
-    psnr,
+    psnr_of_mse,
     script_of,
 )
 
@@ -73,7 +73,7 @@ def test_gray_videos_have_no_correct_shot():
 
 @pytest.mark.parametrize(("error", "decibels"), [(4.0, 0.0), (0.04, 20.0)])
 def test_psnr(error, decibels):
-    assert psnr(error) == pytest.approx(decibels)
+    assert psnr_of_mse(error) == pytest.approx(decibels)
 
 
 def test_case_names_are_unique():

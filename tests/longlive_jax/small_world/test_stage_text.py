@@ -45,7 +45,7 @@ def untrained(cfg):
 class IdentityEncoder(nnx.Module):
     """Returns the embedding of every token of its input, so a readout finds exactly that token.
 
-    With the parameters `identity_params` the cross-entropy of a token is 0 if the encoder sees it,
+    With the parameters of `identity_loss` the cross-entropy of a token is 0 if the encoder sees it,
     and `NATS` if another one is in its place. `inputs` records the ids of every call.
     """
 
@@ -108,7 +108,7 @@ def test_batches_contain_no_held_out_captions_and_a_few_empty_ones(batches, toke
 
 
 def test_a_length_that_is_too_short_is_refused_with_the_minimum(tokenizer):
-    with pytest.raises(ValueError, match="at least 15"):
+    with pytest.raises(ValueError, match="set length to 15"):
         stage_text.CaptionBatches(tokenizer, BATCH, steps=1, length=12)
 
 

@@ -61,15 +61,17 @@ def test_colours_and_backgrounds_cannot_be_confused():
 
 
 def test_a_tenth_is_held_out_and_training_has_every_pair_of_attributes():
-    train, held = sw.all_scenes("train"), sw.all_scenes("held_out")
-    assert len(held) == 72 and not set(train) & set(held)
-    assert all(sw.held_out(*dataclasses.astuple(scene)) for scene in held)
+    train, held_out = sw.all_scenes("train"), sw.all_scenes("held_out")
+    assert len(held_out) == 72 and not set(train) & set(held_out)
+    assert all(sw.held_out(*dataclasses.astuple(scene)) for scene in held_out)
     for a, b in itertools.combinations(range(4), 2):
         pairs = {(dataclasses.astuple(s)[a], dataclasses.astuple(s)[b]) for s in train}
-        everything = {(dataclasses.astuple(s)[a], dataclasses.astuple(s)[b]) for s in train + held}
+        everything = {
+            (dataclasses.astuple(s)[a], dataclasses.astuple(s)[b]) for s in train + held_out
+        }
         assert pairs == everything
     for axis in range(4):
-        assert {dataclasses.astuple(s)[axis] for s in held} == {
+        assert {dataclasses.astuple(s)[axis] for s in held_out} == {
             dataclasses.astuple(s)[axis] for s in train
         }
 

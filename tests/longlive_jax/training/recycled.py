@@ -35,7 +35,7 @@ def spec_of(**buffer) -> RecyclingSpec:
     )
 
 
-def episode(key) -> TeacherForcingBatch:
+def example_batch(key) -> TeacherForcingBatch:
     clean = jax.random.normal(key, (BATCH_SIZE, CHUNKS * CHUNK, *SIZE))
     chunk = jnp.tile(jnp.arange(CHUNKS), (BATCH_SIZE, 2))
     zeros = jnp.zeros_like(chunk)
@@ -49,7 +49,7 @@ def episode(key) -> TeacherForcingBatch:
 def make_inputs(step, loss=LOSS):
     """Batch, draws and recycling draws of a step."""
     key = jax.random.fold_in(jax.random.key(5), step)
-    batch = episode(key)
+    batch = example_batch(key)
     recycling_draws = draw_recycling(jax.random.fold_in(key, 1), BATCH_SIZE, CHUNKS, CHUNKS)
     return batch, draw(key, batch, chunk_frames=CHUNK, spec=loss), recycling_draws
 

@@ -77,7 +77,7 @@ def restore(folder, target=None, *, complete=False, origin=None):
     """The result of `TrainCheckpoints.restore`, and the messages that it reported."""
     messages, target = [], shapes_of(state_of(0)) if target is None else target
     with TrainCheckpoints(folder, origin=origin) as checkpoints:
-        result = checkpoints.restore(target, say=messages.append, complete=complete)
+        result = checkpoints.restore(target, notify=messages.append, complete=complete)
     return result, messages
 
 
@@ -113,11 +113,11 @@ def test_the_ema_alone_can_be_restored_on_another_mesh(tmp_path):
     with TrainCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(5, state_of(5, row_sharding(2, 1, 4)))
     wanted = shapes_of(model(state_of(0, row_sharding(1, 1, 2)))).ema
-    step, ema = restore_weights(tmp_path, wanted, group="model", say=pytest.fail)
+    step, ema = restore_weights(tmp_path, wanted, group="model", notify=pytest.fail)
     assert step == 5 and ema["w"].sharding.is_equivalent_to(wanted["w"].sharding, 2)
     chex.assert_trees_all_equal(ema, jax.device_get(model(state_of(5)).ema))
     with pytest.raises(UserError, match="has no checkpoint of a run"):
-        restore_weights(tmp_path / "nothing", wanted, group="model", say=pytest.fail)
+        restore_weights(tmp_path / "nothing", wanted, group="model", notify=pytest.fail)
 
 
 def lora_state(seed):
@@ -135,7 +135,7 @@ def test_low_rank_branches_alone_can_be_restored_onto_another_base(tmp_path):
         checkpoints.save(5, trained)
     shapes, other = (model(x).params["q"]["kernel"] for x in (shapes_of(base), base))
     mixed = {"q": {"kernel": dataclasses.replace(shapes, kernel=other.kernel)}}
-    options = {"group": "model", "part": "params", "say": pytest.fail}
+    options = {"group": "model", "part": "params", "notify": pytest.fail}
     step, params = restore_weights(tmp_path, mixed, only=LORA, **options)
     kernel = params["q"]["kernel"]
     assert step == 5 and kernel.kernel is other.kernel
@@ -263,10 +263,10 @@ def test_the_disk_needs_room_for_one_copy_of_replicated_arrays(tmp_path, monkeyp
     state = jax.device_put({"w": jnp.zeros(1000)}, NamedSharding(mesh, P()))
     with TrainCheckpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(1, 1, 4000))
-        checkpoints.check_room(state)
+        checkpoints.check_disk_space(state)
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(1, 1, 3999))
         with pytest.raises(Failure, match="newest checkpoint: none"):
-            checkpoints.check_room(state)
+            checkpoints.check_disk_space(state)
 
 
 def test_a_full_disk_loses_no_checkpoint(workdir, monkeypatch):
@@ -371,6 +371,6 @@ def test_a_run_of_an_earlier_version_cannot_resume_with_several_groups(tmp_path)
 def test_weights_of_an_earlier_version_are_restored(tmp_path):
     shutil.copytree(EARLIER / "buffers", tmp_path, dirs_exist_ok=True)
     wanted = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32, sharding=row_sharding(1, 1, 1))}
-    step, ema = restore_weights(tmp_path, wanted, group="dit", say=pytest.fail)
+    step, ema = restore_weights(tmp_path, wanted, group="dit", notify=pytest.fail)
     assert step == 4
     np.testing.assert_array_equal(ema["w"], np.arange(6.0).reshape(2, 3))

@@ -25,7 +25,7 @@ def restored_state(workdir, step=20, make=lambda mesh: toy_run.make_trainer(mesh
     """The state in the newest checkpoint, which must be that of `step`, restored on one device."""
     like = make(one_device()).abstract
     with TrainCheckpoints(workdir) as checkpoints:
-        restored = checkpoints.restore(like, say=pytest.fail)
+        restored = checkpoints.restore(like, notify=pytest.fail)
     assert restored is not None and restored[0] == step
     return jax.device_get(restored[1])
 

@@ -25,12 +25,12 @@ def test_loads_parameters_or_their_ema(tmp_path):
     save_component(tmp_path / "ck", "dit", params, DIT)
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match="has no checkpoint of a run"):
-        TrainedWeights.load(workdir, "ema", tmp_path / "ck", say=print)
+        TrainedWeights.load(workdir, "ema", tmp_path / "ck", notify=print)
     workdir.mkdir()
     with TrainCheckpoints(workdir) as checkpoints:
         checkpoints.save(7, {"params": params, "ema": ema})
     for part, tree in (("params", params), ("ema", ema)):
-        weights = TrainedWeights.load(workdir, part, tmp_path / "ck", say=print)
+        weights = TrainedWeights.load(workdir, part, tmp_path / "ck", notify=print)
         got = weights.read(("blocks", "ffn", "up", "bias"))
         np.testing.assert_array_equal(got, tree["blocks"]["ffn"]["up"]["bias"])
         quantize_checkpoint(tmp_path / "ck", tmp_path / part, named("fp8"), weights=weights)

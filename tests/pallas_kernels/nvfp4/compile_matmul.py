@@ -15,14 +15,14 @@ DUMP = deviceless.prepare()
 
 import jax.numpy as jnp  # noqa: E402
 
-from pallas_kernels.nvfp4.mosaic.matmul import CATALOG, product  # noqa: E402
+from pallas_kernels.nvfp4.mosaic.matmul import CATALOG, build_product  # noqa: E402
 
 SHAPES = {
-    "a frame": product(880, 3072, 3072),
-    "most tokens": product(84480, 14336, 3072, collective=False),
-    "float32": product(7040, 3072, 14336, out_dtype=jnp.float32),
-    "rank 128": product(7040, 3072, 3072, rank=128),
-    "rank 16, single blocks": product(7040, 3072, 3072, rank=16, collective=False),
+    "a frame": build_product(880, 3072, 3072),
+    "most tokens": build_product(84480, 14336, 3072, collective=False),
+    "float32": build_product(7040, 3072, 14336, out_dtype=jnp.float32),
+    "rank 128": build_product(7040, 3072, 3072, rank=128),
+    "rank 16, single blocks": build_product(7040, 3072, 3072, rank=16, collective=False),
 }
 
 

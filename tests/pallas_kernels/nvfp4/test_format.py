@@ -16,7 +16,7 @@ from pallas_kernels.nvfp4 import (
     unpack,
     unswizzle,
 )
-from pallas_kernels.nvfp4.format import CODE, SCALE
+from pallas_kernels.nvfp4.format import CODE_DTYPE, SCALE_DTYPE
 
 VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
@@ -27,16 +27,18 @@ def layers(count=3, rows=8, k=32):
 
 def test_codes_are_numbered_as_published():
     codes = unpack(jnp.arange(16, dtype=jnp.uint8) * 17)
-    assert codes.dtype == CODE
+    assert codes.dtype == CODE_DTYPE
     want = np.repeat([*VALUES, *(-np.float32(v) for v in VALUES)], 2)
     np.testing.assert_array_equal(np.float32(codes), want)
     np.testing.assert_array_equal(np.signbit(np.float32(codes)), np.arange(32) >= 16)
 
 
 def test_the_low_half_of_a_byte_is_the_even_column():
-    np.testing.assert_array_equal(pack(jnp.array([[1.0, 6.0, -0.5, 0.0]], CODE)), [[0x72, 0x09]])
+    np.testing.assert_array_equal(
+        pack(jnp.array([[1.0, 6.0, -0.5, 0.0]], CODE_DTYPE)), [[0x72, 0x09]]
+    )
     with pytest.raises(ValueError, match="codes per row must be even, got 3"):
-        pack(jnp.zeros((2, 3), CODE))
+        pack(jnp.zeros((2, 3), CODE_DTYPE))
 
 
 @settings(deadline=None, max_examples=20)
@@ -58,7 +60,7 @@ def test_swizzled_scales_have_the_layout_of_tensor_cores(rows, columns, stacked)
     r, c = np.mgrid[:rows, :columns]
     tile = (r // 128) * (padded // 4) + c // 4
     want[tile * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4] = scales
-    e4m3 = jnp.asarray(scales).view(SCALE)
+    e4m3 = jnp.asarray(scales).view(SCALE_DTYPE)
     flat = swizzle(e4m3[None] if stacked else e4m3)
     np.testing.assert_array_equal(np.asarray(flat).view(np.uint8).reshape(want.shape), want)
     back = unswizzle(flat, rows, columns)

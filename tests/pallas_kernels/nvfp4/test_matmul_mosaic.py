@@ -16,7 +16,7 @@ import pytest
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import products, quantize
-from pallas_kernels.nvfp4.format import CODE, NVFP4, SCALE, amax_divisor, swizzle
+from pallas_kernels.nvfp4.format import CODE_DTYPE, NVFP4, SCALE_DTYPE, amax_divisor, swizzle
 from pallas_kernels.nvfp4.mosaic import matmul as op
 from pallas_kernels.nvfp4.mosaic import matmul_tiling as tilings
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import tile_of
@@ -33,9 +33,9 @@ def exact(seed: int, rows: int, k: int) -> NVFP4:
     """Random codes and scales whose products have exact float32 sums in any order."""
     codes, scales = jax.random.split(jax.random.key(seed))
     codes = jax.random.bits(codes, (rows, k // 2), jnp.uint8)
-    codes = jax.lax.bitcast_convert_type(codes, CODE).reshape(rows, k)
+    codes = jax.lax.bitcast_convert_type(codes, CODE_DTYPE).reshape(rows, k)
     scales = 2.0 ** jax.random.randint(scales, (rows, k // 16), -2, 3)
-    return NVFP4(codes, scales.astype(SCALE), jnp.float32(amax_divisor("mse") / 2), "mse")
+    return NVFP4(codes, scales.astype(SCALE_DTYPE), jnp.float32(amax_divisor("mse") / 2), "mse")
 
 
 def random_integers(seed: int, *shape: int) -> jax.Array:
@@ -151,7 +151,7 @@ A, B = exact(0, 32, 64), exact(1, 128, 64)
     ("a", "b", "options", "message"),
     [
         (A, exact(1, 128, 32), {}, "a has 64 columns, b has 32"),
-        (A, B, {"out_dtype": jnp.float16}, "bfloat16 or float32, not float16"),
+        (A, B, {"out_dtype": jnp.float16}, "must be bfloat16 or float32, got float16"),
         (A, B, {"bias": jnp.ones(32)}, r"bias must have shape \(128,\), got \(32,\)"),
         (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((9, 128)))}, r"be \[m, r\] and \[r, n"),
         (A, B, {"low_rank": (jnp.ones((32, 8)), jnp.ones((8, 64)))}, "be 32x128, got 32x64"),

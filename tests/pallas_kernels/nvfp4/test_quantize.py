@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.nvfp4 import LIMITS, RULES, dequantize, pack, quantize, rotate
-from pallas_kernels.nvfp4.format import CODE, SCALE
+from pallas_kernels.nvfp4.format import CODE_DTYPE, SCALE_DTYPE
 from pallas_kernels.nvfp4.reference import max_abs
 
 IMPLEMENTATIONS = {name: partial(quantize, implementation=name) for name in ("reference", "xla")}
@@ -143,7 +143,7 @@ def test_the_better_scale_is_chosen_in_every_block(x, rule):
     peak = np.float32(np.abs(x).max(-1, keepdims=True))
     errors = []
     for factor in (1, 1.5):
-        steps = np.float64((peak / np.float32(6) * grow * np.float32(factor)).astype(SCALE))
+        steps = np.float64((peak / np.float32(6) * grow * np.float32(factor)).astype(SCALE_DTYPE))
         step = steps * float(a.amax) / 1536
         coded = np.divide(x, step, out=np.zeros_like(x), where=steps > 0)
         errors.append(measured(off=to_code(coded) * step - x, rule=rule))
@@ -153,7 +153,7 @@ def test_the_better_scale_is_chosen_in_every_block(x, rule):
 
 
 def to_code(x):
-    return np.clip(x, -6, 6).astype(CODE).astype(np.float64)
+    return np.clip(x, -6, 6).astype(CODE_DTYPE).astype(np.float64)
 
 
 def measured(off, rule):

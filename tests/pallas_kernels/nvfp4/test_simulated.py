@@ -61,7 +61,7 @@ def test_arithmetic_rounds_as_the_casts_do():
     draw = jax.random.uniform(jax.random.key(0), u.shape)
     np.testing.assert_array_equal(to_code(u, draw), stochastic_round(u, draw))
     scales = jnp.exp2(jnp.linspace(-12, 8.8, 4096))
-    rounded = scales.astype(fmt.SCALE).astype(jnp.float32)
+    rounded = scales.astype(fmt.SCALE_DTYPE).astype(jnp.float32)
     np.testing.assert_array_equal(to_scale(scales), rounded)
     assert to_scale(jnp.float32(1e6)) == 448 and jnp.isnan(to_scale(jnp.float32(jnp.nan)))
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from longlive_jax.data.clips.dataset import SourceShot, Unusable
-from longlive_jax.data.clips.decoding import check_fits, probe, read_frames, shot_length, verify
+from longlive_jax.data.clips.decoding import (
+    check_first_frame,
+    probe,
+    read_frames,
+    shot_length,
+    verify,
+)
 from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_silence, write_video
 
 SIZE = (32, 64)
@@ -215,11 +221,11 @@ def test_still_picture_with_more_frames_than_bytes(tmp_path):
 
 def test_check_fits_decodes_one_frame(tmp_path):
     path = write_video(tmp_path / "a.mp4", 30, size=(200, 20), rotation=90)
-    check_fits(SourceShot(path, "", start=0.5), (20, 200))
+    check_first_frame(SourceShot(path, "", start=0.5), (20, 200))
     with pytest.raises(
         Unusable, match=r"a\.mp4: the shape of 200x20 pixels is too far from 20x200"
     ):
-        check_fits(SourceShot(path, ""), (200, 20))
+        check_first_frame(SourceShot(path, ""), (200, 20))
 
 
 def test_decoding_detects_damage_in_the_middle(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longlive_jax.data.clips.loader import ClipFeed, FeedSpec, clip_batches
+from longlive_jax.data.clips.loader import ClipFeed, FeedSpec, clip_dataset
 from longlive_jax.spec import UserError
 from tests.longlive_jax.data.clips.videos import ToySource
 
@@ -68,7 +68,7 @@ def test_groups_read_disjoint_rows_of_the_same_batch(count):
 def test_resuming_at_a_step(start):
     source = ToySource(7, bad=(2,))
     assert_equal(batches(source, 15, batch=2)[start:], batches(source, 15 - start, start, batch=2))
-    batch = clip_batches(source, FeedSpec(batch=2))[start]
+    batch = clip_dataset(source, FeedSpec(batch=2))[start]
     np.testing.assert_array_equal(batch["index"], batches(source, 1, start, batch=2)[0]["index"])
 
 
@@ -104,7 +104,7 @@ def test_one_usable_sample_is_enough_and_none_is_an_error():
     with pytest.raises(UserError, match=r"4 consecutive samples cannot be used .* toy \d: is bad"):
         batches(ToySource(4, bad=(0, 1, 2, 3)), 1, batch=2)
     with pytest.raises(UserError, match="no sample"):
-        clip_batches(ToySource(0), FeedSpec())
+        clip_dataset(ToySource(0), FeedSpec())
 
 
 @pytest.mark.parametrize(

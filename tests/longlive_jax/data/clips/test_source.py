@@ -7,7 +7,7 @@ from longlive_jax.data.clips.clip_plan import JoinSpec, plan_clip, raw_frame_sli
 from longlive_jax.data.clips.dataset import Unusable, VideoSample, find_samples, usable
 from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
 from longlive_jax.data.clips.source import VideoClips, read_clip, shot_lengths
-from longlive_jax.parallel.halo import windows as halo_windows
+from longlive_jax.parallel.halo import halo_windows
 from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_sample
 
 SIZE = (32, 64)

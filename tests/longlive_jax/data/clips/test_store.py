@@ -149,7 +149,7 @@ def test_store_without_a_readable_clip(dataset, tmp_path, monkeypatch):
     def damaged(record):
         raise Unusable("damaged record")
 
-    monkeypatch.setattr(store, "unpack", damaged)
+    monkeypatch.setattr(store, "unpack_record", damaged)
     clips = EncodedClips(out)
     with pytest.raises(
         UserError, match=r"out: none of its 6 clips can be read .*remove the folder"

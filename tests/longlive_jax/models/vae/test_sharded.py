@@ -220,7 +220,7 @@ def test_flops_of_pieces_add_up_to_those_of_a_full_clip():
 
 @pytest.mark.parametrize(
     ("latents", "sp", "message"),
-    [(6, 4, "6 latents do not split"), (4, 4, "1 latents a device are too few")],
+    [(6, 4, "6 latents do not split"), (4, 4, "1 latents per device are too few")],
 )
 def test_clips_that_do_not_split_are_errors(latents, sp, message):
     with pytest.raises(ValueError, match=message):

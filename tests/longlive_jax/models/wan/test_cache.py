@@ -141,5 +141,5 @@ def test_writing_happens_in_place():
 
 
 def test_a_window_too_small_for_its_sinks_is_refused():
-    with pytest.raises(ValueError, match="use at least 4"):
+    with pytest.raises(ValueError, match=r"window must be >= 4 .*, got 3"):
         CachePolicy(window=3, global_sinks=2, shot_sinks=True)

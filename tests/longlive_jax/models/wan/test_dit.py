@@ -174,7 +174,7 @@ def test_text_is_padded_with_zero_rows(model, batch):
     padded = jnp.pad(batch["text"], ((0, 0), (0, 0), (0, 1), (0, 0)))
     text_kv = jax.jit(dit.text_kv)
     chex.assert_trees_all_equal(text_kv(batch["text"]), text_kv(padded))
-    with pytest.raises(ValueError, match="at most 5"):
+    with pytest.raises(ValueError, match="must be <= 5, got 6"):
         dit.text_kv(jnp.zeros((1, 1, 6, 8)))
 
 

@@ -11,7 +11,7 @@ from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.dit import attention_context
 from longlive_jax.models.wan.layer_kv import PackedLayerKV, dense_kv
 from longlive_jax.models.wan.packed_cache import KVFormat, pack_keys, pack_values
-from longlive_jax.models.wan.positions import rotate
+from longlive_jax.models.wan.positions import apply_rope
 from pallas_kernels.attention import attention
 
 CONFIG = DiTConfig(
@@ -38,7 +38,7 @@ def problem(form, relative, dtype):
         cache = cache.write(k, v, cut=jnp.zeros(BATCH, bool))
     context = attention_context(cache.upcoming(noisy=True), cache, CONFIG, relative)
     q, k, v = (normal(seed).astype(dtype) for seed in (4, 5, 6))
-    return rotate(q, context.q_rotation), (k, v), jax.tree.map(lambda x: x[0], cache), context
+    return apply_rope(q, context.q_rotation), (k, v), jax.tree.map(lambda x: x[0], cache), context
 
 
 def run(q, own, cache, context):
@@ -75,7 +75,7 @@ def test_dense_own_keys_are_attended_with_the_cached_ones_as_one_sequence(form, 
         jnp.concatenate([x, y.reshape(BATCH, -1, *y.shape[3:])], axis=1)
         for x, y in zip(own, slots, strict=True)
     )
-    k = rotate(k, context.k_rotation) if relative else k
+    k = apply_rope(k, context.k_rotation) if relative else k
     if form.packed and form.smoothing == "reference":
         k = k.at[:, :8].add(-k[:, :8].mean(-1, keepdims=True))
     want = attention(q, k, v, context.q_tokens, context.k_tokens)

@@ -8,10 +8,10 @@ import pytest
 from longlive_jax.models.wan.layers import sinusoid
 from longlive_jax.models.wan.positions import (
     angles,
+    apply_rope,
     frequencies,
     rope_angles,
     rope_rotation,
-    rotate,
 )
 
 FRAMES = np.array([0, 1, 7, 1023, 1024, 65_537, 999_999, 1_000_000], np.int64)
@@ -48,7 +48,7 @@ def test_rotation_is_a_complex_product_and_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 2, 16))
 
     def rotated(x, frame):
-        return rotate(x, rope_rotation(jnp.array([[frame, 1, 2]]), 16))
+        return apply_rope(x, rope_rotation(jnp.array([[frame, 1, 2]]), 16))
 
     pairs = np.asarray(q).reshape(1, 1, 2, 8, 2)
     angle = np.asarray(rope_angles(np.array([[9, 1, 2]], np.int32), 16))

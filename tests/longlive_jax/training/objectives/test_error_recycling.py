@@ -41,7 +41,7 @@ from tests.longlive_jax.training.recycled import (
     SIZE,
     assert_all_close,
     compiled_with,
-    episode,
+    example_batch,
     make_inputs,
     rollout,
     spec_of,
@@ -178,7 +178,7 @@ def test_teacher_forcing_loss_with_recycling():
     setup = ARSetup(graphdef, chunk_frames=CHUNK, empty_prompt=1, spec=LOSS)
     spec = dataclasses.replace(spec_of(), clean=0.0, latent=1.0)
     text = jax.random.normal(jax.random.key(2), (2, DIT.text_len, DIT.text_dim))
-    batch, key = episode(jax.random.key(4)), jax.random.key(5)
+    batch, key = example_batch(jax.random.key(4)), jax.random.key(5)
 
     def init(key):
         return activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(key))))
