@@ -151,46 +151,43 @@ class TrainCheckpoints:
 
     def _read(self, step: int, like: Any, complete: bool) -> tuple[Any, dict[str, Any], str | None]:
         """The state, its description, and why one of the processes could not read it (or None)."""
+        # 1. What this process reads.
         state, about, reason = None, {}, None
         try:
             about = _reader(ocp.JsonCheckpointHandler).restore(
                 self._root / str(step) / ABOUT, args=ocp.args.JsonRestore()
             )
             _check_description(about)
-            state, reason = self._read_arrays(step, like, about, complete)
+            state = self._read_arrays(step, like, about, complete)
         except UserError:
             raise
         except Exception as error:  # Orbax may raise any error; all of them mean damage
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if jax.process_count() > 1:  # all fall back together, or some would wait for the others
+        # 2. All processes fall back together, or some would wait for the others.
+        if jax.process_count() > 1:
             failed = multihost_utils.process_allgather(np.array(reason is not None))
             if failed.any() and reason is None:
                 reason = f"process {int(np.argmax(failed))} cannot read it"
+        # 3. The checksums, which all processes compute together.
+        if reason is None and (damaged := _damaged(state, about)):
+            reason = f"{len(damaged)} arrays differ from what was saved: {damaged[0]}"
         return state, about, reason
 
-    def _read_arrays(
-        self, step: int, like: Any, about: Mapping[str, Any], complete: bool
-    ) -> tuple[Any, str | None]:
-        """The arrays of `like`, read from their paths in the checkpoint, and any damage."""
+    def _read_arrays(self, step: int, like: Any, about: Mapping[str, Any], complete: bool) -> Any:
+        """The arrays of `like`, each read from its path in the checkpoint."""
+        layout = earlier_layout(like) if is_earlier(about["arrays"]) else like
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-        wanted = {path_of(keys): leaf for keys, leaf in leaves}
-        paths, tree = {path: path for path in wanted}, like
-        if is_earlier(about["arrays"]):
-            paths, tree = {path: earlier_path(path) for path in wanted}, earlier_layout(like)
-        stored = {paths[path]: leaf for path, leaf in wanted.items()}
+        paths = _stored_paths(like, about)
+        stored = {path: leaf for path, (_, leaf) in zip(paths.values(), leaves, strict=True)}
         _check_same(about["arrays"], stored, self._root / str(step), complete)
 
-        args = ocp.checkpoint_utils.construct_restore_args(tree)
-        part = ocp.args.PyTreeRestore(item=tree, restore_args=args, partial_restore=True)
+        args = ocp.checkpoint_utils.construct_restore_args(layout)
+        part = ocp.args.PyTreeRestore(item=layout, restore_args=args, partial_restore=True)
         tree = _reader(ocp.PyTreeCheckpointHandler).restore(
             self._root / str(step) / STATE, args=part
         )
-        if damaged := _damaged(tree, about["fingerprints"]):
-            return None, f"{len(damaged)} arrays differ from what was saved: {damaged[0]}"
-        arrays = {
-            path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        }
-        return jax.tree.unflatten(structure, [arrays[paths[path]] for path in wanted]), None
+        arrays = {path_of(keys): x for keys, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        return jax.tree.unflatten(structure, [arrays[path] for path in paths.values()])
 
     def _compare(self, origin: Mapping[str, Any], step: int, notify: Notify) -> None:
         for name in sorted({*origin, *self._origin}):
@@ -349,7 +346,19 @@ def _named(array: list | None) -> str:
     return "missing" if array is None else f"{array[1]} {array[0]}"
 
 
-def _damaged(tree: Any, expected: Mapping[str, str]) -> list[str]:
-    """Paths of arrays whose checksum is not the stored one."""
-    actual = fingerprints(tree)
-    return [path for path in actual if actual[path] != expected[path]]
+def _stored_paths(like: Any, about: Mapping[str, Any]) -> dict[str, str]:
+    """Path in the checkpoint of every leaf of `like`, by its path there."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+    paths = [path_of(keys) for keys, _ in leaves]
+    earlier = is_earlier(about["arrays"])
+    return {path: earlier_path(path) if earlier else path for path in paths}
+
+
+def _damaged(state: Any, about: Mapping[str, Any]) -> list[str]:
+    """Paths in the checkpoint of arrays whose checksum is not the stored one.
+
+    A collective: every process must call it.
+    """
+    expected, actual = about["fingerprints"], fingerprints(state)
+    paths = _stored_paths(state, about)
+    return [paths[path] for path in actual if actual[path] != expected[paths[path]]]

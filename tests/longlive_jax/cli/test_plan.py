@@ -116,7 +116,10 @@ def test_the_table_tells_whether_the_step_fits(capsys, monkeypatch):
         ("--chip=h200 --size=44x80x16", "the model takes latents of 48 channels, got 16"),
         ("--chip=h200 --config.ffn_chunks=7", "ffn_chunks = 7 does not divide the 168960"),
         ("--chip=h200 --config.batch=9", "config.batch must be a multiple of config.mesh.data *"),
-        ("--chip=h200 --config.loop.accumulate=3", "does not split into loop.accumulate"),
+        (
+            "--chip=h200 --config.loop.accumulate=3",
+            "batch = 8 does not divide by loop.accumulate = 3",
+        ),
         ("--chip=h200 --config.stage=vae", "config.stage must be 'clips' for a plan, got 'vae'"),
         ("--chip=h200 --frame=8", "unknown option '--frame'; did you mean '--frames'?"),
         ("--mesh=sp=4", "--chip"),
@@ -152,4 +155,4 @@ def test_a_failed_compile_reports_the_reason(tmp_path, capsys):
     words += ["--frames=16", "--config.attention=mosaic"]
     assert run(["plan", CONFIG, *words]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "could not be compiled: Unsupported: mosaic attention" in last and "12 wide" in last
+    assert "could not be compiled: Unsupported: mosaic attention" in last and "got 12" in last

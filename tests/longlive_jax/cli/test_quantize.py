@@ -86,7 +86,7 @@ def test_settings_that_conflict_with_a_packed_checkpoint(packed, script, capsys,
     ("quant", "message"),
     [
         ({"implementation": "xla"}, "nothing is quantized"),
-        ({"policy": "fp8", "implementation": "mosaic"}, "products in FP8 are XLA's"),
+        ({"policy": "fp8", "implementation": "mosaic"}, "FP8 products have only XLA's"),
         ({"policy": "nvfp4", "implementation": "mosaic"}, "needs Blackwell"),
     ],
 )

@@ -154,7 +154,7 @@ def test_the_fastest_policy_that_fits_is_chosen(compiler):
     jobs = compiler(lambda stage: peaks[stage["remat"], stage["ffn_chunks"]] * GIB)
     stage = stage_of(mesh=MeshSpec(sp=8), batch=1, dtype="bfloat16")
     report = estimate(stage, PlanSpec("h100", frames=64, fastest=True))
-    assert (report["remat"], report["ffn_chunks"]) == (True, 1) and len(jobs) == 3
+    assert (report["remat"], report["ffn_parts"]) == (True, 1) and len(jobs) == 3
     assert [x["peak_bytes_per_device"] // GIB for x in report["does_not_fit"]] == [90, 85]
     jobs.clear()
     stage = stage_of(mesh=MeshSpec(sp=4), dtype="bfloat16", batch=1)
