@@ -28,7 +28,7 @@ def get_config(arg: str = "sample") -> ConfigDict:
 
 
 def _sample() -> dict:
-    return dict(checkpoint="longlive_jax/assets/small_world", sample={})
+    return dict(checkpoint="small_world", sample={})
 
 
 def _nvfp4() -> dict:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longlive_jax.cli.app import REPOSITORY, Parser, take_config
+from longlive_jax.cli.app import Parser, take_config
 from longlive_jax.cli.progress import ChunkBar
 from longlive_jax.spec import UserError, reject_unknown
 
@@ -33,12 +33,13 @@ def main(argv: Sequence[str]) -> int:
     settings = config.to_dict()
     reject_unknown(settings, ("checkpoint", "sample"), "config")
     scripts = _scripts(args)
+    from longlive_jax.io.builtin import find_checkpoint
     from longlive_jax.io.paths import check_writable
     from longlive_jax.sampling.pipeline import Pipeline
 
     # 2. The model.
     out = check_writable(args.out)
-    folder = _checkpoint(args.checkpoint or settings.get("checkpoint"))
+    folder = find_checkpoint(args.checkpoint or settings.get("checkpoint"))
     pipe = Pipeline.from_checkpoint(folder, **(settings.get("sample") or {}))
     for line in pipe.describe_kernels():
         print(f"dit: {line}")
@@ -88,16 +89,6 @@ def _scripts(args: Any) -> list["ShotScript"]:
         dataclasses.replace(script, seed=(args.seed + i) % 2**32)
         for i, script in enumerate(scripts)
     ]
-
-
-def _checkpoint(name: Any) -> Path:
-    """The checkpoint directory, from the current folder or the repository root."""
-    if not isinstance(name, str) or not name:
-        raise UserError(
-            "config: missing key 'checkpoint', a directory written by `longlive convert`"
-        )
-    path = Path(name)
-    return path if path.exists() or path.is_absolute() else REPOSITORY / path
 
 
 def _read_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"]):

@@ -1,13 +1,38 @@
 """The checkpoint that ships with the package."""
 
+import os
 from importlib import resources
 from pathlib import Path
 
 from longlive_jax.io.checkpoint import CHECKPOINT_MANIFEST
 from longlive_jax.spec import UserError
 
+BUILTIN = "small_world"
+"""Name of the built-in checkpoint."""
 
-def builtin_checkpoint(name: str = "small_world") -> Path:
+
+def find_checkpoint(name: str | os.PathLike | None = None) -> Path:
+    """The directory of a checkpoint, given by its path or by the built-in one's name.
+
+    None is the built-in one. A folder in the current directory takes precedence over a name.
+    Raises UserError if there is no such directory.
+    """
+    if name is None:
+        return builtin_checkpoint()
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"checkpoint must be a directory or {BUILTIN!r}, got {name!r}")
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if str(name) == BUILTIN:
+        return builtin_checkpoint()
+    raise UserError(
+        f"checkpoint {str(name)!r} is not a directory; choose one written by `longlive convert` or "
+        f"`longlive train`, or {BUILTIN!r}, the built-in one"
+    )
+
+
+def builtin_checkpoint(name: str = BUILTIN) -> Path:
     """The directory of a built-in checkpoint.
 
     Raises UserError if it is missing from this installation.

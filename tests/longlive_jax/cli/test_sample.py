@@ -64,7 +64,7 @@ def test_an_interrupt_leaves_the_finished_chunks(command, tmp_path, monkeypatch,
     [
         (["--config.sample.stepz=3"], "did you mean 'steps'"),
         (["--config.sampel.steps=3"], "did you mean 'sample'"),
-        (["--config.checkpoint=/nowhere"], "no such checkpoint"),
+        (["--config.checkpoint=/nowhere"], "is not a directory"),
         (["--script=/nowhere.yaml"], "no script"),
         (["--out=/proc/nowhere"], "cannot write"),
         (["--config.sample.size=(65,64)"], "not divisible"),
