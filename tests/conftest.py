@@ -11,6 +11,9 @@ FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
 
+# Commands that tests start in other processes do not touch the user's cache of compiled programs.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import jax  # noqa: E402  (XLA reads its flags once, at import)
 import pytest  # noqa: E402
 

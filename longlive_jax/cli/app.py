@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from longlive_jax import __version__
+from longlive_jax.cli.compilation_cache import take_compilation_cache, use_compilation_cache
 from longlive_jax.spec import Failure, UserError, nearest
 
 VERBS = {
@@ -49,7 +50,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (by default this process's) and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(argv)
+        cache, argv = take_compilation_cache(argv)
+        return dispatch(argv, cache)
     except UserError as error:
         print(f"longlive: {error}", file=sys.stderr)
         return 2
@@ -67,7 +69,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
-def dispatch(argv: list[str]) -> int:
+def dispatch(argv: list[str], compilation_cache: str | None = None) -> int:
     """Calls the verb named by `argv[0]`. Raises UserError if it is unknown."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -78,6 +80,8 @@ def dispatch(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+    if not {"-h", "--help"} & set(rest):
+        use_compilation_cache(verb, compilation_cache)
     code = importlib.import_module(f"longlive_jax.cli.{verb}").main(rest)
     return int(code or 0)
 
@@ -87,7 +91,14 @@ def usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
     return "\n".join(
-        ["usage: longlive <verb> [options]   (longlive <verb> --help)", "", "verbs:", *lines]
+        [
+            "usage: longlive <verb> [options]   (longlive <verb> --help)",
+            "",
+            "verbs:",
+            *lines,
+            "",
+            "--compilation_cache=off|FOLDER: where compiled programs are kept for later runs",
+        ]
     )
 
 
