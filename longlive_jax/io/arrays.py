@@ -13,7 +13,9 @@ Orbax does not detect a flipped bit, so every array has a fingerprint: dtype, sh
 import dataclasses
 import math
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,12 @@ CHUNK_BYTES = 64 * 2**20
 """Largest zarr chunk."""
 COMMIT_BYTES = 256 * 2**20
 """Bytes written before a transaction is committed."""
+READ_AHEAD_BYTES = 512 * 2**20
+"""Bytes of arrays that `read_many` reads ahead of its consumer; a single array may be larger."""
+READERS = 4
+"""Threads of `read_many`."""
+ALIGNMENT = 64
+"""Alignment in bytes of arrays that were read: XLA's CPU backend takes such memory as it is."""
 
 TreePath = tuple[str, ...]
 """Keys from the root of a parameter tree to an array: `("blocks", "ffn", "up", "kernel")`."""
@@ -213,6 +221,14 @@ def _text_keys(tree: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(k): _text_keys(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
+def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An uninitialized array whose memory begins at a multiple of `ALIGNMENT`."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 class ArrayReader:
     """Reads the arrays of one tree, completely or by layer, and verifies their fingerprints."""
 
@@ -234,9 +250,10 @@ class ArrayReader:
         (a single slice is not verified).
         """
         spec = self.specs[path]
+        value = _aligned(spec.shape if layer is None else spec.shape[1:], spec.dtype)
         try:
             store = _reopen(self.folder, path, spec)
-            value = np.asarray((store if layer is None else store[layer]).read().result())
+            ts.array(value).write(store if layer is None else store[layer]).result()
         except (ValueError, OSError) as error:
             detail = str(error).splitlines()[0][:160]
             raise UserError(
@@ -246,6 +263,34 @@ class ArrayReader:
         if layer is None:
             self._verify(path, zlib.crc32(_bytes(value)))
         return value
+
+    def read_many(
+        self, paths: Iterable[TreePath], *, ahead: int = READ_AHEAD_BYTES
+    ) -> Iterator[tuple[TreePath, np.ndarray]]:
+        """Yields arrays in order while threads read and verify the next ones.
+
+        At most `ahead` bytes, or a single array, are read beyond the array handed out last. Raises
+        UserError as `read` does.
+        """
+        remaining = deque(paths)
+        in_flight: deque[tuple[TreePath, Future[np.ndarray]]] = deque()
+        pending = 0
+        with ThreadPoolExecutor(READERS) as readers:
+            try:
+                while remaining or in_flight:
+                    # 1. Start reads.
+                    while remaining and (
+                        not in_flight or pending + self.specs[remaining[0]].nbytes <= ahead
+                    ):
+                        path = remaining.popleft()
+                        pending += self.specs[path].nbytes
+                        in_flight.append((path, readers.submit(self.read, path)))
+                    # 2. Hand out the oldest.
+                    path, future = in_flight.popleft()
+                    pending -= self.specs[path].nbytes
+                    yield path, future.result()
+            finally:
+                readers.shutdown(wait=False, cancel_futures=True)
 
     def layers(self, path: TreePath) -> Iterator[np.ndarray]:
         """The slices of an array along its leading axis, verified after the last one."""

@@ -261,28 +261,30 @@ def load_component(
     name: str,
     *,
     dtype: DTypeLike | None = None,
-    put: Callable[[TreePath, np.ndarray], jax.Array] = lambda _, value: jnp.asarray(value),
+    put: Callable[[TreePath, np.ndarray], jax.Array] | None = None,
 ) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Parameters in nested dictionaries of JAX arrays, and the component's settings.
 
-    Every array is verified against its fingerprint. The host holds one array at a time.
+    Every array is verified against its fingerprint. Arrays are read and verified while earlier ones
+    are placed; an array that has the right dtype is not copied on the host, and on CPUs its memory
+    becomes the parameter's.
 
     Args:
       folder: checkpoint directory.
       name: component name.
       dtype: dtype of floating-point arrays, except those of packed kernels; as stored if None.
-      put: function that moves an array, given its path, to a device.
+      put: function that moves an array, given its path, to a device; the default device if None.
 
     Raises UserError if the directory is missing, not a checkpoint, or damaged.
     """
     reader, config = open_component(folder, name)
     params: dict[TreePath, jax.Array] = {}
-    for path in reader.specs:
-        value = reader.read(path)
+    for path, value in reader.read_many(reader.specs):
         can_cast = jnp.issubdtype(value.dtype, jnp.floating) and not is_packed_array(path)
         if dtype is not None and can_cast:
-            value = value.astype(dtype)
-        params[path] = put(path, value)
+            value = value.astype(dtype, copy=False)
+        # `value` has no other owner, so a device may use its memory.
+        params[path] = jax.device_put(value, may_alias=True) if put is None else put(path, value)
     return nest(params), config
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import jax
 import ml_dtypes
@@ -9,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from longlive_jax.io.arrays import ArraySpec, ArrayWriter, flatten, nest
+from longlive_jax.io.arrays import ArrayReader, ArraySpec, ArrayWriter, flatten, nest
 from longlive_jax.io.checkpoint import (
     CheckpointWriter,
     load_component,
@@ -45,6 +46,57 @@ def test_components_survive_a_round_trip(saved):
         got = flatten(params)[path]
         assert got.dtype == value.dtype
         np.testing.assert_array_equal(np.asarray(got), value)
+
+
+def test_the_next_array_is_read_while_one_is_placed(saved, monkeypatch):
+    began, read = threading.Semaphore(0), ArrayReader.read
+
+    def counted(self, path, layer=None):
+        began.release()
+        return read(self, path, layer)
+
+    def put(path, value):
+        if not order:
+            assert all(began.acquire(timeout=60) for _ in range(2)), "no second array was read"
+        order.append(path)
+        return jax.numpy.asarray(value)
+
+    order: list = []
+    monkeypatch.setattr(ArrayReader, "read", counted)
+    load_component(saved, "dit", put=put)
+    assert order == list(open_component(saved, "dit")[0].specs)
+
+
+def test_reading_ahead_is_bounded(saved, monkeypatch):
+    started, read = [], ArrayReader.read
+    monkeypatch.setattr(
+        ArrayReader, "read", lambda self, path: started.append(path) or read(self, path)
+    )
+    reader, _ = open_component(saved, "dit")
+    for count, _ in enumerate(reader.read_many(reader.specs, ahead=0), 1):
+        assert len(started) == count
+
+
+def test_an_array_of_the_right_dtype_is_not_copied(saved, monkeypatch):
+    values, read = {}, ArrayReader.read
+
+    def recorded(self, path):
+        values[path] = read(self, path)
+        return values[path]
+
+    monkeypatch.setattr(ArrayReader, "read", recorded)
+    params, _ = load_component(saved, "dit", dtype=np.float32)
+    for path, param in flatten(params).items():
+        is_same = param.unsafe_buffer_pointer() == values[path].ctypes.data
+        assert is_same == (values[path].dtype == param.dtype), path
+    assert any(value.dtype == np.float32 for value in values.values())
+
+
+def test_a_loaded_array_can_be_donated(saved):
+    kernel = load_component(saved, "dit")[0]["blocks"]["kernel"]
+    result = jax.jit(lambda x: x + 1, donate_argnums=0)(kernel)
+    np.testing.assert_array_equal(result, PARAMS["blocks"]["kernel"] + 1)
+    assert kernel.is_deleted()
 
 
 def test_only_floating_point_arrays_are_cast(saved):
