@@ -2,7 +2,7 @@
 
     longlive data encode --source=DATASET --checkpoint=checkpoints/wan22_5b --out=clips/64s \\
         --size=704x1280 --chunks=48 --text_dtype=bfloat16
-    longlive train --config=configs/ar_5b.py:64s --workdir=runs/ar_5b --out=checkpoints/ar_5b
+    longlive train --config=ar_5b:64s --workdir=runs/ar_5b --out=checkpoints/ar_5b
 
 The argument is the clip length, and `nvfp4` (`:64s,nvfp4`) to train in NVFP4 (section 2.2). The
 mesh is for 32 GPUs (64s, 32s) or 8 (16s); several hosts add `--hosts` (launch/slurm.sh).

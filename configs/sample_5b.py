@@ -1,7 +1,7 @@
 """Sampling with Wan2.2-TI2V-5B and the released LongLive 2.0 weights.
 
     longlive convert --source=PATH/TO/WEIGHTS --out=checkpoints/5b
-    longlive sample --config=configs/sample_5b.py --script=shots.yaml --out=out/5b
+    longlive sample --config=sample_5b --script=shots.yaml --out=out/5b
 
 Argument: the kind of checkpoint. `distilled` (default, 4 steps), `two_step` (2 steps), or `ar`
 (before distillation: 50 steps, guidance 3).

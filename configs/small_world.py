@@ -1,7 +1,7 @@
 """The small world, trained on CPU: VAE, text encoder, then the autoregressive DiT.
 
-    ./launch/small_world.sh    # all stages: `longlive train --config=configs/small_world.py:STAGE`
-    longlive evaluate --config=configs/small_world.py:evaluate --checkpoint=runs/small_world
+    ./launch/small_world.sh    # all stages: `longlive train --config=small_world:STAGE`
+    longlive evaluate --config=small_world:evaluate --checkpoint=runs/small_world
 
 Cost: 172 minutes on two EPYC cores with other work (VAE 31, text encoder 1, DiT 125).
 Result: VAE 32.4 dB; caption accuracy 93 % at 32 steps and 78 % at 4 (212 held-out shots); cut

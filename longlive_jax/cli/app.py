@@ -1,27 +1,23 @@
-"""Dispatches verbs, reports errors, and loads config files with overrides.
+"""Dispatches verbs and reports errors; the parser of their options.
 
 A verb is a module `longlive_jax.cli.<verb>` with `main(argv)`, imported on demand so that
 `longlive --help` is instant. Exit codes: 0 success, 1 a run that could not continue (one line), 2 a
 mistake in the input (one line, no traceback), 130 interrupted (after the verb has cleaned up), 141
 a closed pipe. Anything else is a bug and shows its traceback.
-
-`ml_collections.config_flags` is not used: it accepts overrides only of keys that the file states,
-while a config here states only what differs from the dataclass defaults. Overrides are merged into
-the ConfigDict, and `spec.build` checks every key and suggests the nearest known one.
 """
 
 import argparse
-import ast
+import contextlib
+import contextvars
 import importlib
-import importlib.util
+import inspect
+import io
 import os
+import shutil
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
-
-from ml_collections import ConfigDict
 
 from longlive_jax import __version__
 from longlive_jax.cli.compilation_cache import take_compilation_cache, use_compilation_cache
@@ -30,7 +26,7 @@ from longlive_jax.spec import Failure, UserError, nearest
 VERBS = {
     "sample": "sample a video from a shot script",
     "demo": "sample a short video from the built-in model, and judge it",
-    "train": "train the model of a config: --config=configs/small_world.py:vae",
+    "train": "train the model of a recipe, such as --config=small_world:vae",
     "curves": "plot the metrics of several training runs in one picture",
     "evaluate": "sample held-out scripts and report how often the videos are correct",
     "convert": "convert checkpoints of other libraries, without unpickling anything",
@@ -40,10 +36,26 @@ VERBS = {
     "bench": "measure speed and memory by stage",
     "kernels": "check the code and the results of every GPU kernel",
     "plan": "estimate memory and compute of training on other GPUs, and whether it fits",
+    "settings": "list settings with type, default and meaning, of a verb or a recipe",
+    "env": "print versions, devices, memory and caches, for a bug report",
+    "completion": "print the completion script of a shell: bash, zsh or fish",
 }
 """Verbs and their one-line descriptions."""
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+SUBVERBS = {
+    "data": ("check", "encode"),
+    "kernels": ("check",),
+    "bench": ("sampler", "encode", "attention", "balanced", "nvfp4", "kv"),
+}
+"""Verbs whose first argument is a verb as well, and these."""
+
+MAX_WIDTH = 100
+"""Columns that help never exceeds."""
+
+_help_reader: contextvars.ContextVar[Callable[["Parser"], None] | None] = contextvars.ContextVar(
+    "help_reader", default=None
+)
+"""What receives a parser instead of standard output when its help is asked for."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -71,35 +83,106 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(argv: list[str], compilation_cache: str | None = None) -> int:
     """Calls the verb named by `argv[0]`. Raises UserError if it is unknown."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    if argv[0] == "--version":
+    if argv[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    verb, rest = argv[0], argv[1:]
-    if verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+    if argv[0] == "help":
+        return show_help(argv[1:])
+    verb, rest = _known_verb(argv[0]), argv[1:]
     if not {"-h", "--help"} & set(rest):
         use_compilation_cache(verb, compilation_cache)
-    code = importlib.import_module(f"longlive_jax.cli.{verb}").main(rest)
-    return int(code or 0)
+    return int(_module(verb).main(rest) or 0)
+
+
+def show_help(words: list[str]) -> int:
+    """Prints the help of a verb, or of `VERB SUBVERB`; that of all verbs without `words`.
+
+    Raises UserError for an unknown verb.
+    """
+    if not words or words[0] in ("help", "-h", "--help"):
+        print(usage())
+        return 0
+    verb, *rest = (word for word in words if word not in ("-h", "--help"))
+    known = SUBVERBS.get(_known_verb(verb), ())
+    if len(rest) > bool(known):
+        raise UserError(f"help: unexpected argument {rest[-1]!r}; write `longlive help {verb}`")
+    if rest and rest[0] not in known:
+        raise UserError(f"help: {verb} has no {rest[0]!r}{nearest(rest[0], known)}")
+    return int(_module(verb).main([*rest, "--help"]) or 0)
+
+
+def parser_of(words: Sequence[str]) -> "Parser | None":
+    """The parser of a verb or of `VERB SUBVERB`; None for one that has none.
+
+    It is the parser whose help the verb would print.
+    """
+    parsers: list[Parser] = []
+    token = _help_reader.set(parsers.append)
+    # argparse exits after --help; a verb without a parser prints a text instead.
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        _module(words[0]).main([*words[1:], "--help"])
+    _help_reader.reset(token)
+    return parsers[0] if parsers else None
+
+
+def _known_verb(verb: str) -> str:
+    """`verb`; UserError if there is no such verb."""
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{nearest(verb, (*VERBS, 'help'))}")
+    return verb
+
+
+def _module(verb: str) -> Any:
+    """The module of a verb."""
+    return importlib.import_module(f"longlive_jax.cli.{verb}")
 
 
 def usage() -> str:
     """Returns the text of `longlive --help`."""
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    verbs = VERBS | {"help": "print the help of a verb: longlive help sample"}
+    width = max(map(len, verbs))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in verbs.items()]
     return "\n".join(
         [
-            "usage: longlive <verb> [options]   (longlive <verb> --help)",
+            "usage: longlive VERB [options]   (longlive VERB --help lists the options)",
+            "       longlive -h | --help | -V | --version",
             "",
             "verbs:",
             *lines,
             "",
             "--compilation_cache=off|FOLDER: where compiled programs are kept for later runs",
+            "Start with `longlive demo`. Recipes and settings: `longlive settings`.",
         ]
     )
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills paragraphs one by one, keeps indented lines, and names the defaults of options."""
+
+    def __init__(self, prog: str):
+        columns = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
+        super().__init__(prog, max_help_position=30, width=max(40, columns))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """The description: paragraphs are filled, those with an indented line are kept."""
+        paragraphs = inspect.cleandoc(text).split("\n\n")
+        return "\n\n".join(
+            textwrap.indent(paragraph, indent)
+            if "\n " in f"\n{paragraph}"
+            else textwrap.fill(paragraph, width, initial_indent=indent, subsequent_indent=indent)
+            for paragraph in paragraphs
+        )
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The help of an option, with its default if that says something."""
+        text, default = action.help or "", action.default
+        is_plain = default in (None, False, "", argparse.SUPPRESS) or isinstance(default, list)
+        if is_plain or not action.option_strings or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,8 +190,26 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, verb: str, description: str, **settings: Any):
         super().__init__(
-            prog=f"longlive {verb}", description=description, allow_abbrev=False, **settings
+            prog=f"longlive {verb}",
+            description=description,
+            allow_abbrev=False,
+            **{"formatter_class": HelpFormatter} | settings,
         )
+        self.closing: Callable[[], str] | None = None
+        """Text after the options in the help; called only when the help is printed."""
+
+    def format_help(self) -> str:
+        """The help, with the closing text."""
+        text = super().format_help()
+        return text if self.closing is None else f"{text}\n{self.closing()}\n"
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help, or hands this parser to `parser_of`."""
+        reader = _help_reader.get()
+        if reader is None:
+            super().print_help(file)
+        else:
+            reader(self)
 
     def parse_args(self, args=None, namespace=None):
         """Parses all arguments. Raises UserError for an unknown one."""
@@ -116,131 +217,21 @@ class Parser(argparse.ArgumentParser):
         if extra:
             name = extra[0].split("=")[0]
             actions = self._option_string_actions.items()
-            options = [o for o, action in actions if o.startswith("--") and _is_public(action)]
+            options = [o for o, action in actions if o.startswith("--") and is_public(action)]
             kind = "option" if name.startswith("-") else "argument"
             hint = nearest(name, options) if kind == "option" else ""
             raise UserError(f"{self.prog}: unknown {kind} {name!r}{hint}")
         return parsed
+
+    def public_actions(self) -> list[argparse.Action]:
+        """The options and arguments in the help, without the help itself."""
+        return [x for x in self._actions if is_public(x) and x.dest != "help"]
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage and exiting."""
         raise UserError(f"{self.prog}: {message}")
 
 
-def _is_public(action: argparse.Action) -> bool:
+def is_public(action: argparse.Action) -> bool:
     """Whether an option appears in the help."""
     return action.help != argparse.SUPPRESS
-
-
-def take_config(argv: Sequence[str], *, default: str | None = None) -> tuple[ConfigDict, list[str]]:
-    """Splits `--config=FILE.py[:ARG]` and `--config.a.b=VALUE` off a command line.
-
-    Returns the file's `get_config(ARG)` with the overrides merged in, and the other arguments.
-    Overrides may set keys that the file leaves at their defaults; `spec.build` checks them. FILE is
-    relative to the current folder or the repository root. A request for help needs no config.
-    Raises UserError for a missing file, an unknown argument, or a malformed override.
-    """
-    # 1. Split the arguments.
-    where, overrides, rest = default, [], []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--config" and not name.startswith("--config."):
-            rest.append(word)
-            continue
-        if not equals:
-            value = next(words, "")
-        if not value and name == "--config":
-            raise UserError("--config: expected FILE.py or FILE.py:ARGUMENT")
-        if name == "--config":
-            where = value
-        else:
-            overrides.append((name.removeprefix("--config."), value))
-    # 2. Load the config and apply the overrides.
-    if where is None and {"-h", "--help"} & set(rest):
-        return ConfigDict(), rest
-    if where is None:
-        raise UserError(f"--config is missing; expected one of: {', '.join(known_configs())}")
-    config = load_config(where)
-    for path, value in overrides:
-        override(config, path, value)
-    return config, rest
-
-
-def load_config(where: str) -> ConfigDict:
-    """Returns `get_config(ARG)` of `FILE.py:ARG`, unlocked.
-
-    Raises UserError for a missing file or an unknown argument.
-    """
-    name, _, argument = where.partition(":")
-    module = _load_module(find_config(name))
-    known = getattr(module, "ARGUMENTS", None)
-    for word in filter(None, argument.split(",")):
-        if known is not None and word.split("=")[0] not in known:
-            raise UserError(f"{name}: unknown argument {word!r}{nearest(word, known)}")
-    try:
-        config = module.get_config(argument)
-    except ValueError as error:
-        raise UserError(f"{name}:{argument}: {error}") from error
-    config.unlock()
-    return config
-
-
-def known_configs() -> list[str]:
-    """Returns the config files of the repository, as `configs/x.py`."""
-    return sorted(f"configs/{p.name}" for p in (REPOSITORY / "configs").glob("[!_]*.py"))
-
-
-def find_config(name: str) -> Path:
-    """Returns the path of a config file, in the current folder or the repository.
-
-    Raises UserError if there is none.
-    """
-    for path in (Path(name), REPOSITORY / name):
-        if path.is_file() and path.suffix == ".py":
-            return path
-    raise UserError(f"--config: no config file {name!r}{nearest(name, known_configs())}")
-
-
-def _load_module(path: Path) -> ModuleType:
-    source = importlib.util.spec_from_file_location(f"longlive_config_{path.stem}", path)
-    if source is None or source.loader is None:
-        raise UserError(f"--config: {path} is not a Python file")
-    module = importlib.util.module_from_spec(source)
-    source.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {path} has no get_config(arg)")
-    return module
-
-
-def override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets the dotted `path` of `config` to the value of `text`, creating parents as needed.
-
-    Raises UserError if the path is malformed, or contradicts the config's structure.
-    """
-    *parents, leaf = path.split(".")
-    if not all((*parents, leaf)):
-        raise UserError(f"--config.{path}: empty key")
-    node: Any = config
-    for i, key in enumerate(parents):
-        if node.get(key) is None:
-            node[key] = ConfigDict()
-        node = node[key]
-        if not isinstance(node, ConfigDict):
-            raise UserError(f"--config.{path}: {'.'.join(parents[: i + 1])} has no keys below it")
-    if isinstance(node.get(leaf), ConfigDict) and parse_value(text) is not None:
-        raise UserError(f"--config.{path}: is a group of {', '.join(sorted(node[leaf]))}")
-    value = text if isinstance(node.get(leaf), str) else parse_value(text)
-    with node.ignore_type():
-        node[leaf] = value
-
-
-def parse_value(text: str) -> Any:
-    """Parses Python literals and true/false/none in any case; returns other text unchanged."""
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

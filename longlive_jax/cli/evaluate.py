@@ -1,9 +1,10 @@
-"""`longlive evaluate --config=configs/small_world.py:evaluate [--checkpoint=DIR] [--out=DIR]`."""
+"""`longlive evaluate [--config=small_world:evaluate] [--checkpoint=DIR] [--out=DIR]`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from longlive_jax.cli.app import Parser, take_config
+from longlive_jax.cli.app import Parser
+from longlive_jax.cli.options import parse_command
 from longlive_jax.spec import build, reject_unknown
 
 
@@ -14,7 +15,6 @@ def main(argv: Sequence[str]) -> int:
     resumes an interrupted run.
     """
     # Parse the command line before the slow imports.
-    config, rest = take_config(argv, default="configs/small_world.py:evaluate")
     parser = Parser("evaluate", __doc__ or "")
     parser.add_argument("--checkpoint", help="checkpoint directory (default: the built-in model)")
     parser.add_argument("--out", default="out/evaluation", help="directory of the report")
@@ -23,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
         default="",
         help="comma-separated subset of ceilings,steps,long,sinks,compared (default: all)",
     )
-    args = parser.parse_args(rest)
-    settings = config.to_dict()
+    command = parse_command(parser, argv, "evaluate", default="small_world:evaluate")
+    settings, args = command.settings, command.args
     reject_unknown(settings, ("evaluate",), "config")
 
     from longlive_jax.bench.timing import machine

@@ -1,4 +1,4 @@
-"""`longlive plan --config=configs/ar_5b.py --chip=gb200 --mesh=data=8,sp=4 --frames=384 [--json]`.
+"""`longlive plan --config=ar_5b:64s --chip=gb200 --mesh=data=8,sp=4 --frames=384 [--json]`.
 
 Estimates what training needs on GPUs that are not present: parameters, compute, communication
 volume and, from a compile of the real step, peak memory per device and whether it fits. Works for
@@ -14,8 +14,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from longlive_jax.cli.app import Parser, take_config
+from longlive_jax.cli.app import Parser
 from longlive_jax.cli.meshes import parse_mesh
+from longlive_jax.cli.options import add_config_option
+from longlive_jax.cli.recipes import take_config
 from longlive_jax.spec import UserError, build
 
 GIB = 2**30
@@ -33,8 +35,10 @@ LABELS = {
 def main(argv: Sequence[str]) -> int:
     """Estimates the stage that the config names, and prints a table or JSON."""
     # 1. Read the config and the options.
-    config, rest = take_config(argv)
-    args = _parser().parse_args(rest)
+    parser = _parser()
+    add_config_option(parser)
+    config, rest = take_config(argv, verb="train")
+    args = parser.parse_args(rest)
     from longlive_jax.planning.plan import PlanSpec, clip_of, estimate, scale_to_mesh
     from longlive_jax.training.stages.wan_ar import WanARStage
 

@@ -1,4 +1,4 @@
-"""`longlive sample --config=FILE.py --script=SCRIPT [--checkpoint=DIR] [--out=DIR]`.
+"""`longlive sample --script=SCRIPT [--config=RECIPE] [--checkpoint=DIR] [--out=DIR]`.
 
 Samples the videos of a shot script.
 """
@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longlive_jax.cli.app import Parser, take_config
+from longlive_jax.cli.app import Parser
+from longlive_jax.cli.options import parse_command
 from longlive_jax.cli.progress import ChunkBar
 from longlive_jax.spec import UserError, reject_unknown
 
@@ -24,13 +25,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Samples every video of a script; after Ctrl-C the finished chunks are a playable video."""
     # 1. Arguments, config and scripts.
-    parser = _parser()
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return 0
-    config, rest = take_config(argv, default="configs/small_world.py:sample")
-    args = parser.parse_args(rest)
-    settings = config.to_dict()
+    command = parse_command(_parser(), argv, "sample", default="small_world:sample")
+    settings, args = command.settings, command.args
     reject_unknown(settings, ("checkpoint", "sample"), "config")
     scripts = _scripts(args)
     from longlive_jax.io.builtin import find_checkpoint

@@ -1,4 +1,4 @@
-"""`longlive train --config=configs/small_world.py:vae --workdir=DIR --out=CHECKPOINT`."""
+"""`longlive train --config=small_world:vae --workdir=DIR --out=CHECKPOINT`."""
 
 import time
 from collections.abc import Sequence
@@ -7,16 +7,17 @@ from typing import Any
 
 from absl import logging
 
-from longlive_jax.cli.app import Parser, take_config
+from longlive_jax.cli.app import Parser
+from longlive_jax.cli.options import parse_command
 from longlive_jax.spec import UserError, build, nearest
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains the stage of a config; resumes if `--workdir` has a checkpoint."""
-    config, rest = take_config(argv)
-    args = _parser().parse_args(rest)
+    command = parse_command(_parser(), argv, "train")
+    settings, args = command.settings, command.args
     if args.hosts is None:
-        return _train(config.to_dict(), args)
+        return _train(settings, args)
     from longlive_jax.parallel.hosts import Hosts, abort_on_failure, join
 
     try:
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise UserError(f"--hosts: {error}") from error
     join(hosts)
-    return abort_on_failure(lambda: _train(config.to_dict(), args))
+    return abort_on_failure(lambda: _train(settings, args))
 
 
 def _train(settings: dict[str, Any], args: Any) -> int:

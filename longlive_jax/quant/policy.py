@@ -186,7 +186,8 @@ class QuantSpec:
     """Quantization settings of a run.
 
     Attributes:
-      policy: name of one of `POLICIES`.
+      policy: "none"; "nvfp4" or "fp8" to sample; "nvfp4_train" to train, or
+        "nvfp4_train_reference" with activations quantized twice, as in the reference.
       implementation: implementation of quantize and matmul; "auto" selects one that has been tested
         on the device.
     """

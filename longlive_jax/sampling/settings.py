@@ -21,6 +21,22 @@ RENAMED_SETTINGS = {"chunk": "chunk_frames", "rope_offset": "shot_rope_offset"}
 LOADED_WITH = frozenset({"dtype", "vae_dtype", "vae_device", "quant"})
 """Settings that apply when weights are loaded and cannot change after."""
 
+LIMITS: dict[str, tuple[float, float]] = {
+    "fps": (0.1, 1000),
+    "chunk_frames": (1, 1024),
+    "steps": (1, 1000),
+    "shift": (1e-3, 1000),
+    "guidance": (0, 1000),
+    "window": (1, 4096),
+    "global_sinks": (0, 4096),
+    "shot_rope_offset": (0, 10**6),
+    "ahead": (0, 64),
+}
+"""Smallest and largest values of numbers; there are 1000 noise levels, so more steps add none."""
+
+MAX_EDGE = 8192
+"""Largest height or width in pixels."""
+
 Precision = Literal["auto", "float32", "bfloat16"]
 SolverName = Literal["unipc", "euler", "sde"]
 
@@ -84,17 +100,14 @@ class SampleSpec:
 
     def __post_init__(self) -> None:
         check_size(*self.size)
-        least = {
-            "fps": 0.1,
-            "chunk_frames": 1,
-            "steps": 1,
-            "shift": 1e-3,
-            "ahead": 0,
-            "shot_rope_offset": 0,
-        }
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise UserError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if max(self.size) > MAX_EDGE:
+            raise UserError(f"size must be <= {MAX_EDGE} along each edge, got {self.size}")
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if not value >= low:  # also for NaN
+                raise UserError(f"{name} must be >= {low}, got {value}")
+            if value > high:
+                raise UserError(f"{name} must be <= {high}, got {value}")
         if self.vae_device is not None and not 0 <= self.vae_device < jax.device_count():
             raise UserError(
                 f"vae_device must be one of devices 0 to {jax.device_count() - 1}, got "
@@ -122,9 +135,14 @@ def precision(choice: Precision) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def checkpoint_settings(folder: str | os.PathLike) -> dict[str, Any]:
+    """The fields of `SampleSpec` that a checkpoint stores as its own defaults."""
+    return with_renamed(read_manifest(folder).get(MANIFEST_KEY, {}), RENAMED_SETTINGS)
+
+
 def spec_for(folder: str | os.PathLike, changes: Mapping[str, Any] | None = None) -> SampleSpec:
     """The checkpoint's own settings, overridden by `changes`; UserError as from `build`."""
-    own = with_renamed(read_manifest(folder).get(MANIFEST_KEY, {}), RENAMED_SETTINGS)
+    own = checkpoint_settings(folder)
     return build(SampleSpec, {**own, **(changes or {})}, path="sample")
 
 

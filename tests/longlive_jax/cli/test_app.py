@@ -1,34 +1,13 @@
-"""The command line: exit codes, one-line errors, configs and their overrides."""
+"""The command line: exit codes, one-line errors, help."""
 
 import subprocess
 import sys
-import textwrap
 from types import ModuleType
 
 import pytest
-from ml_collections import ConfigDict
 
 from longlive_jax.cli import app
 from longlive_jax.spec import UserError
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "tiny.py"
-    path.write_text(
-        textwrap.dedent('''
-        """A config for tests."""
-        from ml_collections import ConfigDict
-
-        ARGUMENTS = ("fast", "slow")
-
-        def get_config(arg=""):
-            if arg == "fast,slow":
-                raise ValueError("choose one")
-            return ConfigDict({"name": "7", "sample": {"steps": 4}, "arg": arg})
-        ''')
-    )
-    return str(path)
 
 
 @pytest.fixture
@@ -101,56 +80,3 @@ def test_parser_suggests_the_nearest_option():
         parser.parse_args([])
     with pytest.raises(UserError, match="unknown argument 'b'"):
         parser.parse_args(["--script=a", "b"])
-
-
-def test_config_argument_and_overrides(config_file):
-    config, rest = app.take_config(
-        [
-            f"--config={config_file}:fast",
-            "--script=a.yaml",
-            "--config.sample.steps=2e-5",
-            "--config.name=8",
-            "--config.new.shape=(1, 2)",
-            "--config.flag",
-            "true",
-        ]
-    )
-    assert rest == ["--script=a.yaml"]
-    assert config.to_dict() == {
-        "name": "8",  # a string in the config remains a string
-        "sample": {"steps": 2e-5},
-        "arg": "fast",
-        "new": {"shape": (1, 2)},
-        "flag": True,
-    }
-
-
-def test_default_config_can_be_overridden(config_file):
-    config, _ = app.take_config(["--config.sample.steps=1"], default=config_file)
-    assert config.sample.steps == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "--config is missing"),
-        (["--config="], "expected FILE.py"),
-        (["--config=configs/smal_world.py"], "no config file"),
-        (["--config={}:fsat"], "unknown argument 'fsat'; did you mean 'fast'"),
-        (["--config={}:fast,slow"], "choose one"),
-        (["--config={}", "--config.name.x=1"], "has no keys below it"),
-        (["--config={}", "--config.sample=1"], "is a group of steps"),
-        (["--config={}", "--config.sample..steps=1"], "empty key"),
-    ],
-)
-def test_config_errors(words, message, config_file):
-    with pytest.raises(UserError, match=message):
-        app.take_config([word.format(config_file) for word in words])
-
-
-def test_group_can_be_set_to_none():
-    config = ConfigDict({"recycling": {"clean": 0.5}, "loop": {"steps": 4}})
-    app.override(config, "recycling", "none")
-    assert config.recycling is None
-    with pytest.raises(UserError, match="is a group of steps"):
-        app.override(config, "loop", "3")
