@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longlive_jax.cli.app import Parser
+from longlive_jax.cli.effects import note_evaluate
 from longlive_jax.cli.options import parse_command
 from longlive_jax.spec import build, reject_unknown
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     spec = build(EvaluateSpec, settings.get("evaluate") or {}, path="config.evaluate")
     parts = [part for part in args.parts.split(",") if part] or list(PARTS)
     check_parts(parts)
+    note_evaluate(command.given, spec, parts)
     checkpoint = Path(args.checkpoint) if args.checkpoint else builtin_checkpoint()
     out = check_writable(args.out)
     with ProgressBars() as bars:

@@ -23,7 +23,7 @@ from longlive_jax.cli.recipes import (
     split,
 )
 from longlive_jax.cli.setting_groups import find_group, recipe_group
-from longlive_jax.cli.setting_rows import SettingRow, settings_table
+from longlive_jax.cli.setting_rows import SettingRow, filled, settings_table
 from longlive_jax.spec import UserError
 
 type Targets = tuple[str, ...]
@@ -70,8 +70,8 @@ class Command:
     Attributes:
       settings: the recipe, with overrides and plain options merged in.
       args: the verb's own options.
-      given: dotted setting -> how the command line states it, such as `--steps`; without those
-        that only the recipe sets.
+      given: dotted setting, or own option, -> how the command line states it, such as `--steps`;
+        without settings that only the recipe sets.
     """
 
     settings: dict[str, Any]
@@ -110,7 +110,8 @@ def parse_command(
     # 2. Load the recipe, and apply overrides and plain options.
     config = load_with_overrides(where, line.overrides, verb)
     stated = dict(line.overrides)
-    given = {path: f"--config.{path}" for path in stated}
+    own = {word.split("=")[0] for word in line.rest if word.startswith("--")}
+    given = {word: word for word in own} | {path: f"--config.{path}" for path in stated}
     for name, value in values.items():
         path = _target(name, PLAIN_OPTIONS[verb][name], config)
         _check_agreement(f"--{name}", path, value, stated)
@@ -148,7 +149,7 @@ def settings_help(verb: str, where: str | None, default: str | None) -> str:
     group = find_group(verb) if chosen is None else recipe_group(chosen)
     title = "all settings, set with --config.SETTING=VALUE"
     title += ":" if chosen is None else f"; values of {chosen}:"
-    return "\n".join([title, "", settings_table(group.rows), "", *group.notes])
+    return "\n".join([title, "", settings_table(group.rows), "", filled(group.notes)])
 
 
 def _rows(verb: str) -> dict[str, SettingRow]:

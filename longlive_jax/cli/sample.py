@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longlive_jax.cli.app import Parser
+from longlive_jax.cli.effects import SampleRun, note_sample
 from longlive_jax.cli.options import parse_command
 from longlive_jax.cli.progress import ChunkBar
 from longlive_jax.spec import UserError, reject_unknown
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     out = check_writable(args.out)
     folder = find_checkpoint(args.checkpoint or settings.get("checkpoint"))
     pipe = Pipeline.from_checkpoint(folder, **(settings.get("sample") or {}))
+    note_sample(command.given, SampleRun(pipe.spec, scripts, args))
     for line in pipe.describe_kernels():
         print(f"dit: {line}")
     video = _read_video(args.video, pipe, scripts)

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import io
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -188,6 +189,11 @@ def settings_table(rows: Iterable[SettingRow], *, width: int = 100) -> str:
     text = io.StringIO()
     Console(file=text, width=width, color_system=None, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def filled(lines: Iterable[str], *, width: int = 100) -> str:
+    """Lines of prose, each filled to the width of a table."""
+    return "\n".join(textwrap.fill(line, width) for line in lines)
 
 
 def marked(rows: Sequence[SettingRow], paths: Iterable[str], mark: str) -> list[SettingRow]:

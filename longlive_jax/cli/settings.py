@@ -22,7 +22,7 @@ from longlive_jax.cli.setting_groups import (
     is_recipe,
     recipe_group,
 )
-from longlive_jax.cli.setting_rows import SettingRow, settings_table, value_text
+from longlive_jax.cli.setting_rows import SettingRow, filled, settings_table, value_text
 from longlive_jax.spec import UserError, nearest
 
 
@@ -155,8 +155,8 @@ def _text(group: SettingGroup) -> str:
     """A group as text: its name, the settings, the notes."""
     title = group.summary if group.summary.startswith(group.name) else f"{group.name}: "
     title = title if title == group.summary else f"{title}{group.summary}"
-    notes = ["", *group.notes] if group.notes else []
-    return "\n".join([title, "", settings_table(group.rows), *notes])
+    notes = ["", filled(group.notes)] if group.notes else []
+    return "\n".join([filled([title]), "", settings_table(group.rows), *notes])
 
 
 def _values(group: SettingGroup) -> dict[str, Any]:

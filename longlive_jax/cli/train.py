@@ -8,16 +8,17 @@ from typing import Any
 from absl import logging
 
 from longlive_jax.cli.app import Parser
-from longlive_jax.cli.options import parse_command
+from longlive_jax.cli.effects import note_train
+from longlive_jax.cli.options import Command, parse_command
 from longlive_jax.spec import UserError, build, nearest
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains the stage of a config; resumes if `--workdir` has a checkpoint."""
     command = parse_command(_parser(), argv, "train")
-    settings, args = command.settings, command.args
+    args = command.args
     if args.hosts is None:
-        return _train(settings, args)
+        return _train(command)
     from longlive_jax.parallel.hosts import Hosts, abort_on_failure, join
 
     try:
@@ -25,10 +26,10 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise UserError(f"--hosts: {error}") from error
     join(hosts)
-    return abort_on_failure(lambda: _train(settings, args))
+    return abort_on_failure(lambda: _train(command))
 
 
-def _train(settings: dict[str, Any], args: Any) -> int:
+def _train(command: Command) -> int:
     """Trains in this process, which is one of several with `--hosts`."""
     import jax
 
@@ -37,10 +38,13 @@ def _train(settings: dict[str, Any], args: Any) -> int:
     from longlive_jax.training.loop import train
 
     # 1. Check the config and the folders.
+    settings, args = command.settings, command.args
     name = settings.pop("stage", None)
     if name not in STAGES:
         raise UserError(f"unknown config.stage {name!r}{nearest(str(name), STAGES)}")
     stage = build(STAGES[name], settings)
+    if is_first_process():
+        note_train(command.given, stage)
     mesh = _mesh(stage.mesh)
     workdir, out = _check_folders(args)
     # 2. Train.

@@ -80,3 +80,65 @@ def test_parser_suggests_the_nearest_option():
         parser.parse_args([])
     with pytest.raises(UserError, match="unknown argument 'b'"):
         parser.parse_args(["--script=a", "b"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[verb] for verb in app.VERBS]
+    + [[verb, x] for verb in app.SUBVERBS for x in app.SUBVERBS[verb]],
+)
+def test_help_of_a_verb(words, capsys):
+    """`longlive help data check` and, of verbs without verbs of their own, `VERB -h`."""
+    assert app.run(["help", *words]) == 0
+    text = capsys.readouterr().out
+    assert f"longlive {' '.join(words)}" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert app.run([*words, "-h"]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("verb", app.SUBVERBS)
+def test_subverbs_are_those_of_the_verb(verb, capsys):
+    assert app.run([verb, "zzzzzz", "--chip=x"]) == 2
+    known = capsys.readouterr().err.strip().rpartition("known: ")[2]
+    assert known.split(", ") == sorted(app.SUBVERBS[verb])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["help", "smaple"], "unknown verb 'smaple'; did you mean 'sample'?"),
+        (["hlep"], "unknown verb 'hlep'; did you mean 'help'?"),
+        (["help", "data", "chek"], "data has no 'chek'; did you mean 'check'?"),
+        (["help", "sample", "steps"], "unexpected argument 'steps'"),
+    ],
+)
+def test_help_of_something_unknown(argv, message, capsys):
+    assert app.run(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["-V"], ["--version"]])
+def test_version(argv, capsys):
+    from importlib.metadata import version
+
+    assert app.run(argv) == 0
+    assert capsys.readouterr().out.strip() == version("longlive-jax")
+
+
+@pytest.mark.parametrize("argv", [[], ["help"], ["-h"], ["help", "help"]])
+def test_usage(argv, capsys):
+    assert app.run(argv) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {verb} " in text for verb in app.VERBS)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_shows_defaults_and_keeps_examples():
+    parser = app.Parser("probe", "One\nparagraph.\n\n    longlive probe\n    longlive probe 2\n")
+    parser.add_argument("--out", default="out/x", help="folder")
+    parser.add_argument("--size", default="1", help="size (default: the script's)")
+    text = parser.format_help()
+    assert "One paragraph.\n\n    longlive probe\n    longlive probe 2\n" in text
+    assert "folder (default: out/x)" in text and "(default: 1)" not in text
