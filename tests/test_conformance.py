@@ -72,13 +72,13 @@ def test_the_repository_has_a_file_of_each_kind(repository):
 
 
 def test_the_files_of_the_repository_are_the_shared_ones(repository, goldens):
-    own, shared = (type(goldens)([folder]) for folder in goldens.folders)
+    own, reference = (type(goldens)([folder]) for folder in goldens.folders)
     for kind in sorted(set(KINDS) - TOO_LARGE - {"facts"}):
-        with np.load(golden_of(own, kind)) as ours, np.load(golden_of(shared, kind)) as theirs:
+        with np.load(golden_of(own, kind)) as ours, np.load(golden_of(reference, kind)) as theirs:
             assert set(ours.files) == set(theirs.files)
             for name in ours.files:
                 np.testing.assert_array_equal(ours[name], theirs[name], f"{kind}: {name}")
-    assert golden_of(own, "facts").read_bytes() == golden_of(shared, "facts").read_bytes()
+    assert golden_of(own, "facts").read_bytes() == golden_of(reference, "facts").read_bytes()
 
 
 def test_a_missing_file_is_skipped_by_name(goldens, tmp_path):
