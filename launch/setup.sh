@@ -1,5 +1,6 @@
 # Sourced by the other scripts: `setup` or `setup dev` creates or updates .venv in the repository.
-# It finds Python >= 3.12 and installs dependencies only if pyproject.toml has changed.
+# It finds Python >= 3.12 and installs the dependencies, in the versions of constraints.txt, only if
+# a file that lists them has changed.
 
 OLDEST=12 # Python 3.12
 
@@ -39,13 +40,13 @@ setup() { # setup [dev]
     .venv/bin/python -c "import sys; sys.exit(sys.version_info < (3, $OLDEST))" 2>/dev/null ||
         make_environment || return 1
     # The stamp includes the folder, because .venv breaks if the checkout is moved.
-    want="$(cksum <pyproject.toml) $PWD"
+    want="$(cat pyproject.toml setup.py constraints.txt | cksum) $PWD"
     for stamp in .venv/stamp-dev .venv/stamp-"${extra:-base}"; do
         [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return 0
     done
     echo "Installing dependencies${extra:+ and $extra tools} (once, takes a few minutes)" >&2
     if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        -e ".${extra:+[$extra]}" >.venv/install.log 2>&1; then
+        -c constraints.txt -e ".${extra:+[$extra]}" >.venv/install.log 2>&1; then
         tail -5 .venv/install.log >&2
         echo "Installation failed; see .venv/install.log" >&2
         return 1

@@ -4,8 +4,8 @@
     python tests/conformance.py DIR --json   # a list of {file, case, error, tolerance, status}
 
 Status is `pass`, `fail` or `not implemented`; `conformance_cases/rows.py` defines the error. The
-exit code is 1 if a case failed, 2 if there is nothing to run, else 0. Reasons for failures go to
-stderr.
+exit code is 1 if a case failed, 2 if there is nothing to run, else 0. Reasons for failures, and the
+kinds that DIR has no file of, go to stderr.
 """
 
 import argparse
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent) if str(folder) not in sys.path]
 
 import jax  # noqa: E402  (the lines above put the project on the path)
-from conformance_cases import cases_of, golden_files  # noqa: E402
+from conformance_cases import KINDS, cases_of, golden_files, kind_of  # noqa: E402
 from conformance_cases.rows import FAIL, Row, broken, run  # noqa: E402
 
 
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{row.file}, {row.case}: {row.reason or 'error above tolerance'}",
                     file=sys.stderr,
                 )
+    if absent := sorted(set(KINDS) - set(map(kind_of, files))):
+        print(f"conformance: kinds without a file in DIR: {', '.join(absent)}", file=sys.stderr)
     if options.json:
         print(json.dumps([row.public() for row in rows], indent=1))
     return int(any(row.status == FAIL for row in rows))

@@ -1,10 +1,12 @@
-"""Eight CPU devices, exact float32 matmuls, and the paths of the shared reference material.
+"""Eight CPU devices, exact float32 matmuls, and the paths of the reference's numbers and files.
 
 Compiling takes most of the tests' time, so XLA leaves code as it is written, which halves that.
 With JAX_DISABLE_MOST_OPTIMIZATIONS=0, as in `launch/test.sh --slow`, it compiles as for users.
 """
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 FLAG = "--xla_force_host_platform_device_count"
@@ -24,23 +26,46 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def _shared(folder: str) -> Path:
-    root = Path(os.environ.get("LONGLIVE_SHARED", REPOSITORY.parent / "shared"))
-    if not (root / folder).is_dir():
-        pytest.skip(f"no {root / folder}; set LONGLIVE_SHARED to the folder with the goldens")
-    return root / folder
+SHARED = Path(os.environ.get("LONGLIVE_SHARED", REPOSITORY.parent / "shared"))
+"""Reference material that is too large for the repository."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Goldens:
+    """Finds golden files by name; a test whose file is missing is skipped.
+
+    Attributes:
+      folders: folders to search, in this order.
+    """
+
+    folders: Sequence[Path]
+
+    def __truediv__(self, name: str) -> Path:
+        for folder in self.folders:
+            if (folder / name).is_file():
+                return folder / name
+        where = " or ".join(map(str, self.folders))
+        return pytest.skip(f"no {name} in {where}; set LONGLIVE_SHARED to the folder with goldens/")
+
+    def paths(self) -> list[Path]:
+        """All golden files that exist, each from the first folder that has it."""
+        names = {path.name for folder in self.folders for path in folder.glob("*.npz")}
+        return [self / name for name in sorted({*names, "facts.json"})]
 
 
 @pytest.fixture(scope="session")
-def goldens() -> Path:
-    """Folder of the reference's numbers (`*.npz`)."""
-    return _shared("goldens")
+def goldens() -> Goldens:
+    """Files of the reference's numbers: `goldens / "rht.npz"`."""
+    return Goldens((REPOSITORY / "tests" / "goldens", SHARED / "goldens"))
 
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """Folder of checkpoint files written by other libraries, some of them hostile."""
-    return _shared("fixtures")
+    folder = SHARED / "fixtures"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set LONGLIVE_SHARED to the folder with fixtures/")
+    return folder
 
 
 @pytest.fixture(scope="session")

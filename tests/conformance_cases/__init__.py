@@ -50,11 +50,15 @@ def golden_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.npz"), *folder.glob("facts.json")])
 
 
+def kind_of(path: Path) -> str:
+    """The kind that the name of a file begins with, or the name if it begins with none."""
+    known = [kind for kind in KINDS if re.match(rf"{kind}(?![a-z0-9])", path.stem)]
+    return max(known, key=len, default=path.stem)
+
+
 def cases_of(path: Path) -> Sequence[Case]:
     """The cases of one golden file; whatever is wrong with the file as a whole is raised."""
     if path.suffix == ".json":
         return facts.facts(path)
-    known = [kind for kind in KINDS if re.match(rf"{kind}(?![a-z0-9])", path.stem)]
-    if not known:
-        return [later("all")]
-    return KINDS[max(known, key=len)](Golden(path))
+    kind = kind_of(path)
+    return KINDS[kind](Golden(path)) if kind in KINDS else [later("all")]
