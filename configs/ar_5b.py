@@ -20,7 +20,10 @@ CHUNKS = {"16s": 12, "32s": 24, "64s": 48}
 def get_config(arg: str = "64s") -> ConfigDict:
     """Teacher forcing with the complete history as context and one prompt per chunk."""
     options = arg.split(",")
-    length = next((option for option in options if option in MESHES), "64s")
+    lengths = [option for option in options if option in MESHES]
+    if len(lengths) > 1:
+        raise ValueError(f"choose one clip length of {', '.join(MESHES)}, got {arg!r}")
+    length = lengths[0] if lengths else "64s"
     mesh = MESHES[length]
     return ConfigDict(
         dict(

@@ -29,4 +29,6 @@ def get_config(arg: str = "distilled") -> ConfigDict:
         "two_step": {"steps": 2},
         "ar": {"steps": 50, "guidance": 3.0, "negative_prompt": NEGATIVE_PROMPT},
     }
+    if "," in arg:
+        raise ValueError(f"choose one of {', '.join(ARGUMENTS)}, got {arg!r}")
     return ConfigDict({"checkpoint": "checkpoints/5b", "sample": changes[arg or "distilled"]})

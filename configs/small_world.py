@@ -24,6 +24,8 @@ def get_config(arg: str = "sample") -> ConfigDict:
     """
     uses = {"sample": _sample, "nvfp4": _nvfp4, "evaluate": _evaluate, "formats": _formats}
     stages = {"vae": _vae, "text": _text, "ar": _ar, "recycled": _recycled}
+    if "," in arg:
+        raise ValueError(f"choose one of {', '.join(ARGUMENTS)}, got {arg!r}")
     return ConfigDict((uses | stages)[arg or "sample"]())
 
 

@@ -6,6 +6,7 @@ as a ConfigDict), so defaults live in one place, the dataclass, and a misspelt k
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -70,7 +71,8 @@ def build[T](cls: type[T], values: Any, *, path: str = "config", default: T | No
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"build needs a dataclass, got {cls}")
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
-        raise UserError(f"{path}: expected settings for {cls.__name__}, got {values!r}")
+        names = ", ".join(f.name for f in dataclasses.fields(cls) if f.init)
+        raise UserError(f"{path}: is a group; set one of {names}, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     reject_unknown(values, fields, path)
     # 2. Convert the values; the others have defaults.
@@ -117,13 +119,24 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
         known = default if isinstance(default, hint) else None
         return build(hint, value, path=path, default=known)
     # Scalars.
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _finite(value, path)
     if hint in (int, float, str, bool) and type(value) is not hint:
         raise UserError(f"{path}: expected {hint.__name__}, got {value!r}")
     if origin is tuple or hint is tuple:
         raise UserError(f"{path}: expected a list, got {value!r}")
     return value
+
+
+def _finite(value: float, path: str) -> float:
+    """`value` as a float; UserError unless it is finite."""
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the range of floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"{path}: expected a finite number, got {number}")
+    return number
 
 
 def _convert_items(origin: Any, args: tuple, values: Any, path: str) -> list:

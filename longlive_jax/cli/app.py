@@ -195,6 +195,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **{"formatter_class": HelpFormatter} | settings,
         )
+        self.verb = verb
         self.closing: Callable[[], str] | None = None
         """Text after the options in the help; called only when the help is printed."""
 
@@ -220,7 +221,7 @@ class Parser(argparse.ArgumentParser):
             options = [o for o, action in actions if o.startswith("--") and is_public(action)]
             kind = "option" if name.startswith("-") else "argument"
             hint = nearest(name, options) if kind == "option" else ""
-            raise UserError(f"{self.prog}: unknown {kind} {name!r}{hint}")
+            raise UserError(f"{self.verb}: unknown {kind} {name!r}{hint}")
         return parsed
 
     def public_actions(self) -> list[argparse.Action]:
@@ -229,7 +230,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage and exiting."""
-        raise UserError(f"{self.prog}: {message}")
+        raise UserError(f"{self.verb}: {message}")
 
 
 def is_public(action: argparse.Action) -> bool:

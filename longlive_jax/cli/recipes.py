@@ -112,10 +112,11 @@ def load_with_overrides(
 ) -> ConfigDict:
     """The recipe `where` with overrides (dotted key, text) merged in; see `take_config`."""
     config = load_config(where)
+    states_stage = any(path == "stage" for path, _ in overrides)
+    if verb is not None and not states_stage:
+        check_kind(config, verb, where)
     for path, value in overrides:
         override(config, path, value)
-    if verb is not None:
-        check_kind(config, verb, where)
     return config
 
 
@@ -278,7 +279,9 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     """
     node, leaf = _descend(config, path)
     if isinstance(node.get(leaf), ConfigDict) and parse_value(text) is not None:
-        raise UserError(f"--config.{path}: is a group of {', '.join(sorted(node[leaf]))}")
+        keys = ", ".join(sorted(node[leaf]))
+        has = f" of {keys}" if keys else ""
+        raise UserError(f"--config.{path}: is a group{has}; set --config.{path}.NAME=VALUE")
     value = text if isinstance(node.get(leaf), str) else parse_value(text)
     set_value(config, path, value)
 

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from longlive_jax.cli.app import MAX_WIDTH, VERBS, Parser, parser_of
+from longlive_jax.cli.app import MAX_WIDTH, SUBVERBS, VERBS, Parser, parser_of
 from longlive_jax.cli.recipes import known_recipes, recipe_kinds, recipe_summary
 from longlive_jax.cli.setting_groups import (
     SettingGroup,
@@ -94,18 +94,31 @@ def _group(name: str) -> SettingGroup:
         return recipe_group(name)
     if name.split(" ")[0] in VERBS and name not in group_names() and "train" not in name:
         return _options_group(name)
-    known = [*group_names(), *VERBS, *known_recipes()]
     try:
         return find_group(name)
     except UserError:
-        raise UserError(f"settings: unknown name {name!r}{nearest(name, known)}") from None
+        hint = nearest(name, _known_names())
+        raise UserError(f"settings: unknown name {name!r}{hint}") from None
+
+
+def _known_names() -> set[str]:
+    """What `longlive settings` accepts, without the arguments of recipes."""
+    subverbs = (f"{verb} {sub}" for verb, subs in SUBVERBS.items() for sub in subs)
+    return {*group_names(), *(VERBS.keys() - SUBVERBS.keys()), *subverbs, *known_recipes()}
 
 
 def _options_group(name: str) -> SettingGroup:
     """The options of a verb that takes no recipe."""
+    if name in SUBVERBS:
+        known = ", ".join(SUBVERBS[name])
+        raise UserError(
+            f"settings: {name} has verbs of its own: {known}; write `longlive settings {name} VERB`"
+        )
+    verb, _, subverb = name.partition(" ")
+    if subverb and subverb not in SUBVERBS.get(verb, ()):
+        raise UserError(f"settings: unknown name {name!r}{nearest(name, _known_names())}")
     parser = parser_of(name.split())
-    if parser is None:
-        raise UserError(f"settings: {name} has several verbs; see `longlive {name} --help`")
+    assert parser is not None
     rows = tuple(
         SettingRow(
             action.option_strings[-1] if action.option_strings else action.dest,

@@ -40,6 +40,16 @@ class OptimSpec:
             raise ValueError(f"optim.name is {self.name!r}; choose 'adamw' or 'muon'")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"optim.decay must be a fraction from 0 to 1, got {self.decay}")
+        for name in ("lr", "adam_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f"optim.{name} must be from 0 to 100, got {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.warmup < 0 or not self.clip > 0:
+            raise ValueError(
+                f"optim.warmup must be >= 0 and optim.clip > 0, got {self.warmup} and {self.clip}"
+            )
 
 
 def schedule(lr: float, spec: OptimSpec, steps: int) -> optax.Schedule:

@@ -76,6 +76,10 @@ class EMASpec:
     decay: float = 0.99
     start: int = 100
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be in [0, 1), got {self.decay}")
+
 
 def no_preparation(_params: Params) -> QuantizeForLoss:
     """The loss computes with the float32 parameters themselves."""

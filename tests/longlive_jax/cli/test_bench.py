@@ -101,7 +101,7 @@ def test_json_is_printed_and_written(specs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "longlive bench: the following arguments are required: what"),
+        ([], "bench: the following arguments are required: what"),
         (["balance"], "bench: unknown benchmark 'balance'; did you mean 'balanced'?"),
         (["balanced", "--head=1"], "bench balanced: unknown option '--head'"),
         (["balanced", "--sp=two"], "bench balanced: argument --sp: invalid int value: 'two'"),

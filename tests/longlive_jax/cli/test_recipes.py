@@ -72,6 +72,9 @@ def test_default_config_can_be_overridden(config_file):
         (["--config={}", "--config.name.x=1"], "has no keys below it"),
         (["--config={}", "--config.sample=1"], "is a group of steps"),
         (["--config={}", "--config.sample..steps=1"], "empty key"),
+        (["--config=small_world:vae,ar"], "choose one of sample, .*, got 'vae,ar'"),
+        (["--config=ar_5b:16s,64s"], "choose one clip length"),
+        (["--config=small_world", "--config.sample=4"], "is a group; set --config.sample.NAME"),
     ],
 )
 def test_config_errors(words, message, config_file):
@@ -179,6 +182,14 @@ def test_a_recipe_of_another_verb_is_named_as_such(command, message, elsewhere, 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(elsewhere.iterdir())
+
+
+def test_an_override_may_state_the_stage(elsewhere):
+    (elsewhere / "own.py").write_text("def get_config(): return {'checkpoint': 'x'}\n")
+    config, _ = recipes.take_config(["--config=own.py", "--config.stage=clips"], verb="train")
+    assert config.stage == "clips"
+    with pytest.raises(UserError, match=r"own\.py is a sampling recipe"):
+        recipes.take_config(["--config=own.py"], verb="train")
 
 
 def test_arguments_and_summary_are_read_without_importing():

@@ -80,7 +80,9 @@ def test_options_of_verbs_without_recipes(capsys):
     [
         (["trian"], "unknown name 'trian'; did you mean 'train'?"),
         (["small_wrld:vae"], "did you mean 'small_world'"),
-        (["data"], "longlive data --help"),
+        (["data"], "write `longlive settings data VERB`"),
+        (["data", "chek"], "did you mean 'data check'?"),
+        (["sample", "train"], "unknown name 'sample train'"),
         (["--search=zzzz"], "no setting has the word 'zzzz'"),
         (["--search=patiense"], "did you mean 'patience'?"),
         (["--search="], "expected a word"),

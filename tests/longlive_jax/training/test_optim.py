@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from longlive_jax.training.optim import OptimSpec, make_optimizer, matrix_axes, schedule
+from longlive_jax.training.update import EMASpec
 
 
 def test_schedule_warms_up_holds_and_falls():
@@ -38,7 +39,23 @@ def test_muon_takes_matrices_and_leaves_the_rest_to_adam():
     chex.assert_trees_all_equal_shapes(optax.apply_updates(params, updates), params)
 
 
-@pytest.mark.parametrize("bad", [{"name": "sgd"}, {"decay": 1.5}])
-def test_bad_optimizer_settings_are_named(bad):
-    with pytest.raises(ValueError, match=r"sgd|1\.5"):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"name": "sgd"}, "sgd"),
+        ({"decay": 1.5}, r"1\.5"),
+        ({"lr": -1.0}, r"optim\.lr must be from 0 to 100, got -1\.0"),
+        ({"lr": float("nan")}, r"optim\.lr .* got nan"),
+        ({"b2": 1.0}, r"optim\.b2 must be in \[0, 1\), got 1\.0"),
+        ({"warmup": -1}, "optim.warmup must be >= 0"),
+        ({"clip": 0.0}, "optim.clip > 0"),
+    ],
+)
+def test_bad_optimizer_settings_are_named(bad, message):
+    with pytest.raises(ValueError, match=message):
         OptimSpec(**bad)
+
+
+def test_bad_ema_decay_is_named():
+    with pytest.raises(ValueError, match=r"ema\.decay must be in \[0, 1\), got 1\.0"):
+        EMASpec(decay=1.0)
