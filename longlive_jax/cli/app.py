@@ -159,12 +159,16 @@ def usage() -> str:
     )
 
 
+def help_width() -> int:
+    """Columns of help: those of the terminal, between 60 and `MAX_WIDTH`."""
+    return max(60, min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns))
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Fills paragraphs one by one, keeps indented lines, and names the defaults of options."""
 
     def __init__(self, prog: str):
-        columns = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
-        super().__init__(prog, max_help_position=30, width=max(40, columns))
+        super().__init__(prog, max_help_position=30, width=help_width())
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """The description: paragraphs are filled, those with an indented line are kept."""

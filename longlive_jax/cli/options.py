@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from longlive_jax.cli.app import Parser
+from longlive_jax.cli.app import Parser, help_width
 from longlive_jax.cli.meshes import parse_mesh
 from longlive_jax.cli.recipes import (
     load_with_overrides,
@@ -97,8 +97,7 @@ def parse_command(
     line = split(argv)
     where = line.where or default
     parser.closing = lambda: settings_help(verb, line.where, default)
-    add_config_option(parser, default)
-    add_plain_options(parser, verb)
+    add_plain_options(parser, verb, default)
     if where is None and not line.asks_help:
         raise UserError(f"--config is missing; {recipe_hint()}")
     args = parser.parse_args(line.rest)
@@ -120,16 +119,17 @@ def parse_command(
     return Command(config.to_dict(), args, given)
 
 
-def add_config_option(parser: Parser, default: str | None = None) -> None:
-    """Adds `--config` to a parser's help; `recipes.split` takes it off the command line."""
+def add_config_option(parser: Parser | argparse._ArgumentGroup, default: str | None = None) -> None:
+    """Adds `--config` to the help; `recipes.split` takes it off the command line."""
     text = "NAME:ARGUMENT of a recipe (see `longlive settings`), or FILE.py:ARGUMENT"
     parser.add_argument("--config", metavar="RECIPE", default=default, help=text)
 
 
-def add_plain_options(parser: Parser, verb: str) -> None:
-    """Adds the plain options of a verb, as a group of its help."""
+def add_plain_options(parser: Parser, verb: str, default: str | None = None) -> None:
+    """Adds `--config` and the plain options of a verb, as a group of its help."""
     rows = _rows(verb)
-    group = parser.add_argument_group("options for common settings")
+    group = parser.add_argument_group("recipe and common settings")
+    add_config_option(group, default)
     for name, targets in PLAIN_OPTIONS[verb].items():
         row = rows[targets[0]]
         choices = row.type.split(" | ") if " | " in row.type else None
@@ -149,7 +149,9 @@ def settings_help(verb: str, where: str | None, default: str | None) -> str:
     group = find_group(verb) if chosen is None else recipe_group(chosen)
     title = "all settings, set with --config.SETTING=VALUE"
     title += ":" if chosen is None else f"; values of {chosen}:"
-    return "\n".join([title, "", settings_table(group.rows), "", filled(group.notes)])
+    width = help_width()
+    table, notes = settings_table(group.rows, width=width), filled(group.notes, width=width)
+    return "\n".join([title, "", table, "", notes])
 
 
 def _rows(verb: str) -> dict[str, SettingRow]:

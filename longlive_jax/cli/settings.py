@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from longlive_jax.cli.app import MAX_WIDTH, SUBVERBS, VERBS, Parser, parser_of
+from longlive_jax.cli.app import SUBVERBS, VERBS, Parser, help_width, parser_of
 from longlive_jax.cli.recipes import known_recipes, recipe_kinds, recipe_summary
 from longlive_jax.cli.setting_groups import (
     SettingGroup,
@@ -84,7 +84,7 @@ def _columns(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str
     for row in (head, *rows):
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
         start = "  ".join(cells) + "  "
-        lines.append(start + textwrap.shorten(row[-1], MAX_WIDTH - len(start), placeholder="…"))
+        lines.append(start + textwrap.shorten(row[-1], help_width() - len(start), placeholder="…"))
     return [line.rstrip() for line in lines]
 
 
@@ -168,8 +168,10 @@ def _text(group: SettingGroup) -> str:
     """A group as text: its name, the settings, the notes."""
     title = group.summary if group.summary.startswith(group.name) else f"{group.name}: "
     title = title if title == group.summary else f"{title}{group.summary}"
-    notes = ["", filled(group.notes)] if group.notes else []
-    return "\n".join([filled([title]), "", settings_table(group.rows), *notes])
+    width = help_width()
+    notes = ["", filled(group.notes, width=width)] if group.notes else []
+    table = settings_table(group.rows, width=width)
+    return "\n".join([filled([title], width=width), "", table, *notes])
 
 
 def _values(group: SettingGroup) -> dict[str, Any]:
