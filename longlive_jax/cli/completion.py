@@ -6,7 +6,7 @@ Write it to the file that the shell loads, and again after an update:
     longlive completion zsh > ~/.zfunc/_longlive      # with fpath+=~/.zfunc before compinit
     longlive completion fish > ~/.config/fish/completions/longlive.fish
 
-It completes verbs, options, choices, recipes after --config=, and files.
+It completes verbs, options, settings after --config., recipes after --config=, choices and files.
 """
 
 import dataclasses
@@ -14,8 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from longlive_jax.cli.app import SUBVERBS, VERBS, Parser, parser_of
 from longlive_jax.cli.recipes import known_recipes, recipe_kinds
+from longlive_jax.cli.setting_groups import find_group, group_names
 
 SHELLS = ("bash", "zsh", "fish")
+SETTING = "--config."
+"""Start of the options that set any setting; bash and zsh offer them only after it."""
+
 RECIPES_FOR = {"plan": "train"}
 """Verb -> the verb whose recipes it takes, where that is another one."""
 
@@ -72,7 +76,19 @@ def command_words(name: str) -> Iterator[Word]:
             values = tuple(_recipes(RECIPES_FOR.get(name, name)))
         text = (action.help or "").replace("%%", "%")
         yield Word(action.option_strings[-1], action.nargs != 0, values, text)
+    yield from _setting_words(name)
     yield Word("--help", False, (), "show the help")
+
+
+def _setting_words(name: str) -> Iterator[Word]:
+    """`--config.SETTING` of the groups of a verb, once each."""
+    names = [group for group in group_names() if group.split(" ")[0] == name]
+    rows = {row.path: row for group in names for row in find_group(group).rows}
+    for row in rows.values():
+        choices = row.type.split(" | ") if " | " in row.type else ()
+        values = ("true", "false") if row.type == "bool" else tuple(choices)
+        if not row.is_group and "[]" not in row.path:
+            yield Word(f"{SETTING}{row.path}", True, values, row.meaning)
 
 
 def _recipes(verb: str | None) -> Iterator[str]:
@@ -87,21 +103,27 @@ type Commands = dict[str, list[Word]]
 
 
 def _cases(commands: Commands) -> str:
-    """Two shell functions, for bash and zsh: the words of a command, and the values of an option.
+    """Shell functions for bash and zsh: a command's words and settings, and an option's values.
 
     Options that take a value end in `=`.
     """
     words = {"": [*VERBS, "help"], "help": list(VERBS)} | {v: list(s) for v, s in SUBVERBS.items()}
+    settings = {}
     for name, items in commands.items():
         options = [f"{item.name}{'=' * item.takes_value}" for item in items if item.name]
-        words[name] = options + [value for item in items if not item.name for value in item.values]
+        words[name] = [option for option in options if not option.startswith(SETTING)]
+        words[name] += [value for item in items if not item.name for value in item.values]
+        settings[name] = [option for option in options if option.startswith(SETTING)]
     values = {
         f"{name} {item.name}": item.values
         for name, items in commands.items()
         for item in items
         if item.name and item.values
     }
-    functions = [_function("words", words), _function("values", values)]
+    settings = {name: options for name, options in settings.items() if options}
+    tables: dict[str, Mapping[str, Sequence[str]]]
+    tables = {"words": words, "settings": settings, "values": values}
+    functions = [_function(name, table) for name, table in tables.items()]
     return "".join([*functions, COMMAND.replace("SUBVERBS", " ".join(SUBVERBS))])
 
 
@@ -188,6 +210,8 @@ _longlive() {
         candidates=("${candidates[@]/#/$word=}")
     elif [[ $previous == -* && " $(_longlive_words "$command") " == *" $previous= "* ]]; then
         candidates=($(_longlive_values "$command $previous"))
+    elif [[ $current == --config.* ]]; then
+        candidates=($(_longlive_settings "$command"))
     else
         candidates=($(_longlive_words "$command"))
     fi
@@ -218,6 +242,7 @@ _longlive() {
         candidates=(${=$(_longlive_values "$command $previous")})
     else
         candidates=(${=$(_longlive_words "$command")})
+        [[ $PREFIX == --config.* ]] && candidates=(${=$(_longlive_settings "$command")})
         options=(${(M)candidates:#*=})
         candidates=(${candidates:#*=})
         compadd -S '' -a options

@@ -56,6 +56,9 @@ PLAIN_OPTIONS: dict[str, dict[str, Targets]] = {
 }
 """Verb -> option -> the setting that it sets: the first of these that the recipe's stage has."""
 
+OWN_OPTIONS = {"checkpoint"}
+"""Options of the verbs themselves that take precedence over a setting of the same name."""
+
 STAGE_OF_HELP = "clips"
 """The stage whose settings describe the plain options of `train`."""
 
@@ -109,6 +112,9 @@ def parse_command(
     # 2. Load the recipe, and apply overrides and plain options.
     config = load_with_overrides(where, line.overrides, verb)
     stated = dict(line.overrides)
+    for name in OWN_OPTIONS & vars(args).keys():
+        if vars(args)[name] is not None:
+            _check_agreement(f"--{name}", name, vars(args)[name], stated)
     own = {word.split("=")[0] for word in line.rest if word.startswith("--")}
     given = {word: word for word in own} | {path: f"--config.{path}" for path in stated}
     for name, value in values.items():

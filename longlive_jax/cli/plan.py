@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     # 1. Read the config and the options.
     parser = _parser()
     add_config_option(parser)
+    parser.closing = lambda: "Settings of the recipe: `longlive settings clips`, or of RECIPE."
     config, rest = take_config(argv, verb="train")
     args = parser.parse_args(rest)
     from longlive_jax.planning.plan import PlanSpec, clip_of, estimate, scale_to_mesh

@@ -275,7 +275,8 @@ def _nearest_and_all(word: str, known: Sequence[str]) -> str:
 def override(config: ConfigDict, path: str, text: str) -> None:
     """Sets the dotted `path` of `config` to the value of `text`, creating parents as needed.
 
-    Raises UserError if the path is malformed, or contradicts the config's structure.
+    A `size` may also be HEIGHTxWIDTH. Raises UserError if the path is malformed, or contradicts
+    the config's structure.
     """
     node, leaf = _descend(config, path)
     if isinstance(node.get(leaf), ConfigDict) and parse_value(text) is not None:
@@ -283,6 +284,8 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         has = f" of {keys}" if keys else ""
         raise UserError(f"--config.{path}: is a group{has}; set --config.{path}.NAME=VALUE")
     value = text if isinstance(node.get(leaf), str) else parse_value(text)
+    if leaf == "size" and re.fullmatch(r"\d+x\d+", text):
+        value = tuple(int(edge) for edge in text.split("x"))
     set_value(config, path, value)
 
 

@@ -46,6 +46,16 @@ def completed(commands, tmp_path_factory):
         ("longlive sample --config=small_world:n", ["nvfp4"]),  # : and = are word breaks of bash
         ("longlive evaluate --config small_world:e", ["evaluate"]),
         ("longlive plan --config=ar_5b:1", ["16s"]),
+        (
+            "longlive sample --config.sample.kv_",
+            [
+                "--config.sample.kv_smoothing=",
+                "--config.sample.kv_reader=",
+            ],
+        ),
+        ("longlive train --config.optim.l", ["--config.optim.lr="]),
+        ("longlive sample --config.sample.kv=", ["model", "nvfp4"]),
+        ("longlive sample --config.sample.shot_sinks=", ["true", "false"]),
         ("longlive completion ", ["bash", "zsh", "fish"]),
         ("longlive sample --script=", []),  # files, by readline
     ],

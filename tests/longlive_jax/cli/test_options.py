@@ -57,6 +57,18 @@ def test_evaluation_options():
     assert settings["batch"] == 2
 
 
+def test_a_size_may_be_written_as_height_x_width():
+    assert parsed("sample", "--config.sample.size=32x96").settings["sample"]["size"] == (32, 96)
+
+
+def test_an_option_of_the_verb_must_agree_with_the_setting_of_its_name():
+    parser = Parser("sample", "for tests")
+    parser.add_argument("--checkpoint")
+    argv = ["--checkpoint=a", "--config.checkpoint=b"]
+    with pytest.raises(UserError, match=r"--checkpoint contradicts --config\.checkpoint=b"):
+        options.parse_command(parser, argv, "sample", default="small_world:sample")
+
+
 def test_an_option_may_repeat_an_override():
     argv = ["--steps=8", "--config.sample.steps=8", "--size=64x64", "--config.sample.size=(64,64)"]
     assert parsed("sample", *argv).settings["sample"]["steps"] == 8
