@@ -203,7 +203,10 @@ TRAIN_RULES = (
     ),
     Rule(
         ("anywhere",),
-        _if(lambda stage: stage.videos is None, "videos is none, so encoded clips are read"),
+        _if(
+            lambda stage: stage.videos is None or stage.clips is None,
+            "the clips are encoded before training, not while it runs",
+        ),
     ),
     Rule(
         ("held_out_batches",),

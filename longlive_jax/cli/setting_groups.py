@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from longlive_jax.cli.recipes import KIND_NAMES, kind_of, known_recipes, load_config
-from longlive_jax.cli.setting_rows import SettingRow, describe, marked
+from longlive_jax.cli.setting_rows import SettingRow, describe, marked, value_text
 from longlive_jax.spec import UserError, build, nearest, reject_unknown
 
 RECIPE_MARK, CHECKPOINT_MARK = "*", "+"
@@ -103,7 +103,7 @@ def recipe_group(where: str) -> SettingGroup:
     rows, notes = {"sample": _sample_rows, "evaluate": _evaluate_rows, "train": _train_rows}[kind](
         settings
     )
-    rows = marked(rows, _leaves(settings), RECIPE_MARK)
+    rows = marked(rows, dict(_leaves(settings)), RECIPE_MARK)
     summary = f"{where} is {KIND_NAMES[kind]}: longlive {kind} --config={where}"
     legend = f"{RECIPE_MARK} is set by the recipe; values without a mark are defaults."
     return SettingGroup(where, summary, tuple(rows), (legend, *notes))
@@ -150,16 +150,25 @@ def _train_rows(settings: Mapping[str, Any]) -> RowsAndNotes:
         raise UserError(f"unknown config.stage {name!r}{nearest(str(name), STAGES)}")
     first = dataclasses.replace(find_group("train").rows[0], default=name)
     cls = STAGES[name]
-    return [first, *describe(cls, values=build(cls, values))], ()
+    try:
+        return [first, *describe(cls, values=build(cls, values))], ()
+    except UserError as error:  # the command line has to complete the recipe
+        reject_unknown(values, [f.name for f in dataclasses.fields(cls)], "config")
+        stated = {path: value_text(value) for path, value in _leaves(values)}
+        rows = [
+            dataclasses.replace(row, default=stated.get(row.path, row.default))
+            for row in describe(cls)
+        ]
+        return [first, *rows], (f"To be completed: {error}.",)
 
 
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all values in a nested mapping."""
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of all values in a nested mapping, and the values."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def _summary(cls: type) -> str:

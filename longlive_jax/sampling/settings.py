@@ -1,6 +1,7 @@
 """Sampling settings: `SampleSpec`, and the defaults that a checkpoint has for its own model."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -104,7 +105,9 @@ class SampleSpec:
             raise UserError(f"size must be <= {MAX_EDGE} along each edge, got {self.size}")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not value >= low:  # also for NaN
+            if not math.isfinite(value):
+                raise UserError(f"{name} must be finite, got {value}")
+            if value < low:
                 raise UserError(f"{name} must be >= {low}, got {value}")
             if value > high:
                 raise UserError(f"{name} must be <= {high}, got {value}")

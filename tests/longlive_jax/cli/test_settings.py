@@ -60,6 +60,18 @@ def test_recipe_whose_checkpoint_is_missing(capsys):
     assert "checkpoint 'checkpoints/5b' is not a directory" in " ".join(text.split())
 
 
+def test_recipe_that_the_command_line_completes(capsys, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def get_config(): return {'stage': 'vae', 'loop': {'steps': 7}}\n")
+    settings = rows(capsys, str(path))
+    assert settings["loop.steps"]["default"] == "7" and settings["loop.steps"]["mark"] == "*"
+    assert settings["phases"]["default"] == "required"
+    assert "missing key 'model'" in " ".join(printed(capsys, str(path)).split())
+    path.write_text("def get_config(): return {'stage': 'vae', 'lop': {'steps': 7}}\n")
+    assert run(["settings", str(path)]) == 2
+    assert "did you mean 'loop'" in capsys.readouterr().err
+
+
 def test_search(capsys):
     settings = rows(capsys, "--search", "Rope")
     assert {"sample.shot_rope_offset", "windows.shot_rope_offset"} <= settings.keys()
