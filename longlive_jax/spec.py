@@ -107,6 +107,8 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
     # Composite annotations.
     if origin in (typing.Union, types.UnionType):
         return _convert_union(args, value, path, default)
+    if value is None and "none" in (*args, default) and (origin is typing.Literal or hint is str):
+        return "none"  # the command line reads this word as None
     if origin is typing.Literal:
         if value not in args:
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")

@@ -74,6 +74,20 @@ def test_errors_name_path_value_and_remedy(values, words):
         assert word in str(error.value)
 
 
+def test_none_is_a_word_where_it_is_a_choice():
+    """`--config.policy=none` reads as None."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Choices:
+        policy: str = "none"
+        smoothing: Literal["mean", "none"] = "mean"
+        name: str = "a"
+
+    assert build(Choices, {"policy": None, "smoothing": None}) == Choices("none", "none")
+    with pytest.raises(UserError, match=r"config\.name: expected str, got None"):
+        build(Choices, {"name": None})
+
+
 def test_nearest_lists_all_words_if_none_is_close():
     assert nearest("smple", ["sample", "train"]) == "; did you mean 'sample'?"
     assert nearest("zzz", ["b", "a"]) == "; known: a, b"
