@@ -60,6 +60,17 @@ def load_column(ref: Any) -> Any:
     return plgpu.load(ref, layout=SCALES, optimized=False).astype(jnp.float32)
 
 
+def store(ref: Any, value: Any) -> None:
+    """Stores registers to global memory, a thread's codes or one scale per thread.
+
+    JAX 0.12 rejects narrow stores unless told that they are intended; JAX 0.11 has no such check.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def broadcast_blocks(x: Any) -> Any:
     """Broadcasts [128] to [128, 16]."""
     return lax.broadcast_in_dim(x, SHAPE, (0,))

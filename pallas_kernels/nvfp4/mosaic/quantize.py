@@ -30,6 +30,7 @@ from pallas_kernels.nvfp4.mosaic.blocks import (
     load_column,
     rotate,
     split,
+    store,
     thread_index,
 )
 from pallas_kernels.nvfp4.mosaic.launch import (
@@ -192,9 +193,10 @@ def _row_group(x, codes, scales, args: ProgramArgs, start: Any, number: int) -> 
         return centred_noise(args.words, block * jnp.uint32(BLOCK))
 
     def write(_, block_codes):
-        codes[*at, :] = block_codes
+        store(codes.at[*at, :], block_codes)
 
-    scales[*at] = encode_groups(BlockGroups(1, source, noise, write), args.amax, args.options)
+    groups = BlockGroups(1, source, noise, write)
+    store(scales.at[*at], encode_groups(groups, args.amax, args.options))
 
 
 def _columns(x: Array, amax: Array, words: Array, options: QuantizeOptions, interpret: Any):
@@ -235,11 +237,10 @@ def _column_group(x, codes, scales, args: ProgramArgs, column: Any, block: Any, 
         return centred_noise(args.words, row * jnp.uint32(m) + as_uint32(block * BLOCK))
 
     def write(_, block_codes):
-        codes[args.entry, own, block, :] = block_codes
+        store(codes.at[args.entry, own, block, :], block_codes)
 
-    scales[args.entry, own, block] = encode_groups(
-        BlockGroups(1, source, noise, write), args.amax, args.options
-    )
+    groups = BlockGroups(1, source, noise, write)
+    store(scales.at[args.entry, own, block], encode_groups(groups, args.amax, args.options))
 
 
 def _both(x: Array, amax: Array, words: Array, options_pair: OptionsPair, interpret: Any):

@@ -20,6 +20,7 @@ from pallas_kernels.nvfp4.mosaic.blocks import (
     centred_noise,
     encode_groups,
     load,
+    store,
     thread_index,
 )
 from pallas_kernels.nvfp4.mosaic.launch import ProgramArgs, WorkPartition, kernel, outputs, pad_to
@@ -94,7 +95,7 @@ def _group(x, codes, scales, args: ProgramArgs, down: Any, at: Any, transpose: b
         return centred_noise(args.words, (entry * jnp.uint32(m) + row) * jnp.uint32(k) + first)
 
     def write(i, block_codes):
-        codes[args.entry, down * BLOCK + i, own, :] = block_codes
+        store(codes.at[args.entry, down * BLOCK + i, own, :], block_codes)
 
     groups = BlockGroups(BLOCK, source, noise, write)
-    scales[args.entry, down, own] = encode_groups(groups, args.amax, args.options)
+    store(scales.at[args.entry, down, own], encode_groups(groups, args.amax, args.options))
