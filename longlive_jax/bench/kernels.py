@@ -153,16 +153,14 @@ def _failures(row: dict[str, Any], report: dict[str, Any], kernels: list[dict]) 
 
 def compile_kernels(target: str, names: list[str], tick: Tick) -> dict[str, dict[str, Any]]:
     """The compilers' report on each kernel, or {"failure": message}."""
-    command = [sys.executable, "-m", "longlive_jax.bench.kernels_compile", target, *names]
+    command = [sys.executable, "-m", "longlive_jax.bench.kernels_compile", target]
     reports = {name: {"failure": "the compiler exited without a message"} for name in names}
-    done = 0
     tick(0, len(names))
-    for line in process_lines(command, ROOT):
-        if line.startswith(PREFIX):
-            report = json.loads(line.removeprefix(PREFIX))
-            reports[report.pop("kernel")] = report
-            done += 1
-            tick(done, len(names))
+    for done, name in enumerate(names, 1):
+        for line in process_lines([*command, name], ROOT):
+            if line.startswith(PREFIX):
+                reports[name] = json.loads(line.removeprefix(PREFIX))
+        tick(done, len(names))
     return reports
 
 

@@ -1,7 +1,8 @@
-"""Compiles kernels of the catalog for a GPU that need not be present, in a separate process.
+"""Compiles one kernel of the catalog for a GPU that need not be present.
 
-`longlive_jax.bench.kernels` runs this module with the name of a chip and the names of kernels. It
-prints one line per kernel as soon as it is compiled. JAX must not be imported before `prepare`.
+`longlive_jax.bench.kernels` runs this module with the name of a chip and of a kernel, and reads
+the printed line. Each kernel has its own process: JAX must not be imported before `prepare`, and
+JAX 0.12 numbers dumped files wrongly after a process compiles the same function twice.
 """
 
 import json
@@ -15,17 +16,14 @@ PREFIX = "KERNEL "
 
 
 def main(argv: list[str]) -> int:
-    """Arguments are `CHIP KERNEL...`, with a chip of `planning.chips`."""
-    chip, *names = argv
+    """Arguments are `CHIP KERNEL`, with a chip of `planning.chips`."""
+    chip, name = argv
     dump = deviceless.prepare()
-    for name in names:
-        try:
-            report = _compile(chip, name, dump)
-        except Exception as error:  # the caller shows any error as one line
-            report = {"failure": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
-        print(PREFIX + json.dumps({"kernel": name} | report), flush=True)
-        for file in dump.iterdir():
-            file.unlink()
+    try:
+        report = _compile(chip, name, dump)
+    except Exception as error:  # the caller shows any error as one line
+        report = {"failure": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+    print(PREFIX + json.dumps(report), flush=True)
     return 0
 
 
