@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longlive_jax.io.decoding import Unusable
 from longlive_jax.spec import UserError, reject_unknown
 
 __all__ = ["DATASET_MANIFEST", "SourceShot", "Unusable", "VideoSample", "find_samples", "usable"]
@@ -37,10 +38,6 @@ MAX_SECONDS = 1e9
 
 SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 """Extensions of video files."""
-
-
-class Unusable(ValueError):
-    """Raised if a sample or one of its shots cannot be used; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)

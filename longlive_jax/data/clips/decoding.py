@@ -1,92 +1,29 @@
-"""Decodes frames of video files at 24 fps, scaled and cropped, and only those requested.
+"""Frames of the shots of a dataset at 24 fps, and whether its files can be read.
 
-Frame i of a shot is the frame that the file's timestamps put on screen a quarter of a frame after
-i/24 s. Variable frame rates are therefore handled exactly, and timestamps rounded to milliseconds
-do no harm. The reference takes frame number round(i * rate / 24), with halves rounded to even: it
-shows the frames of a 12 fps video 1, 3, 1, 3 times, where each is due twice. It also stretches
-every frame to the training size. Here the aspect ratio is preserved (pixel shape and rotation
-included), and the frame is cropped at the centre.
+The reference takes frame number round(i * rate / 24), with halves rounded to even: it shows the
+frames of a 12 fps video 1, 3, 1, 3 times, where each is due twice. It also stretches every frame to
+the training size. Here frames follow the timestamps and keep their aspect ratio (`io.decoding`).
 """
 
-import contextlib
-import dataclasses
-import functools
-import math
-import stat
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from longlive_jax.data.clips.clip_plan import FPS
 from longlive_jax.data.clips.dataset import SourceShot, Unusable
-from longlive_jax.io.video import BT709
+from longlive_jax.io.decoding import (
+    VideoInfo,
+    check_fit,
+    frame_count,
+    grace,
+    probe,
+    read_at,
+    verify,
+)
 from longlive_jax.typing import UInt8
 
 __all__ = ["VideoInfo", "check_first_frame", "probe", "read_frames", "shot_length", "verify"]
-
-GRACE = Fraction(1, 4 * FPS)
-"""Seconds by which a frame may begin late and still count as on screen."""
-
-MAX_AREA_RATIO = 16
-"""Limit on a scaled frame's area before cropping, as a multiple of the target area."""
-
-SCALING = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """Properties of a file's video stream.
-
-    Attributes:
-      seconds: duration.
-      rate: average frame rate, in frames per second.
-      height: stored height in pixels.
-      width: stored width in pixels.
-      stretch: sample aspect ratio: the displayed width of a pixel divided by its height.
-    """
-
-    seconds: Fraction
-    rate: Fraction
-    height: int
-    width: int
-    stretch: Fraction
-
-
-def probe(path: Path) -> VideoInfo:
-    """Reads a file's headers, and all packets if the headers do not state the duration.
-
-    Nothing is decoded. Results are cached until the file changes. Raises Unusable if the file is
-    not a video.
-    """
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: not a legal file name
-        raise Unusable(f"{path.name}: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise Unusable(f"{path.name}: is not a regular file")
-    return _probe(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=2**16)
-def _probe(path: Path, num_bytes: int, _modified: int) -> VideoInfo:
-    with _open_video(path) as (container, stream):
-        rate = Fraction(stream.average_rate or stream.guessed_rate or FPS)
-        seconds = Fraction(stream.duration or 0) * stream.time_base
-        if seconds <= 0:
-            seconds = _end_of_packets(container, stream)
-        elif seconds * FPS > num_bytes:
-            # More frames than bytes: either a still picture or a damaged header.
-            _check_length(path, seconds, _end_of_packets(container, stream))
-        size = stream.codec_context.height, stream.codec_context.width
-        stretch = Fraction(stream.sample_aspect_ratio or 1)
-    if seconds <= 0 or min(size) <= 0:
-        raise Unusable(f"{path.name}: has no frames")
-    return VideoInfo(seconds, rate, *size, stretch if stretch > 0 else Fraction(1))
 
 
 def shot_length(shot: SourceShot) -> int:
@@ -98,7 +35,7 @@ def shot_length(shot: SourceShot) -> int:
             f"{float(seconds):.2f} s"
         )
     end = seconds if shot.end is None else min(seconds, Fraction(shot.end))
-    return max(1, math.ceil((end - Fraction(shot.start) - GRACE) * FPS))
+    return frame_count(end - Fraction(shot.start), FPS)
 
 
 def read_frames(
@@ -113,36 +50,8 @@ def read_frames(
       frames: frame indices at 24 fps from the shot's start, ascending; repeats are allowed.
       size: (height, width) of the result in pixels.
     """
-    info = probe(shot.file)
-    images = np.empty((len(frames), *size, 3), np.uint8)
-    times = [Fraction(shot.start) + Fraction(i, FPS) + GRACE for i in frames]
-    done = 0
-    for frame, until in _frames_on_screen(shot.file, times[0]):
-        last = done
-        while done < len(times) and times[done] < until:
-            done += 1
-        if done > last:
-            try:
-                images[last:done] = _resized(frame, size, info.stretch)
-            except Unusable as reason:
-                raise Unusable(f"{shot.file.name}: {reason}") from reason
-        if done == len(times):
-            return images
-    raise _truncated(shot.file, info.seconds, times[done])
-
-
-def verify(path: Path, *, decode: bool = False) -> None:
-    """Reads a file to its end, and with `decode` decodes every frame.
-
-    Raises Unusable if it is cut short or damaged.
-    """
-    if decode:
-        ends = (until for _, until in _frames_on_screen(path, Fraction(0)))
-        seconds = max(ends, default=Fraction(0))
-    else:
-        with _open_video(path) as (container, stream):
-            seconds = _end_of_packets(container, stream)
-    _check_length(path, probe(path).seconds, seconds)
+    times = [Fraction(shot.start) + Fraction(i, FPS) + grace(FPS) for i in frames]
+    return read_at(shot.file, times, size)
 
 
 def check_first_frame(shot: SourceShot, size: tuple[int, int]) -> None:
@@ -150,144 +59,4 @@ def check_first_frame(shot: SourceShot, size: tuple[int, int]) -> None:
 
     Raises Unusable if its aspect ratio is too far from that of `size` (height, width).
     """
-    info = probe(shot.file)
-    for frame, _ in _frames_on_screen(shot.file, Fraction(shot.start) + GRACE):
-        try:
-            _cover_size(frame, size, info.stretch)
-        except Unusable as reason:
-            raise Unusable(f"{shot.file.name}: {reason}") from reason
-        return
-    raise _truncated(shot.file, info.seconds, Fraction(shot.start))
-
-
-def _check_length(path: Path, declared: Fraction, actual: Fraction) -> None:
-    """Raises Unusable if a file ends more than one frame before its declared end, in seconds."""
-    if actual < declared - Fraction(1, FPS):
-        raise _truncated(path, declared, actual)
-
-
-def _truncated(path: Path, declared: Fraction, actual: Fraction) -> Unusable:
-    return Unusable(
-        f"{path.name}: cannot be read past {float(actual):.2f} s, but its header says "
-        f"{float(declared):.2f} s; it is cut short or damaged"
-    )
-
-
-def _frames_on_screen(path: Path, time: Fraction) -> Iterator[tuple[Any, Fraction]]:
-    """Frames on screen at `time` (seconds after the first frame) or later, each with its end."""
-    current: Any = None
-    with contextlib.closing(_decode_from(path, time)) as decoded:
-        for frame, at in decoded:
-            if current is not None and at > time:
-                yield current, at
-            current, begin = frame, at
-    if current is not None:
-        # Rounded timestamps make a file look up to one frame shorter than it is.
-        duration = Fraction(current.duration or 0) * (current.time_base or 0)
-        yield current, begin + max(duration, Fraction(1, FPS)) + GRACE
-
-
-def _decode_from(path: Path, time: Fraction) -> Generator[tuple[Any, Fraction]]:
-    """Decoded frames, each with its beginning in seconds; the first begins no later than `time`."""
-    if time > 1:
-        frames = _decode(path, time)
-        first = next(frames, None)
-        if first is not None and first[1] <= time:
-            yield first
-            yield from frames
-            return
-        frames.close()  # the file's index points past `time`
-    yield from _decode(path, None)
-
-
-def _decode(path: Path, time: Fraction | None) -> Generator[tuple[Any, Fraction]]:
-    """Decoded frames, each with its beginning, from the key frame before `time` or from the first.
-
-    The file's index decides which key frame that is, and may be wrong.
-    """
-    with _open_video(path) as (container, stream):
-        # Many videos are decoded at once, so one thread each is enough. It also makes how far a
-        # damaged video can be read independent of the machine.
-        stream.codec_context.thread_count = 1
-        origin, tick = stream.start_time or 0, stream.time_base
-        if time is not None:
-            container.seek(origin + math.floor(time / tick), stream=stream)
-        for frame in _frames(container, stream):
-            timestamp = frame.dts if frame.pts is None else frame.pts
-            if timestamp is None:
-                raise Unusable(f"{path.name}: has frames without a timestamp")
-            if frame.is_corrupt:
-                return
-            yield frame, (timestamp - origin) * tick
-
-
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames up to the end of the file, or up to the first incomplete packet."""
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            yield from stream.decode(None)
-            return
-        yield from packet.decode()
-
-
-def _end_of_packets(container: Any, stream: Any) -> Fraction:
-    """End of the last complete packet, in seconds after the first frame; 0 without packets."""
-    origin, rate = stream.start_time or 0, stream.average_rate or FPS
-    default_duration = round(1 / Fraction(rate) / stream.time_base)
-    ends = []
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            break
-        timestamp = packet.dts if packet.pts is None else packet.pts
-        if timestamp is not None and packet.size:
-            ends.append(timestamp + (packet.duration or default_duration))
-    return (max(ends) - origin) * stream.time_base if ends else Fraction(0)
-
-
-@contextlib.contextmanager
-def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream. Raises Unusable for any failure to read it."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise Unusable(f"{path.name}: has no video stream")
-            yield container, container.streams.video[0]
-    except (av.FFmpegError, EOFError, OSError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise Unusable(f"{path.name}: cannot be decoded ({why})") from error
-
-
-def _cover_size(
-    frame: Any, size: tuple[int, int], stretch: Fraction
-) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """The scale at which a frame covers `size` (height, width).
-
-    Returns the frame's rotation in quarter turns, `size` in the orientation of the file, and the
-    (height, width) to scale to. Raises Unusable if nearly all of the scaled frame would be cropped.
-    """
-    turns = round(frame.rotation / 90) % 4
-    height, width = size[::-1] if turns % 2 else size
-    display_width = frame.width * stretch
-    scale = max(Fraction(height, frame.height), width / display_width)
-    tall, wide = max(height, round(frame.height * scale)), max(width, round(display_width * scale))
-    if tall * wide > MAX_AREA_RATIO * height * width:
-        raise Unusable(
-            f"the shape of {frame.height}x{frame.width} pixels is too far from {height}x{width}"
-        )
-    return turns, (height, width), (tall, wide)
-
-
-def _resized(frame: Any, size: tuple[int, int], stretch: Fraction) -> UInt8[np.ndarray, "h w 3"]:
-    """A frame upright, scaled to cover `size` (height, width), and cropped to it at the centre."""
-    turns, (height, width), (tall, wide) = _cover_size(frame, size, stretch)
-    image = frame.reformat(
-        width=wide,
-        height=tall,
-        format="rgb24",
-        src_colorspace=Colorspace.ITU709 if frame.colorspace == BT709 else None,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=SCALING,
-        threads=1,
-    ).to_ndarray()
-    top, left = (tall - height) // 2, (wide - width) // 2
-    return np.rot90(image[top : top + height, left : left + width], turns)
+    check_fit(shot.file, Fraction(shot.start) + grace(FPS), size)
