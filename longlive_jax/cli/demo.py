@@ -1,62 +1,112 @@
 """`longlive demo [--out=out/demo] [--seed=N] [--prompt="a red circle moves left on ..."]...`."""
 
 import argparse
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from longlive_jax.cli.app import Parser
+from longlive_jax.cli.interruption import Interruption
+from longlive_jax.cli.sample import check_scale, finish
+from longlive_jax.spec import Failure, UserError
 
-DEFAULT_SEED = 7
+if TYPE_CHECKING:
+    from longlive_jax.sampling.pipeline import Pipeline
+    from longlive_jax.sampling.script import ShotScript
+    from longlive_jax.small_world.demo import DemoFiles, StageTimer
+
+DEFAULT_SEED = 0
+"""A seed with which the judge finds every caption and every cut right."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Samples and judges a short multi-shot video, by default with the built-in model."""
+    """Samples and judges a short multi-shot video, by default with the built-in model.
+
+    After Ctrl-C or SIGTERM the finished chunks are a playable video; the exit code is 130 or 143.
+    """
     args = _arguments(argv)
     clock_start = time.perf_counter()
+    with Interruption() as interruption:
+        _run(args, ["longlive", "demo", *argv], interruption, clock_start)
+    return 0
 
-    from longlive_jax.cli.progress import ChunkBar
-    from longlive_jax.io.builtin import builtin_checkpoint
+
+def _run(
+    args: argparse.Namespace, command: Sequence[str], interruption: Interruption, clock: float
+) -> None:
+    """Loads the model, samples, and prints what was written and how good it is."""
+    # 1. Choose the script and load the model.
+    from longlive_jax.io.builtin import find_checkpoint
     from longlive_jax.io.paths import check_writable
     from longlive_jax.sampling.pipeline import Pipeline
-    from longlive_jax.small_world.demo import SCALE, StageTimer, check_world, make_demo
+    from longlive_jax.sampling.record import run_record
+    from longlive_jax.small_world.demo import StageTimer, check_world
     from longlive_jax.small_world.demo_script import held_out_script, script_from_prompts
-    from longlive_jax.spec import UserError
 
-    scale = SCALE if args.scale is None else args.scale
-    if not 1 <= scale <= 32:
-        raise UserError(f"--scale must be in [1, 32], got {scale}")
+    check_scale(args.scale)
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must be in [0, 2**32), got {args.seed}")
-    out = check_writable(Path(args.out))
-
-    # 1. Choose the script and load the model.
+    check_writable(args.out)
     prompts, seed = args.prompt, args.seed
     script = script_from_prompts(prompts, seed) if prompts else held_out_script(seed)
-    timer = StageTimer(at=clock_start)
+    timer = StageTimer(at=clock)
     timer.lap("importing")
     steps = {} if args.steps is None else {"steps": args.steps}
-    pipe = Pipeline.from_checkpoint(args.checkpoint or builtin_checkpoint(), **steps)
+    folder = find_checkpoint(args.checkpoint)
+    pipe = Pipeline.from_checkpoint(folder, **steps)
     check_world(pipe)
     timer.lap("loading")
 
     # 2. Sample, judge and write.
-    chunks = sum(shot.chunks or 0 for shot in script.shots)
     print(
         f"{len(script.shots)} shots, {pipe.spec.steps} steps per chunk; the first chunk includes "
         "compilation"
     )
-    with ChunkBar(chunks, fps=pipe.spec.fps) as bar:
-        files, report = make_demo(pipe, script, out, timer=timer, scale=scale, on_chunk=bar.advance)
-    print_report(report, is_builtin=args.checkpoint is None)
-    for path in (files.video, files.strip, files.report):
+    run = run_record(pipe.spec, folder, command=command)
+    files, report = _make(pipe, script, run, args, timer, interruption)
+    for path in filter(None, (files.gif, files.report)):
         print(path)
-    return 0
+    print_report(report, is_builtin=args.checkpoint is None)
+    print(f"Your own shots: write them to a file (README), then {_program()} sample --script=FILE")
+
+
+def _make(
+    pipe: "Pipeline",
+    script: "ShotScript",
+    run: dict[str, Any],
+    args: argparse.Namespace,
+    timer: "StageTimer",
+    interruption: Interruption,
+) -> tuple["DemoFiles", dict[str, Any]]:
+    """`make_demo` with a progress bar; signals leave finished files."""
+    from longlive_jax.cli.progress import ChunkBar
+    from longlive_jax.small_world.demo import DemoHooks, make_demo
+
+    chunks = sum(shot.chunks or 0 for shot in script.shots)
+    bar = ChunkBar(chunks, fps=pipe.spec.fps)
+    hooks = DemoHooks(on_chunk=bar.advance, wait=interruption.waiting, finish=finish)
+    try:
+        with interruption.deferred(), bar:
+            return make_demo(
+                pipe, script, args.out, timer=timer, run=run, scale=args.scale, gif=args.gif,
+                hooks=hooks,
+            )  # fmt: skip
+    except FloatingPointError as error:
+        raise Failure(str(error)) from error
+
+
+def _program() -> str:
+    """How the user starts this program."""
+    return "longlive" if shutil.which("longlive") else ".venv/bin/longlive"
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("demo", __doc__ or "")
-    parser.add_argument("--out", default="out/demo", help="directory for video, strip and report")
+    parser.add_argument(
+        "--out", default="out/demo", type=Path, help="folder for video, strip, record and report"
+    )
     parser.add_argument(
         "--seed", type=int, default=DEFAULT_SEED, help="seed of script and sampling noise"
     )
@@ -65,7 +115,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--checkpoint", help="small-world checkpoint directory (default: the built-in model)"
     )
     parser.add_argument("--steps", type=int, help="sampling steps per chunk")
-    parser.add_argument("--scale", type=int, help="enlargement of the video file")
+    parser.add_argument("--scale", type=int, help="integer enlargement of the video (default: 6)")
+    parser.add_argument(
+        "--gif", action="store_true", help="also write video.gif, looping, with captions"
+    )
     return parser.parse_args(argv)
 
 
@@ -83,11 +136,13 @@ def print_report(report: dict, *, is_builtin: bool) -> None:
         for reason in report["not_judged"]:
             print(f"  {reason}")
         return
-    print("Verdict of the judge:")
+    print("The judge, which reads the pixels without a model:")
     for line in report["judge"]["words"]:
         print(f"  {line}")
     if is_builtin and not keeps_identity(report["judge"]):
-        print("  Changes of identity are a known limit of the built-in model (4 M parameters).")
+        print(
+            "  (A known limit of the built-in model, of 4 M parameters: it does not keep identity.)"
+        )
 
 
 def keeps_identity(verdict: dict) -> bool:

@@ -1,60 +1,53 @@
-"""`longlive sample --script=SCRIPT [--config=RECIPE] [--checkpoint=DIR] [--out=DIR]`.
+"""`longlive sample --script=SCRIPT [--checkpoint=DIR] [--out=DIR] [--format=mp4,gif]`.
 
-Samples the videos of a shot script.
+Samples the videos of a shot script, and writes each with a strip of stills and a record. A record
+is a script, too: `--script=out/sample/video.json` samples the same video again.
 """
 
 import contextlib
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.effects import SampleRun, note_sample
-from longlive_jax.cli.options import parse_command
+from longlive_jax.cli.interruption import Interruption
+from longlive_jax.cli.options import Command, parse_command
 from longlive_jax.cli.progress import ChunkBar
-from longlive_jax.spec import UserError, reject_unknown
+from longlive_jax.spec import Failure, UserError, reject_unknown
 
 if TYPE_CHECKING:
     from longlive_jax.sampling.pipeline import Pipeline
+    from longlive_jax.sampling.recorder import Recorder, VideoFiles
     from longlive_jax.sampling.script import ShotScript
-    from longlive_jax.sampling.stream import Chunk, Stream
+
+MAX_SCALE = 32
+"""Largest enlargement of the frames in video files."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Samples every video of a script; after Ctrl-C the finished chunks are a playable video."""
-    # 1. Arguments, config and scripts.
-    command = parse_command(_parser(), argv, "sample", default="small_world:sample")
-    settings, args = command.settings, command.args
-    reject_unknown(settings, ("checkpoint", "sample"), "config")
-    scripts = _scripts(args)
-    from longlive_jax.io.builtin import find_checkpoint
-    from longlive_jax.io.paths import check_writable
-    from longlive_jax.sampling.pipeline import Pipeline
+    """Samples every video of a script.
 
-    # 2. The model.
-    out = check_writable(args.out)
-    folder = find_checkpoint(args.checkpoint or settings.get("checkpoint"))
-    pipe = Pipeline.from_checkpoint(folder, **(settings.get("sample") or {}))
-    note_sample(command.given, SampleRun(pipe.spec, scripts, args))
-    for line in pipe.describe_kernels():
-        print(f"dit: {line}")
-    video = _read_video(args.video, pipe, scripts)
-    # 3. One batch after the other; sizes are checked before anything compiles.
-    batches = [scripts[i : i + args.batch] for i in range(0, len(scripts), args.batch)]
-    for batch in batches:
-        pipe.engine.size_of(batch)
-    for i, batch in enumerate(batches):
-        first, many = i * args.batch, len(scripts) > 1
-        _sample_batch(pipe, batch, out, args, first=first, many=many, video=video)
+    After Ctrl-C or SIGTERM the finished chunks are a playable video; the exit code is 130 or 143.
+    """
+    command = parse_command(_parser(), argv, "sample", default="small_world:sample")
+    reject_unknown(command.settings, ("checkpoint", "sample"), "config")
+    has_recipe = any(word.split("=")[0] == "--config" for word in argv)
+    with Interruption() as interruption:
+        _run(command, ["longlive", "sample", *argv], interruption, has_recipe=has_recipe)
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser("sample", "Samples the videos of a shot script.")
-    parser.add_argument("--script", required=True, help=".yaml, .json, .txt or a caption folder")
+    parser.add_argument(
+        "--script",
+        required=True,
+        help=".yaml, .json, .txt, a caption folder, or the record of an earlier video",
+    )
     parser.add_argument(
         "--checkpoint", help="override the config's checkpoint; may be a quantized one"
     )
@@ -70,7 +63,68 @@ def _parser() -> Parser:
         "--stills", type=int, default=8, help="pictures per shot in the strip (0 = no strip)"
     )
     parser.add_argument("--latents", action="store_true", help="also write [f, h, w, c] as .npy")
+    add_video_options(parser)
     return parser
+
+
+def add_video_options(parser: Parser) -> None:
+    """Adds the options for the files of a video."""
+    parser.add_argument(
+        "--format", default="mp4", help="mp4, webm, gif, png, or several separated by commas"
+    )
+    parser.add_argument(
+        "--scale",
+        type=int,
+        help="integer enlargement of the frames in videos (default: small ones up to 384 pixels)",
+    )
+
+
+def check_scale(scale: int | None) -> None:
+    """Raises UserError unless `--scale` is in its range."""
+    if scale is not None and not 1 <= scale <= MAX_SCALE:
+        raise UserError(f"--scale must be in [1, {MAX_SCALE}], got {scale}")
+
+
+def _run(
+    command: Command, words: Sequence[str], interruption: Interruption, *, has_recipe: bool
+) -> None:
+    """Loads the model and samples one batch after the other."""
+    # 1. Arguments and scripts.
+    from longlive_jax.io.builtin import find_checkpoint
+    from longlive_jax.io.paths import check_writable
+    from longlive_jax.io.video import parse_formats
+    from longlive_jax.sampling.pipeline import Pipeline
+    from longlive_jax.sampling.record import differences, read_record, recorded_settings, run_record
+    from longlive_jax.sampling.recorder import check_files
+
+    args, settings = command.args, command.settings
+    check_scale(args.scale)
+    formats = parse_formats(args.format)
+    scripts = _scripts(args)
+    out = check_writable(args.out)
+    record = read_record(args.script)
+    # 2. The model, with the settings of a record unless the command line has others.
+    sample, checkpoint = settings.get("sample") or {}, settings.get("checkpoint")
+    if record is not None:
+        sample = recorded_settings(record) | sample
+        checkpoint = checkpoint if has_recipe else record["checkpoint"]["path"]
+    folder = find_checkpoint(args.checkpoint or checkpoint)
+    pipe = Pipeline.from_checkpoint(folder, **sample)
+    note_sample(command.given, SampleRun(pipe.spec, scripts, args))
+    for line in pipe.describe_kernels():
+        print(f"dit: {line}")
+    video = _read_video(args.video, pipe, scripts)
+    run = run_record(pipe.spec, folder, command=words, source=args.script, continues=args.video)
+    for line in () if record is None else differences(record, run):
+        print(f"note: {line}", file=sys.stderr)
+    # 3. One batch after the other; sizes are checked before anything compiles.
+    batches = [scripts[i : i + args.batch] for i in range(0, len(scripts), args.batch)]
+    for batch in batches:
+        check_files(pipe.engine.size_of(batch), formats, args.scale)
+    for i, batch in enumerate(batches):
+        first, many = i * args.batch, len(scripts) > 1
+        batch_run = _Batch(batch, out, formats, run, first=first, many=many, video=video)
+        _sample_batch(pipe, batch_run, args, interruption)
 
 
 def _scripts(args: Any) -> list["ShotScript"]:
@@ -90,41 +144,111 @@ def _scripts(args: Any) -> list["ShotScript"]:
 
 
 def _read_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"]):
-    """The frames of the video to continue, or None."""
+    """The frames of the video to continue, uint8 at the size of the script, or None."""
     if path is None:
         return None
-    from longlive_jax.io.video import read_video
+    from longlive_jax.io.video import read_frames
 
     if len(scripts) > 1:
         raise UserError(f"--video continues one video, the script describes {len(scripts)}")
-    return read_video(path, fps=pipe.spec.fps, size=pipe.engine.size_of(scripts))
+    return read_frames(path, fps=pipe.spec.fps, size=pipe.engine.size_of(scripts))
 
 
-def _sample_batch(pipe, batch, out: Path, args: Any, *, first: int, many: bool, video) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Videos that are sampled together.
+
+    Attributes:
+      scripts: their scripts.
+      out: folder of their files.
+      formats: formats of the videos.
+      run: record of the run.
+      first: index of the first of them in the run.
+      many: whether the run has several videos.
+      video: frames of the video to continue, or None.
+    """
+
+    scripts: list["ShotScript"]
+    out: Path
+    formats: tuple[str, ...]
+    run: Mapping[str, Any]
+    first: int
+    many: bool
+    video: Any
+
+
+def _sample_batch(pipe: "Pipeline", batch: _Batch, args: Any, interruption: Interruption) -> None:
     """Samples one batch and writes its files, with a progress bar."""
-    from longlive_jax.sampling.recorder import Recorder, file_name
-
+    # 1. The stream and its files.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same remarks are among the notes
-        stream = pipe.stream(batch, video=video)
+        stream = pipe.stream(batch.scripts, video=batch.video)
+    recorder = _recorder(batch, stream, pipe.engine.size_of(batch.scripts), args)
+    bar = ChunkBar(stream.timeline.num_chunks, fps=stream.timeline.fps)
+    # 2. Sample. Files are finished first and then the computations in flight.
+    with contextlib.closing(stream), interruption.deferred():
+        try:
+            with bar:
+                for chunk in interruption.waiting(stream):
+                    recorder.append(chunk)
+                    bar.advance(chunk.frames.shape[1], videos=chunk.frames.shape[0])
+        except FloatingPointError as error:
+            raise Failure(str(error)) from error
+        finally:
+            finish(recorder)
+
+
+def _recorder(batch: _Batch, stream: Any, size: tuple[int, int], args: Any) -> "Recorder":
+    """The recorder of a batch; remarks are printed."""
+    from longlive_jax.sampling.record import video_record
+    from longlive_jax.sampling.recorder import Recorder, file_name, video_path
+
+    # 1. Remarks and names.
     for note in stream.notes:
         print(f"note: {note}", file=sys.stderr)
-    names = [file_name(script.name, first + i, many) for i, script in enumerate(batch)]
-    recorder = Recorder(out, stream.timeline, names, stills=args.stills, latents=args.latents)
+    names = [
+        file_name(script.name, batch.first + i, batch.many)
+        for i, script in enumerate(batch.scripts)
+    ]
+    for path in (video_path(batch.out, name, form) for name in names for form in batch.formats):
+        if path.exists():
+            print(f"note: replaces the existing {path}", file=sys.stderr)
+    # 2. Records, which are also the tags of the videos.
+    records = [
+        video_record(batch.run, script, size, notes=stream.notes, batch=len(batch.scripts), index=i)
+        for i, script in enumerate(batch.scripts)
+    ]
+    return Recorder(
+        batch.out,
+        stream.timeline,
+        names,
+        stills=args.stills,
+        latents=args.latents,
+        formats=batch.formats,
+        scale=args.scale,
+        records=records,
+    )
+
+
+def finish(recorder: "Recorder") -> None:
+    """Closes a recorder and prints every file that it has written."""
     try:
-        with contextlib.closing(stream), recorder:
-            for chunk in _with_progress(stream):
-                recorder.append(chunk)
+        recorder.close()
     finally:
         for files in recorder.videos:
-            if files.frames:
-                seconds = files.frames / stream.timeline.fps
-                print(f"{files.path}: {files.frames} frames, {seconds:.1f} s")
+            for note in files.notes:
+                print(f"note: {note}", file=sys.stderr)
+            for line in file_lines(files):
+                print(line)
 
 
-def _with_progress(stream: "Stream") -> Iterator["Chunk"]:
-    """The chunks of a stream, with a bar: chunk, seconds of video, frames per second."""
-    with ChunkBar(stream.timeline.num_chunks, fps=stream.timeline.fps) as bar:
-        for chunk in stream:
-            yield chunk
-            bar.advance(chunk.frames.shape[1], videos=chunk.frames.shape[0])
+def file_lines(files: "VideoFiles") -> list[str]:
+    """The paths of a video's files, the first one with its length and size."""
+    if not (paths := files.paths()):
+        return []
+    if not files.is_finished:
+        return [f"{path}: not finished, but can be played" for path in paths]
+    height, width = files.size
+    enlarged = f", enlarged {files.scale} times" if files.scale > 1 else ""
+    about = f"{files.frames} frames, {files.seconds:.1f} s, {width}x{height} pixels{enlarged}"
+    return [f"{paths[0]}: {about}", *map(str, paths[1:])]

@@ -1,19 +1,23 @@
-"""The files of a sampled video: an MP4 written chunk by chunk, a strip of stills, latents."""
+"""The files of a sampled video, written chunk by chunk: video, strip, latents, record."""
 
 import dataclasses
+import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from longlive_jax.io.paths import check_writable
-from longlive_jax.io.pictures import strip
-from longlive_jax.io.video import Mp4Writer
+from longlive_jax.io.pictures import default_scale, enlarge, strip
+from longlive_jax.io.video import FORMATS, VideoWriter
+from longlive_jax.sampling.record import file_tags
 from longlive_jax.sampling.stream import Chunk
 from longlive_jax.sampling.timeline import Timeline
+from longlive_jax.spec import Failure, UserError
 
 STRIP_ROWS = 60
 """Most segments in a strip; a video of hours has more than a picture can hold."""
@@ -39,19 +43,71 @@ def file_name(name: str, number: int, many: bool) -> str:
     return f"{number:03d}-{plain}" if plain else f"{number:03d}"
 
 
+def video_path(folder: Path, name: str, form: str) -> Path:
+    """The file, or for PNG the folder of frames, of the video `name` in a format."""
+    return folder / f"{name}{FORMATS[form].suffix or '.frames'}"
+
+
+def check_files(size: tuple[int, int], formats: Sequence[str], scale: int | None) -> None:
+    """Raises UserError if a format cannot have frames of `size` enlarged by `scale`."""
+    factor = default_scale(size) if scale is None else scale
+    for form in formats:
+        try:
+            FORMATS[form].check_size(size[0] * factor, size[1] * factor)
+        except ValueError as error:
+            raise UserError(f"--format={form} --scale={factor}: {error}") from error
+
+
 @dataclasses.dataclass
-class StripRow:
-    """The stills of one segment.
+class Segment:
+    """A stretch of one video with one prompt and no cut.
 
     Attributes:
       caption: its prompt without the cut prefix.
-      picks: indices of the raw frames to show.
+      cut: whether a new shot begins with it.
+      first_frame: its first raw frame.
+      end_frame: the frame after the last one written so far.
+      picks: indices of the raw frames to show in the strip.
       stills: the frames picked so far.
     """
 
     caption: str
+    cut: bool
+    first_frame: int
+    end_frame: int
     picks: np.ndarray
     stills: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def values(self) -> dict[str, Any]:
+        """Its entry in the record."""
+        return {
+            "prompt": self.caption,
+            "cut": self.cut,
+            "first_frame": self.first_frame,
+            "end_frame": self.end_frame,
+        }
+
+
+class LatentsFile:
+    """A `.npy` file of latents `[f, h, w, c]` that is complete after every chunk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._frames = 0
+
+    def append(self, latents: np.ndarray) -> None:
+        """Adds latents `[f, h, w, c]` and updates the length in the header."""
+        latents = np.ascontiguousarray(latents)
+        with self.path.open("r+b" if self._frames else "wb") as file:
+            self._frames += len(latents)
+            header = {
+                "shape": (self._frames, *latents.shape[1:]),
+                "fortran_order": False,
+                "descr": np.lib.format.dtype_to_descr(latents.dtype),
+            }
+            np.lib.format.write_array_header_1_0(file, header)  # leaves room for a longer axis 0
+            file.seek(0, os.SEEK_END)
+            file.write(latents.tobytes())
 
 
 class VideoFiles:
@@ -59,57 +115,172 @@ class VideoFiles:
 
     The strip has a row per segment. Prompts and cuts are those of the chunks, so a steered video is
     captioned with what was generated.
+
+    Attributes:
+      notes: remarks for the user, such as captions that no font can show.
+      writers: writer of each format.
     """
 
     def __init__(
-        self, folder: Path, name: str, timeline: Timeline, video: int, *, stills: int, latents: bool
+        self,
+        folder: Path,
+        name: str,
+        timeline: Timeline,
+        video: int,
+        *,
+        stills: int,
+        latents: bool,
+        formats: Sequence[str],
+        scale: int | None,
+        record: Mapping[str, Any] | None,
     ):
-        self.path = folder / f"{name}.mp4"
+        # 1. Files.
         self.strip_path = folder / ("strip.png" if name == "video" else f"{name}.strip.png")
+        self.record_path = folder / f"{name}.json"
         self.latents_path = folder / f"{name}.latents.npy"
-        self.frames = 0
+        self._record = None if record is None else dict(record)
+        self.writers: list[VideoWriter] = [
+            FORMATS[form](
+                video_path(folder, name, form),
+                fps=timeline.fps,
+                metadata=None if self._record is None else file_tags(self._record),
+            )
+            for form in formats
+        ]
+        self._latents = LatentsFile(self.latents_path) if latents else None
+        # 2. Progress.
+        self.notes: tuple[str, ...] = ()
+        self._written: list[Path] = []
         self._timeline, self._video = timeline, video
         self._num_chunks = int(timeline.lengths[video])
-        self._num_stills = stills
-        self._writer = Mp4Writer(self.path, fps=timeline.fps)
-        self._latents: list[np.ndarray] | None = [] if latents else None
+        self._chunks = 0
+        self._num_stills, self._scale = stills, scale
+        self._size = (0, 0)
         self._planned_ends = {
             (a, prompt): end for a, end, prompt in prompt_segments(timeline, video)
         }
-        self._prompt: str | None = None
-        self._rows: list[StripRow] = []
+        self._segments: list[Segment] = []
+
+    @property
+    def path(self) -> Path:
+        """The video in its first format."""
+        return self.writers[0].path
 
     def append(self, chunk: Chunk) -> None:
         """Writes this video's frames of the next chunk; padding after its end is dropped."""
         if chunk.index >= self._num_chunks:
             return
         frames = chunk.frames[self._video]
-        self._append_stills(chunk, frames)
+        if self._scale is None:
+            self._scale = default_scale((frames.shape[1], frames.shape[2]))
+        self._size = (frames.shape[1] * self._scale, frames.shape[2] * self._scale)
+        for writer in self.writers:
+            writer.append(enlarge(frames, self._scale))
+        self._chunks += 1
+        self._append_segment(chunk, frames)
         if self._latents is not None:
             self._latents.append(np.asarray(chunk.latents[self._video]))
-        self._writer.append(frames)
-        self.frames += len(frames)
 
     def close(self) -> None:
-        """Finishes all files; without any frames there are none."""
-        self._writer.close()
-        if self._latents:
-            np.save(self.latents_path, np.concatenate(self._latents))
-        rows = [row for row in self._rows if row.stills]
-        if rows:
-            strip(
-                self.strip_path, [np.stack(row.stills) for row in rows], [r.caption for r in rows]
-            )
+        """Finishes all files; without any frames there are none.
 
-    def _append_stills(self, chunk: Chunk, frames: np.ndarray) -> None:
+        Raises the first Failure after trying every file.
+        """
+        # 1. The record, complete, so that it is also in the tags.
+        if self._record is not None and self.frames:
+            self._record |= self._outcome()
+        errors: list[Failure] = []
+        for writer in self.writers:
+            if self._record is not None:
+                writer.metadata = file_tags(self._record)
+            try:
+                writer.close()
+            except Failure as error:
+                errors.append(error)
+        # 2. The other files.
+        for write in (self._write_record, self._write_strip) if self.frames else ():
+            try:
+                write()
+            except OSError as error:
+                reason = error.strerror or error
+                errors.append(Failure(f"{self.record_path.parent}: cannot be written ({reason})"))
+        if errors:
+            raise errors[0]
+
+    def paths(self) -> list[Path]:
+        """Every file that was written; a video that could not be finished by its part file."""
+        if not self.frames:
+            return []
+        unfinished = [w.part for w in self.writers if w.part != w.path and w.part.exists()]
+        finished = [w.path for w in self.writers if w.part not in unfinished]
+        latents = [] if self._latents is None else [self.latents_path]
+        return [*finished, *unfinished, *self._written, *latents]
+
+    @property
+    def frames(self) -> int:
+        """Raw frames written so far."""
+        return self.writers[0].frames
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the video has been moved to its path."""
+        part = self.writers[0].part
+        return part == self.path or not part.exists()
+
+    @property
+    def seconds(self) -> float:
+        """Duration written so far, in seconds."""
+        return self.frames / self._timeline.fps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the video in pixels, enlarged."""
+        return self._size
+
+    @property
+    def scale(self) -> int:
+        """Enlargement of the frames in the video."""
+        return self._scale or 1
+
+    def _outcome(self) -> dict[str, Any]:
+        """What the record says of the finished video."""
+        return {
+            "video": {
+                "files": [writer.path.name for writer in self.writers],
+                "frames": self.frames,
+                "fps": float(self._timeline.fps),
+                "size": list(self._size),
+                "enlarged": self._scale,
+                "shots": [segment.values() for segment in self._segments],
+            },
+            "interrupted": self._chunks < self._num_chunks,
+        }
+
+    def _write_record(self) -> None:
+        if self._record is not None:
+            self.record_path.write_text(json.dumps(self._record, indent=1) + "\n")
+            self._written.append(self.record_path)
+
+    def _write_strip(self) -> None:
+        rows = [row for row in self._segments if row.stills]
+        if rows:
+            stills = [np.stack(row.stills) for row in rows]
+            self.notes = strip(self.strip_path, stills, [row.caption for row in rows])
+            self._written.insert(0, self.strip_path)
+
+    def _append_segment(self, chunk: Chunk, frames: np.ndarray) -> None:
+        """Continues the current segment or begins one, and picks its stills."""
         prompt = chunk.prompt[self._video].removeprefix(self._timeline.prefix)
-        if prompt != self._prompt or chunk.cut[self._video]:
-            self._prompt = prompt
-            self._rows.append(StripRow(prompt, self._picks(chunk, prompt)))
-        if len(self._rows) <= STRIP_ROWS:
-            offsets = self._rows[-1].picks - chunk.first_frame
+        cut, first = bool(chunk.cut[self._video]), chunk.first_frame
+        if not self._segments or prompt != self._segments[-1].caption or cut:
+            picks = self._picks(chunk, prompt)
+            self._segments.append(Segment(prompt, cut, first, first, picks))
+        segment = self._segments[-1]
+        segment.end_frame = first + len(frames)
+        if len(self._segments) <= STRIP_ROWS:
+            offsets = segment.picks - first
             inside = offsets[(offsets >= 0) & (offsets < len(frames))]
-            self._rows[-1].stills += [frames[i].copy() for i in inside]
+            segment.stills += [frames[i].copy() for i in inside]
 
     def _picks(self, chunk: Chunk, prompt: str) -> np.ndarray:
         """Evenly spaced frames of the segment that begins with `chunk`.
@@ -136,15 +307,38 @@ class Recorder:
         *,
         stills: int = 8,
         latents: bool = False,
+        formats: Sequence[str] = ("mp4",),
+        scale: int | None = None,
+        records: Sequence[Mapping[str, Any]] | None = None,
     ):
         """Files named after `names` in `folder`.
 
-        `stills` is the number of pictures per segment in the strip, 0 for no strip; `latents` also
-        writes the latents. Raises UserError for a folder that cannot be written.
+        Args:
+          folder: where to write.
+          timeline: the scripts in chunks.
+          names: name of each video.
+          stills: pictures per segment in the strip; 0 for no strip.
+          latents: also write the latents, which are never enlarged.
+          formats: formats of the videos, keys of `FORMATS`.
+          scale: integer factor by which frames are enlarged; None for `default_scale`.
+          records: record of each video (`record.video_record`), or None to write none.
+
+        Raises UserError for a folder that cannot be written.
         """
         check_writable(folder)
+        self._is_open = True
         self.videos = [
-            VideoFiles(folder, name, timeline, i, stills=stills, latents=latents)
+            VideoFiles(
+                folder,
+                name,
+                timeline,
+                i,
+                stills=stills,
+                latents=latents,
+                formats=formats,
+                scale=scale,
+                record=None if records is None else records[i],
+            )
             for i, name in enumerate(names)
         ]
 
@@ -152,6 +346,20 @@ class Recorder:
         """Adds a chunk of every video."""
         for video in self.videos:
             video.append(chunk)
+
+    def close(self) -> None:
+        """Finishes the files of every video. Raises the first Failure after trying all."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        errors = []
+        for video in self.videos:
+            try:
+                video.close()
+            except Failure as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> Self:
         return self
@@ -162,5 +370,8 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for video in self.videos:
-            video.close()
+        try:
+            self.close()
+        except Failure:
+            if error is None:  # otherwise the first error is reported
+                raise

@@ -133,6 +133,8 @@ def read_scripts(
 ) -> list[ShotScript]:
     """Reads a YAML or JSON script, a text file of captions, or a caption folder.
 
+    A JSON file may be the record of a sampled video, which has its script.
+
     A text file has one single-shot video per line. A folder has `caption/<video>/<shot>.json` with
     `{"caption": ...}` (or directly the videos, or the shots of one video), and optionally
     `shot_durations.txt` with the chunks of each shot.
@@ -174,6 +176,8 @@ def parse_script(
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected a mapping with 'shots', got {type(values).__name__}")
+    if values.get("generated") is True and isinstance(values.get("script"), Mapping):
+        values = values["script"]  # the record of a sampled video
     known = ("shots", "seed", "size", "image", "negative_prompt", "name")
     reject_unknown(map(str, values), known, where)
     values = {"name": name, **values}

@@ -79,14 +79,15 @@ def verdict_lines(verdict: VideoVerdict) -> Iterator[str]:
         yield f"Cuts that are not in the script: frames {', '.join(map(str, verdict.extra_cuts))}."
     # Counts.
     shots, cuts, returns = verdict.shots, verdict.cuts, verdict.returns
-    yield f"Captions: {sum(shot.caption_correct for shot in shots)}/{len(shots)} correct."
+    yield f"Captions: {sum(shot.shows_caption for shot in shots)}/{len(shots)} correct."
     if cuts:
         yield f"Cuts: {sum(cut.exact for cut in cuts)}/{len(cuts)} on the right frame."
     constant = sum(shot.identity_held for shot in shots)
-    yield f"Identity: {constant}/{len(shots)} shots keep shape, colour, marker and size constant."
+    identity = f"Identity: {constant}/{len(shots)} shots keep marker, size, shape and colour"
     if returns:
         same = sum(back.same_identity for back in returns)
-        yield f"Identity: {same}/{len(returns)} returning subjects keep their marker and size."
+        identity += f"; {same}/{len(returns)} returning subjects have their earlier marker and size"
+    yield f"{identity}."
 
 
 def _mistakes(shot: ShotVerdict) -> str:
@@ -97,6 +98,9 @@ def _mistakes(shot: ShotVerdict) -> str:
         for kind, correct in shot.correct.items()
         if not correct
     ]
+    if shot.hidden is not None:
+        first, end = shot.hidden
+        mistakes.append(f"no subject is visible in frames {first} to {end - 1}")
     return ", ".join(mistakes) or "correct"
 
 
@@ -119,7 +123,7 @@ def verdict_json(verdict: VideoVerdict | None) -> dict | None:
         {
             **dataclasses.asdict(verdict, dict_factory=_with_report_keys),
             "drift": verdict.drift,
-            "shots_all_right": sum(shot.caption_correct for shot in verdict.shots),
+            "shots_all_right": sum(shot.shows_caption for shot in verdict.shots),
             "cuts_exact": sum(cut.exact for cut in verdict.cuts),
             "words": list(verdict_lines(verdict)),
         }

@@ -27,6 +27,7 @@ _SIZE_TOLERANCE = 1.0  # pixels of radius
 _CUT_FLOOR = 0.04  # smallest mean absolute change at a cut; in ground-truth videos it is >= ~0.1
 _CUT_CONTRAST = 3.0  # smallest ratio of the change at a cut to the median change around it
 _JUMP = 8.0  # pixels per frame; faster than any motion of the world, hence a cut
+_MIN_HIDDEN = 12  # frames without a visible subject that count as its absence
 _MIN_SEGMENT = 12  # frames; shorter segments of a shot within a quarter are not judged
 
 
@@ -44,6 +45,8 @@ class ShotVerdict:
       radius: median radius of the subject in pixels; NaN if no frame shows a shape.
       velocity: median velocity (x, y) in pixels per frame; NaN if there is no common motion.
       identity_held: whether shape, colour, marker and size stay the same throughout the shot.
+      hidden: longest range (first frame, frame after the last) of at least half a second without a
+        visible subject, or None. No true video has one.
     """
 
     caption: str
@@ -55,11 +58,17 @@ class ShotVerdict:
     radius: float
     velocity: tuple[float, float]
     identity_held: bool
+    hidden: tuple[int, int] | None = None
 
     @property
     def caption_correct(self) -> bool:
-        """Whether all four attributes are as in the caption."""
+        """Whether all four attributes are as in the caption, by the majority of frames."""
         return all(self.correct.values())
+
+    @property
+    def shows_caption(self) -> bool:
+        """Whether the caption is correct and the subject is visible from beginning to end."""
+        return self.caption_correct and self.hidden is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +228,16 @@ def _judge_shot(
         radius=radius,
         velocity=velocity or (float("nan"), float("nan")),
         identity_held=_identity_held(frames, part),
+        hidden=_hidden(frames.shape[part] == UNCLEAR, span[0]),
     )
+
+
+def _hidden(is_hidden: np.ndarray, start: int) -> tuple[int, int] | None:
+    """The longest run of hidden frames if it is long enough; `start` is the first frame's index."""
+    edges = np.flatnonzero(np.diff(np.pad(is_hidden.astype(int), 1)))
+    runs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+    first, end = max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+    return (start + first, start + end) if end - first >= _MIN_HIDDEN else None
 
 
 def _majority(readings: np.ndarray, table) -> str | None:

@@ -1,29 +1,18 @@
 """Preemption: after SIGTERM or Ctrl-C the current step finishes and is checkpointed."""
 
 import signal
-import threading
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
 
-from longlive_jax.spec import Failure
+from longlive_jax.io.signals import Stopped, StopSignals
+
+__all__ = ["StopRequest", "Stopped"]
 
 
-class Stopped(Failure):
-    """A run that stopped on a signal after saving a checkpoint.
-
-    `code` is the exit code, 128 + the signal number by shell convention.
-    """
-
-    def __init__(self, text: str, code: int):
-        super().__init__(text)
-        self.code = code
-
-
-class StopRequest:
+class StopRequest(StopSignals):
     """A context that records SIGTERM and the first Ctrl-C; a second Ctrl-C interrupts immediately.
 
     In a multi-process job all processes stop after the same step: JAX's preemption service forwards
@@ -32,30 +21,22 @@ class StopRequest:
     """
 
     def __init__(self, notify: Callable[[str], None]):
+        super().__init__()
         self._notify = notify
-        self._signal: int | None = None
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            caught = (signal.SIGINT, signal.SIGTERM)
-            self._previous = {number: signal.signal(number, self._record) for number in caught}
-        return self
+    def __enter__(self) -> Self:
+        return super().__enter__() if jax.process_count() == 1 else self
 
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _record(self, number: int, _frame: FrameType | None) -> None:
-        if self._signal is not None and number == signal.SIGINT:
+    def received(self, number: int, *, is_first: bool) -> None:
+        """Announces the stop, or interrupts at a second Ctrl-C."""
+        if number == signal.SIGINT and not is_first:
             raise KeyboardInterrupt
-        self._signal = number
         self._notify("Stopping after this step is saved; Ctrl-C again stops at once.")
 
     def after(self, step: int) -> int | None:
         """The signal to stop for after `step`, equal in all processes; None to continue."""
         if jax.process_count() == 1:
-            return self._signal
+            return self.signal
         if multihost_utils.reached_preemption_sync_point(step):
             return signal.SIGTERM
         return None

@@ -38,11 +38,13 @@ def command(checkpoint, script, tmp_path):
 def test_files(command, tmp_path, capsys):
     assert run([*command, "--latents"]) == 0
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"video.mp4", "strip.png", "video.latents.npy"}
-    assert read_video(out / "video.mp4").shape == (5 + 3 * 8, 64, 32, 3)
+    names = {"video.mp4", "strip.png", "video.json", "video.latents.npy"}
+    assert {p.name for p in out.iterdir()} == names
+    assert read_video(out / "video.mp4").shape == (5 + 3 * 8, 6 * 64, 6 * 32, 3)
     assert np.load(out / "video.latents.npy").shape == (8, 4, 2, 4)
     output = capsys.readouterr()
     assert "29 frames" in output.out and "rounded up" in output.err
+    assert all(str(out / name) in output.out for name in names)
 
 
 def test_an_interrupt_leaves_the_finished_chunks(command, tmp_path, monkeypatch, capsys):
@@ -72,6 +74,9 @@ def test_an_interrupt_leaves_the_finished_chunks(command, tmp_path, monkeypatch,
         (["--batch=0"], "--batch must be >= 1, got 0"),
         (["--stills=-1"], "--stills must be >= 0, got -1"),
         (["--video=/nowhere.mp4"], "does not exist"),
+        (["--format=avi"], "format must be one or more of mp4, webm, gif, png"),
+        (["--scale=0"], "--scale must be in [1, 32], got 0"),
+        (["--scale=33"], "--scale must be in [1, 32], got 33"),
     ],
 )
 def test_mistakes_cost_one_line(command, change, message, capsys, monkeypatch):

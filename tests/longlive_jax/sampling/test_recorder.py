@@ -41,6 +41,7 @@ def strips(monkeypatch):
 
     def strip(path, rows, captions):
         calls.append((path.name, [[int(x[0, 0, 0]) // 8 for x in row] for row in rows], captions))
+        return ()
 
     monkeypatch.setattr(recorder, "strip", strip)
     return calls

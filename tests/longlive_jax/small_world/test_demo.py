@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from longlive_jax.cli.app import run
 from longlive_jax.cli.demo import print_report
+from longlive_jax.io.pictures import default_scale, enlarge
 from longlive_jax.io.video import read_video
 from longlive_jax.sampling.pipeline import Pipeline
-from longlive_jax.small_world.demo import StageTimer, enlarge, make_demo
+from longlive_jax.small_world.demo import DemoHooks, StageTimer, make_demo
 from longlive_jax.small_world.demo_script import script_from_prompts
 
 CAPTION = "a red circle moves left on a white background"
@@ -17,7 +19,7 @@ CAPTION = "a red circle moves left on a white background"
 
 def test_demo_command(tiny_world, tmp_path, capsys):
     out = tmp_path / "demo"
-    flags = [f"--prompt={CAPTION}", "--prompt=a dog", "--scale=2", "--steps=1", "--seed=3"]
+    flags = [f"--prompt={CAPTION}", "--prompt=a dog", "--scale=2", "--steps=1", "--seed=3", "--gif"]
     assert run(["demo", f"--out={out}", f"--checkpoint={tiny_world}", *flags]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["frames"] == 253 and report["judge"] is None
@@ -25,8 +27,14 @@ def test_demo_command(tiny_world, tmp_path, capsys):
     assert [shot["first_frame"] for shot in report["shots"]] == [0, 125]
     assert read_video(out / "video.mp4").shape == (253, 128, 128, 3)
     assert (out / "strip.png").stat().st_size
+    assert json.loads((out / "video.json").read_text())["script"]["seed"] == 3
+    with Image.open(out / "video.gif") as gif:
+        assert gif.n_frames == 127 and gif.width == 256 and gif.height > 256
     printed = capsys.readouterr().out
-    assert "not small-world captions" in printed and str(out / "video.mp4") in printed
+    assert "not small-world captions" in printed
+    names = {"video.mp4", "video.gif", "video.json", "strip.png", "report.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert all(str(out / name) in printed for name in names)
 
 
 def test_report_of_a_judged_video(tiny_world, tmp_path):
@@ -34,7 +42,12 @@ def test_report_of_a_judged_video(tiny_world, tmp_path):
     script = script_from_prompts([CAPTION, CAPTION.replace("red", "blue")], 0, chunks=4)
     chunk_lengths = []
     files, report = make_demo(
-        pipe, script, tmp_path, timer=StageTimer(), scale=1, on_chunk=chunk_lengths.append
+        pipe,
+        script,
+        tmp_path,
+        timer=StageTimer(),
+        scale=1,
+        hooks=DemoHooks(on_chunk=chunk_lengths.append),
     )
     assert chunk_lengths == [13, 16, 16, 16]
     assert report == json.loads(files.report.read_text())
@@ -62,6 +75,13 @@ def test_lost_identity_is_explained_for_the_builtin_model(
     assert ("known limit of the built-in model" in printed) == explained
 
 
+@pytest.mark.parametrize(
+    ("size", "scale"), [((64, 64), 6), ((64, 128), 3), ((256, 256), 1), ((704, 1280), 1)]
+)
+def test_small_videos_are_enlarged(size, scale):
+    assert default_scale(size) == scale
+
+
 def test_enlarged_pixels_are_squares():
     frames = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
     big = enlarge(frames, 3)
@@ -71,7 +91,7 @@ def test_enlarged_pixels_are_squares():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint=/nowhere"], "no such checkpoint"),
+        (["--checkpoint=/nowhere"], "is not a directory"),
         (["--scale=0"], "--scale must be in [1, 32], got 0"),
         (["--seed=-1"], "--seed must be in [0, 2**32), got -1"),
         (["--out=/proc/demo"], "cannot write"),

@@ -45,10 +45,10 @@ def test_lines_about_a_ground_truth_video():
     verdict = demo_script.judge(*rendered())
     lines = list(demo_script.verdict_lines(verdict))
     assert lines[0].startswith("Shot 1: ") and lines[0].endswith(": correct.")
-    assert lines[3:6] == [
+    assert [line.split(".")[0].split(";")[0] + "." for line in lines[3:]] == [
         "Captions: 3/3 correct.",
         "Cuts: 2/2 on the right frame.",
-        "Identity: 3/3 shots keep shape, colour, marker and size constant.",
+        "Identity: 3/3 shots keep marker, size, shape and colour.",
     ]
 
 
@@ -64,6 +64,20 @@ def test_lines_name_mistakes():
     assert "Captions: 2/3 correct." in lines and "Cuts: 1/2 on the right frame." in lines
 
 
+def test_a_subject_that_leaves_is_a_mistake():
+    """Most frames of the shot are as in the caption, and the rest are empty."""
+    frames, captions, bounds = rendered()
+    first, end = bounds[2][1] - 20, bounds[2][1]
+    frames[first:end] = np.median(frames[first].reshape(-1, 3), axis=0)
+    verdict = demo_script.judge(frames, captions, bounds)
+    assert [shot.hidden for shot in verdict.shots] == [None, None, (first, end)]
+    assert verdict.shots[2].caption_correct and not verdict.shots[2].shows_caption
+    lines = list(demo_script.verdict_lines(verdict))
+    assert f"no subject is visible in frames {first} to {end - 1}" in lines[2]
+    assert "Captions: 2/3 correct." in lines
+    assert demo_script.verdict_json(verdict)["shots_all_right"] == 2
+
+
 def test_json_of_a_verdict_has_the_keys_of_the_report():
     verdict = demo_script.verdict_json(demo_script.judge(*rendered()))
     assert set(verdict) == {
@@ -72,7 +86,7 @@ def test_json_of_a_verdict_has_the_keys_of_the_report():
     }  # fmt: skip
     assert set(verdict["shots"][0]) == {
         "caption", "start", "stop", "shown", "right", "mark", "radius", "velocity",
-        "identity_held",
+        "identity_held", "hidden",
     }  # fmt: skip
     assert set(verdict["shots"][0]["shown"]) == {"shape", "colour", "background", "motion"}
     assert set(verdict["cuts"][0]) == {"expected", "found"}
