@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("sample", "Samples the videos of a shot script.")
+    # What to sample.
     parser.add_argument(
         "--script",
         required=True,
@@ -59,6 +60,12 @@ def _parser() -> Parser:
     parser.add_argument("--chunks_per_shot", type=int, help="chunks per shot, for caption folders")
     parser.add_argument("--batch", type=int, default=1, help="videos sampled together")
     parser.add_argument("--video", help="a video file to continue")
+    parser.add_argument(
+        "--video_cuts",
+        help="first frame of every shot of --video but the first, such as 48,96, at the model's "
+        "frame rate",
+    )
+    # What to write.
     parser.add_argument(
         "--stills", type=int, default=8, help="pictures per shot in the strip (0 = no strip)"
     )
@@ -99,6 +106,9 @@ def _run(
 
     args, settings = command.args, command.settings
     check_scale(args.scale)
+    if args.video_cuts and not args.video:
+        raise UserError("--video_cuts describes a video to continue; give --video, too")
+    cuts = _video_cuts(args.video_cuts)
     formats = parse_formats(args.format)
     scripts = _scripts(args)
     out = check_writable(args.out)
@@ -107,14 +117,17 @@ def _run(
     sample, checkpoint = settings.get("sample") or {}, settings.get("checkpoint")
     if record is not None:
         sample = recorded_settings(record) | sample
-        checkpoint = checkpoint if has_recipe else record["checkpoint"]["path"]
+        recorded = (record.get("checkpoint") or {}).get("path")
+        checkpoint = checkpoint if has_recipe else recorded
     folder = find_checkpoint(args.checkpoint or checkpoint)
     pipe = Pipeline.from_checkpoint(folder, **sample)
     note_sample(command.given, SampleRun(pipe.spec, scripts, args))
     for line in pipe.describe_kernels():
         print(f"dit: {line}")
     video = _read_video(args.video, pipe, scripts)
-    run = run_record(pipe.spec, folder, command=words, source=args.script, continues=args.video)
+    past = {"video": video} | ({"video_cuts": cuts} if cuts else {})
+    continues = None if video is None else {"path": args.video, "cuts": list(cuts)}
+    run = run_record(pipe.spec, folder, command=words, source=args.script, continues=continues)
     for line in () if record is None else differences(record, run):
         print(f"note: {line}", file=sys.stderr)
     # 3. One batch after the other; sizes are checked before anything compiles.
@@ -123,7 +136,7 @@ def _run(
         check_files(pipe.engine.size_of(batch), formats, args.scale)
     for i, batch in enumerate(batches):
         first, many = i * args.batch, len(scripts) > 1
-        batch_run = _Batch(batch, out, formats, run, first=first, many=many, video=video)
+        batch_run = _Batch(batch, out, formats, run, first=first, many=many, past=past)
         _sample_batch(pipe, batch_run, args, interruption)
 
 
@@ -154,6 +167,14 @@ def _read_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"])
     return read_frames(path, fps=pipe.spec.fps, size=pipe.engine.size_of(scripts))
 
 
+def _video_cuts(text: str | None) -> tuple[int, ...]:
+    """The frames of `--video_cuts`. Raises UserError for anything but numbers and commas."""
+    try:
+        return tuple(int(word) for word in text.split(",")) if text else ()
+    except ValueError:
+        raise UserError(f"--video_cuts must be frames such as 48,96, got {text!r}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batch:
     """Videos that are sampled together.
@@ -165,7 +186,7 @@ class _Batch:
       run: record of the run.
       first: index of the first of them in the run.
       many: whether the run has several videos.
-      video: frames of the video to continue, or None.
+      past: the video to continue and its cuts, as options of `Pipeline.stream`.
     """
 
     scripts: list["ShotScript"]
@@ -174,7 +195,7 @@ class _Batch:
     run: Mapping[str, Any]
     first: int
     many: bool
-    video: Any
+    past: Mapping[str, Any]
 
 
 def _sample_batch(pipe: "Pipeline", batch: _Batch, args: Any, interruption: Interruption) -> None:
@@ -182,7 +203,7 @@ def _sample_batch(pipe: "Pipeline", batch: _Batch, args: Any, interruption: Inte
     # 1. The stream and its files.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same remarks are among the notes
-        stream = pipe.stream(batch.scripts, video=batch.video)
+        stream = pipe.stream(batch.scripts, **batch.past)
     recorder = _recorder(batch, stream, pipe.engine.size_of(batch.scripts), args)
     bar = ChunkBar(stream.timeline.num_chunks, fps=stream.timeline.fps)
     # 2. Sample. Files are finished first and then the computations in flight.

@@ -318,7 +318,10 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise Unusable(f"{path.name}: has no video stream")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise Unusable(f"{path.name}: has a video stream of an unknown codec")
+            yield container, stream
     except (av.FFmpegError, EOFError, OSError) as error:
         why = getattr(error, "strerror", None) or error
         raise Unusable(f"{path.name}: cannot be decoded ({why})") from error

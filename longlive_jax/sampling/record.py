@@ -13,7 +13,7 @@ A record is a JSON object:
     versions      of this package, JAX, numpy, PyAV and Python
     device        platform, kind and number of the devices
     command       the arguments of the program
-    continues     path of the video that was continued, or null
+    continues     path and cuts of the video that was continued, or null
     source        path of the script file
     batch         videos sampled together, and the index of this one
     notes         remarks made while sampling
@@ -55,14 +55,14 @@ def run_record(
     *,
     command: Sequence[str] = (),
     source: str | None = None,
-    continues: str | None = None,
+    continues: Mapping[str, Any] | None = None,
 ) -> Record:
     """The part of a record that all videos of a run have in common; see the module's docstring."""
     is_builtin = checkpoint.resolve() == builtin_checkpoint().resolve()
     device = jax.devices()[0]
     return {
         "generated": True,
-        "settings": dataclasses.asdict(spec),
+        "settings": json.loads(json.dumps(dataclasses.asdict(spec))),  # lists for tuples
         "checkpoint": {
             "path": BUILTIN if is_builtin else str(checkpoint.resolve()),
             "fingerprint": weights_fingerprint(checkpoint),
@@ -79,7 +79,7 @@ def run_record(
         },
         "command": list(command),
         "source": source,
-        "continues": continues,
+        "continues": None if continues is None else dict(continues),
     }
 
 
@@ -136,10 +136,10 @@ def file_tags(record: Mapping[str, Any]) -> dict[str, str]:
 def _without_folders(record: Mapping[str, Any]) -> Record:
     """A record without the command, and with the names of files instead of their paths."""
     public = {k: v for k, v in record.items() if k != "command"}
-    public |= {k: dict(public[k]) for k in ("checkpoint", "script") if k in public}
+    public |= {k: dict(public[k]) for k in ("checkpoint", "script", "continues") if public.get(k)}
     for holder, name in (
         (public, "source"),
-        (public, "continues"),
+        (public.get("continues") or {}, "path"),
         (public.get("checkpoint", {}), "path"),
         (public.get("script", {}), "image"),
     ):
@@ -172,7 +172,7 @@ def differences(record: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str,
     """Remarks on what a run does otherwise than the recorded one, if that may change the video."""
     pairs = []
     for group in ("settings", "versions", "device", "checkpoint"):
-        before, now = record.get(group) or {}, json.loads(json.dumps(run[group]))
+        before, now = record.get(group) or {}, run[group]
         pairs += [
             (f"{group[:-1] if group.endswith('s') else group} {name}", before[name], now[name])
             for name in now

@@ -96,7 +96,7 @@ def _mistakes(shot: ShotVerdict) -> str:
     mistakes = [
         f"{kind} is {shot.observed[kind] or 'unclear'} instead of {getattr(expected, kind)}"
         for kind, correct in shot.correct.items()
-        if not correct
+        if not correct and (shot.hidden is None or shot.observed[kind] is not None)
     ]
     if shot.hidden is not None:
         first, end = shot.hidden
