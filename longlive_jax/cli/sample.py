@@ -252,9 +252,16 @@ def _recorder(batch: _Batch, stream: Any, size: tuple[int, int], args: Any) -> "
 
 
 def finish(recorder: "Recorder") -> None:
-    """Closes a recorder and prints every file that it has written."""
+    """Closes a recorder and prints every file that it has written.
+
+    Raises Failure for a file that cannot be finished, unless another exception is on its way.
+    """
+    is_failing = sys.exception() is not None
     try:
         recorder.close()
+    except Failure:
+        if not is_failing:
+            raise
     finally:
         for files in recorder.videos:
             for note in files.notes:

@@ -265,6 +265,28 @@ class Mp4Writer(StreamWriter):
         stream.options = {"crf": str(self._crf), "preset": "veryfast"}
         return stream
 
+    def _abandon(self) -> None:
+        super()._abandon()
+        if self.part.exists():
+            _drop_incomplete_fragment(self.part)
+
+
+def _drop_incomplete_fragment(path: Path) -> None:
+    """Cuts a fragmented MP4 after its last complete fragment, so that it decodes to its end."""
+    total = path.stat().st_size
+    with path.open("r+b") as file:
+        at = end = 0
+        while at + 16 <= total:
+            file.seek(at)
+            header = file.read(16)
+            size, kind = int.from_bytes(header[:4]), header[4:8]
+            size = int.from_bytes(header[8:]) if size == 1 else size
+            if size < 8 or at + size > total:
+                break
+            at += size
+            end = at if kind in (b"moov", b"mdat") else end  # not after a fragment's header
+        file.truncate(end)
+
 
 class WebmWriter(StreamWriter):
     """A VP9 WebM; a killed process loses at most the last two seconds."""

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -108,6 +108,17 @@ class LatentsFile:
             np.lib.format.write_array_header_1_0(file, header)  # leaves room for a longer axis 0
             file.seek(0, os.SEEK_END)
             file.write(latents.tobytes())
+
+
+def _replace[T](path: Path, write: Callable[[Path], T]) -> T:
+    """Writes a file completely before it replaces `path`; returns what `write` does."""
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        result = write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result
 
 
 class VideoFiles:
@@ -258,14 +269,16 @@ class VideoFiles:
 
     def _write_record(self) -> None:
         if self._record is not None:
-            self.record_path.write_text(json.dumps(self._record, indent=1) + "\n")
+            text = json.dumps(self._record, indent=1) + "\n"
+            _replace(self.record_path, lambda path: path.write_text(text))
             self._written.append(self.record_path)
 
     def _write_strip(self) -> None:
         rows = [row for row in self._segments if row.stills]
         if rows:
             stills = [np.stack(row.stills) for row in rows]
-            self.notes = strip(self.strip_path, stills, [row.caption for row in rows])
+            captions = [row.caption for row in rows]
+            self.notes = _replace(self.strip_path, lambda path: strip(path, stills, captions))
             self._written.insert(0, self.strip_path)
 
     def _append_segment(self, chunk: Chunk, frames: np.ndarray) -> None:
