@@ -106,9 +106,7 @@ def _run(
 
     args, settings = command.args, command.settings
     check_scale(args.scale)
-    if args.video_cuts and not args.video:
-        raise UserError("--video_cuts describes a video to continue; give --video, too")
-    cuts = _video_cuts(args.video_cuts)
+    cuts = _video_cuts(args)
     formats = parse_formats(args.format)
     scripts = _scripts(args)
     out = check_writable(args.out)
@@ -124,9 +122,10 @@ def _run(
     note_sample(command.given, SampleRun(pipe.spec, scripts, args))
     for line in pipe.describe_kernels():
         print(f"dit: {line}")
-    video = _read_video(args.video, pipe, scripts)
-    past = {"video": video} | ({"video_cuts": cuts} if cuts else {})
-    continues = None if video is None else {"path": args.video, "cuts": list(cuts)}
+    past = {"video": _read_video(args.video, pipe, scripts)}
+    if cuts:
+        past["video_cuts"] = cuts
+    continues = {"path": args.video, "cuts": list(cuts)} if args.video else None
     run = run_record(pipe.spec, folder, command=words, source=args.script, continues=continues)
     for line in () if record is None else differences(record, run):
         print(f"note: {line}", file=sys.stderr)
@@ -167,8 +166,11 @@ def _read_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"])
     return read_frames(path, fps=pipe.spec.fps, size=pipe.engine.size_of(scripts))
 
 
-def _video_cuts(text: str | None) -> tuple[int, ...]:
+def _video_cuts(args: Any) -> tuple[int, ...]:
     """The frames of `--video_cuts`. Raises UserError for anything but numbers and commas."""
+    text = args.video_cuts
+    if text and not args.video:
+        raise UserError("--video_cuts describes a video to continue; give --video, too")
     try:
         return tuple(int(word) for word in text.split(",")) if text else ()
     except ValueError:

@@ -74,6 +74,8 @@ def test_an_interrupt_leaves_the_finished_chunks(command, tmp_path, monkeypatch,
         (["--batch=0"], "--batch must be >= 1, got 0"),
         (["--stills=-1"], "--stills must be >= 0, got -1"),
         (["--video=/nowhere.mp4"], "does not exist"),
+        (["--video_cuts=8"], "give --video, too"),
+        (["--video=a.mp4", "--video_cuts=8,x"], "must be frames such as 48,96, got '8,x'"),
         (["--format=avi"], "format must be one or more of mp4, webm, gif, png"),
         (["--scale=0"], "--scale must be in [1, 32], got 0"),
         (["--scale=33"], "--scale must be in [1, 32], got 33"),
@@ -98,3 +100,16 @@ def test_mistakes_in_the_script(command, script, capsys):
         script.write_text(text)
         assert run(command) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_existing_video_is_replaced_with_a_note(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "video.mp4").write_text("old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "append", interrupted)
+    assert run(command) == 130
+    assert f"replaces the existing {tmp_path / 'out' / 'video.mp4'}" in capsys.readouterr().err
+    assert (tmp_path / "out" / "video.mp4").read_text() == "old"  # no chunk was finished
