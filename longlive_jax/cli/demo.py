@@ -68,7 +68,8 @@ def _run(
     files, report = _make(pipe, script, run, args, timer, interruption)
     for path in filter(None, (files.gif, files.report)):
         print(path)
-    print_report(report, is_builtin=args.checkpoint is None)
+    is_builtin = folder.resolve() == find_checkpoint().resolve()
+    print_report(report, is_builtin=is_builtin)
     print(f"Your own shots: write them to a file (README), then {_program()} sample --script=FILE")
 
 

@@ -113,3 +113,12 @@ def test_an_existing_video_is_replaced_with_a_note(command, tmp_path, monkeypatc
     assert run(command) == 130
     assert f"replaces the existing {tmp_path / 'out' / 'video.mp4'}" in capsys.readouterr().err
     assert (tmp_path / "out" / "video.mp4").read_text() == "old"  # no chunk was finished
+
+
+def test_a_sampler_that_diverges_is_one_line(command, monkeypatch, capsys):
+    def diverged(*_):
+        raise FloatingPointError("the sampler has diverged: latents are not finite")
+
+    monkeypatch.setattr(Recorder, "append", diverged)
+    assert run(command) == 1
+    assert "longlive: the sampler has diverged" in capsys.readouterr().err
