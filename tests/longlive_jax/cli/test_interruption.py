@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C between, within and after chunks, also in a process of its own."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,10 +64,13 @@ def test_sigterm_leaves_a_finished_video(tmp_path):
     script.write_text("shots: [{prompt: a cat runs, chunks: 100000}]")
     command = [sys.executable, "-m", "longlive_jax", "sample", f"--script={script}"]
     command += [f"--out={out}", f"--checkpoint={checkpoint}", "--format=mp4,gif"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles in half the time
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     try:
         until = time.monotonic() + 120
-        while not ((part := out / "video.part.mp4").exists() and part.stat().st_size > 50_000):
+        while not ((part := out / "video.part.gif").exists() and part.stat().st_size > 10_000):
             assert process.poll() is None and time.monotonic() < until, process.stderr.read()
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
