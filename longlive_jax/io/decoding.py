@@ -119,7 +119,7 @@ def frame_count(seconds: Fraction, fps: Fraction | float) -> int:
 
 
 def read_at(
-    path: Path, times: Sequence[Fraction], size: tuple[int, int]
+    path: Path, times: Sequence[Fraction], size: tuple[int, int], *, keep_chroma: bool = False
 ) -> UInt8[np.ndarray, "f h w 3"]:
     """Reads the frames on screen at some times, decoding only from the key frame before them.
 
@@ -129,6 +129,8 @@ def read_at(
       path: the video file.
       times: seconds after the first frame, ascending; repeats are allowed.
       size: (height, width) of the result in pixels.
+      keep_chroma: whether frames that are not scaled repeat their chroma samples, which is closest
+        to a video that `Mp4Writer` wrote, instead of interpolating between them.
     """
     info = probe(path)
     images = np.empty((len(times), *size, 3), np.uint8)
@@ -139,7 +141,7 @@ def read_at(
             done += 1
         if done > last:
             try:
-                images[last:done] = _resized(frame, size, info.stretch)
+                images[last:done] = _resized(frame, size, info.stretch, keep_chroma)
             except Unusable as reason:
                 raise Unusable(f"{path.name}: {reason}") from reason
         if done == len(times):
@@ -168,7 +170,8 @@ def read_frames(
         rate = info.rate if fps is None else Fraction(fps).limit_denominator(1001)
         count = frame_count(info.seconds, rate)
         times = [Fraction(i) / rate + grace(rate) for i in range(count)]
-        return read_at(path, times, _upright_size(path, info) if size is None else size)
+        size = _upright_size(path, info) if size is None else size
+        return read_at(path, times, size, keep_chroma=True)
     except Unusable as reason:
         raise UserError(f"{path} is not a readable video: {reason}") from reason
 
@@ -347,16 +350,19 @@ def _cover_size(
     return turns, (height, width), (tall, wide)
 
 
-def _resized(frame: Any, size: tuple[int, int], stretch: Fraction) -> UInt8[np.ndarray, "h w 3"]:
+def _resized(
+    frame: Any, size: tuple[int, int], stretch: Fraction, keep_chroma: bool
+) -> UInt8[np.ndarray, "h w 3"]:
     """A frame upright, scaled to cover `size` (height, width), and cropped to it at the centre."""
     turns, (height, width), (tall, wide) = _cover_size(frame, size, stretch)
+    is_unscaled = (tall, wide) == (frame.height, frame.width)
     image = frame.reformat(
         width=wide,
         height=tall,
         format="rgb24",
         src_colorspace=Colorspace.ITU709 if frame.colorspace == BT709 else None,
         dst_color_range=ColorRange.JPEG,
-        interpolation=SCALING,
+        interpolation=None if keep_chroma and is_unscaled else SCALING,
         threads=1,
     ).to_ndarray()
     top, left = (tall - height) // 2, (wide - width) // 2
