@@ -17,7 +17,7 @@ from longlive_jax.io.paths import check_writable
 from longlive_jax.io.pictures import to_pixels, to_uint8
 from longlive_jax.spec import UserError
 
-__all__ = ["BT709", "Mp4Writer", "iter_video", "read_video", "video_fps"]
+__all__ = ["BT709", "Mp4Writer", "iter_video", "read_video", "video_fps", "write_video"]
 
 BT709 = 1
 """BT.709's code for primaries, transfer function and matrix in the H.264 headers."""
@@ -133,6 +133,20 @@ class Mp4Writer:
         finally:
             container.close()
         _rewrap(self.part, self.path)
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float = 24) -> None:
+    """Writes frames `[f, h, w, 3]`, uint8 or float in [-1, 1], to an H.264 MP4.
+
+    Raises UserError for frames of another shape and a folder that is not writable.
+    """
+    frames = np.asarray(frames)
+    if frames.ndim == 5 and len(frames) == 1:
+        frames = frames[0]
+    if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise UserError(f"frames must be [f, h, w, 3], got {frames.shape}; write videos one by one")
+    with Mp4Writer(path, fps=fps) as video:
+        video.append(frames)
 
 
 def _rewrap(part: Path, path: Path) -> None:
