@@ -7,7 +7,7 @@ than a chunk, is not used.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,12 +30,14 @@ class PastVideo:
 
     Attributes:
       pieces: frames `[b, f, h, w, 3]` or latents `[b, n, h, w, c]` of each chunk, on the host.
+      is_encoded: whether the pieces are latents.
       cuts: whether each chunk begins a shot other than the first.
       prompts: prompt of each shot; None stands for the first prompt of each script.
       notes: remarks for the user.
     """
 
     pieces: tuple[Shaped[np.ndarray, "b f h w c"], ...]
+    is_encoded: bool
     cuts: tuple[bool, ...]
     prompts: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
@@ -46,15 +48,32 @@ class PastVideo:
         return 1 + sum(self.cuts)
 
     def latents(self, engine: Engine) -> Iterator[Float[Array, "b n h w c"]]:
-        """Latents of each chunk on the DiT's device; frames are encoded one chunk at a time."""
-        tails = None
+        """Latents of each chunk on the DiT's device; frames are encoded a few at a time."""
+        if not self.is_encoded:
+            yield from self._encode(engine)
+            return
         for piece in self.pieces:
-            if piece.shape[-1] != 3:
-                yield engine.device_put(jnp.asarray(piece, jnp.float32))
-                continue
-            pixels = to_pixels(piece) if piece.dtype == np.uint8 else piece.astype(np.float32)
-            latents, tails = engine.encode_chunk(tails, pixels)
-            yield latents
+            yield engine.device_put(jnp.asarray(piece, jnp.float32))
+
+    def _encode(self, engine: Engine) -> Iterator[Float[Array, "b n h w c"]]:
+        """Encodes the first frame, then the frames of a chunk of latents at a time, and the rest.
+
+        That is how the VAE encodes a clip in chunks, so both give the same latents, bit for bit. It
+        compiles three times, whatever the length of the video.
+        """
+        stride, size = engine.vae.cfg.temporal_stride, engine.spec.chunk_frames
+        chunks = len(self.pieces)
+        blocks = [1, *[stride * size] * (chunks - 1), stride * (size - 1)]
+
+        def encoded() -> Iterator[Array]:
+            tails = None
+            for frames in _regroup(self.pieces, filter(None, blocks), np.concatenate):
+                is_bytes = frames.dtype == np.uint8
+                pixels = to_pixels(frames) if is_bytes else frames.astype(np.float32)
+                latents, tails = engine.encode_chunk(tails, pixels)
+                yield latents
+
+        yield from _regroup(encoded(), [size] * chunks, jnp.concatenate)
 
     def chunk_prompts(
         self, first_prompts: Sequence[str], prefix: str
@@ -111,10 +130,24 @@ def make_past_video(
     # 2. One chunk after the other.
     return PastVideo(
         pieces=tuple(array[:, a:b] for shot in ranges for a, b in shot),
+        is_encoded=video is None,
         cuts=tuple(i > 0 and j == 0 for i, shot in enumerate(ranges) for j in range(len(shot))),
         prompts=_checked_prompts(prompts, len(ranges)),
         notes=notes,
     )
+
+
+def _regroup(
+    pieces: Iterable[Any], sizes: Iterable[int], concatenate: Callable[..., Any]
+) -> Iterator[Any]:
+    """Yields the same frames (axis 1) in pieces of other sizes."""
+    source, buffer = iter(pieces), []
+    for size in sizes:
+        while sum(piece.shape[1] for piece in buffer) < size:
+            buffer.append(next(source))
+        joined = buffer[0] if len(buffer) == 1 else concatenate(buffer, axis=1)
+        yield joined[:, :size]
+        buffer = [joined[:, size:]] if joined.shape[1] > size else []
 
 
 def _checked_prompts(prompts: Any, shots: int) -> tuple[str, ...] | None:

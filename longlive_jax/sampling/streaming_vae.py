@@ -55,7 +55,7 @@ class StreamingVAE:
         """Latents of the next frames of a clip on the VAE's device, and the encoder's tails.
 
         `tails` is None for the first 1 + 4n frames of a clip, later ones are 4n, and is donated.
-        Compiles twice, whatever the length of the clip.
+        Compiles once for each number of frames.
         """
         return self._jitted_encode_chunk(self._params, tails, self._device_put(pixels))
 
