@@ -102,8 +102,7 @@ def make_past_video(
     """The video to be continued by `batch` scripts of `size`; None if there is none.
 
     Args:
-      engine: the model.
-      batch, size: number of videos, and their height and width in pixels.
+      engine, batch, size: the model, number of videos, their height and width.
       video: frames, `[f, h, w, 3]` or `[b, f, h, w, 3]`, uint8 or in [-1, 1].
       latents: latents in place of frames, `[f, h, w, c]` or `[b, f, h, w, c]`.
       cuts: index of the first (decoded) frame of every shot but the first.
@@ -141,7 +140,8 @@ def _regroup(
     pieces: Iterable[Any], sizes: Iterable[int], concatenate: Callable[..., Any]
 ) -> Iterator[Any]:
     """Yields the same frames (axis 1) in pieces of other sizes."""
-    source, buffer = iter(pieces), []
+    source = iter(pieces)
+    buffer: list[Any] = []
     for size in sizes:
         while sum(piece.shape[1] for piece in buffer) < size:
             buffer.append(next(source))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from longlive_jax.diffusion.solvers import SOLVERS
 from longlive_jax.io.builtin import find_checkpoint
@@ -37,6 +38,7 @@ from longlive_jax.sampling.load import load_dit
 from longlive_jax.sampling.prompt_cache import PromptCache, PromptEncoder
 from longlive_jax.sampling.script import ShotScript, check_size
 from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, precision, spec_for
+from longlive_jax.sampling.sharding import REPLICATED, rows_by_device, shard_cache
 from longlive_jax.sampling.streaming_vae import DecoderState, StreamingVAE
 from longlive_jax.sampling.timeline import Timeline, make_timeline
 from longlive_jax.spec import UserError, build
@@ -59,7 +61,8 @@ class Engine:
       params: parameters of the DiT.
       sampler: jitted functions of the DiT, with parameters as arguments.
       vae: the jitted VAE.
-      device: device of the DiT, its caches and its latents.
+      device: device of the DiT, its caches and its latents; the first of several.
+      mesh: devices that share the videos of a batch, or None.
     """
 
     def __init__(
@@ -71,8 +74,12 @@ class Engine:
         spec: SampleSpec,
         *,
         attend: AttentionFn = attention,
+        mesh: Mesh | None = None,
     ):
-        """Raises UserError for parts of different models."""
+        """An engine on the device of the parameters, or on all devices of `mesh`.
+
+        Raises UserError for parts of different models.
+        """
         if dit.cfg.in_channels != vae.cfg.z_dim or dit.cfg.text_dim != umt5.cfg.dim:
             raise UserError(
                 f"the parts of the model do not fit: the DiT takes {dit.cfg.in_channels} latent "
@@ -82,9 +89,10 @@ class Engine:
         self.spec, self.cfg = spec, dit.cfg
         self.params = params_of(dit)
         self.device = _device_of(self.params)
-        self.sampler = Sampler(nnx.graphdef(dit), attend=attend)
+        self.mesh = mesh
+        self.sampler = Sampler(nnx.graphdef(dit), attend=attend, mesh=mesh)
         vae_device = None if spec.vae_device is None else jax.devices()[spec.vae_device]
-        self.vae = StreamingVAE(vae, vae_device)
+        self.vae = StreamingVAE(vae, vae_device, mesh)
         self._prompt_encoder = PromptEncoder(umt5, tokenizer, dit.cfg.text_len)
         self._features: Mapping[str, Float[Array, "t e"]] = {}
         self._prompt_cache = PromptCache(self._prompt_kv)
@@ -95,13 +103,14 @@ class Engine:
         folder: str | os.PathLike | None = None,
         *,
         device: jax.Device | None = None,
+        mesh: Mesh | None = None,
         **settings: Any,
     ) -> "Engine":
         """Loads a checkpoint directory; None is the built-in one.
 
-        `device` takes all models, default JAX's default device. `settings` are fields of
-        `SampleSpec`; others are the checkpoint's own. Raises UserError for a missing, foreign or
-        damaged directory and for invalid settings.
+        `device` takes all models, default JAX's default device; `mesh` has a copy of them on each
+        of its devices. `settings` are fields of `SampleSpec`; others are the checkpoint's own.
+        Raises UserError for a missing, foreign or damaged directory and for invalid settings.
         """
         folder = find_checkpoint(folder)
         spec = spec_for(folder, settings)
@@ -111,9 +120,10 @@ class Engine:
             dit = load_dit(folder, spec.quant, param_dtype=dtype, dtype=dtype)
             umt5 = load_model(folder, "umt5", param_dtype=dtype, dtype=dtype)
             vae = load_model(folder, "vae", param_dtype=vae_dtype, dtype=vae_dtype)
-        if device is not None:
-            dit, umt5, vae = (_committed(model, device) for model in (dit, umt5, vae))
-        return cls(dit, vae, umt5, tokenizer, spec)
+        target = device if mesh is None else NamedSharding(mesh, REPLICATED)
+        if target is not None:
+            dit, umt5, vae = (_committed(model, target) for model in (dit, umt5, vae))
+        return cls(dit, vae, umt5, tokenizer, spec, mesh=mesh)
 
     def with_settings(self, **changes: Any) -> "Engine":
         """An engine with the same parameters, compiled functions and prompts but other settings.
@@ -168,7 +178,7 @@ class Engine:
         self, cache: KVCache, conditioning: VideoConditioning, inputs: ChunkInputs
     ) -> tuple[Float[Array, "b f h w c"], KVCache]:
         """Latents (float32) of the next chunk, and the cache after it; `cache` is donated."""
-        return self.sampler.step(self.params, cache, conditioning, inputs)
+        return self.sampler.step(self.params, cache, conditioning, self._by_device(inputs))
 
     def write_context(
         self,
@@ -178,7 +188,17 @@ class Engine:
         latents: Float[Array, "b f h w c"],
     ) -> KVCache:
         """The cache after a given chunk of latents; `cache` is donated."""
+        inputs = self._by_device(inputs)
         return self.sampler.write_context(self.params, cache, conditioning, inputs, latents)
+
+    def _by_device(self, inputs: ChunkInputs) -> ChunkInputs:
+        """Inputs with the prompts in the order in which the devices of a mesh take them."""
+        videos = len(inputs.cut)
+        if self.mesh is None or self.spec.guidance == 1:
+            return inputs
+        order = rows_by_device(videos, self.mesh.size)
+        text = jax.tree.map(lambda x: jnp.take(x, order, axis=1), inputs.text)
+        return dataclasses.replace(inputs, text=text)
 
     def decode(
         self, state: DecoderState, latents: Float[Array, "b f h w c"], *, as_float: bool = False
@@ -282,7 +302,8 @@ class Engine:
         copies = 1 if self.spec.guidance == 1 else 2
         shape = (self.spec.chunk_frames, rows, columns)
         with jax.default_device(self.device):
-            return empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
+            cache = empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
+        return cache if self.mesh is None else shard_cache(self.mesh, cache)
 
     def start(self, conditioning: VideoConditioning) -> tuple[KVCache, DecoderState]:
         """The empty cache and the decoder state with which a batch of videos begins."""
@@ -358,8 +379,8 @@ class Engine:
         return self.encode(read_image(path, size)[None, None])[:, 0]
 
 
-def _committed[M: nnx.Module](model: M, device: jax.Device) -> M:
-    """The model with its parameters bound to `device`, so that computations run there."""
+def _committed[M: nnx.Module](model: M, device: jax.Device | NamedSharding) -> M:
+    """The model with its parameters bound to a device or mesh, so that computations run there."""
     return with_params(model, jax.device_put(params_of(model), device))
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from longlive_jax.quant.packed import describe_kernels
 from longlive_jax.sampling.continuation import PastVideo, make_past_video
@@ -34,6 +35,7 @@ from longlive_jax.sampling.inputs import (
 from longlive_jax.sampling.progress import Progress, progress_after
 from longlive_jax.sampling.script import ShotScript
 from longlive_jax.sampling.settings import SampleSpec, SolverName
+from longlive_jax.sampling.sharding import check_divides, data_mesh
 from longlive_jax.sampling.stream import Stream
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, Shaped
@@ -101,6 +103,7 @@ class Pipeline:
         folder: str | os.PathLike | None = None,
         *,
         device: jax.Device | int | None = None,
+        mesh: Mesh | None = None,
         **settings: Any,
     ) -> "Pipeline":
         """Loads a checkpoint directory; None is the built-in one.
@@ -108,20 +111,25 @@ class Pipeline:
         Args:
           folder: checkpoint directory, or the name of a built-in one.
           device: device of all models, itself or its index; default JAX's default device.
+          mesh: devices that share the videos of a batch along the axis `data`; each has all models.
           **settings: fields of `SampleSpec`; others are the checkpoint's own.
 
         Raises UserError for a missing, foreign or damaged directory, a device that does not exist,
         and invalid settings.
         """
-        return cls(Engine.from_checkpoint(folder, device=find_device(device), **settings))
+        target, devices = find_device(device), None if mesh is None else data_mesh(mesh)
+        if devices is not None and (target is not None or settings.get("vae_device") is not None):
+            raise UserError("mesh says where all models are; leave device and vae_device out")
+        return cls(Engine.from_checkpoint(folder, device=target, mesh=devices, **settings))
 
     def __repr__(self) -> str:
-        spec, device = self.spec, self.engine.device
+        spec, device, mesh = self.spec, self.engine.device, self.engine.mesh
+        more = f" and {mesh.size - 1} more" if mesh is not None and mesh.size > 1 else ""
         size = f"{spec.size[0]}x{spec.size[1]}"
         return (
             f"Pipeline({size} at {spec.fps:g} fps, chunks of {spec.chunk_frames} latents, "
             f"{spec.solver} with {spec.steps} steps, guidance {spec.guidance:g}, "
-            f"{device.platform}:{device.id})"
+            f"{device.platform}:{device.id}{more})"
         )
 
     @property
@@ -198,6 +206,7 @@ class Pipeline:
         check_flag("endless", endless)
         batch = as_scripts(scripts, seconds=seconds, chunks=chunks, seed=seed)
         engine = self._engine_for(features, steps=steps, guidance=guidance, solver=solver)
+        check_divides(engine.mesh, len(batch))
         size = engine.size_of(batch)
         video = _past(engine, batch, size, past)
         timeline = engine.timeline(batch, past_shots=0 if video is None else video.num_shots)
@@ -219,7 +228,9 @@ class Pipeline:
         )
 
     def latents(self, scripts: Scripts) -> Float[Array, "b f h w c"]:
-        """The video of `stream` as latents, by one scan over all chunks."""
+        """The video of `stream` as latents, by one scan over all chunks (without a mesh)."""
+        if self.engine.mesh is not None:
+            return jnp.asarray(self.sample(scripts, output="latents"))
         return self.engine.sample_latents(as_scripts(scripts))
 
     def decode(

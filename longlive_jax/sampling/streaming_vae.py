@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from jax.sharding import Mesh
 
 from longlive_jax.models.params import params_of, with_params
 from longlive_jax.models.vae import VAE, decode_chunk, encode, encode_chunk
+from longlive_jax.sampling.sharding import REPLICATED, VIDEOS, over_videos
 from longlive_jax.typing import Array, Bool, Float, Params, Shaped
 
 
@@ -27,8 +29,12 @@ class DecoderState:
 class StreamingVAE:
     """The jitted VAE: pixels to latents, latents to bytes; optionally on a device of its own."""
 
-    def __init__(self, vae: VAE, device: jax.Device | None = None):
-        """Copies the parameters to `device`; None leaves them where they are."""
+    def __init__(self, vae: VAE, device: jax.Device | None = None, mesh: Mesh | None = None):
+        """Copies the parameters to `device`; None leaves them where they are.
+
+        `mesh` shards the videos that are decoded over its devices.
+        """
+        self._mesh = mesh
         self.cfg = vae.cfg
         self._device = device
         self._params = self._device_put(params_of(vae))
@@ -78,14 +84,18 @@ class StreamingVAE:
     def _decode_frames(
         self, params: Params, state: DecoderState, latents: Array, as_float: bool
     ) -> tuple[Array, Array, DecoderState]:
-        vae = with_params(self._graphdef, params)
-        frames, tails = decode_chunk(vae, latents, state.tails)
-        # Clipping hides values that are not finite, so they are tested before.
-        is_finite = jnp.isfinite(latents).all() & jnp.isfinite(frames).all()
-        frames = jnp.clip(frames, -1, 1)
-        if not as_float:
-            frames = jnp.rint((frames + 1) * 127.5).astype(jnp.uint8)
-        return frames, is_finite, DecoderState(tails)
+        def decode(params: Params, tails: Any, latents: Array):
+            frames, tails = decode_chunk(with_params(self._graphdef, params), latents, tails)
+            # Clipping hides values that are not finite, so they are tested before.
+            is_finite = jnp.isfinite(latents).all() & jnp.isfinite(frames).all()
+            frames = jnp.clip(frames, -1, 1)
+            if not as_float:
+                frames = jnp.rint((frames + 1) * 127.5).astype(jnp.uint8)
+            return frames, is_finite[None], tails
+
+        arguments, specs = (params, state.tails, latents), (REPLICATED, VIDEOS, VIDEOS)
+        frames, is_finite, tails = over_videos(self._mesh, decode, arguments, specs, VIDEOS)
+        return frames, is_finite.all(), DecoderState(tails)
 
     def _encode_frames(self, params: Params, tails: Any, pixels: Array) -> tuple[Array, Any]:
         return encode_chunk(with_params(self._graphdef, params), pixels, tails)

@@ -13,6 +13,7 @@ import longlive_jax
 from longlive_jax import Pipeline, SampleSpec, Shot, ShotScript, UserError
 from longlive_jax.bench.timing import Compilations
 from longlive_jax.captions import CUT_PREFIX
+from longlive_jax.parallel.mesh import MeshSpec, make_mesh
 from longlive_jax.sampling.dispatch import SamplerDiverged
 from longlive_jax.sampling.engine import Engine
 from longlive_jax.spec import Failure
@@ -49,12 +50,12 @@ def test_a_batch_of_scripts_gets_consecutive_seeds(tiny):
 def test_settings_of_one_call_compile_once():
     with Compilations() as compiled:
         pipe = Pipeline(Engine(*tiny_parts(), SampleSpec(**TINY)))
-        one = pipe.sample("a cat runs", chunks=2, steps=1, seed=5)
+        first = pipe.sample("a cat runs", chunks=2, steps=1, seed=5)
         pipe.sample("a cat runs", chunks=2)
         again = pipe.sample("a dog sleeps", chunks=2, steps=1, guidance=1.0, solver="unipc", seed=7)
     assert compiled.counts["_step"] == 2 and pipe.spec.steps == 2
     own = pipe.with_settings(steps=1)
-    np.testing.assert_array_equal(own.sample("a cat runs", chunks=2, seed=5), one)
+    np.testing.assert_array_equal(own.sample("a cat runs", chunks=2, seed=5), first)
     np.testing.assert_array_equal(own.sample("a dog sleeps", chunks=2, seed=7), again)
 
 
@@ -260,6 +261,35 @@ def test_all_models_are_on_the_given_device(tiny_checkpoint, frames):
     assert {x.device.id for x in (*arrays, chunks[0].latents)} == {5}
     assert repr(pipe).endswith("cpu:5)")
     np.testing.assert_array_equal(np.concatenate([c.frames for c in chunks], axis=1), frames)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_mesh_shares_the_videos_of_a_batch(tiny_checkpoint, tiny, guidance):
+    """Four scripts on two devices, with cuts at different times, as on one device."""
+    mesh = make_mesh(MeshSpec(data=2), jax.devices()[2:4])
+    pipe = Pipeline.from_checkpoint(tiny_checkpoint, mesh=mesh, guidance=guidance)
+    scripts = [
+        ShotScript((Shot("a cat runs", chunks=n), Shot("a dog sleeps", chunks=4 - n)), seed=n)
+        for n in (1, 2, 3)
+    ]
+    scripts.append(ShotScript.of("a bird", chunks=4, seed=9, negative_prompt="a dog"))
+    stream = pipe.stream(scripts)
+    frames = np.concatenate([chunk.frames for chunk in stream], axis=1)
+    k = stream.state.cache.k
+    assert {x.id for x in k.devices()} == {2, 3} and not k.sharding.is_fully_replicated
+    expected = tiny.sample(scripts, guidance=guidance)
+    assert np.abs(frames.astype(int) - expected).max() <= 2
+    assert repr(pipe).endswith("cpu:2 and 1 more)")
+    with pytest.raises(UserError, match="batch of 3 does not split over 2 devices"):
+        pipe.stream(scripts[:3])
+
+
+def test_meshes_that_shard_anything_but_videos(tiny_checkpoint):
+    mesh = make_mesh(MeshSpec(sp=2), jax.devices()[:2])
+    with pytest.raises(UserError, match=r"the mesh has sp=2; .* not supported yet"):
+        Pipeline.from_checkpoint(tiny_checkpoint, mesh=mesh)
+    with pytest.raises(TypeError, match="mesh must be a"):
+        Pipeline.from_checkpoint(tiny_checkpoint, mesh=2)
 
 
 def test_divergence_is_a_failure_of_one_line(tiny):

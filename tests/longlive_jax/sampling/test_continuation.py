@@ -59,8 +59,8 @@ def test_a_cut_on_the_first_shot_counts_if_a_video_is_continued(cut, begins):
 def test_a_past_of_two_shots_enters_the_cache_as_sampling_wrote_it(tiny, latents):
     """Bookkeeping exactly; keys and values up to rounding, and so the chunks that follow."""
     pipe = tiny.with_settings(ahead=0)
-    whole = ShotScript.of("a cat runs", "a dog sleeps", chunks=2, seed=3)
-    sampled = pipe.stream(whole)
+    both_shots = ShotScript.of("a cat runs", "a dog sleeps", chunks=2, seed=3)
+    sampled = pipe.stream(both_shots)
     assert len(list(sampled)) == 4
     cut = sampled.timeline.cut_frames(0)
     expected = pipe.sample(
