@@ -142,7 +142,11 @@ WRONG = [
     ("steps must be >= 1, got 0", UserError, lambda p: p.sample(SCRIPT, steps=0)),
     ("steps: expected int, got '4'", UserError, lambda p: p.sample(SCRIPT, steps="4")),
     ("steps must be <= 1000", UserError, lambda p: p.sample(SCRIPT, steps=10**9)),
-    ("guidance must be finite", UserError, lambda p: p.sample(SCRIPT, guidance=float("nan"))),
+    (
+        "guidance must be >= 0, got nan",
+        UserError,
+        lambda p: p.sample(SCRIPT, guidance=float("nan")),
+    ),
     ("solver: 'ddim' is not one of", UserError, lambda p: p.sample(SCRIPT, solver="ddim")),
     ("output must be one of", UserError, lambda p: p.sample(SCRIPT, output="pil")),
     ("callback must be a function", TypeError, lambda p: p.sample(SCRIPT, callback=3)),
@@ -202,6 +206,22 @@ def test_wrong_arguments_are_named_before_anything_compiles(tiny, message, kind,
     with Compilations() as compiled, pytest.raises(kind, match=re.escape(message)) as caught:
         call(tiny)
     assert "\n" not in str(caught.value) and not compiled.counts["_step"]
+
+
+def test_unknown_words_are_noted_for_each_script(tiny_world):
+    """Only words that are unknown as a whole; prompts with given features are not read."""
+    pipe = Pipeline.from_checkpoint(tiny_world)
+    first = ShotScript.of("a red dragon, flies left", chunks=1, name="first")
+    second = ShotScript.of("a red circle moves left on a mint background", chunks=1)
+    with pytest.warns(UserWarning, match="does not know the words 'dragon', 'flies'; they have no"):
+        stream = pipe.stream([first, second])
+    assert stream.notes == (
+        "first: the text encoder does not know the words 'dragon', 'flies'; they have no effect",
+    )
+    with pytest.warns(UserWarning, match="does not know the word 'slowly'; it has no effect"):
+        pipe.stream(second).steer("a red circle moves slowly")
+    features = pipe.encode_prompts("a red circle moves up")["a red circle moves up"]
+    assert not pipe.stream("up with dragons", features={"up with dragons": features}).notes
 
 
 def test_numbers_and_sizes_of_numpy_are_accepted(tiny):
