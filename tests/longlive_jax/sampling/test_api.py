@@ -143,7 +143,7 @@ WRONG = [
     ("steps: expected int, got '4'", UserError, lambda p: p.sample(SCRIPT, steps="4")),
     ("steps must be <= 1000", UserError, lambda p: p.sample(SCRIPT, steps=10**9)),
     (
-        "guidance must be >= 0, got nan",
+        "guidance: expected a finite number, got nan",
         UserError,
         lambda p: p.sample(SCRIPT, guidance=float("nan")),
     ),
