@@ -163,10 +163,8 @@ def find_device(device: Any) -> jax.Device | None:
     return devices[device]
 
 
-def reject_arguments(call: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """TypeError for the first of `given` that is not an argument of `call`."""
+def reject_arguments(given: Iterable[str], known: Iterable[str], named: Iterable[str]) -> None:
+    """TypeError for the first of `given` that is not in `known`; suggests one of `named`."""
     for name in given:
         if name not in known:
-            raise TypeError(
-                f"{call}() got an unexpected keyword argument {name!r}{nearest(name, known)}"
-            )
+            raise TypeError(f"unexpected keyword argument {name!r}{nearest(name, named)}")

@@ -284,7 +284,9 @@ def _past(
     engine: Engine, batch: Sequence[ShotScript], size: tuple[int, int], options: PastOptions
 ) -> PastVideo | None:
     """The video to be continued. Raises TypeError for options that do not exist."""
-    reject_arguments("stream", options, PastOptions.__annotations__)
+    reject_arguments(
+        options, PastOptions.__annotations__, (*StreamOptions.__annotations__, "callback", "output")
+    )
     past = make_past_video(
         engine,
         len(batch),
