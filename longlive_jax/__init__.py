@@ -7,17 +7,37 @@ does not pay for JAX:
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longlive_jax.io.video import write_video
+    from longlive_jax.sampling.pipeline import Pipeline
+    from longlive_jax.sampling.script import Shot, ShotScript, read_scripts
+    from longlive_jax.sampling.settings import SampleSpec
+    from longlive_jax.spec import UserError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Pipeline": "longlive_jax.sampling.pipeline",
+    "SampleSpec": "longlive_jax.sampling.settings",
+    "Shot": "longlive_jax.sampling.script",
     "ShotScript": "longlive_jax.sampling.script",
     "UserError": "longlive_jax.spec",
+    "read_scripts": "longlive_jax.sampling.script",
+    "write_video": "longlive_jax.io.video",
 }
 
-__all__ = ["Pipeline", "ShotScript", "UserError", "__version__"]
+__all__ = [
+    "Pipeline",
+    "SampleSpec",
+    "Shot",
+    "ShotScript",
+    "UserError",
+    "__version__",
+    "read_scripts",
+    "write_video",
+]
 
 
 def __getattr__(name: str) -> Any:

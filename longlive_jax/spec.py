@@ -91,6 +91,15 @@ def build[T](cls: type[T], values: Any, *, path: str = "config", default: T | No
         raise UserError(f"{path}: {error}") from error
 
 
+def check_types(settings: Any) -> None:
+    """UserError for the first field of a dataclass whose value does not fit its annotation.
+
+    Values are converted as by `build`, in place, also in frozen classes.
+    """
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        object.__setattr__(settings, name, _convert(hint, getattr(settings, name), name))
+
+
 def _default(field: dataclasses.Field) -> Any:
     """A field's default value, or `dataclasses.MISSING`."""
     if field.default_factory is not dataclasses.MISSING:
@@ -120,7 +129,9 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
             return value
         known = default if isinstance(default, hint) else None
         return build(hint, value, path=path, default=known)
-    # Scalars.
+    # Scalars, those of NumPy included.
+    if hint in (int, float, bool) and hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return _finite(value, path)
     if hint in (int, float, str, bool) and type(value) is not hint:

@@ -99,7 +99,7 @@ def bench_sampler(checkpoint: str | os.PathLike, spec: BenchSpec) -> dict[str, A
     }
 
 
-def _load(checkpoint: str | os.PathLike, steps: dict[str, int]) -> Pipeline:
+def _load(checkpoint: str | os.PathLike, steps: dict[str, Any]) -> Pipeline:
     pipe = Pipeline.from_checkpoint(checkpoint, **steps)
     jax.block_until_ready(pipe.engine.params)
     return pipe

@@ -7,13 +7,14 @@ arrays returned may still be computing, and the cache never leaves the device.
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from jax import lax
+from jax.sharding import Mesh
 
 from longlive_jax.diffusion.solvers import Solver
 from longlive_jax.models.params import with_params
@@ -25,6 +26,13 @@ from longlive_jax.sampling.chunk import (
     fold_in,
     sample_chunk,
     write_context,
+)
+from longlive_jax.sampling.sharding import (
+    LAYERS_VIDEOS,
+    REPLICATED,
+    VIDEOS,
+    cache_specs,
+    over_videos,
 )
 from longlive_jax.typing import Array, Bool, Float, Int, Key, Params
 from pallas_kernels.attention import AttentionFn, attention
@@ -79,9 +87,16 @@ class Sampler:
     parameters.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef[DiT], *, attend: AttentionFn = attention):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[DiT],
+        *,
+        attend: AttentionFn = attention,
+        mesh: Mesh | None = None,
+    ):
+        """`mesh` shards the videos of a batch over its devices; None runs on one device."""
         self.dit = functools.partial(with_params, graphdef)
-        self._attend = attend
+        self._attend, self._mesh = attend, mesh
         self.step = jax.jit(self._step, donate_argnums=1)
         self.write_context = jax.jit(self._write_context, donate_argnums=1)
         self.text = jax.jit(self._text)
@@ -110,11 +125,18 @@ class Sampler:
         inputs: ChunkInputs,
     ):
         """Latents of the next chunk, and the cache after it."""
-        request = self._request(cache, conditioning, inputs)
-        return sample_chunk(
-            self.dit(params), cache, request, conditioning.solver,
-            guidance=conditioning.guidance, attend=self._attend,
-        )  # fmt: skip
+
+        def step(params: Params, cache: KVCache, conditioning: Any, inputs: Any):
+            request = self._request(cache, conditioning, inputs)
+            return sample_chunk(
+                self.dit(params), cache, request, conditioning.solver,
+                guidance=conditioning.guidance, attend=self._attend,
+            )  # fmt: skip
+
+        arguments = (params, cache, conditioning, inputs)
+        return over_videos(
+            self._mesh, step, arguments, _specs(*arguments), (VIDEOS, cache_specs(cache))
+        )
 
     def _scan(
         self,
@@ -146,11 +168,17 @@ class Sampler:
         latents: Array,
     ) -> KVCache:
         """The cache after a given chunk of latents, of a video to be continued."""
-        request = self._request(cache, conditioning, inputs)
-        return write_context(
-            self.dit(params), cache, latents, request,
-            guidance=conditioning.guidance, attend=self._attend,
-        )  # fmt: skip
+
+        def write(params: Params, cache: KVCache, conditioning: Any, inputs: Any, latents: Array):
+            request = self._request(cache, conditioning, inputs)
+            return write_context(
+                self.dit(params), cache, latents, request,
+                guidance=conditioning.guidance, attend=self._attend,
+            )  # fmt: skip
+
+        arguments = (params, cache, conditioning, inputs)
+        specs = (*_specs(*arguments), VIDEOS)
+        return over_videos(self._mesh, write, (*arguments, latents), specs, cache_specs(cache))
 
     def _text(self, params: Params, features: Float[Array, "b t e"]) -> TextKV:
         """Keys and values of one prompt per sample, for `ChunkInputs.text` or as a bank."""
@@ -174,6 +202,28 @@ class Sampler:
             is_fixed=has_fixed_frame[:, None] & (jnp.arange(frames) == 0),
             keys=fold_in(fold_in(conditioning.keys, SOLVER_KEY), chunk),
         )
+
+
+def _specs(
+    params: Params, cache: KVCache, conditioning: VideoConditioning, inputs: ChunkInputs
+) -> tuple[Any, Any, Any, Any]:
+    """Partition specs of the inputs of a chunk over a mesh of devices."""
+    constant: dict[str, Any] = {
+        "solver": REPLICATED,
+        "keys": VIDEOS,
+        "conditioning_frame": VIDEOS,
+        "has_conditioning_frame": VIDEOS,
+        "guidance": None if conditioning.guidance is None else REPLICATED,
+    }
+    changing: dict[str, Any] = {
+        "text": LAYERS_VIDEOS,
+        "cut": VIDEOS,
+        "shot_rope_offset": VIDEOS,
+        "noise": None if inputs.noise is None else VIDEOS,
+    }
+    return (
+        REPLICATED, cache_specs(cache), VideoConditioning(**constant), ChunkInputs(**changing)
+    )  # fmt: skip
 
 
 def stack_chunk_inputs(inputs: Iterable[ChunkInputs]) -> ChunkInputs:

@@ -12,7 +12,7 @@ these calls; the engine has no state per video.
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from longlive_jax.diffusion.solvers import SOLVERS
+from longlive_jax.io.builtin import BUILTIN, find_checkpoint
 from longlive_jax.io.checkpoint import TOKENIZER
 from longlive_jax.io.models import load_model
-from longlive_jax.io.pictures import read_image, to_pixels
-from longlive_jax.models.params import params_of
+from longlive_jax.io.pictures import read_image
+from longlive_jax.models.params import params_of, with_params
 from longlive_jax.models.umt5 import UMT5
 from longlive_jax.models.umt5.tokenizer import Tokenizer
 from longlive_jax.models.vae import VAE
@@ -37,10 +39,11 @@ from longlive_jax.sampling.load import load_dit
 from longlive_jax.sampling.prompt_cache import PromptCache, PromptEncoder
 from longlive_jax.sampling.script import ShotScript, check_size
 from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, precision, spec_for
+from longlive_jax.sampling.sharding import REPLICATED, rows_by_device, shard_cache
 from longlive_jax.sampling.streaming_vae import DecoderState, StreamingVAE
 from longlive_jax.sampling.timeline import Timeline, make_timeline
 from longlive_jax.spec import UserError, build
-from longlive_jax.typing import Array, Bool, Float, Params, UInt8
+from longlive_jax.typing import Array, Bool, Float, Params, Shaped
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.attention.packed_kv import select_packed_implementation
 from pallas_kernels.dispatch import Unsupported
@@ -59,7 +62,8 @@ class Engine:
       params: parameters of the DiT.
       sampler: jitted functions of the DiT, with parameters as arguments.
       vae: the jitted VAE.
-      device: device of the DiT, its caches and its latents.
+      device: device of the DiT, its caches and its latents; the first of several.
+      mesh: devices that share the videos of a batch, or None.
     """
 
     def __init__(
@@ -71,8 +75,12 @@ class Engine:
         spec: SampleSpec,
         *,
         attend: AttentionFn = attention,
+        mesh: Mesh | None = None,
     ):
-        """Raises UserError for parts of different models."""
+        """An engine on the device of the parameters, or on all devices of `mesh`.
+
+        Raises UserError for parts of different models.
+        """
         if dit.cfg.in_channels != vae.cfg.z_dim or dit.cfg.text_dim != umt5.cfg.dim:
             raise UserError(
                 f"the parts of the model do not fit: the DiT takes {dit.cfg.in_channels} latent "
@@ -82,26 +90,42 @@ class Engine:
         self.spec, self.cfg = spec, dit.cfg
         self.params = params_of(dit)
         self.device = _device_of(self.params)
-        self.sampler = Sampler(nnx.graphdef(dit), attend=attend)
+        self.mesh = mesh
+        self.sampler = Sampler(nnx.graphdef(dit), attend=attend, mesh=mesh)
         vae_device = None if spec.vae_device is None else jax.devices()[spec.vae_device]
-        self.vae = StreamingVAE(vae, vae_device)
+        self.vae = StreamingVAE(vae, vae_device, mesh)
         self._prompt_encoder = PromptEncoder(umt5, tokenizer, dit.cfg.text_len)
+        self._features: Mapping[str, Float[Array, "t e"]] = {}
         self._prompt_cache = PromptCache(self._prompt_kv)
 
     @classmethod
-    def from_checkpoint(cls, folder: str | os.PathLike, **settings: Any) -> "Engine":
-        """Loads a checkpoint directory; `settings` are fields of `SampleSpec`.
+    def from_checkpoint(
+        cls,
+        folder: str | os.PathLike | None = None,
+        *,
+        device: jax.Device | None = None,
+        mesh: Mesh | None = None,
+        **settings: Any,
+    ) -> "Engine":
+        """Loads a checkpoint directory; None is the built-in one.
 
-        Other settings are the checkpoint's own. Raises UserError for a missing, foreign or damaged
-        directory and for invalid settings.
+        `device` takes all models, default JAX's default device; `mesh` has a copy of them on each
+        of its devices. `settings` are fields of `SampleSpec`; others are the checkpoint's own.
+        Raises UserError for a missing, foreign or damaged directory and for invalid settings.
         """
+        if not isinstance(folder, str | os.PathLike) or folder == BUILTIN:
+            folder = find_checkpoint(folder)
         spec = spec_for(folder, settings)
         dtype, vae_dtype = precision(spec.dtype), precision(spec.vae_dtype)
         tokenizer = Tokenizer(Path(folder) / TOKENIZER)
-        dit = load_dit(folder, spec.quant, param_dtype=dtype, dtype=dtype)
-        umt5 = load_model(folder, "umt5", param_dtype=dtype, dtype=dtype)
-        vae = load_model(folder, "vae", param_dtype=vae_dtype, dtype=vae_dtype)
-        return cls(dit, vae, umt5, tokenizer, spec)
+        with jax.default_device(device):
+            dit = load_dit(folder, spec.quant, param_dtype=dtype, dtype=dtype)
+            umt5 = load_model(folder, "umt5", param_dtype=dtype, dtype=dtype)
+            vae = load_model(folder, "vae", param_dtype=vae_dtype, dtype=vae_dtype)
+        target = device if mesh is None else NamedSharding(mesh, REPLICATED)
+        if target is not None:
+            dit, umt5, vae = (_committed(model, target) for model in (dit, umt5, vae))
+        return cls(dit, vae, umt5, tokenizer, spec, mesh=mesh)
 
     def with_settings(self, **changes: Any) -> "Engine":
         """An engine with the same parameters, compiled functions and prompts but other settings.
@@ -124,7 +148,26 @@ class Engine:
         engine._prompt_cache = PromptCache(engine._prompt_kv)
         return engine
 
+    def with_features(self, features: Mapping[str, Float[Array, "t e"]]) -> "Engine":
+        """An engine that takes these text features for prompts in place of its text encoder.
+
+        A prompt with the cut prefix and without features of its own uses those without the prefix.
+        Prompts that `features` lacks are encoded as before.
+        """
+        engine, own = copy.copy(self), self._prompt_cache
+
+        def compute(prompt: str) -> TextKV:
+            given = engine._features_of(prompt)
+            return own[prompt] if given is None else self.sampler.text(self.params, given[None])
+
+        engine._features, engine._prompt_cache = features, PromptCache(compute)
+        return engine
+
     # --- Compiled functions ---
+
+    def text_features(self, prompt: str) -> Float[Array, "1 t e"]:
+        """Features of one prompt from the text encoder, zero beyond its tokens."""
+        return self._prompt_encoder(prompt)
 
     def text_kv(self, prompts: Sequence[str]) -> TextKV:
         """Keys and values of prompts in every layer, one prompt per sample; cached by prompt."""
@@ -137,7 +180,7 @@ class Engine:
         self, cache: KVCache, conditioning: VideoConditioning, inputs: ChunkInputs
     ) -> tuple[Float[Array, "b f h w c"], KVCache]:
         """Latents (float32) of the next chunk, and the cache after it; `cache` is donated."""
-        return self.sampler.step(self.params, cache, conditioning, inputs)
+        return self.sampler.step(self.params, cache, conditioning, self._by_device(inputs))
 
     def write_context(
         self,
@@ -147,22 +190,45 @@ class Engine:
         latents: Float[Array, "b f h w c"],
     ) -> KVCache:
         """The cache after a given chunk of latents; `cache` is donated."""
+        inputs = self._by_device(inputs)
         return self.sampler.write_context(self.params, cache, conditioning, inputs, latents)
 
-    def decode(
-        self, state: DecoderState, latents: Float[Array, "b f h w c"]
-    ) -> tuple[UInt8[Array, "b f h w 3"], Bool[Array, ""], DecoderState]:
-        """Frames of the next chunk, whether its latents are finite, and the decoder's next state.
+    def _by_device(self, inputs: ChunkInputs) -> ChunkInputs:
+        """Inputs with the prompts in the order in which the devices of a mesh take them."""
+        videos = len(inputs.cut)
+        if self.mesh is None or self.spec.guidance == 1:
+            return inputs
+        order = rows_by_device(videos, self.mesh.size)
+        text = jax.tree.map(lambda x: jnp.take(x, order, axis=1), inputs.text)
+        return dataclasses.replace(inputs, text=text)
 
-        `state` is donated.
+    def decode(
+        self, state: DecoderState, latents: Float[Array, "b f h w c"], *, as_float: bool = False
+    ) -> tuple[Shaped[Array, "b f h w 3"], Bool[Array, ""], DecoderState]:
+        """Frames of the next chunk, whether they are finite, and the decoder's next state.
+
+        Frames are uint8, or float32 in [-1, 1]. `state` is donated.
         """
-        return self.vae.decode(state, latents)
+        return self.vae.decode(state, latents, as_float=as_float)
 
     def encode(
         self, pixels: Float[np.ndarray, "b f h w 3"], *, chunk_frames: int | None = None
     ) -> Float[Array, "b g h w c"]:
         """Latents of 1 + 4n frames on the DiT's device; see `StreamingVAE.encode`."""
-        latents = self.vae.encode(pixels, chunk_frames=chunk_frames)
+        return self.device_put(self.vae.encode(pixels, chunk_frames=chunk_frames))
+
+    def encode_chunk(
+        self, tails: Any, pixels: Float[np.ndarray, "b f h w 3"]
+    ) -> tuple[Float[Array, "b g h w c"], Any]:
+        """Latents of the next frames of a clip on the DiT's device, and the encoder's tails.
+
+        See `StreamingVAE.encode_chunk`.
+        """
+        latents, tails = self.vae.encode_chunk(tails, pixels)
+        return self.device_put(latents), tails
+
+    def device_put(self, latents: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """Latents on the DiT's device, which differs from the VAE's if that has its own."""
         return latents if self.spec.vae_device is None else jax.device_put(latents, self.device)
 
     def sample_latents(self, scripts: Sequence[ShotScript]) -> Float[Array, "b f h w c"]:
@@ -187,14 +253,15 @@ class Engine:
 
     # --- Scripts to inputs ---
 
-    def timeline(self, scripts: Sequence[ShotScript]) -> Timeline:
-        """The scripts in chunks of this model."""
+    def timeline(self, scripts: Sequence[ShotScript], *, past_shots: int = 0) -> Timeline:
+        """The scripts in chunks of this model; they continue a video of `past_shots` shots."""
         return make_timeline(
             scripts,
             chunk_frames=self.spec.chunk_frames,
             temporal_stride=self.vae.cfg.temporal_stride,
             fps=self.spec.fps,
             prefix=self.spec.cut_prefix,
+            past_shots=past_shots,
         )
 
     def size_of(self, scripts: Sequence[ShotScript]) -> tuple[int, int]:
@@ -237,7 +304,8 @@ class Engine:
         copies = 1 if self.spec.guidance == 1 else 2
         shape = (self.spec.chunk_frames, rows, columns)
         with jax.default_device(self.device):
-            return empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
+            cache = empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
+        return cache if self.mesh is None else shard_cache(self.mesh, cache)
 
     def start(self, conditioning: VideoConditioning) -> tuple[KVCache, DecoderState]:
         """The empty cache and the decoder state with which a batch of videos begins."""
@@ -249,47 +317,28 @@ class Engine:
         """The state of the decoder before the first chunk of a video."""
         return DecoderState()
 
-    # --- Videos to continue ---
-
-    def check_video(
-        self, video: np.ndarray, scripts: Sequence[ShotScript], size: tuple[int, int]
-    ) -> tuple[str, ...]:
-        """Notes on a video to continue; UserError if it does not fit the scripts."""
-        if video.ndim != 5 or video.shape[0] != len(scripts) or video.shape[2:] != (*size, 3):
-            raise UserError(
-                f"the video to continue has shape {video.shape}; expected [{len(scripts)}, frames, "
-                f"{size[0]}, {size[1]}, 3]"
-            )
-        if any(script.image is not None for script in scripts):
-            raise UserError("a script with an image cannot continue a video; use one of the two")
-        frames, usable = video.shape[1], self._usable_frames(video.shape[1])
-        if usable < 1:
-            least = self.vae.cfg.num_raw_frames(self.spec.chunk_frames)
-            raise UserError(f"the video to continue must have >= {least} frames, got {frames}")
-        if usable < frames:
-            return (f"the first {frames - usable} frames are left out: less than one chunk",)
-        return ()
-
-    def encode_video(self, video: np.ndarray) -> Iterator[Float[Array, "b f h w c"]]:
-        """Latents of a given video in chunks; its end is the end of the last chunk."""
-        clip = video[:, video.shape[1] - self._usable_frames(video.shape[1]) :]
-        pixels = to_pixels(clip) if clip.dtype == np.uint8 else clip.astype(np.float32)
-        chunk_frames = self.spec.chunk_frames
-        latents = self.encode(pixels, chunk_frames=chunk_frames)
-        for start in range(0, latents.shape[1], chunk_frames):
-            yield latents[:, start : start + chunk_frames]
-
-    def _usable_frames(self, frames: int) -> int:
-        """Frames of the longest end of a video that divides into chunks."""
-        stride, chunk_frames = self.vae.cfg.temporal_stride, self.spec.chunk_frames
-        chunks = (frames - 1 + stride) // (stride * chunk_frames)
-        return self.vae.cfg.num_raw_frames(chunks * chunk_frames) if chunks else 0
-
     # --- Notes for the user ---
 
     def truncations(self, prompts: Sequence[str]) -> tuple[str, ...]:
         """A note for each prompt that is longer than the text encoder reads."""
-        return self._prompt_encoder.truncations(prompts)
+        return self._prompt_encoder.truncations(self._encoded_here(prompts))
+
+    def unknown_words(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """A note on the words that the text encoder does not know; none if it knows all."""
+        return self._prompt_encoder.unknown_words(self._encoded_here(prompts))
+
+    def prompt_notes(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Both kinds of notes."""
+        return self.truncations(prompts) + self.unknown_words(prompts)
+
+    def _encoded_here(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that the text encoder reads, without those whose features are given."""
+        return [prompt for prompt in prompts if self._features_of(prompt) is None]
+
+    def _features_of(self, prompt: str) -> Float[Array, "t e"] | None:
+        """Given features of a prompt, or None."""
+        plain = prompt.removeprefix(self.spec.cut_prefix)
+        return self._features.get(prompt, self._features.get(plain))
 
     def cache_notes(self, batch: int, size: tuple[int, int]) -> tuple[str, ...]:
         """A note on the size and the reader of a packed cache; none for a cache of arrays.
@@ -330,6 +379,11 @@ class Engine:
 
     def _image(self, path: str, size: tuple[int, int]) -> Float[Array, "1 h w c"]:
         return self.encode(read_image(path, size)[None, None])[:, 0]
+
+
+def _committed[M: nnx.Module](model: M, device: jax.Device | NamedSharding) -> M:
+    """The model with its parameters bound to a device or mesh, so that computations run there."""
+    return with_params(model, jax.device_put(params_of(model), device))
 
 
 def _device_of(params: Params) -> jax.Device:

@@ -2,7 +2,8 @@
 
 A script is a list of segments. Each has a prompt, a duration, and `cut`: true (the default) begins
 a new shot, false changes the prompt within the shot. Only a cut adds the prompt prefix that the
-model was trained with, moves the shot sink and offsets the positions.
+model was trained with, moves the shot sink and offsets the positions. The first segment begins the
+video; when a video is continued, it continues the last shot unless it says `cut: true`.
 
     shots:
       - {prompt: a red circle drifts left, seconds: 4}
@@ -15,19 +16,25 @@ model was trained with, moves the shot sink and offsets the positions.
 """
 
 import dataclasses
-import json
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from longlive_jax.io.pictures import check_image
-from longlive_jax.spec import UserError, build, reject_unknown
+from longlive_jax.sampling.documents import read_document, read_text
+from longlive_jax.spec import UserError, build, check_types, reject_unknown
 
 SIZE_MULTIPLE = 32
 """Pixels per token edge: 16 by the VAE times 2 by the patch embedding."""
+MAX_EDGE = 8192
+"""Limit of height and width in pixels."""
+MAX_CHUNKS = 200_000
+"""Limit of the chunks of a video: more than a day, at 16 frames per chunk."""
+MAX_SECONDS = 86_400.0
+"""Limit of the seconds of a shot: a day. `endless` streams have no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +45,39 @@ class Shot:
       prompt: what it shows.
       seconds: duration in seconds; exactly one of seconds and chunks is set.
       chunks: duration in chunks.
-      cut: whether the segment begins a new shot; ignored for the first one.
+      cut: whether the segment begins a new shot. None, the default, is true, except for the first
+        segment of a continued video, which continues the last shot. The first segment of a new
+        video is never a cut.
     """
 
     prompt: str
     seconds: float | None = None
     chunks: int | None = None
-    cut: bool = True
+    cut: bool | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise UserError(f"a shot needs a prompt, got {self.prompt!r}")
+        # 1. The prompt.
+        if not isinstance(self.prompt, str):
+            raise UserError(f"a shot needs a prompt, a string, got {str(self.prompt)[:80]!r}")
+        if not self.prompt.strip():
+            raise UserError(f"a shot needs a prompt, got {self.prompt[:40]!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
+            raise UserError(f"prompt {self.prompt[:40]!r} has half a surrogate pair; retype it")
+        # 2. The duration.
+        where = f"shot {self.prompt[:40]!r}"
+        try:
+            check_types(self)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         if (self.seconds is None) == (self.chunks is None):
-            raise UserError(f"shot {self.prompt[:40]!r}: give either seconds or chunks")
-        name, value = ("chunks", self.chunks) if self.seconds is None else ("seconds", self.seconds)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UserError(f"shot {self.prompt[:40]!r}: {name} must be positive, got {value!r}")
+            raise UserError(f"{where}: give either seconds or chunks")
+        name, limit = ("chunks", MAX_CHUNKS) if self.seconds is None else ("seconds", MAX_SECONDS)
+        value = getattr(self, name)
+        if not value > 0:
+            raise UserError(f"{where}: {name} must be positive, got {value!r}")
+        if value > limit:
+            number = f"{value:g}" if value < 1e9 else "more than 1e9"
+            raise UserError(f"{where}: {name} must be positive and <= {limit:g}, got {number}")
 
     def length(self, chunk_seconds: float) -> int:
         """Duration in chunks, rounded up."""
@@ -72,7 +96,7 @@ class ShotScript:
     Attributes:
       shots: the segments, in order.
       seed: seed of the noise, in [0, 2**32).
-      size: height and width in pixels, or None for the model's default.
+      size: (height, width) in pixels, or None for the model's default.
       image: path of a picture that conditions the first frame.
       negative_prompt: prompt that guidance moves away from, or None for the model's default.
       name: name for files and messages.
@@ -88,7 +112,15 @@ class ShotScript:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shots", tuple(self.shots))
+        # 1. Types.
+        if self.size is not None and (
+            not isinstance(self.size, tuple | list) or len(self.size) != 2
+        ):
+            raise UserError(f"size must be (height, width) in pixels, got {self.size!r}")
+        if isinstance(self.image, os.PathLike):
+            object.__setattr__(self, "image", os.fspath(self.image))
+        check_types(self)
+        # 2. Values.
         if not self.shots:
             raise UserError("the script has no shots; give at least one {prompt, seconds}")
         if not 0 <= self.seed < 2**32:
@@ -99,12 +131,19 @@ class ShotScript:
             check_image(self.image)
 
     @classmethod
-    def of(cls, *prompts: str, seconds: float, **settings: Any) -> "ShotScript":
+    def of(
+        cls,
+        *prompts: str,
+        seconds: float | None = None,
+        chunks: int | None = None,
+        **settings: Any,
+    ) -> "ShotScript":
         """A script of shots of equal duration with a cut between any two.
 
-        `settings` are other fields of the script.
+        `seconds` or `chunks` is the duration of each shot; `settings` are other fields of the
+        script.
         """
-        return cls(tuple(Shot(p, seconds=seconds) for p in prompts), **settings)
+        return cls(tuple(Shot(p, seconds=seconds, chunks=chunks) for p in prompts), **settings)
 
     @classmethod
     def read(cls, path: str | Path, **settings: Any) -> "ShotScript":
@@ -116,7 +155,11 @@ class ShotScript:
 
 
 def check_size(height: int, width: int, *, multiple: int = SIZE_MULTIPLE) -> None:
-    """UserError, with the nearest legal sizes, unless both edges are positive multiples."""
+    """UserError, with the nearest legal sizes, unless both edges are legal multiples."""
+    if max(height, width) > MAX_EDGE:
+        raise UserError(
+            f"size {height}x{width} (height x width) must be <= {MAX_EDGE} pixels on each side"
+        )
     if all(edge > 0 and edge % multiple == 0 for edge in (height, width)):
         return
     below = [max(multiple, edge // multiple * multiple) for edge in (height, width)]
@@ -147,11 +190,13 @@ def read_scripts(
 
     Raises UserError for a path that is not a script or does not say how long the videos are.
     """
-    path = Path(path)
     # 1. Arguments.
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path of a script must be a string or a Path, got {path!r}")
+    path = Path(path)
     for name, value in (("chunks", chunks), ("chunks_per_shot", chunks_per_shot)):
-        if value is not None and value <= 0:
-            raise UserError(f"{name} must be positive, got {value}")
+        if value is not None and (type(value) is not int or not 0 < value <= MAX_CHUNKS):
+            raise UserError(f"{name} must be positive and <= {MAX_CHUNKS}, got {value!r}")
     # 2. One reader per layout.
     if path.is_dir():
         return [
@@ -159,11 +204,12 @@ def read_scripts(
         ]
     if not path.is_file():
         raise UserError(f"no script at {path}")
-    if path.suffix == ".txt":
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
         return _read_lines(path, chunks)
-    if path.suffix not in (".yaml", ".yml", ".json"):
+    if suffix not in (".yaml", ".yml", ".json"):
         raise UserError(f"{path}: a script ends in .yaml, .json or .txt, or is a caption folder")
-    return [parse_script(_load(path), folder=path.parent, name=path.stem, where=str(path))]
+    return [parse_script(read_document(path), folder=path.parent, name=path.stem, where=str(path))]
 
 
 def parse_script(
@@ -174,6 +220,14 @@ def parse_script(
     `image` is relative to `folder`; `name` is the default name, and `where` begins error messages.
     Raises UserError for unknown keys and invalid values.
     """
+    try:
+        return _parse_script(values, folder, name, where)
+    except ValueError as error:
+        # A value can be as long as the file; the place is at the beginning.
+        raise UserError(" ".join(str(error).split())[: len(where) + 300]) from error
+
+
+def _parse_script(values: Any, folder: Path, name: str, where: str) -> ShotScript:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected a mapping with 'shots', got {type(values).__name__}")
     if values.get("generated") is True and isinstance(values.get("script"), Mapping):
@@ -202,31 +256,22 @@ def _parse_size(text: str, where: str) -> list[int]:
     return [height, width]
 
 
-def _load(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid {path.suffix[1:]}: {reason}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-
-
 def _read_lines(path: Path, chunks: int | None) -> list[ShotScript]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file: {error.reason}") from error
+    lines = [line.strip() for line in read_text(path).splitlines()]
     prompts = [line for line in lines if line]
     if not prompts:
         raise UserError(f"{path}: no captions; write one per line")
     if chunks is None:
         raise UserError(f"{path}: a text file has no durations; give the number of chunks")
     return [
-        ShotScript((Shot(prompt, chunks=chunks),), name=f"{path.stem}-{i}")
+        ShotScript((_shot(prompt, chunks, path),), name=f"{path.stem}-{i}")
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _shot(prompt: str, chunks: int, where: Path) -> Shot:
+    """A shot; UserErrors begin with `where`."""
+    return build(Shot, {"prompt": prompt, "chunks": chunks}, path=str(where))
 
 
 def _caption_folders(root: Path) -> list[Path]:
@@ -242,7 +287,7 @@ def _caption_folders(root: Path) -> list[Path]:
 def _read_captions(folder: Path, chunks: int | None, chunks_per_shot: int | None) -> ShotScript:
     files = [p for p in folder.glob("*.json") if p.name != "global.json"]
     # Named shots come before numbered ones, and 2 before 10, as in the released tools.
-    files.sort(key=lambda p: (p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
+    files.sort(key=lambda p: (p.stem.isdecimal(), int(p.stem) if p.stem.isdecimal() else 0, p.stem))
     captions = [_caption(path) for path in files]
     if not captions:
         raise UserError(f"{folder}: no caption files besides global.json")
@@ -251,16 +296,19 @@ def _read_captions(folder: Path, chunks: int | None, chunks_per_shot: int | None
     notes: tuple[str, ...] = ()
     if len(used) < len(captions):
         notes = (f"{folder.name}: {len(used)} of {len(captions)} shots fit the length",)
-    shots = tuple(Shot(text, chunks=n) for text, n in used)
+    shots = tuple(_shot(text, n, folder) for text, n in used)
     return ShotScript(shots, name=folder.name, notes=notes)
 
 
 def _caption(path: Path) -> str:
-    values = _load(path)
+    values = read_document(path)
     text = values.get("caption") if isinstance(values, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{path}: expected {{"caption": "..."}}')
     return text.strip()
+
+
+_DURATION = re.compile(r"0*[1-9][0-9]{0,8}")
 
 
 def _durations(
@@ -273,9 +321,11 @@ def _durations(
     # 1. Durations without a total.
     path = folder / "shot_durations.txt"
     if path.is_file():
-        words = path.read_text(encoding="utf-8").replace(",", " ").split()
-        if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-            raise UserError(f"{path}: expected positive integers (chunks), got {words}")
+        words = read_text(path).replace(",", " ").split()
+        if not words or not all(_DURATION.fullmatch(word) for word in words):
+            raise UserError(
+                f"{path}: expected positive integers (chunks), got {' '.join(words)[:80]!r}"
+            )
         counts = [int(word) for word in words]
         if len(counts) > shots:
             raise UserError(f"{path}: {len(counts)} durations for {shots} shots")

@@ -14,7 +14,7 @@ from longlive_jax.models.wan.cache import CachePolicy
 from longlive_jax.models.wan.packed_cache import KVFormat, Reader, Smoothing, Storage
 from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.sampling.script import check_size
-from longlive_jax.spec import UserError, build, with_renamed
+from longlive_jax.spec import UserError, build, check_types, with_renamed
 
 MANIFEST_KEY = "sampling"
 RENAMED_SETTINGS = {"chunk": "chunk_frames", "rope_offset": "shot_rope_offset"}
@@ -34,9 +34,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "ahead": (0, 64),
 }
 """Smallest and largest values of numbers; there are 1000 noise levels, so more steps add none."""
-
-MAX_EDGE = 8192
-"""Largest height or width in pixels."""
 
 Precision = Literal["auto", "float32", "bfloat16"]
 SolverName = Literal["unipc", "euler", "sde"]
@@ -100,9 +97,12 @@ class SampleSpec:
     quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
 
     def __post_init__(self) -> None:
+        # 1. Types.
+        if not isinstance(self.size, tuple | list) or len(self.size) != 2:
+            raise UserError(f"size must be (height, width) in pixels, got {self.size!r:.80}")
+        check_types(self)
+        # 2. Ranges.
         check_size(*self.size)
-        if max(self.size) > MAX_EDGE:
-            raise UserError(f"size must be <= {MAX_EDGE} along each edge, got {self.size}")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not math.isfinite(value):
@@ -116,7 +116,10 @@ class SampleSpec:
                 f"vae_device must be one of devices 0 to {jax.device_count() - 1}, got "
                 f"{self.vae_device}"
             )
-        _ = self.policy  # raises for a window too small for its sinks
+        try:
+            _ = self.policy
+        except ValueError as error:  # a window too small for its sinks
+            raise UserError(str(error)) from error
 
     @property
     def policy(self) -> CachePolicy:

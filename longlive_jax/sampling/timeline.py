@@ -2,8 +2,9 @@
 
 The first latent frame of a video decodes to one raw frame and every later one to `temporal_stride`,
 so the first chunk has `1 + temporal_stride * (n - 1)` frames and every other one `temporal_stride *
-n`. Durations are converted as if every chunk had `temporal_stride * n` frames: four seconds are the
-same number of chunks anywhere in a video.
+n`. All chunks that continue a given video have `temporal_stride * n`. Durations are converted as if
+every chunk had `temporal_stride * n` frames: four seconds are the same number of chunks anywhere in
+a video.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longlive_jax.captions import CUT_PREFIX
-from longlive_jax.sampling.script import ShotScript
+from longlive_jax.sampling.script import MAX_CHUNKS, Shot, ShotScript
 from longlive_jax.spec import UserError
 
 
@@ -23,7 +24,7 @@ class ChunkPrompt(NamedTuple):
     Attributes:
       prompt: text for the text encoder, with the cut prefix if the chunk begins a shot.
       cut: whether the chunk begins a shot other than the first.
-      shot: index of its shot.
+      shot: index of its shot, with those of a continued video before it.
     """
 
     prompt: str
@@ -89,7 +90,7 @@ class Timeline:
 
     Attributes:
       prompts: `[b][k]` prompts for the text encoder.
-      cuts: bool `[b, k]`, true on the first chunk of every shot but the first.
+      cuts: bool `[b, k]`, true on the first chunk of every shot but the video's first.
       shots: int32 `[b, k]`, index of each chunk's shot.
       lengths: int32 `[b]`, chunks of each video without padding.
       notes: remarks for the user.
@@ -97,6 +98,7 @@ class Timeline:
       temporal_stride: raw frames per latent frame.
       fps: raw frames per second.
       prefix: opens the prompt of a cut chunk.
+      past_shots: shots of the video that is continued; 0 for a new video.
     """
 
     prompts: tuple[tuple[str, ...], ...]
@@ -108,6 +110,7 @@ class Timeline:
     temporal_stride: int
     fps: float
     prefix: str = CUT_PREFIX
+    past_shots: int = 0
 
     @property
     def num_chunks(self) -> int:
@@ -125,18 +128,24 @@ class Timeline:
         return tuple(numbers), np.asarray(index, np.int32)
 
     def num_frames(self, chunks: int) -> int:
-        """Raw frames in the first `chunks` chunks of a video."""
-        return max(0, self.temporal_stride * (self.chunk_frames * chunks - 1) + 1)
+        """Raw frames in the first `chunks` chunks, without those of a continued video."""
+        missing = 0 if self.past_shots else self.temporal_stride - 1
+        return max(0, self.temporal_stride * self.chunk_frames * chunks - missing)
 
     def cut_frames(self, video: int) -> list[int]:
-        """First raw frame of every shot but the first, in one video."""
+        """First raw frame of every shot but the video's first, in one video.
+
+        Frames count from the first generated one; a continued video can have a cut at 0.
+        """
         chunks = np.flatnonzero(self.cuts[video, : self.lengths[video]])
         return [self.num_frames(int(k)) for k in chunks]
 
     def videos(self) -> tuple[VideoTimeline, ...]:
         """Every video at its beginning."""
         return tuple(
-            VideoTimeline(prompts, tuple(map(bool, cuts)), self.prefix)
+            VideoTimeline(
+                prompts, tuple(map(bool, cuts)), self.prefix, shot=max(0, self.past_shots - 1)
+            )
             for prompts, cuts in zip(self.prompts, self.cuts, strict=True)
         )
 
@@ -148,12 +157,14 @@ def make_timeline(
     temporal_stride: int = 4,
     fps: float = 24.0,
     prefix: str = CUT_PREFIX,
+    past_shots: int = 0,
 ) -> Timeline:
     """The timeline of a batch of scripts, in chunks of `chunk_frames` latent frames.
 
     A duration that is not a multiple of a chunk is rounded up, with a note. `prefix` opens the
-    prompt of the first chunk after a cut, unless the script's prompt has it already. Raises
-    UserError for no scripts, ValueError for sizes that are not positive.
+    prompt of the first chunk after a cut, unless the script's prompt has it already. With
+    `past_shots`, the scripts continue a video of that many shots. Raises UserError for no scripts
+    and for videos of too many chunks, ValueError for sizes that are not positive.
     """
     batch = [scripts] if isinstance(scripts, ShotScript) else list(scripts)
     if not batch:
@@ -165,34 +176,54 @@ def make_timeline(
         )
     # 1. Chunks of every video.
     chunk_seconds = chunk_frames * temporal_stride / fps
-    videos = [_chunk_prompts(script, chunk_seconds, prefix) for script in batch]
+    videos = [_chunk_prompts(script, chunk_seconds, prefix, past_shots) for script in batch]
     lengths = np.asarray([len(video) for video in videos], np.int32)
     # 2. Pad to the longest. The prefix belongs to a cut, so a repeated prompt goes without it.
-    for video, script in zip(videos, batch, strict=True):
-        last = ChunkPrompt(script.shots[-1].prompt.removeprefix(prefix), False, video[-1].shot)
+    for video in videos:
+        last = ChunkPrompt(video[-1].prompt.removeprefix(prefix), False, video[-1].shot)
         video += [last] * (int(lengths.max()) - len(video))
-    notes = tuple(
-        note for script in batch for note in _notes(script, chunk_seconds, len(batch) > 1)
-    )
+    notes = [note for script in batch for note in _notes(script, chunk_seconds, len(batch) > 1)]
     return Timeline(
         prompts=tuple(tuple(chunk.prompt for chunk in video) for video in videos),
         cuts=np.asarray([[chunk.cut for chunk in video] for video in videos], bool),
         shots=np.asarray([[chunk.shot for chunk in video] for video in videos], np.int32),
         lengths=lengths,
-        notes=notes,
+        notes=tuple(notes),
         chunk_frames=chunk_frames,
         temporal_stride=temporal_stride,
         fps=fps,
         prefix=prefix,
+        past_shots=past_shots,
     )
 
 
-def _chunk_prompts(script: ShotScript, chunk_seconds: float, prefix: str) -> list[ChunkPrompt]:
-    """Prompt, cut and shot of each chunk of one script."""
+def _check_length(script: ShotScript, chunk_seconds: float) -> None:
+    """UserError for a video that is too long for its timeline."""
+    chunks = sum(shot.length(chunk_seconds) for shot in script.shots)
+    if chunks > MAX_CHUNKS:
+        name = f"{script.name}: " if script.name else ""
+        raise UserError(
+            f"{name}the shots have {chunks} chunks of {chunk_seconds:.3g} s; must be <= "
+            f"{MAX_CHUNKS} in all, use an endless stream"
+        )
+
+
+def _is_cut(shot: Shot, index: int, past_shots: int) -> bool:
+    """Whether shot `index` of a script begins with a cut."""
+    if index == 0:
+        return bool(shot.cut) and past_shots > 0
+    return shot.cut is not False
+
+
+def _chunk_prompts(
+    script: ShotScript, chunk_seconds: float, prefix: str, past_shots: int
+) -> list[ChunkPrompt]:
+    """Prompt, cut and shot of each chunk of one script; UserError if there are too many."""
+    _check_length(script, chunk_seconds)
     chunks: list[ChunkPrompt] = []
-    number = 0
+    number = max(0, past_shots - 1)
     for i, shot in enumerate(script.shots):
-        cut = shot.cut and i > 0
+        cut = _is_cut(shot, i, past_shots)
         number += cut
         first = shot.prompt
         if cut and not first.startswith(prefix):

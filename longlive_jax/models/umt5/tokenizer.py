@@ -20,6 +20,8 @@ from longlive_jax.typing import Bool, Int32
 PAD, EOS = 0, 1
 
 _WHITESPACE = re.compile(r"\s+")
+_SPACE = "▁"  # SentencePiece's mark of a word's beginning
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def clean(text: str) -> str:
@@ -89,6 +91,20 @@ class Tokenizer:
     def pieces(self, text: str) -> list[str]:
         """The pieces of the cleaned text, without the end mark."""
         return self._pieces.EncodeAsPieces(clean(text))
+
+    def unknown_words(self, text: str) -> tuple[str, ...]:
+        """The words of `text` of which no part is in the vocabulary, once each, in order.
+
+        All of them look the same to the text encoder. Tokenizers with bytes for unknown characters,
+        such as UMT5's, know every word.
+        """
+        words = dict.fromkeys(_WORD.findall(clean(text)))
+        return tuple(word for word in words if self._is_unknown(word))
+
+    def _is_unknown(self, word: str) -> bool:
+        pieces = self._pieces.EncodeAsPieces(word)
+        ids = [self._pieces.PieceToId(piece) for piece in pieces if piece != _SPACE]
+        return bool(ids) and all(number == self.unknown for number in ids)
 
     def encode(
         self, prompts: Sequence[str], length: int = 512

@@ -133,13 +133,13 @@ def test_chunks_come_in_order(ahead):
 
 
 def test_leaving_early_waits_for_chunks_in_flight(monkeypatch):
-    """A process that exits while computations run would abort."""
+    """A process that exits while frames are copied to the host would abort."""
     waited = []
-    monkeypatch.setattr(jax, "block_until_ready", waited.extend)
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(float(x[1][0, 0])))
     stream = run_ahead((pending(float(i)) for i in range(9)), ahead=2)
     next(stream)
     stream.close()
-    np.testing.assert_array_equal([latents[0, 0] for *_, latents in waited], [1, 2])
+    assert sorted(waited) == [0, 1, 2]
 
 
 def test_latents_that_are_not_finite_are_an_error():

@@ -81,3 +81,15 @@ def test_other_captions():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no captions"):
         train_tokenizer([])
+
+
+def test_unknown_words():
+    """Each once, in order; known words and their punctuation are none, nor is a known beginning."""
+    tokenizer = world_tokenizer()
+    assert tokenizer.unknown_words("A dragon flies left, slowly; the dragon stays.") == (
+        "dragon",
+        "flies",
+        "slowly",
+    )
+    assert tokenizer.unknown_words("The scene transitions. a red circle moves up") == ()
+    assert tokenizer.unknown_words("two circles") == ("two",) and tokenizer.unknown_words("") == ()
