@@ -244,7 +244,11 @@ def _escape_control(text: str) -> str:
 
 def _check_parser() -> Parser:
     parser = Parser("data check", "Report which samples can be used, and why the others cannot.")
-    parser.add_argument("dir", type=Path, help="folder with video/ and caption/, or a .jsonl file")
+    parser.add_argument(
+        "dir",
+        type=Path,
+        help="folder of clips with captions (a.mp4, a.txt) or with video/ and caption/, or a .jsonl",
+    )
     parser.add_argument("--chunks", type=int, default=1, help="minimum chunks per sample")
     parser.add_argument("--chunk", type=int, default=8, help="latent frames per chunk")
     _add_join_options(parser)

@@ -1,11 +1,12 @@
 """Lists the samples of a dataset, each an ordered list of captioned shots, without decoding video.
 
-Two layouts are supported: the folders of the reference (its class `MultiVideoConcatDataset`),
+Three layouts are supported: the folders of the reference (its class `MultiVideoConcatDataset`),
 
     DIR/video/<sample>/<shot>.mp4        or .avi, .mov, .mkv, .webm
     DIR/caption/<sample>/<shot>.json     {"caption": "..."}
 
-and a manifest in JSON lines, one sample per line, given as the file or as `DIR/manifest.jsonl`:
+a flat folder of clips with their captions (`flat`), and a manifest in JSON lines, one sample per
+line, given as the file or as `DIR/manifest.jsonl`:
 
     {"name": "walk", "shots": [{"video": "a.mp4", "caption": "...", "start": 1.5, "end": 9}, ...]}
 
@@ -15,19 +16,32 @@ is named after its line.
 
 The reference silently leaves out shots whose caption is missing or empty, and reads folders in
 file-system order. Here a remark names each shot that is left out, a sample without any shots is
-unusable and has a reason, and samples are sorted by name, with numbers ordered by value.
+unusable and has a reason, and samples are sorted by name, with numbers ordered by value. Texts are
+UTF-8, with or without a byte order mark; names are compared in Unicode's form NFC.
 """
 
-import dataclasses
 import itertools
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from longlive_jax.io.decoding import Unusable
+from longlive_jax.data.clips.flat import TABLES, is_flat, read_flat
+from longlive_jax.data.clips.samples import (
+    SUFFIXES,
+    SourceShot,
+    Unusable,
+    VideoSample,
+    caption_in,
+    existing_file,
+    is_file_name,
+    list_entries,
+    natural_key,
+    one_line,
+    sort_samples,
+)
 from longlive_jax.spec import UserError, reject_unknown
 
 __all__ = ["DATASET_MANIFEST", "SourceShot", "Unusable", "VideoSample", "find_samples", "usable"]
@@ -35,43 +49,6 @@ __all__ = ["DATASET_MANIFEST", "SourceShot", "Unusable", "VideoSample", "find_sa
 DATASET_MANIFEST = "manifest.jsonl"
 MAX_SECONDS = 1e9
 """Upper limit of `start` and `end`: longer than any video, and safe to compute with."""
-
-SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
-"""Extensions of video files."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceShot:
-    """A captioned shot: a segment of a video file.
-
-    Attributes:
-      file: the video file.
-      caption: the shot's caption.
-      start: beginning in the file, in seconds.
-      end: end in the file, in seconds; None for the end of the file.
-    """
-
-    file: Path
-    caption: str
-    start: float = 0.0
-    end: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoSample:
-    """A sample of a dataset: a video that consists of consecutive shots.
-
-    Attributes:
-      name: the sample's name.
-      shots: its shots in order.
-      problem: why it cannot be used, as known without opening a video; empty if it can.
-      remarks: shots that were left out, and why.
-    """
-
-    name: str
-    shots: tuple[SourceShot, ...] = ()
-    problem: str = ""
-    remarks: tuple[str, ...] = ()
 
 
 def find_samples(where: str | Path) -> list[VideoSample]:
@@ -81,28 +58,47 @@ def find_samples(where: str | Path) -> list[VideoSample]:
     """
     where = Path(where)
     if where.is_file():
-        return _sorted(_read_manifest(where))
+        return sort_samples(_read_manifest(where))
     if not where.is_dir():
         raise UserError(f"{where}: no such dataset; expected a folder or a manifest in JSON lines")
     if (where / DATASET_MANIFEST).is_file():
-        return _sorted(_read_manifest(where / DATASET_MANIFEST))
+        return sort_samples(_read_manifest(where / DATASET_MANIFEST))
+    if not is_flat(where):
+        return sort_samples(_read_layout(where))
+    if (where / "caption").is_dir():
+        raise UserError(
+            f"{where}: mixes two layouts, clips or {' or '.join(TABLES)} directly in it and video/ "
+            "with caption/; move one of them to another folder"
+        )
+    return sort_samples(read_flat(where))
+
+
+def _read_layout(where: Path) -> list[VideoSample]:
+    """The samples in video/ and caption/. Raises UserError if there are none."""
     if not (where / "video").is_dir():
         raise UserError(
             f"{where}: not a dataset; expected video/<sample>/<shot>.mp4 with "
-            f"caption/<sample>/<shot>.json, or {DATASET_MANIFEST}"
+            f"caption/<sample>/<shot>.json, clips with captions (a.mp4, a.txt), or "
+            f"{DATASET_MANIFEST}"
         )
     videos, captions = _list_folder(where, "video"), _list_folder(where, "caption")
     misplaced = {path.name: _misplaced(path) for path in videos}
-    names = {path.name for path in (*videos, *captions) if os.path.isdir(path)}
+    names = {path.name for path in videos if os.path.isdir(path)}
+    composed = {unicodedata.normalize("NFC", name) for name in names}
+    names |= {
+        path.name
+        for path in captions
+        if os.path.isdir(path) and unicodedata.normalize("NFC", path.name) not in composed
+    }
     names |= {name for name, problem in misplaced.items() if problem}
     if not names:
         raise UserError(f"{where}: has no samples; expected folders video/<sample>/")
-    return _sorted(
+    return [
         VideoSample(name, problem=misplaced[name])
         if misplaced.get(name)
         else _read_folders(where, name)
         for name in names
-    )
+    ]
 
 
 def usable(samples: Iterable[VideoSample], where: str | Path) -> list[VideoSample]:
@@ -115,34 +111,10 @@ def usable(samples: Iterable[VideoSample], where: str | Path) -> list[VideoSampl
     return good
 
 
-def _sorted(samples: Iterable[VideoSample]) -> list[VideoSample]:
-    return sorted(samples, key=lambda sample: _natural(sample.name))
-
-
-def _natural(name: str) -> tuple:
-    """Sort key that orders numbers by value (2 before 10), even those too long for `int`."""
-    parts = re.split(r"([0-9]+)", name)
-    digits = (part.lstrip("0") for part in parts[1::2])
-    pairs = zip(((len(d), d) for d in digits), parts[2::2], strict=True)
-    return (parts[0], *pairs), name
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Entries of a folder except hidden ones; empty if it does not exist.
-
-    Raises Unusable if it cannot be read.
-    """
-    try:
-        entries = list(folder.iterdir()) if os.path.isdir(folder) else []
-    except OSError as error:
-        raise Unusable(f"cannot be read ({error.strerror})") from error
-    return [path for path in entries if not path.name.startswith(".")]
-
-
 def _list_folder(where: Path, kind: str) -> list[Path]:
     """Entries of `where`/`kind`. Raises UserError if it cannot be read."""
     try:
-        return _entries(where / kind)
+        return list_entries(where / kind)
     except Unusable as reason:
         raise UserError(f"{where / kind}: {reason}") from reason
 
@@ -162,10 +134,10 @@ def _read_folders(root: Path, name: str) -> VideoSample:
     """One sample of the folder layout."""
     # 1. List the video files in order.
     try:
-        files = [p for p in _entries(root / "video" / name) if p.suffix.lower() in SUFFIXES]
+        files = [p for p in list_entries(root / "video" / name) if p.suffix.lower() in SUFFIXES]
     except Unusable as reason:
         return VideoSample(name, problem=f"video/{name} {reason}")
-    files.sort(key=lambda p: (not p.stem.isdecimal(), _natural(p.stem), p.suffix))
+    files.sort(key=lambda p: (not p.stem.isdecimal(), natural_key(p.stem), p.suffix))
     duplicates = [b.name for a, b in itertools.pairwise(files) if a.stem == b.stem]
     if not files:
         return VideoSample(name, problem=f"video/{name} has no video file ({', '.join(SUFFIXES)})")
@@ -174,9 +146,11 @@ def _read_folders(root: Path, name: str) -> VideoSample:
         return VideoSample(name, problem=problem)
     # 2. Read their captions.
     shots, remarks = [], []
+    captions = existing_file(root / "caption" / name)
     for file in files:
+        path = existing_file(captions / f"{file.stem}.json")
         try:
-            shots.append(SourceShot(file, _caption(root / "caption" / name / f"{file.stem}.json")))
+            shots.append(SourceShot(file, caption_in(path, "/".join(path.parts[-3:]))))
         except Unusable as reason:
             remarks.append(f"video/{name}/{file.name} left out: {reason}")
     if not shots:
@@ -184,30 +158,11 @@ def _read_folders(root: Path, name: str) -> VideoSample:
     return VideoSample(name, tuple(shots), remarks=tuple(remarks))
 
 
-def _caption(path: Path) -> str:
-    """The caption in a JSON file. Raises Unusable if there is none."""
-    short_name = "/".join(path.parts[-3:])
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Unusable(f"{short_name} is not a regular file")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        why = "is missing" if missing else f"cannot be read ({error.strerror})"
-        raise Unusable(f"{short_name} {why}") from error
-    except (ValueError, RecursionError) as error:
-        raise Unusable(f"{short_name} is not valid JSON ({_line(error)})") from error
-    text = values.get("caption") if isinstance(values, Mapping) else None
-    if not isinstance(text, str) or not text.strip():
-        raise Unusable(f'{short_name} has no caption; expected {{"caption": "..."}}')
-    return text.strip()
-
-
 def _read_manifest(path: Path) -> list[VideoSample]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({_line(error)})") from error
+        raise UserError(f"{path}: cannot be read as text ({one_line(error)})") from error
     samples, line_of = [], dict[str, int]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -237,7 +192,7 @@ def _read_line(line: str, number: int, folder: Path) -> VideoSample:
         if not isinstance(values.get("name", ""), str):
             raise Unusable(f"name must be a string, got {values['name']!r}")
     except (ValueError, RecursionError) as error:  # UserError and Unusable are ValueErrors
-        return VideoSample(name, problem=f"line {number}: {_line(error)}")
+        return VideoSample(name, problem=f"line {number}: {one_line(error)}")
     return VideoSample(values.get("name") or name, shots)
 
 
@@ -254,21 +209,12 @@ def _read_shot(values: Any, i: int, folder: Path) -> SourceShot:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value <= MAX_SECONDS:
             raise Unusable(f"{where}: {key} must be seconds >= 0, got {repr(value)[:40]}")
-    if not _is_file_name(values["video"]):
+    if not is_file_name(values["video"]):
         raise Unusable(f"{where}: video is not a file name: {ascii(values['video'])[:80]}")
     if end is not None and end <= start:
         raise Unusable(f"{where}: end must be > start = {start}, got {end}")
-    return SourceShot(folder / values["video"], values["caption"].strip(), start, end)
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether a file can have this name: it can be encoded and has no zero byte."""
-    try:
-        return b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-
-
-def _line(error: Exception) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
+    file = existing_file(folder / values["video"])
+    if "\\" in values["video"] and not os.path.lexists(file):
+        forward = values["video"].replace("\\", "/")
+        raise Unusable(f"{where}: {values['video']!r} has backslashes; write {forward}")
+    return SourceShot(file, values["caption"].strip(), start, end)
