@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longlive_jax.cli.app import Parser
 
+if TYPE_CHECKING:
+    from longlive_jax.interop.convert import ConvertedComponent
+
 DTYPES = ("bfloat16", "float16", "float32")
+KINDS = ("base", "ar", "distilled", "two_step")
+"""Names of `sampling.kinds.KINDS`, which imports JAX."""
 
 
 def byte_progress() -> Progress:
@@ -21,10 +27,11 @@ def main(argv: Sequence[str]) -> int:
     """Converts the weights and prints what was written."""
     args = _parser().parse_args(argv)
     # These import JAX, which would slow down --help.
-    from longlive_jax.interop import keys_vae
     from longlive_jax.interop.convert import convert
+    from longlive_jax.sampling.kinds import exported_settings
 
     # 1. Convert.
+    exported = exported_settings(args.source) if args.source.is_dir() else None
     with byte_progress() as bar:
         task = bar.add_task("reading", total=None)
         converted = convert(
@@ -42,13 +49,50 @@ def main(argv: Sequence[str]) -> int:
             ),
         )
     # 2. Report.
+    _report(args, converted, exported)
+    return 0
+
+
+def _report(
+    args: Any, converted: "Sequence[ConvertedComponent]", exported: dict[str, Any] | None
+) -> None:
+    """Prints what was written and what the checkpoint still lacks; stores sampling settings."""
+    from longlive_jax.interop import keys_vae
+    from longlive_jax.io.completeness import describe_missing
+
     for item in converted:
         count = f"{item.parameters / 1e6:,.1f} M parameters in {item.tensors} tensors"
         print(f"{item.component}: {count}, {item.naming}, from {item.source}")
         if item.naming == keys_vae.ORIGINAL.name and not any(item.config["latent_mean"]):
             print("  the file has no mean and std of the latents; they are set to 0 and 1")
+    print(_write_settings(args, converted, exported))
     print(f"wrote {args.out}")
-    return 0
+    if missing := describe_missing(args.out):
+        print(f"{args.out} {missing}")
+
+
+def _write_settings(
+    args: Any, converted: "Sequence[ConvertedComponent]", exported: dict[str, Any] | None
+) -> str:
+    """Stores sampling settings that suit a converted DiT, and describes them in one line."""
+    from longlive_jax.io.checkpoint import read_manifest
+    from longlive_jax.sampling.kinds import describe, kind_of, settings_of
+    from longlive_jax.sampling.settings import save_settings
+
+    dit = next((item for item in converted if item.component == "dit"), None)
+    if dit is None and (args.kind is None or "dit" not in read_manifest(args.out)["components"]):
+        return "sampling settings: unchanged, as no DiT was converted"
+    if exported is not None and args.kind is None:
+        save_settings(args.out, exported)
+        return f"sampling settings: those of the exported checkpoint ({describe(exported)})"
+    kind, reason = args.kind, "as --kind says"
+    if kind is None and dit is not None:
+        kind = kind_of(dit.source, entry=dit.entry, is_packed=dit.is_packed)
+        reason = "detected; change it with --kind"
+    settings = settings_of(kind)
+    save_settings(args.out, settings)
+    note = "; train it with configs/ar_5b.py before sampling long videos" * (kind == "base")
+    return f"sampling settings: {kind} ({describe(settings)}), {reason}{note}"
 
 
 def _parser() -> Parser:
@@ -63,6 +107,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--out", type=Path, required=True, help="checkpoint directory; may have other components"
     )
+    # What to convert, and how to store it.
     parser.add_argument(
         "--use_ema", action="store_true", help="take generator_ema instead of generator"
     )
@@ -71,6 +116,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--text_len", type=int, help="text tokens of the DiT (default: 512)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the source's)")
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        help="what the DiT is, which decides its sampling settings: base (Wan2.2 as released: 50 "
+        "steps, guidance 5), ar (before distillation: 50 steps, guidance 3), distilled (4 steps) "
+        "or two_step (2 steps); default: as far as the source tells",
+    )
     parser.add_argument("--merge_lora", type=Path, help="LoRA file to merge into the DiT's kernels")
     parser.add_argument("--lora_alpha", type=float, help="alpha of the LoRA (default: its rank)")
     parser.add_argument(

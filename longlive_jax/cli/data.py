@@ -247,7 +247,7 @@ def _check_parser() -> Parser:
     parser.add_argument(
         "dir",
         type=Path,
-        help="folder of clips with captions (a.mp4, a.txt) or with video/ and caption/, or a .jsonl",
+        help="folder of clips with captions (a.mp4, a.txt) or of video/ and caption/, or a .jsonl",
     )
     parser.add_argument("--chunks", type=int, default=1, help="minimum chunks per sample")
     parser.add_argument("--chunk", type=int, default=8, help="latent frames per chunk")

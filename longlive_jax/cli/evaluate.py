@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.effects import note_evaluate
 from longlive_jax.cli.options import parse_command
 from longlive_jax.spec import build, reject_unknown
+
+if TYPE_CHECKING:
+    from longlive_jax.small_world.cases import EvaluateSpec
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +34,6 @@ def main(argv: Sequence[str]) -> int:
 
     from longlive_jax.bench.timing import machine
     from longlive_jax.cli.progress import ProgressBars
-    from longlive_jax.io.builtin import builtin_checkpoint
     from longlive_jax.io.paths import check_writable
     from longlive_jax.small_world.cases import PARTS, EvaluateSpec, check_parts, evaluate
     from longlive_jax.small_world.report import metric_name, target_results
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parts = [part for part in args.parts.split(",") if part] or list(PARTS)
     check_parts(parts)
     note_evaluate(command.given, spec, parts)
-    checkpoint = Path(args.checkpoint) if args.checkpoint else builtin_checkpoint()
+    checkpoint = _complete_checkpoint(args.checkpoint, spec, parts)
     out = check_writable(args.out)
     with ProgressBars() as bars:
         report = evaluate(spec, checkpoint, out, parts=parts, about=machine(), progress=bars.begin)
@@ -54,3 +57,19 @@ def main(argv: Sequence[str]) -> int:
     print("Targets missed: " + "; ".join(missed) if missed else "All targets met.")
     print(out / "report.md")
     return 0
+
+
+def _complete_checkpoint(name: str | None, spec: "EvaluateSpec", parts: Sequence[str]) -> Path:
+    """The checkpoint directory to evaluate.
+
+    Raises UserError if it, or another one that the selected cases sample from, is not complete.
+    """
+    from longlive_jax.io.builtin import find_checkpoint
+    from longlive_jax.io.completeness import require_components
+    from longlive_jax.small_world.cases import cases
+
+    checkpoint = find_checkpoint(name)
+    selected = [case.checkpoint or checkpoint for case in cases(spec) if case.part in parts]
+    for folder in dict.fromkeys((checkpoint, *selected)):
+        require_components(folder)
+    return checkpoint

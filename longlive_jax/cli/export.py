@@ -13,12 +13,16 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.shard_gb <= 0:
         raise UserError(f"--shard_gb must be > 0, got {args.shard_gb}")
-    from longlive_jax.interop.export import export  # imports JAX, which would slow down --help
+    # These import JAX, which would slow down --help.
+    from longlive_jax.interop.export import export
+    from longlive_jax.io.builtin import find_checkpoint
+
+    source = find_checkpoint(args.source)
 
     with byte_progress() as bar:
         task = bar.add_task("reading", total=None)
         files = export(
-            args.source,
+            source,
             args.out,
             args.naming,
             shard_bytes=int(args.shard_gb * 1e9),
@@ -28,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
         )
     for file in files:
         print(f"wrote {file}")
+    index = args.out / "model_index.json"
+    if index.is_file():
+        print(f"wrote {index}: `WanPipeline.from_pretrained({str(args.out)!r})` loads the folder")
     return 0
 
 

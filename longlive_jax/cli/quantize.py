@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longlive_jax.cli.app import Parser
-from longlive_jax.cli.convert import DTYPES, byte_progress
+from longlive_jax.cli.convert import DTYPES, KINDS, byte_progress
 from longlive_jax.spec import UserError
 
 SOURCES = ("params", "ema")
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     # These import JAX, which would slow down --help.
     from longlive_jax.interop.quantize_checkpoint import quantize_checkpoint
-    from longlive_jax.io.builtin import builtin_checkpoint
+    from longlive_jax.io.completeness import describe_missing
     from longlive_jax.quant.policy import named
 
     # 1. Pack.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         policy = named(args.policy)
     except ValueError as error:
         raise UserError(str(error).replace("quant.policy", "--policy")) from error
-    checkpoint = args.checkpoint or builtin_checkpoint()
+    checkpoint = _checkpoint(args)
     with byte_progress() as bar:
         task = bar.add_task("reading", total=None)
         report = quantize_checkpoint(
@@ -50,8 +50,40 @@ def main(argv: Sequence[str]) -> int:
         f"{len(report.record.kernels)} kernels packed (each with all its layers); "
         f"dit: {before:,.1f} MB before, {after:,.1f} MB after"
     )
+    print(_write_settings(args))
     print(f"wrote {args.out}")
+    if missing := describe_missing(args.out):
+        print(f"{args.out} {missing}")
     return 0
+
+
+def _checkpoint(args: Any) -> Path:
+    """The checkpoint to pack. Raises UserError if it has no DiT, or parts of other models."""
+    from longlive_jax.io.builtin import find_checkpoint
+    from longlive_jax.io.completeness import PARTS, missing_parts, require_components
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    others = set(missing_parts(checkpoint)) - {"dit"}
+    require_components(checkpoint, *(name for name in PARTS if name not in others))
+    return checkpoint
+
+
+def _write_settings(args: Any) -> str:
+    """Stores the sampling settings of the packed checkpoint, and describes them in one line."""
+    from longlive_jax.io.checkpoint import read_manifest
+    from longlive_jax.sampling.kinds import describe, settings_of
+    from longlive_jax.sampling.settings import MANIFEST_KEY, save_settings
+
+    own = dict(read_manifest(args.out).get(MANIFEST_KEY, {}))
+    settings = own | (settings_of(args.kind) if args.kind else {})
+    if args.kv is not None:
+        settings["kv"] = args.kv
+    if settings != own:
+        save_settings(args.out, settings)
+    if not settings:
+        return "sampling settings: none, so the defaults of a distilled model hold; set --kind"
+    cache = f", {settings['kv']} KV cache" if "kv" in settings else ""
+    return f"sampling settings: {describe(settings)}{cache}"
 
 
 def _weights(args: Any, checkpoint: Path) -> Any:
@@ -93,6 +125,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--source", choices=SOURCES, help="weights of that run: params, or ema (their EMA)"
     )
+    _add_settings(parser)
     # LoRA.
     parser.add_argument("--lora", type=Path, help="LoRA file for the DiT")
     parser.add_argument(
@@ -114,3 +147,17 @@ def _parser() -> Parser:
         "--overwrite", action="store_true", help="replace components that --out already has"
     )
     return parser
+
+
+def _add_settings(parser: Parser) -> None:
+    """Options for the sampling settings of the packed checkpoint."""
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        help="sampling settings to store, as for `longlive convert` (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--kv",
+        choices=("model", "nvfp4"),
+        help="storage of keys and values when sampling (default: the checkpoint's setting)",
+    )

@@ -12,11 +12,20 @@ from longlive_jax.cli.effects import note_train
 from longlive_jax.cli.options import Command, parse_command
 from longlive_jax.spec import UserError, build, nearest
 
+FOLDERS = {
+    "workdir": "the folder for metrics, pictures and checkpoints of the run, such as "
+    "--workdir=runs/first",
+    "out": "the checkpoint directory for the trained model, such as --out=checkpoints/first",
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """Trains the stage of a config; resumes if `--workdir` has a checkpoint."""
     command = parse_command(_parser(), argv, "train")
     args = command.args
+    for name in ("workdir", "out"):
+        if not getattr(args, name):
+            raise UserError(f"longlive train: --{name} is missing: {FOLDERS[name]}")
     if args.hosts is None:
         return _train(command)
     from longlive_jax.parallel.hosts import Hosts, abort_on_failure, join
@@ -34,12 +43,18 @@ def _train(command: Command) -> int:
     import jax
 
     from longlive_jax.cli.stages import STAGES
+    from longlive_jax.io.completeness import describe_missing
     from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
     from longlive_jax.training.loop import train
 
     # 1. Check the config and the folders.
     settings, args = command.settings, command.args
     name = settings.pop("stage", None)
+    if name is None:
+        raise UserError(
+            "config.stage is missing: this config samples or evaluates; choose one that trains, "
+            "such as --config=configs/own_clips.py"
+        )
     if name not in STAGES:
         raise UserError(f"unknown config.stage {name!r}{nearest(str(name), STAGES)}")
     stage = build(STAGES[name], settings)
@@ -55,16 +70,24 @@ def _train(command: Command) -> int:
     # 3. Export the weights.
     weights = gather_to_hosts(state.weights)
     if is_first_process():
-        task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), weights), out)
+        notes = task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), weights), out)
         minutes = (time.perf_counter() - began) / 60
         done = f"{name}: {int(state.step)} steps, {minutes:.1f} minutes"
         print(f"{done}; checkpoint in {out}, curves in {workdir}")
+        print("\n".join([*(notes or ()), _next_step(out, describe_missing(out))]))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         # A process that exits before the others counts as failed.
         multihost_utils.sync_global_devices("exported")
     return 0
+
+
+def _next_step(out: Path, missing: str) -> str:
+    """The command that uses a checkpoint, or what it still lacks."""
+    if missing:
+        return f"{out} {missing}"
+    return f"sample from it: longlive sample --checkpoint={out} --script=SCRIPT"
 
 
 def _mesh(spec: Any) -> Any:
@@ -102,10 +125,8 @@ def _check_folders(args: Any) -> tuple[Path, Path]:
 
 def _parser() -> Parser:
     parser = Parser("train", "Train the stage of a config; resumes if --workdir has a checkpoint.")
-    parser.add_argument(
-        "--workdir", required=True, help="folder for metrics, pictures and checkpoints"
-    )
-    parser.add_argument("--out", required=True, help="folder for the exported model")
+    parser.add_argument("--workdir", help="folder for metrics, pictures and checkpoints (required)")
+    parser.add_argument("--out", help="checkpoint directory for the trained model (required)")
     parser.add_argument(
         "--hosts",
         help="processes of the run: auto (Slurm, MPI, Kubernetes) or HOST:PORT,PROCESSES,INDEX",

@@ -23,6 +23,7 @@ from longlive_jax.interop.components import (
     identify,
     saved_settings,
 )
+from longlive_jax.interop.finite import check_finite
 from longlive_jax.interop.keys_lora import PEFT_PREFIX
 from longlive_jax.interop.keytable import KeyReport, KeyTable, Leaf, TableMatch
 from longlive_jax.interop.sources import Source, find_sources, find_tokenizer
@@ -47,6 +48,8 @@ class ConvertedComponent:
       tensors: number of tensors in the source.
       parameters: number of parameters written.
       config: settings of the component.
+      entry: name of the state dict in a file of several, or "".
+      is_packed: whether its kernels are packed.
     """
 
     component: str
@@ -55,6 +58,8 @@ class ConvertedComponent:
     tensors: int
     parameters: int
     config: Mapping[str, Any]
+    entry: str = ""
+    is_packed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +257,8 @@ def _slices(plan: _Plan, leaf: Leaf, adapters: "Adapters | None") -> Iterator[np
     """The layers of a parameter, or all of it if it is not stacked."""
     dtype = plan.specs[leaf.path].dtype
     for layer, key in enumerate(leaf.keys):
-        value = leaf.to_param(plan.source.tensors[key].read())
+        tensor = check_finite(plan.source.tensors[key].read(), key, str(plan.source.path))
+        value = leaf.to_param(tensor)
         if adapters is not None:
             value = adapters.merged(leaf.path, layer, value)
         yield value.astype(dtype, copy=False)
@@ -267,6 +273,8 @@ def _report(plan: _Plan) -> ConvertedComponent:
         tensors=len(plan.source.tensors),
         parameters=parameters,
         config=saved_settings(plan.config),
+        entry=plan.source.entry,
+        is_packed=plan.quantization is not None,
     )
 
 
@@ -332,7 +340,8 @@ class Adapters:
 
     def layer(self, leaf: Leaf, layer: int) -> np.ndarray:
         """One factor, `[i, r]` or `[r, o]`, of one adapter."""
-        return leaf.to_param(self.tensors[leaf.keys[layer]].read())
+        key = leaf.keys[layer]
+        return leaf.to_param(check_finite(self.tensors[key].read(), key, str(self.path)))
 
     def layers(self, path: TreePath) -> Iterator[np.ndarray]:
         """The factor `(..., "a")` or `(..., "b")` in all layers."""

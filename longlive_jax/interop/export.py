@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from longlive_jax.interop import keys_vae, released
+from longlive_jax.interop import diffusers_folder, keys_vae, released
 from longlive_jax.interop.components import COMPONENTS
+from longlive_jax.interop.finite import check_finite
 from longlive_jax.interop.keytable import KeyTable, Leaf
 from longlive_jax.interop.safetensors_file import (
     DEFAULT_SHARD_BYTES,
@@ -26,6 +27,7 @@ from longlive_jax.interop.torch_writer import write_torch
 from longlive_jax.io.arrays import ArrayReader
 from longlive_jax.io.checkpoint import TOKENIZER, is_packed_array, open_component, read_manifest
 from longlive_jax.io.packed_kernels import QuantizationRecord, read_quantization
+from longlive_jax.io.parts import SETTINGS_FILE
 from longlive_jax.io.progress import ProgressCallback, no_progress
 from longlive_jax.spec import UserError
 
@@ -50,7 +52,7 @@ FILES = {
 """Folder and file stem of each component, by naming."""
 TOKENIZER_FILE = {
     "original": "google/umt5-xxl/spiece.model",
-    "diffusers": "tokenizer/spiece.model",
+    "diffusers": diffusers_folder.TOKENIZER_FILE,
 }
 
 
@@ -95,6 +97,7 @@ def export(
             _write_config(temporary / FILES[naming][name][0], naming, name, config)
         written = _write_weights(temporary, naming, components, record, shard_bytes, progress)
         _copy_tokenizer(source, temporary / TOKENIZER_FILE[naming])
+        _write_settings(source, temporary, naming, {n: config for n, (_, config) in opened.items()})
     return [out / path.relative_to(temporary) for path in written]
 
 
@@ -171,6 +174,26 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(source / TOKENIZER, target)
 
 
+def _write_settings(
+    source: Path, out: Path, naming: str, configs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Writes the sampling settings and, in diffusers naming, what makes a pipeline of the folder.
+
+    A later conversion takes the settings from there.
+    """
+    sampling = read_manifest(source).get("sampling", {})
+    if sampling:
+        (out / SETTINGS_FILE).write_text(json.dumps(sampling, indent=2) + "\n")
+    if naming == "diffusers":
+        diffusers_folder.write_pipeline_files(
+            out,
+            list(configs),
+            shift=sampling.get("shift", 5.0),
+            text_len=configs.get("dit", {}).get("text_len", 512),
+            has_tokenizer=(source / TOKENIZER).is_file(),
+        )
+
+
 def _output_tensors(
     name: str, naming: str, reader: ArrayReader, config: Mapping[str, Any]
 ) -> dict[str, OutputTensor]:
@@ -215,7 +238,8 @@ def slice_shape(leaf: Leaf) -> tuple[int, ...]:
 
 
 def _make(reader: ArrayReader, leaf: Leaf, layer: int | None) -> np.ndarray:
-    return leaf.to_tensor(reader.read(leaf.path, layer))
+    value = reader.read(leaf.path, layer)
+    return leaf.to_tensor(check_finite(value, ".".join(leaf.path), str(reader.folder)))
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
@@ -241,7 +265,7 @@ def _write_config(folder: Path, naming: str, name: str, config: Mapping[str, Any
     if naming == "original":
         fields = _original_dit(config) if name == "dit" else {}
     else:
-        fields = _DIFFUSERS[name](config)
+        fields = diffusers_folder.CONFIGS[name](config)
     if fields:
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
@@ -257,77 +281,3 @@ def _original_dit(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": config["heads"],
         "num_layers": config["layers"],
     }
-
-
-def _diffusers_dit(config: Mapping[str, Any]) -> dict[str, Any]:
-    same = ("ffn_dim", "freq_dim", "text_dim", "in_channels", "out_channels", "eps")
-    return {
-        "_class_name": "WanTransformer3DModel",
-        **{name: config[name] for name in same},
-        "attention_head_dim": config["dim"] // config["heads"],
-        "num_attention_heads": config["heads"],
-        "num_layers": config["layers"],
-        "text_len": config["text_len"],
-        "patch_size": [1, 2, 2],
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024,
-    }
-
-
-def _diffusers_vae(config: Mapping[str, Any]) -> dict[str, Any]:
-    blocks, decoder = config["res_blocks"], config.get("decoder_res_blocks")
-    if config.get("decoder_mult") is not None or decoder not in (None, blocks + 1):
-        raise UserError(
-            "VAE: diffusers cannot describe a decoder that does not mirror the encoder; export it "
-            "with --naming=original"
-        )
-    return {
-        "_class_name": "AutoencoderKLWan",
-        "attn_scales": [],
-        "base_dim": config["encoder_dim"],
-        "decoder_base_dim": config["decoder_dim"],
-        "dim_mult": config["dim_mult"],
-        "in_channels": 12,
-        "out_channels": 12,
-        "is_residual": True,
-        "latents_mean": config["latent_mean"],
-        "latents_std": config["latent_std"],
-        "num_res_blocks": blocks,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "scale_factor_temporal": 4,
-        "temperal_downsample": config["temporal_down"],
-        "z_dim": config["z_dim"],
-    }
-
-
-def _diffusers_umt5(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "architectures": ["UMT5EncoderModel"],
-        "model_type": "umt5",
-        "vocab_size": config["vocab_size"],
-        "d_model": config["dim"],
-        "d_kv": config["dim_attn"] // config["heads"],
-        "d_ff": config["ffn_dim"],
-        "num_heads": config["heads"],
-        "num_layers": config["layers"],
-        "relative_attention_num_buckets": config["buckets"],
-        "relative_attention_max_distance": config["max_distance"],
-        "layer_norm_epsilon": config["eps"],
-        "feed_forward_proj": "gated-gelu",
-        "is_encoder_decoder": True,
-        "tie_word_embeddings": True,
-    }
-
-
-def _lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"lora_rank": config["rank"], "lora_alpha": config["alpha"]}
-
-
-_DIFFUSERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "dit": _diffusers_dit,
-    "vae": _diffusers_vae,
-    "umt5": _diffusers_umt5,
-    "lora": _lora,
-}

@@ -17,6 +17,7 @@ import numpy as np
 
 from longlive_jax import __version__
 from longlive_jax.interop.convert import Adapters
+from longlive_jax.interop.finite import check_finite
 from longlive_jax.io.arrays import ArraySpec, ArrayWriter, Shape, TreePath, nest
 from longlive_jax.io.checkpoint import (
     QUANTIZATION_KEY,
@@ -166,6 +167,7 @@ class _Plan:
       merge: whether the LoRA is merged; otherwise it becomes a branch.
       specs: specs of the arrays to be written.
       record: quantization record to be written.
+      origin: where the weights come from, for messages.
     """
 
     weights: ArraySource
@@ -174,6 +176,7 @@ class _Plan:
     merge: bool
     specs: Mapping[TreePath, ArraySpec]
     record: QuantizationRecord
+    origin: str
 
     def write(self, writer: ArrayWriter, progress: ProgressCallback) -> None:
         """Writes all arrays."""
@@ -182,7 +185,8 @@ class _Plan:
             if path in self.formats:
                 self._write_packed(writer, path)
             else:
-                value = self.weights.read(path).astype(self.specs[path].dtype, copy=False)
+                value = check_finite(self.weights.read(path), ".".join(path), self.origin)
+                value = value.astype(self.specs[path].dtype, copy=False)
                 writer.write(path, [value], stacked=False)
             done += spec.nbytes
             progress(COMPONENT, done, total)
@@ -195,6 +199,7 @@ class _Plan:
 
         def codes() -> Iterator[np.ndarray]:
             for layer, kernel in enumerate(self.weights.layers(path)):
+                check_finite(kernel, ".".join(path), self.origin)
                 if self.merge and self.adapters is not None:
                     kernel = self.adapters.merged(path, layer, kernel)
                 for name, value in _pack(jnp.asarray(kernel), form).items():
@@ -253,7 +258,7 @@ def _plan(
     specs = _specs(weights, formats, dtype)
     if adapters is not None and not merge:
         specs |= _branch_specs(adapters, record, dtype)
-    return _Plan(weights, formats, adapters, merge, specs, record)
+    return _Plan(weights, formats, adapters, merge, specs, record, str(source))
 
 
 def _formats(

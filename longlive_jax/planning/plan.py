@@ -87,7 +87,7 @@ class PlanSpec:
 
 def model_of(stage: WanARStage) -> tuple[DiTConfig, str]:
     """DiT settings of the stage's checkpoint and their origin; default: Wan2.2-TI2V-5B."""
-    if (Path(stage.checkpoint) / CHECKPOINT_MANIFEST).is_file():
+    if _has_checkpoint(stage):
         return stage.model(), stage.checkpoint
     model = DiTConfig(**{k: jnp.dtype(v) for k, v in stage.computing().items()})
     return model, f"Wan2.2-TI2V-5B (no checkpoint at {stage.checkpoint})"
@@ -99,15 +99,23 @@ def clip_of(stage: WanARStage) -> tuple[Clip, str]:
     If the folder of clips does not exist, this is `DEFAULT_CLIP`, with as many chunks as the error
     buffers have rows if these are aligned with chunks.
     """
-    # 1. Encoded clips on disk.
+    # 1. Clips that the run encodes itself.
+    vae = _vae_of(stage)
+    if stage.clips is None:
+        if not _has_checkpoint(stage):
+            return DEFAULT_CLIP, f"default: no checkpoint at {stage.checkpoint}"
+        rules, pixels = stage.cut.clip_shape(stage.base)
+        height, width = (side // vae.spatial_stride for side in pixels)
+        return Clip(rules.latents, rules.chunk_frames, (height, width, vae.z_dim)), "config.cut"
+    # 2. Encoded clips on disk.
     folder = Path(stage.clips)
     if (folder / store.STORE_MANIFEST).is_file():
         identity = store.Manifest.read(folder).identity
-        vae, join = _vae_of(stage), identity["join"]
+        join = identity["join"]
         height, width = (side // vae.spatial_stride for side in identity["size"])
         size = height, width, vae.z_dim
         return Clip(join["chunks"] * join["chunk_frames"], join["chunk_frames"], size), stage.clips
-    # 2. The length that the error buffers imply.
+    # 3. The length that the error buffers imply.
     buffer = None if stage.recycling is None else stage.recycling.buffer
     if buffer is None or not buffer.aligned or buffer.dealt or buffer.rows == 1:
         return DEFAULT_CLIP, f"default: no clips at {stage.clips}"
@@ -115,11 +123,19 @@ def clip_of(stage: WanARStage) -> tuple[Clip, str]:
     return clip, f"one chunk per row of the error buffers: no clips at {stage.clips}"
 
 
+def _has_checkpoint(stage: WanARStage) -> bool:
+    """Whether the stage's checkpoint exists; a plan does not need it."""
+    try:
+        return (stage.base / CHECKPOINT_MANIFEST).is_file()
+    except UserError:
+        return False
+
+
 def _vae_of(stage: WanARStage) -> VAEConfig:
     """VAE settings of the stage's checkpoint; default: Wan2.2."""
-    if not (Path(stage.checkpoint) / CHECKPOINT_MANIFEST).is_file():
+    if not _has_checkpoint(stage):
         return VAEConfig()
-    settings = read_manifest(stage.checkpoint)["components"].get("vae", {})
+    settings = read_manifest(stage.base)["components"].get("vae", {})
     return build(VAEConfig, settings, path=f"{stage.checkpoint}: vae")
 
 

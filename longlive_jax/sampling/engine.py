@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from longlive_jax.diffusion.solvers import SOLVERS
 from longlive_jax.io.builtin import BUILTIN, find_checkpoint
 from longlive_jax.io.checkpoint import TOKENIZER
+from longlive_jax.io.completeness import require_components
 from longlive_jax.io.models import load_model
 from longlive_jax.io.pictures import read_image
 from longlive_jax.models.params import params_of, with_params
@@ -115,6 +116,7 @@ class Engine:
         """
         if not isinstance(folder, str | os.PathLike) or folder == BUILTIN:
             folder = find_checkpoint(folder)
+        require_components(folder)
         spec = spec_for(folder, settings)
         dtype, vae_dtype = precision(spec.dtype), precision(spec.vae_dtype)
         tokenizer = Tokenizer(Path(folder) / TOKENIZER)

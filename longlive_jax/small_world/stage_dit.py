@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from longlive_jax.io.checkpoint import TOKENIZER, load_component, read_manifest, save_component
+from longlive_jax.io.checkpoint import (
+    CHECKPOINT_MANIFEST,
+    TOKENIZER,
+    load_component,
+    read_manifest,
+    save_component,
+)
+from longlive_jax.io.completeness import require_components
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.umt5 import Tokenizer, encode_prompts
@@ -22,7 +29,7 @@ from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
 from longlive_jax.parallel.mesh import check_fits
 from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.quant.training import QuantizedTraining
-from longlive_jax.sampling.settings import SolverName, save_settings
+from longlive_jax.sampling.settings import save_settings
 from longlive_jax.small_world import world
 from longlive_jax.small_world.corpus import CorpusSpec, encoded_corpus
 from longlive_jax.small_world.windows import (
@@ -49,26 +56,12 @@ from longlive_jax.training.objectives.sharded import BATCH_SPECS, ShardedLoss, s
 from longlive_jax.training.objectives.teacher_forcing import ARSetup, TeacherForcingLoss
 from longlive_jax.training.stages.flops import window_update_cost
 from longlive_jax.training.stages.preview import Preview, PreviewSpec
+from longlive_jax.training.stages.sample_defaults import SampleDefaults
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatch_size
 from longlive_jax.training.task import About, StepCost, Task, global_batches
 from longlive_jax.training.update import Group
 from longlive_jax.typing import Array, Params
 from pallas_kernels.attention.chunks import attend_chunks
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleDefaults:
-    """Sampler settings stored in the checkpoint as its defaults.
-
-    Attributes:
-      solver: solver of the flow.
-      num_steps: sampler steps per chunk.
-      guidance: scale of classifier-free guidance.
-    """
-
-    solver: SolverName = "unipc"
-    num_steps: int = 32
-    guidance: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +111,7 @@ class DiTStage(RunSpec):
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
         """See `RunSpec.task`. Raises UserError for a checkpoint without VAE or text encoder."""
         # 1. From the checkpoint: encoders, text features, the DiT to train further.
-        for component, stage in (("vae", "vae"), ("umt5", "text")):
-            if not (out / component).is_dir():
-                raise UserError(f"{out}: has no {component} yet; train the stage :{stage} into it")
+        self._check_encoders(out)
         graphdef, shapes, specs = self._shapes(mesh)
         init = self._init if self.start == "random" else self._restored(out)
         provenance, text = self._provenance(out, workdir), self._text_features(out)
@@ -155,6 +146,23 @@ class DiTStage(RunSpec):
                 {"batch": self.windows.batch}, (quant.describe(shapes),), self._cost(tokens)
             ),
         )
+
+    def _check_encoders(self, out: pathlib.Path) -> None:
+        """Raises UserError if the checkpoint lacks a part that encodes, or has another width."""
+        if not (out / CHECKPOINT_MANIFEST).is_file():
+            raise UserError(
+                f"{out}: has no VAE and no text encoder yet; make them with `longlive train "
+                f"--config=small_world:vae --workdir=DIR --out={out}`, then the same with :text"
+            )
+        settings = require_components(out, "vae", "umt5", TOKENIZER)["components"]
+        for part, width, name, expected in (
+            ("VAE", settings["vae"]["z_dim"], "in_channels", self.model.in_channels),
+            ("text encoder", settings["umt5"]["dim"], "text_dim", self.model.text_dim),
+        ):
+            if width != expected:
+                raise UserError(
+                    f"config.model.{name} must be {width}, as the {part} of {out}, got {expected}"
+                )
 
     def _group(
         self,
@@ -267,7 +275,7 @@ class DiTStage(RunSpec):
 
     def sample_settings(self) -> dict[str, Any]:
         """Sampler settings that match the training, stored in the checkpoint as its defaults."""
-        windows, sampling = self.windows, self.sampling
+        windows = self.windows
         return {
             "size": [world.HEIGHT, world.WIDTH],
             "chunk_frames": world.CHUNK_LATENTS,
@@ -275,9 +283,7 @@ class DiTStage(RunSpec):
             "global_sinks": windows.global_sinks,
             "shot_rope_offset": windows.shot_rope_offset,
             "shift": self.loss.shift,
-            "solver": sampling.solver,
-            "steps": sampling.num_steps,
-            "guidance": sampling.guidance,
+            **self.sampling.settings(),
         }
 
     def _init(self, key: jax.Array) -> Params:

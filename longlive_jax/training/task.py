@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,7 +94,8 @@ class Task:
       trainer: initial state and compiled updates of named groups of parameters.
       batches: batches of data, by step.
       evaluate: (weights by group, step, workdir) -> numbers; may write pictures to the workdir.
-      export: (weights by group, directory) -> None; writes the trained model to the directory.
+      export: (weights by group, directory) -> lines for the user, or None; writes the trained model
+        to the directory.
       updates: step -> groups updated in that step, in order; None: all groups in every step.
       frozen: parameters that no update changes, by name, on the mesh; neither donated nor saved.
       about: origin, notes and cost.
@@ -103,7 +104,7 @@ class Task:
     trainer: Trainer
     batches: Batches
     evaluate: Callable[[Mapping[str, Params], int, pathlib.Path], dict[str, float]]
-    export: Callable[[Mapping[str, Params], pathlib.Path], None]
+    export: Callable[[Mapping[str, Params], pathlib.Path], Sequence[str] | None]
     updates: Callable[[int], tuple[str, ...]] | None = None
     frozen: Mapping[str, Params] = dataclasses.field(default_factory=dict)
     about: About = dataclasses.field(default_factory=About)

@@ -14,6 +14,7 @@ from absl import logging
 from longlive_jax.data.clips.encoding import Encoders, EncodeSpec
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import TOKENIZER, read_manifest
+from longlive_jax.io.completeness import require_components
 from longlive_jax.io.models import load_model
 from longlive_jax.models.umt5 import Tokenizer, encode_prompts
 from longlive_jax.models.vae import VAE, VAEConfig, encode_chunk, normalize_frames
@@ -36,6 +37,7 @@ def checkpoint_encoders(folder: str | os.PathLike, spec: EncodeSpec, *, dtype: A
     does not match `spec`.
     """
     # 1. Identify the models.
+    require_components(folder, "vae", "umt5", TOKENIZER)
     fingerprints = {name: fingerprint(folder, name) for name in ("vae", "umt5")}
     model = Tokenizer(Path(folder) / TOKENIZER).model
     identity = fingerprints | {

@@ -15,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from longlive_jax.data.clips.encoders import check_encoded_by
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.interop.components import RUN_FIELDS
-from longlive_jax.io.checkpoint import load_component, read_manifest, save_component
+from longlive_jax.io.builtin import find_checkpoint
+from longlive_jax.io.checkpoint import load_component
+from longlive_jax.io.completeness import require_components
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.parallel import rules
@@ -39,6 +41,7 @@ from longlive_jax.training.objectives.teacher_forcing import (
     TeacherForcingLoss,
     self_attention,
 )
+from longlive_jax.training.stages.base_checkpoint import BaseCheckpoint
 from longlive_jax.training.stages.clip_batches import (
     ClipBatchSpec,
     ClipData,
@@ -48,7 +51,9 @@ from longlive_jax.training.stages.clip_batches import (
 )
 from longlive_jax.training.stages.flops import clip_update_cost
 from longlive_jax.training.stages.preview import Preview, PreviewSpec
+from longlive_jax.training.stages.sample_defaults import SampleDefaults, autoregressive
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatch_size
+from longlive_jax.training.stages.video_clips import CutSpec, clip_notes, encoded_videos
 from longlive_jax.training.task import About, Task
 from longlive_jax.training.update import Group
 from longlive_jax.typing import Array, Params
@@ -61,15 +66,19 @@ class WanARStage(RunSpec):
 
     Attributes:
       checkpoint: checkpoint directory with the initial DiT, and with the VAE and text encoder that
-        encoded the clips.
-      clips: folder written by `longlive data encode`.
-      videos: dataset to decode and encode while training instead of reading latents from `clips`,
-        which then only supplies the joining rules and text features. None: read the latents.
+        encoded the clips; "small_world" is the built-in one.
+      clips: folder written by `longlive data encode`. None: `videos` are encoded once, into the
+        work directory.
+      videos: dataset of videos. With `clips`, they are decoded and encoded while training instead
+        of reading latents from `clips`, which then only supplies the joining rules and text
+        features.
+      cut: how `videos` are cut into clips, without `clips`.
       anywhere: whether clips of `videos` start at random frames, drawn each time; otherwise
         they start with their sample, as the first clip of `data encode` does.
       held_out: folder of held-out clips for evaluation, or None.
       held_out_batches: number of batches of an evaluation.
-      preview: videos sampled at every evaluation, with the checkpoint's settings.
+      preview: videos sampled at every evaluation.
+      sampling: sampler settings stored in the checkpoint.
       batch: clips per step, over all devices.
       workers: number of additional processes that read clips (0: threads of this one).
       window: chunks that a chunk attends to, itself and the sinks included (None: its full past).
@@ -85,12 +94,14 @@ class WanARStage(RunSpec):
     """
 
     checkpoint: str
-    clips: str
+    clips: str | None = None
     videos: str | None = None
+    cut: CutSpec = dataclasses.field(default_factory=CutSpec)
     anywhere: bool = True
     held_out: str | None = None
     held_out_batches: int = 4
     preview: PreviewSpec = dataclasses.field(default_factory=PreviewSpec)
+    sampling: SampleDefaults = dataclasses.field(default_factory=autoregressive)
     batch: int = 8
     workers: int = 0
     window: int | None = None
@@ -124,12 +135,13 @@ class WanARStage(RunSpec):
         Raises UserError for clips of another checkpoint, or that do not fit model and mesh.
         """
         # 1. Model and data.
-        model, clips = self.model(), EncodedClips(self.clips)
-        check_encoded_by(clips, self.checkpoint)
+        base = BaseCheckpoint.open(self.checkpoint, out)
+        model, clips = self.model(), self._clips(workdir)
+        check_encoded_by(clips, base.folder)
         data = clip_data(
             clips,
-            self.videos,
-            self.checkpoint,
+            None if self.clips is None else self.videos,
+            str(base.folder),
             mesh,
             anywhere=self.anywhere,
             batch_size=self.batch,
@@ -155,10 +167,29 @@ class WanARStage(RunSpec):
             batches=collated_batches(
                 data.source, clips.empty_text_features, mesh, batches, data.put
             ),
-            evaluate=self._evaluation(loss.without_recycling(), mesh, quant),
-            export=functools.partial(self._export, model),
-            about=About(self._origin(clips), self._notes(data, quant, shapes, mesh), cost),
+            evaluate=self._evaluation(
+                loss.without_recycling(), mesh, quant, self._sample_settings(base, clips)
+            ),
+            export=functools.partial(self._export, model, clips, base),
+            about=About(self._origin(clips), self._notes(data, quant, shapes, mesh, clips), cost),
         )
+
+    @property
+    def base(self) -> Path:
+        """The checkpoint directory to start from. Raises UserError if there is none."""
+        return find_checkpoint(self.checkpoint)
+
+    def _clips(self, workdir: Path) -> EncodedClips:
+        """The clips to train on, encoded now if only videos are given."""
+        if self.clips is not None:
+            return EncodedClips(self.clips)
+        if self.videos is None:
+            raise UserError(
+                "config.videos is not set; give a folder of clips with captions (a.mp4, a.txt) by "
+                "--config.videos=FOLDER, or one written by `longlive data encode` by "
+                "--config.clips=FOLDER"
+            )
+        return encoded_videos(self.videos, self.cut, self.base, workdir)
 
     def group(
         self, model: DiTConfig, loss: TeacherForcingLoss, quant: QuantizedTraining, **options: Any
@@ -182,11 +213,16 @@ class WanARStage(RunSpec):
         return {
             "batch": self.batch,
             "clips": clips.manifest.identity["dataset"],
-            "from videos": self.videos is not None,
+            "from videos": self.videos is not None and self.clips is not None,
         }
 
     def _notes(
-        self, data: ClipData, quant: QuantizedTraining, shapes: Params, mesh: Mesh
+        self,
+        data: ClipData,
+        quant: QuantizedTraining,
+        shapes: Params,
+        mesh: Mesh,
+        clips: EncodedClips,
     ) -> tuple[str, ...]:
         """Lines printed before the first step: precision, attention, error buffers, data."""
         attention = f"attention: {self.attention}"
@@ -196,7 +232,8 @@ class WanARStage(RunSpec):
                 "kernels for Hopper and Blackwell, compiled but not run on a chip yet"
             )
         buffers = self._buffer_notes(data.chunk_shape, mesh)
-        return (quant.describe(shapes), attention, *buffers, *data.notes)
+        notes = clip_notes(clips, self.base)
+        return (quant.describe(shapes), attention, *buffers, *data.notes, *notes)
 
     def _buffer_notes(self, chunk_shape: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
         """Memory of the error buffers; groups that do not divide over the mesh are replicated."""
@@ -210,11 +247,9 @@ class WanARStage(RunSpec):
 
     def model(self) -> DiTConfig:
         """Configuration of the checkpoint's DiT, with the run's dtypes."""
-        stored = read_manifest(self.checkpoint)["components"].get("dit")
-        if stored is None:
-            raise UserError(f"{self.checkpoint}: has no DiT to start from")
+        stored = require_components(self.base, "dit")["components"]["dit"]
         settings = {k: v for k, v in stored.items() if k not in RUN_FIELDS} | self.computing()
-        return build(DiTConfig, settings, path=f"{self.checkpoint}: dit")
+        return build(DiTConfig, settings, path=f"{self.base}: dit")
 
     def computing(self) -> dict[str, Any]:
         """Settings of the model that belong to the run, not to the weights."""
@@ -288,7 +323,7 @@ class WanARStage(RunSpec):
             sharding = NamedSharding(mesh, spec)
             return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-        return load_component(self.checkpoint, "dit", dtype=np.float32, put=put)[0]
+        return load_component(self.base, "dit", dtype=np.float32, put=put)[0]
 
     def _batch_spec(self, seed: int) -> ClipBatchSpec:
         columns = {
@@ -298,17 +333,21 @@ class WanARStage(RunSpec):
         }
         return ClipBatchSpec(self.batch, seed, self.workers, columns)
 
-    def _evaluation(self, loss: TeacherForcingLoss, mesh: Mesh, quant: QuantizedTraining):
+    def _evaluation(
+        self,
+        loss: TeacherForcingLoss,
+        mesh: Mesh,
+        quant: QuantizedTraining,
+        sample_settings: Mapping[str, Any],
+    ):
         """A preview, and held-out metrics of the EMA in the run's precision.
 
         Clips and draws are the same every time.
         """
-        window = {} if self.window is None else {"window": self.window}
-        settings = {"shift": self.loss.shift, "shot_rope_offset": self.shot_rope_offset, **window}
-        preview = Preview(self.preview, Path(self.checkpoint), self.model(), settings)
+        preview = Preview(self.preview, self.base, self.model(), sample_settings)
         clips = None if self.held_out is None else EncodedClips(self.held_out)
         if clips is not None:
-            check_encoded_by(clips, self.checkpoint)
+            check_encoded_by(clips, self.base)
             # Held-out clips may have another number of rows of text features.
             setup = dataclasses.replace(loss.setup, empty_prompt=clips.manifest.texts_per_clip)
             batches = collated_batches(
@@ -335,11 +374,27 @@ class WanARStage(RunSpec):
 
         return evaluate
 
-    def _export(self, model: DiTConfig, weights: Mapping[str, Params], directory: Path) -> None:
-        provenance = self.provenance("clips") | {
-            "continues": read_manifest(self.checkpoint)["provenance"].get("dit", {}),
-            "clips": EncodedClips(self.clips).manifest.identity["dataset"],
-        }
-        save_component(
-            directory, "dit", weights["dit"], model, provenance=provenance, overwrite=True
+    def _sample_settings(self, base: BaseCheckpoint, clips: EncodedClips) -> dict[str, Any]:
+        """Sampler settings that match the training, stored in the checkpoint as its defaults."""
+        return base.sample_settings(
+            clips,
+            window=self.window,
+            global_sinks=self.loss.global_sinks,
+            shot_rope_offset=self.shot_rope_offset,
+            shift=self.loss.shift,
+            **self.sampling.settings(),
+        )
+
+    def _export(
+        self,
+        model: DiTConfig,
+        clips: EncodedClips,
+        base: BaseCheckpoint,
+        weights: Mapping[str, Params],
+        directory: Path,
+    ) -> tuple[str, ...]:
+        provenance = self.provenance("clips") | {"clips": clips.manifest.identity["dataset"]}
+        sampling = self._sample_settings(base, clips)
+        return base.export_dit(
+            directory, weights["dit"], model, provenance=provenance, sampling=sampling
         )
