@@ -36,7 +36,11 @@ def command(stage, folder, changes=()):
 
 def test_finished_run_is_reported_again(tmp_path, capfd):
     assert run(command("text", tmp_path, TEXT)) == 0
-    assert "text: 2 steps" in capfd.readouterr().out
+    first = capfd.readouterr().out
+    assert "text: 2 steps" in first
+    # The next step is told: the stages that are still missing.
+    assert f"{tmp_path / 'checkpoint'} has no VAE and no DiT yet; make them with" in first
+    assert "--config=small_world:vae" in first and "--config=small_world:ar" in first
     assert run(command("text", tmp_path, TEXT)) == 0
     output = capfd.readouterr()
     assert f"Resumed from step 2 of {tmp_path / 'text'}." in output.out
@@ -90,6 +94,9 @@ def test_all_stages_write_one_checkpoint(tmp_path, capsys):
         (["--out=/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["--out=."], "holds other files"),
         (["--workdr=x"], "did you mean '--workdir'?"),
+        (["--out="], "--out is missing: the checkpoint directory for the trained model"),
+        (["--workdir="], "--workdir is missing: the folder for metrics"),
+        (["--config=configs/sample_5b.py"], "config.stage is missing: this config samples"),
     ],
 )
 def test_mistakes_print_one_line_and_train_nothing(changes, message, tmp_path, capsys, monkeypatch):
@@ -112,4 +119,5 @@ def test_work_directory_inside_the_checkpoint_is_rejected(tmp_path, capsys):
 def test_stage_without_the_earlier_stages(tmp_path, capsys):
     assert run(command("ar", tmp_path)) == 2
     error = capsys.readouterr().err
-    assert "has no vae yet; train the stage :vae into it" in error and error.count("\n") == 1
+    assert "has no VAE and no text encoder yet" in error and error.count("\n") == 1
+    assert "longlive train --config=small_world:vae" in error
