@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import zipfile
 from typing import Any
 
@@ -16,6 +17,8 @@ from longlive_jax.small_world.windows import EncodedVideos, encode_videos
 from longlive_jax.spec import UserError
 
 CORPUS = "corpus.npz"
+PARTS = "corpus_parts"
+"""Folder of the batches of a corpus that is not complete."""
 _BATCH = 8
 
 
@@ -40,7 +43,8 @@ def encoded_corpus(
     """The videos of `spec` and `seed`, encoded by the checkpoint's VAE.
 
     The corpus in the work directory is used if there is one. Otherwise every process encodes all
-    videos, with identical results, and the first process saves them.
+    videos, with identical results, and the first process saves them, batch by batch: after an
+    interruption, encoding continues with the first batch that is missing.
 
     Raises:
       UserError: if the saved corpus is damaged or was made with other settings.
@@ -48,6 +52,9 @@ def encoded_corpus(
     path, origin = workdir / CORPUS, origin_of(spec, seed, checkpoint)
     if path.exists():
         return _read(path, origin)
+    # 1. Batches of an interrupted run, then the others.
+    parts, total = workdir / PARTS, -(-spec.videos // _BATCH)
+    batches = _saved_batches(parts, origin, total)
     encoded = encode_videos(
         load_model(checkpoint, "vae"),
         videos=spec.videos,
@@ -55,16 +62,35 @@ def encoded_corpus(
         shot_chunks=spec.shot_chunks,
         seed=seed,
         batch=_BATCH,
+        skip=len(batches),
     )
-    total = -(-spec.videos // _BATCH)
-    batches = list(track(encoded, "encoding", total=total, disable=not is_first_process()))
+    text = "encoding videos (once; resumes after Ctrl-C)"
+    shown = {"total": total, "completed": len(batches), "disable": not is_first_process()}
+    for batch in track(encoded, text, **shown):
+        if is_first_process():
+            save_corpus(_part(parts, len(batches)), batch, origin)
+        batches.append(batch)
+    # 2. The corpus.
     fields: dict[str, Any] = {
         field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(EncodedVideos)
     }
     if is_first_process():
         save_corpus(path, EncodedVideos(**fields), origin)
+        shutil.rmtree(parts, ignore_errors=True)
     return EncodedVideos(**fields)
+
+
+def _saved_batches(parts: pathlib.Path, origin: dict[str, Any], total: int) -> list[EncodedVideos]:
+    """The first batches that an interrupted run has saved, without a gap."""
+    saved: list[EncodedVideos] = []
+    while len(saved) < total and _part(parts, len(saved)).exists():
+        saved.append(_read(_part(parts, len(saved)), origin))
+    return saved
+
+
+def _part(parts: pathlib.Path, index: int) -> pathlib.Path:
+    return parts / f"{index:05d}.npz"
 
 
 def origin_of(spec: CorpusSpec, seed: int, checkpoint: pathlib.Path) -> dict[str, Any]:

@@ -60,19 +60,36 @@ def chunk_prompts(spec: VideoSpec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_videos(
-    vae: VAE, *, videos: int, chunks: int, shot_chunks: tuple[int, int], seed: int, batch: int = 8
+    vae: VAE,
+    *,
+    videos: int,
+    chunks: int,
+    shot_chunks: tuple[int, int],
+    seed: int,
+    batch: int = 8,
+    skip: int = 0,
 ) -> Iterator[EncodedVideos]:
-    """Samples, renders and encodes `videos` training videos, and yields them `batch` at a time."""
+    """Samples, renders and encodes `videos` training videos, and yields them `batch` at a time.
+
+    The first `skip` batches are left out; the others are the same without it.
+    """
     encode_batch = jax.jit(lambda frames: encode(vae, frames, chunk_frames=CHUNK_LATENTS + 1))
     rng = np.random.default_rng(seed)
 
+    def sample_batch() -> list[VideoSpec]:
+        return [sample_spec(rng, chunks=chunks, shot_chunks=shot_chunks) for _ in range(batch)]
+
     def render_batch() -> tuple[list[VideoSpec], np.ndarray]:
-        specs = [sample_spec(rng, chunks=chunks, shot_chunks=shot_chunks) for _ in range(batch)]
+        specs = sample_batch()
         return specs, np.stack([render(spec) for spec in specs])
 
+    for _ in range(skip):
+        sample_batch()
+    if skip * batch >= videos:
+        return
     with concurrent.futures.ThreadPoolExecutor(1) as renderer:  # renders while the VAE encodes
         pending = renderer.submit(render_batch)
-        for done in range(batch, videos + batch, batch):
+        for done in range(batch * (skip + 1), videos + batch, batch):
             specs, frames = pending.result()
             if done < videos:
                 pending = renderer.submit(render_batch)

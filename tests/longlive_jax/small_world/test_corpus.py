@@ -71,3 +71,29 @@ def test_a_corpus_without_an_origin_is_rejected(saved, tmp_path):
     np.savez(tmp_path / CORPUS, **vars(saved[1]))
     with pytest.raises(UserError, match="made with videos = None"):
         encoded(tmp_path)
+
+
+def test_interrupted_encoding_continues_with_the_same_videos(tmp_path, monkeypatch):
+    spec = CorpusSpec(videos=24, chunks=2, shot_chunks=(1, 2))
+    uninterrupted = encoded(tmp_path / "uninterrupted", spec)
+    workdir, calls = tmp_path / "interrupted", []
+    encode_videos = corpus.encode_videos
+
+    def interrupted(*args, skip, **kwargs):
+        calls.append(skip)
+        batches = encode_videos(*args, skip=skip, **kwargs)
+        yield next(batches)
+        if len(calls) < 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "encode_videos", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            encoded(workdir, spec)
+    with pytest.raises(UserError, match=r"corpus_parts/00000\.npz: made with seed = 0"):
+        encoded(workdir, spec, seed=1)
+    videos = encoded(workdir, spec)
+    assert calls == [0, 1, 2]
+    for name, column in vars(uninterrupted).items():
+        np.testing.assert_array_equal(getattr(videos, name), column)
+    assert [path.name for path in workdir.iterdir()] == [CORPUS]
