@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> int:
     # These import JAX, which would slow down --help.
     from longlive_jax.interop.export import export
     from longlive_jax.io.builtin import find_checkpoint
+    from longlive_jax.io.completeness import describe_missing
 
     source = find_checkpoint(args.source)
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     index = args.out / "model_index.json"
     if index.is_file():
         print(f"wrote {index}: `WanPipeline.from_pretrained({str(args.out)!r})` loads the folder")
+    elif args.naming == "diffusers":
+        print(f"no pipeline: {source} {describe_missing(source)}")
     return 0
 
 

@@ -264,7 +264,7 @@ def test_diffusers_tokenizer(diffusers, checkpoint):
     assert read_json(folder / "special_tokens_map.json") == tokens
 
 
-def test_part_of_a_pipeline_has_no_index(checkpoint, tmp_path):
+def test_part_of_a_pipeline_has_no_index(checkpoint, tmp_path, capsys):
     (tmp_path / "part").mkdir()
     params, settings = load_component(checkpoint, "vae")
     save_component(tmp_path / "part", "vae", params, settings)
@@ -272,3 +272,4 @@ def test_part_of_a_pipeline_has_no_index(checkpoint, tmp_path):
     command = ["export", f"--source={tmp_path / 'part'}", f"--out={out}", "--naming=diffusers"]
     assert run(command) == 0
     assert not (out / "model_index.json").exists() and not (out / "scheduler").exists()
+    assert "no pipeline" in (text := capsys.readouterr().out) and "has no text encoder" in text

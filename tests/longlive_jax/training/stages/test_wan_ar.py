@@ -9,6 +9,8 @@ import pytest
 
 from longlive_jax.cli.app import run
 from longlive_jax.io.checkpoint import load_component, read_manifest
+from longlive_jax.io.completeness import require_components
+from longlive_jax.sampling.settings import spec_for
 from tests.longlive_jax.training.processes import finish, longlive
 
 SETTINGS = (
@@ -74,6 +76,16 @@ def test_training_with_error_recycling_on_eight_devices_equals_one_device(data_d
     changes = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, initial)
     assert max(jax.tree.leaves(changes)) > 1e-4
     assert read_manifest(f"{eight}-out")["provenance"]["dit"]["stage"] == "clips"
+
+    # 3. The export is complete, with the settings of an autoregressive model.
+    require_components(f"{eight}-out")
+    vae = data_dir / "checkpoint" / "vae"
+    file = next(path for path in sorted(vae.rglob("*")) if path.is_file())
+    assert (tmp_path / "eight-out" / "vae" / file.relative_to(vae)).samefile(file)
+    spec = spec_for(f"{eight}-out")
+    assert (spec.steps, spec.guidance, spec.solver, spec.shift) == (50, 3.0, "unipc", 5.0)
+    assert (spec.size, spec.chunk_frames, spec.fps) == ((64, 32), 2, 24.0)
+    assert (spec.window, spec.global_sinks, spec.shot_rope_offset) == (4, 1, 0)
 
 
 def test_resuming_on_other_meshes_gives_the_same_next_loss(data_dir, tmp_path):
@@ -175,7 +187,8 @@ def test_clips_that_start_anywhere_in_a_video_resume_as_if_uninterrupted(data_di
         ("recycling.buffer.rows=3," + ONE_DEVICE, "do not fill the error buffer's 3 rows evenly"),
         ("clips=/nowhere," + ONE_DEVICE, "no encoded clips"),
         ("videos=/nowhere," + ONE_DEVICE, "/nowhere: no such dataset"),
-        ("checkpoint=/nowhere," + ONE_DEVICE, "no such checkpoint directory"),
+        ("checkpoint=/nowhere," + ONE_DEVICE, "checkpoint '/nowhere' is not a directory"),
+        (f"clips=none,{ONE_DEVICE}", "config.videos is not set; give a folder of clips"),
     ],
 )
 def test_bad_settings_are_refused_before_the_first_step(
