@@ -64,9 +64,8 @@ def encoded_corpus(
         batch=_BATCH,
         skip=len(batches),
     )
-    text = "encoding videos (once; resumes after Ctrl-C)"
-    shown = {"total": total, "completed": len(batches), "disable": not is_first_process()}
-    for batch in track(encoded, text, **shown):
+    text, hidden = "encoding videos (once; resumes after Ctrl-C)", not is_first_process()
+    for batch in track(encoded, text, total=total, completed=len(batches), disable=hidden):
         if is_first_process():
             save_corpus(_part(parts, len(batches)), batch, origin)
         batches.append(batch)

@@ -16,12 +16,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from longlive_jax.io.checkpoint import save_component
+from longlive_jax.data.clips.frames import FrameRuns
+from longlive_jax.io.checkpoint import load_component, read_manifest, save_component
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
 from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
+from longlive_jax.sampling.settings import MANIFEST_KEY
 from longlive_jax.small_world import world
+from longlive_jax.spec import UserError, build
 from longlive_jax.training.feed import feed_in_order
+from longlive_jax.training.stages.base_checkpoint import BaseCheckpoint
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec
 from longlive_jax.training.task import Task, global_batches
 from longlive_jax.training.update import Group, stateless
@@ -29,6 +33,10 @@ from longlive_jax.typing import Array, Float, Params
 
 ClipSampler = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
 """(rng, batch, frames) -> video [b, f, h, w, 3] in [-1, 1], weight [b, f, h, w, 1] of pixels."""
+
+
+VIDEO_FRAMES = 13
+"""Frames of the clips of `VAEStage.videos` on which reconstruction is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +113,23 @@ class VAEStage(RunSpec):
     """Stage `vae`: the VAE, by reconstruction in phases of images and clips.
 
     Attributes:
-      model: architecture.
+      model: architecture; None: that of `checkpoint`.
       phases: phases of the run; their steps must sum to `loop.steps`.
+      checkpoint: checkpoint whose VAE is trained further; its latents keep their mean and standard
+        deviation. None: a new VAE.
+      videos: dataset of videos to train on; None: videos of the small world.
+      size: height and width of frames of `videos`, in pixels.
       loss: weights of the loss.
       held_out_clips: number of clips for evaluation and for the latents' statistics.
       cut_probability: probability that a clip has a cut.
       subject_weight: weight of the subject's pixels in addition to the 1 of every pixel.
     """
 
-    model: VAEConfig
     phases: tuple[Phase, ...]
+    model: VAEConfig | None = None
+    checkpoint: str | None = None
+    videos: str | None = None
+    size: tuple[int, int] = (64, 64)
     loss: VAELossSpec = dataclasses.field(default_factory=VAELossSpec)
     held_out_clips: int = 8
     cut_probability: float = 0.5
@@ -127,14 +142,31 @@ class VAEStage(RunSpec):
             raise ValueError(
                 f"phases have {total} steps, loop.steps is {self.loop.steps}; make them equal"
             )
+        if (self.model is None) == (self.checkpoint is None):
+            raise ValueError(
+                "set either model (a new VAE) or checkpoint (its VAE is trained further)"
+            )
 
     def task(self, out: pathlib.Path, workdir: pathlib.Path, mesh: Mesh) -> Task:
-        """See `RunSpec.task`."""
-        graphdef, _ = abstract(lambda: VAE(self.model, rngs=nnx.Rngs(0)))
-        batches = ClipBatches(self._clips, self.phases, self.loop.seed)
-        held_out, _ = self._clips(np.random.default_rng(HELD_OUT_SEED), self.held_out_clips, 61)
+        """See `RunSpec.task`. Raises UserError for a checkpoint or videos that cannot be used."""
+        # 1. Model and data.
+        base = None
+        if self.checkpoint is not None:
+            if self.videos is None:
+                raise UserError(
+                    "config.videos is not set; give a folder of clips with captions (a.mp4, a.txt) "
+                    "by --config.videos=FOLDER"
+                )
+            base = BaseCheckpoint.open(self.checkpoint, out, "vae")
+        model = self._model(base)
+        graphdef, _ = abstract(lambda: VAE(model, rngs=nnx.Rngs(0)))
+        clips = self._clips if self.videos is None else self._video_clips(model)
+        batches = ClipBatches(clips, self.phases, self.loop.seed)
+        frames = 61 if self.videos is None else VIDEO_FRAMES
+        held_out, _ = clips(np.random.default_rng(HELD_OUT_SEED), self.held_out_clips, frames)
+        # 2. Updates.
         group = Group(
-            init=lambda key: params_of(VAE(self.model, rngs=nnx.Rngs(key))),
+            init=functools.partial(self._init, model, base),
             loss=stateless(functools.partial(vae_loss, graphdef, spec=self.loss)),
             tx=self.optimizer(),
             ema=self.ema,
@@ -143,8 +175,38 @@ class VAEStage(RunSpec):
             trainer=self.trainer({"vae": group}, mesh),
             batches=global_batches(feed_in_order(batches), mesh),
             evaluate=self._evaluation(graphdef, held_out),
-            export=functools.partial(self._export, graphdef, held_out),
+            export=functools.partial(self._export, graphdef, model, base, held_out),
         )
+
+    def _model(self, base: BaseCheckpoint | None) -> VAEConfig:
+        """The architecture; the checkpoint's if there is one."""
+        if base is None:
+            assert self.model is not None
+            return self.model
+        settings = read_manifest(base.folder)["components"]["vae"]
+        run = {"dtype": "float32", "param_dtype": "float32"}
+        return build(VAEConfig, settings | run, path=f"{base.folder}: vae")
+
+    def _init(self, model: VAEConfig, base: BaseCheckpoint | None, key: jax.Array) -> Params:
+        if base is None:
+            return params_of(VAE(model, rngs=nnx.Rngs(key)))
+        return load_component(base.folder, "vae", dtype=np.float32)[0]
+
+    def _video_clips(self, model: VAEConfig) -> ClipSampler:
+        """Clips of `videos`, all of whose pixels have weight 1."""
+        if any(side <= 0 or side % (2 * model.spatial_stride) for side in self.size):
+            raise UserError(
+                f"config.size must be multiples of {2 * model.spatial_stride}, got {self.size}"
+            )
+        assert self.videos is not None
+        runs = FrameRuns.read(self.videos, self.size)
+        runs.check_length(max(VIDEO_FRAMES, *(phase.frames for phase in self.phases)))
+
+        def sample(rng: np.random.Generator, batch: int, frames: int):
+            video = runs.draw(rng, batch, frames)
+            return video, np.ones((*video.shape[:-1], 1), np.float32)
+
+        return sample
 
     def _clips(
         self, rng: np.random.Generator, batch: int, frames: int
@@ -180,12 +242,19 @@ class VAEStage(RunSpec):
     def _export(
         self,
         graphdef: nnx.GraphDef[VAE],
+        cfg: VAEConfig,
+        base: BaseCheckpoint | None,
         held_out: np.ndarray,
         weights: Mapping[str, Params],
         directory: pathlib.Path,
-    ) -> None:
-        """Writes the VAE with the statistics of its latents on the held-out clips."""
-        cfg, params = self.model, weights["vae"]
+    ) -> tuple[str, ...]:
+        """Writes the VAE; a new one with the statistics of its latents on the held-out clips."""
+        params, provenance = weights["vae"], self.provenance("vae")
+        if base is not None:
+            sampling = read_manifest(base.folder).get(MANIFEST_KEY, {})
+            notes = base.export(directory, params, cfg, provenance=provenance, sampling=sampling)
+            again = "its DiT was trained on the latents of the former VAE: train it further with "
+            return (*notes, again + f"--config=own_clips --config.checkpoint={directory}")
         encode_clips = jax.jit(lambda p, x: encode(with_params(graphdef, p), x, chunk_frames=4))
         z = encode_clips(params, held_out)
         mean, std = z.mean((0, 1, 2, 3)), z.std((0, 1, 2, 3))
@@ -195,8 +264,8 @@ class VAEStage(RunSpec):
             latent_mean=tuple(map(float, mean * old_std + old_mean)),
             latent_std=tuple(map(float, std * old_std)),
         )
-        provenance = self.provenance("vae")
         save_component(directory, "vae", params, final, provenance=provenance, overwrite=True)
+        return ()
 
 
 def _save_frames(frames: np.ndarray, path: pathlib.Path) -> None:

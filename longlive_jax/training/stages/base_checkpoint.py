@@ -1,4 +1,4 @@
-"""The checkpoint that stage `clips` starts from, whose other parts complete the export."""
+"""The checkpoint that a stage trains further, whose other parts complete the export."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,25 +22,27 @@ class BaseCheckpoint:
 
     Attributes:
       folder: the directory.
-      parts: its parts, apart from the DiT, that the exported checkpoint lacks.
+      component: the component that is trained.
+      parts: its other parts that the exported checkpoint lacks.
     """
 
     folder: Path
+    component: str
     parts: tuple[str, ...]
 
     @classmethod
-    def open(cls, name: str, out: Path) -> "BaseCheckpoint":
-        """The checkpoint `name` for a run that exports to `out`.
+    def open(cls, name: str, out: Path, component: str = "dit") -> "BaseCheckpoint":
+        """The checkpoint `name` for a run that trains `component` and exports to `out`.
 
         Raises UserError if a part is missing or damaged, if its parts do not fit together, or if
         `out` has other versions of them.
         """
         folder = find_checkpoint(name)
         require_components(folder)
-        parts = parts_to_add(folder, out, without="dit")
+        parts = parts_to_add(folder, out, without=component)
         if is_first_process():
             check_arrays(folder, *(part for part in parts if part != TOKENIZER))
-        return cls(folder, parts)
+        return cls(folder, component, parts)
 
     def sample_settings(
         self, clips: EncodedClips, *, window: int | None, global_sinks: int, **settings: Any
@@ -67,7 +69,7 @@ class BaseCheckpoint:
             **settings,
         }
 
-    def export_dit(
+    def export(
         self,
         directory: Path,
         params: Params,
@@ -76,15 +78,15 @@ class BaseCheckpoint:
         provenance: Mapping[str, Any],
         sampling: Mapping[str, Any],
     ) -> tuple[str, ...]:
-        """Writes a trained DiT, its sampling settings and the other parts; returns notes."""
-        continues = read_manifest(self.folder)["provenance"].get("dit", {})
+        """Writes the trained component, sampling settings and the other parts; returns notes."""
+        continues = read_manifest(self.folder)["provenance"].get(self.component, {})
         with CheckpointWriter(directory, overwrite=True) as writer:
             added = add_parts(writer, self.folder, self.parts)
             writer.manifest[MANIFEST_KEY] = dict(sampling)
             writer.commit()
         save_component(
             directory,
-            "dit",
+            self.component,
             params,
             config,
             provenance={**provenance, "continues": continues},

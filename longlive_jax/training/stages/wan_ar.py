@@ -395,6 +395,6 @@ class WanARStage(RunSpec):
     ) -> tuple[str, ...]:
         provenance = self.provenance("clips") | {"clips": clips.manifest.identity["dataset"]}
         sampling = self._sample_settings(base, clips)
-        return base.export_dit(
+        return base.export(
             directory, weights["dit"], model, provenance=provenance, sampling=sampling
         )

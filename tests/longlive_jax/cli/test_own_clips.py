@@ -94,6 +94,21 @@ def test_mistakes_are_told_before_training(clips, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_training")
+def test_mistakes_of_the_vae_recipe(clips, tmp_path, capsys):
+    folders = [f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'ck'}"]
+    videos, long = f"--config.videos={clips}", "[{'steps':400,'batch':1,'frames':41}]"
+    for options, message in (
+        ([], "config.videos is not set"),
+        ([videos, "--config.size=(60,64)"], "config.size must be multiples of 32, got (60, 64)"),
+        ([videos, f"--config.phases={long}"], "a shot must have >= 41 frames at 24 fps"),
+        ([videos, "--config.model.res_blocks=1"], "set either model (a new VAE) or checkpoint"),
+    ):
+        assert run(["train", f"{RECIPE}:vae", *folders, *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.usefixtures("no_training")
 def test_damaged_base_is_found_before_training(clips, tmp_path, capsys):
     import shutil
 
