@@ -100,7 +100,7 @@ def test_settings_that_conflict_with_a_plain_checkpoint(checkpoint, quant, messa
     [
         (["--policy=nvfp5"], "did you mean 'nvfp4'?"),
         (["--policy=none"], "packs nothing"),
-        (["--checkpoint=nowhere"], "no such checkpoint directory"),
+        (["--checkpoint=nowhere"], "is not a directory"),
         (["--source=ema"], "--workdir"),
         (["--lora_alpha=2"], "--lora=FILE"),
         (["--lora=nowhere.pt"], "no such file"),
