@@ -1,6 +1,6 @@
 """Fine-tunes the built-in model on a folder of own clips, on a laptop's CPU.
 
-    longlive train --config=configs/own_clips.py --config.videos=CLIPS --workdir=runs/own \\
+    longlive train --config=own_clips --config.videos=CLIPS --workdir=runs/own \\
         --out=checkpoints/own
     longlive sample --checkpoint=checkpoints/own --script=shots.yaml --out=out/own
 
@@ -10,12 +10,12 @@ scaled and cropped to 64x64 pixels. For a first try, add `--config.loop.steps=4`
 The built-in VAE knows flat coloured shapes only, and other pictures come out blurred. The argument
 `vae` fine-tunes it on the same clips first:
 
-    longlive train --config=configs/own_clips.py:vae --config.videos=CLIPS --workdir=runs/own_vae \\
+    longlive train --config=own_clips:vae --config.videos=CLIPS --workdir=runs/own_vae \\
         --out=checkpoints/own_vae
-    longlive train --config=configs/own_clips.py --config.checkpoint=checkpoints/own_vae ...
+    longlive train --config=own_clips --config.checkpoint=checkpoints/own_vae ...
 
 The text encoder stays as it is: captions that differ only in words it does not know look the same
-to the model. For real footage, fine-tune Wan2.2 on a GPU (configs/ar_5b.py).
+to the model. For real footage, fine-tune Wan2.2 on a GPU (--config=ar_5b).
 
 Cost: minutes on two cores (2 to 3 steps per second; the videos are encoded once).
 Result: a toy, to learn the steps with; quality on real footage is not measured.

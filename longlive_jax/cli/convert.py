@@ -91,7 +91,7 @@ def _write_settings(
         reason = "detected; change it with --kind"
     settings = settings_of(kind)
     save_settings(args.out, settings)
-    note = "; train it with configs/ar_5b.py before sampling long videos" * (kind == "base")
+    note = "; train it with --config=ar_5b before sampling long videos" * (kind == "base")
     return f"sampling settings: {kind} ({describe(settings)}), {reason}{note}"
 
 

@@ -53,7 +53,7 @@ def _train(command: Command) -> int:
     if name is None:
         raise UserError(
             "config.stage is missing: this config samples or evaluates; choose one that trains, "
-            "such as --config=configs/own_clips.py"
+            "such as --config=own_clips"
         )
     if name not in STAGES:
         raise UserError(f"unknown config.stage {name!r}{nearest(str(name), STAGES)}")

@@ -71,7 +71,7 @@ def test_base_model_is_not_sampled_like_a_distilled_one(foreign, tmp_path, capsy
     assert spec.negative_prompt == NEGATIVE_PROMPT == RECIPE_PROMPT
     text = capsys.readouterr().out
     assert "sampling settings: base (50 steps, guidance 5, solver unipc), detected" in text
-    assert "change it with --kind" in text and "configs/ar_5b.py before" in text
+    assert "change it with --kind" in text and "--config=ar_5b before" in text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from longlive_jax.sampling.settings import spec_for
 from longlive_jax.training import loop
 from tests.longlive_jax.data.clips.videos import write_video
 
-RECIPE = "--config=configs/own_clips.py"
+RECIPE = "--config=own_clips"
 TINY = [
     "loop.steps=2", "loop.log_every=1", "batch=2", "cut.chunks=2", "cut.windows=1",
     "sampling.num_steps=2",
