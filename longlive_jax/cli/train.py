@@ -50,11 +50,6 @@ def _train(command: Command) -> int:
     # 1. Check the config and the folders.
     settings, args = command.settings, command.args
     name = settings.pop("stage", None)
-    if name is None:
-        raise UserError(
-            "config.stage is missing: this config samples or evaluates; choose one that trains, "
-            "such as --config=own_clips"
-        )
     if name not in STAGES:
         raise UserError(f"unknown config.stage {name!r}{nearest(str(name), STAGES)}")
     stage = build(STAGES[name], settings)

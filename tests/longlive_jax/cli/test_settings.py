@@ -66,7 +66,7 @@ def test_recipe_that_the_command_line_completes(capsys, tmp_path):
     settings = rows(capsys, str(path))
     assert settings["loop.steps"]["default"] == "7" and settings["loop.steps"]["mark"] == "*"
     assert settings["phases"]["default"] == "required"
-    assert "missing key 'model'" in " ".join(printed(capsys, str(path)).split())
+    assert "missing key 'phases'" in " ".join(printed(capsys, str(path)).split())
     path.write_text("def get_config(): return {'stage': 'vae', 'lop': {'steps': 7}}\n")
     assert run(["settings", str(path)]) == 2
     assert "did you mean 'loop'" in capsys.readouterr().err

@@ -96,7 +96,6 @@ def test_all_stages_write_one_checkpoint(tmp_path, capsys):
         (["--workdr=x"], "did you mean '--workdir'?"),
         (["--out="], "--out is missing: the checkpoint directory for the trained model"),
         (["--workdir="], "--workdir is missing: the folder for metrics"),
-        (["--config=configs/sample_5b.py"], "config.stage is missing: this config samples"),
     ],
 )
 def test_mistakes_print_one_line_and_train_nothing(changes, message, tmp_path, capsys, monkeypatch):
