@@ -1,8 +1,8 @@
 """The recipe for own clips: a folder of videos in, a checkpoint that samples out."""
 
 import json
+import shutil
 
-import numpy as np
 import pytest
 
 from longlive_jax.cli.app import run
@@ -110,8 +110,6 @@ def test_mistakes_of_the_vae_recipe(clips, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_training")
 def test_damaged_base_is_found_before_training(clips, tmp_path, capsys):
-    import shutil
-
     base = shutil.copytree(builtin_checkpoint(), tmp_path / "base")
     manifest = json.loads((base / CHECKPOINT_MANIFEST).read_text())
     arrays = manifest["arrays"]["umt5"]
@@ -125,12 +123,3 @@ def test_damaged_base_is_found_before_training(clips, tmp_path, capsys):
     assert run(command(tmp_path, *options)) == 2
     assert "has no tokenizer yet" in capsys.readouterr().err
     assert not (tmp_path / "w" / "clips").exists()
-
-
-def test_unknown_words_are_those_outside_the_vocabulary():
-    from longlive_jax.models.umt5 import Tokenizer
-
-    tokenizer = Tokenizer(builtin_checkpoint() / "tokenizer.model")
-    assert tokenizer.unknown_words("A red circle moves left on a mint background.") == ()
-    assert tokenizer.unknown_words("a zebra and a red zebra") == ("zebra", "and")
-    assert np.size(tokenizer.unknown_words("")) == 0
