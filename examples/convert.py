@@ -3,12 +3,14 @@
     python examples/convert.py [SOURCE] [OUT]     # out/converted
 
 SOURCE is a file or folder of weights: Wan2.2-TI2V-5B, its diffusers version, LongLive 2.0, a LoRA.
-Without it, the built-in model is exported with the original's names first and then converted.
-PyTorch is not needed, and nothing is unpickled. The same from a shell:
+Parts that it lacks must be in OUT. Without SOURCE, OUT begins as a copy of the built-in model. Its
+DiT is exported with the names of Wan and put back. PyTorch is not needed, and nothing is unpickled.
+The same from a shell:
 
-    longlive convert --source=SOURCE --out=OUT
+    longlive convert --source=SOURCE --out=OUT --overwrite
 """
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -20,8 +22,12 @@ from longlive_jax.io.builtin import builtin_checkpoint
 out = Path(sys.argv[2] if len(sys.argv) > 2 else "out/converted")
 with tempfile.TemporaryDirectory() as temporary:
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary) / "exported"
-    if len(sys.argv) < 2 and run(["export", f"--source={builtin_checkpoint()}", f"--out={source}"]):
-        sys.exit("the export failed")
+    if len(sys.argv) < 2:
+        shutil.copytree(builtin_checkpoint(), out, dirs_exist_ok=True)
+        if run(["export", f"--source={out}", f"--out={source}"]):
+            sys.exit("the export failed")
+        for name in ("Wan2.2_VAE", "models_t5_umt5-xxl-enc"):  # only the DiT is converted
+            (source / f"{name}.safetensors").unlink()
     if run(["convert", f"--source={source}", f"--out={out}", "--overwrite"]):
         sys.exit("the conversion failed")
 

@@ -5,8 +5,12 @@ import runpy
 import sys
 
 import av
+import chex
 import matplotlib
 import pytest
+
+from longlive_jax.io.builtin import builtin_checkpoint
+from longlive_jax.io.checkpoint import load_component
 
 
 @pytest.fixture
@@ -54,6 +58,11 @@ def test_convert(example, folder, capsys):
     example("convert.py")
     assert "sde with 32 steps" in capsys.readouterr().out  # the settings of the built-in model
     assert frames_of(folder / "out" / "converted.mp4") == 29
+    for name in ("dit", "vae", "umt5"):  # nothing is lost on the way there and back
+        (theirs, _), (ours, _) = (
+            load_component(path, name) for path in (builtin_checkpoint(), folder / "out/converted")
+        )
+        chex.assert_trees_all_equal(theirs, ours)
 
 
 def test_own_clips(example, folder):

@@ -16,18 +16,36 @@ from pathlib import Path
 
 import pytest
 
-OUTPUTS = (
-    ".git", ".venv", "out", "runs", "checkpoints", "build", "dist", "site", "*.egg-info",
-    "__pycache__", "*.pyc", ".*_cache", ".hypothesis",
-)  # fmt: skip
-"""What is not part of the source: environments, caches and results."""
+OUTPUTS = (".venv", "*.egg-info", "__pycache__", ".*_cache", "PKG-INFO", "setup.cfg", "out")
+"""What an unpacked source distribution may contain besides the source."""
+
+
+def git_files(repository: Path, *options: str) -> list[str] | None:
+    """The existing files that `git ls-files` lists; None in an unpacked source distribution."""
+    if not (repository / ".git").exists():
+        return None
+    command = ["git", "-C", repository, "ls-files", "-z", *options]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in names if name and (repository / name).is_file()]
+
+
+@pytest.fixture(scope="session")
+def tracked(repository) -> list[str] | None:
+    """The files under version control; None in an unpacked source distribution."""
+    return git_files(repository)
 
 
 @pytest.fixture(scope="session")
 def source(repository, tmp_path_factory) -> Path:
-    """A copy of the working tree, so that no build writes to it."""
+    """A copy of the working tree without ignored files, so that no build writes to the tree."""
     folder = tmp_path_factory.mktemp("source") / "longlive-jax"
-    return shutil.copytree(repository, folder, ignore=shutil.ignore_patterns(*OUTPUTS))
+    names = git_files(repository, "--cached", "--others", "--exclude-standard")
+    if names is None:
+        return shutil.copytree(repository, folder, ignore=shutil.ignore_patterns(*OUTPUTS))
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repository / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_the_workflow_runs_the_tests_that_the_readme_names(repository, project):
     jobs = yaml.safe_load(text)["jobs"]
     commands = [step["run"] for step in jobs["test"]["steps"] if "run" in step]
     readme = (repository / "README.md").read_text()
-    (command,) = set(re.findall(r"^(\./launch/test\.sh)\b", readme, re.M))
+    (command,) = set(re.findall(r"^ *(\./launch/test\.sh)\b", readme, re.M))
     assert commands[-1] == command
     versions = jobs["test"]["strategy"]["matrix"]["python"]
     supported = [c.split(" :: ")[-1] for c in project["classifiers"] if ":: Python :: 3." in c]
