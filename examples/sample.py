@@ -5,11 +5,12 @@ python examples/sample.py [STEPS] [FILE]      # 32 steps, out/sample.mp4
 
 import sys
 
-from longlive_jax import Pipeline, write_video
+from longlive_jax import Pipeline, enable_compilation_cache, write_video
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 32
 path = sys.argv[2] if len(sys.argv) > 2 else "out/sample.mp4"
 
+enable_compilation_cache()  # the next run starts faster
 pipe = Pipeline.from_checkpoint()
 frames = pipe.sample(
     [

@@ -9,11 +9,12 @@ import sys
 
 import numpy as np
 
-from longlive_jax import Pipeline, write_video
+from longlive_jax import Pipeline, enable_compilation_cache, write_video
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 32
 path = sys.argv[2] if len(sys.argv) > 2 else "out/steer.mp4"
 
+enable_compilation_cache()  # the next run starts faster
 pipe = Pipeline.from_checkpoint()
 stream = pipe.stream("a red circle moves left on a mint background", endless=True, steps=steps)
 frames = []

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longlive_jax.io.compilation_cache import enable_compilation_cache
     from longlive_jax.io.video import write_video
     from longlive_jax.sampling.pipeline import Pipeline
     from longlive_jax.sampling.script import Shot, ShotScript, read_scripts
@@ -24,6 +25,7 @@ _HOMES = {
     "Shot": "longlive_jax.sampling.script",
     "ShotScript": "longlive_jax.sampling.script",
     "UserError": "longlive_jax.spec",
+    "enable_compilation_cache": "longlive_jax.io.compilation_cache",
     "read_scripts": "longlive_jax.sampling.script",
     "write_video": "longlive_jax.io.video",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "ShotScript",
     "UserError",
     "__version__",
+    "enable_compilation_cache",
     "read_scripts",
     "write_video",
 ]
