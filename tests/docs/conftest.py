@@ -1,0 +1,74 @@
+"""What readers of the documentation bring with them: small checkpoints, weights and videos."""
+
+import shutil
+
+import jax
+import pytest
+from flax import nnx
+from PIL import Image
+
+from longlive_jax.cli.app import run
+from longlive_jax.io.checkpoint import save_component
+from longlive_jax.models.params import params_of
+from longlive_jax.models.wan import DiT
+from tests.docs.blocks import REPOSITORY
+from tests.longlive_jax.data.clips.models import write_encoders
+from tests.longlive_jax.data.clips.videos import write_sample, write_video
+from tests.longlive_jax.training.conftest import DIT
+from tests.tiny import activate_outputs
+
+SCRIPT = """
+shots:
+  - {prompt: a red circle moves left on a mint background, chunks: 2}
+  - {prompt: a blue square moves up on a gray background, chunks: 2}
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs are compiled once for all commands, each of which builds its own functions."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def belongings(tmp_path_factory):
+    """A folder with what the pages assume: checkpoints, datasets, a script, foreign weights."""
+    folder = tmp_path_factory.mktemp("reader")
+    # 1. Checkpoints of tiny models.
+    checkpoint = write_encoders(folder / "checkpoints" / "5b")
+    params = activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
+    save_component(checkpoint, "dit", params, DIT)
+    shutil.copytree(checkpoint, folder / "checkpoints" / "wan22_5b")
+    # 2. Videos and a script.
+    for name, *lengths in (("a", 40), ("b", 18, 16), ("c", 30, 20), ("d", 33), ("e", 31, 9)):
+        write_sample(folder / "DATASET", name, *lengths)
+    for name, caption in (("walk", "moves left on a mint"), ("jump", "moves up on a gray")):
+        write_video(folder / "clips" / f"{name}.mp4", 64, size=(64, 64))
+        (folder / "clips" / f"{name}.txt").write_text(f"a red circle {caption} background")
+    (folder / "shots.yaml").write_text(SCRIPT)
+    Image.new("RGB", (64, 64)).save(folder / "first.png")
+    # 3. Files of other libraries.
+    packed = folder / "packed"
+    assert run(["export", f"--source={checkpoint}", f"--out={folder / 'PATH/TO/WEIGHTS'}"]) == 0
+    assert run(["quantize", f"--checkpoint={checkpoint}", f"--out={packed}"]) == 0
+    assert run(["export", f"--source={packed}", f"--out={folder / 'exported'}"]) == 0
+    (model,) = (folder / "exported").rglob("*.pt")
+    shutil.copy(model, folder / "model_4o6.pt")
+    return folder
+
+
+@pytest.fixture
+def reader(belongings, tmp_path):
+    """A reader's folder: `belongings`, and the folders of the clone that commands name."""
+    folder = tmp_path / "reader"
+    shutil.copytree(belongings, folder)
+    for name in ("configs", "launch", "examples", "longlive_jax"):
+        if (REPOSITORY / name).exists():
+            (folder / name).symlink_to(REPOSITORY / name)
+    return folder

@@ -1,0 +1,141 @@
+"""What the tests of examples add to a command, and the commands they do not run, with reasons.
+
+`SMALLER` is the tiny setting of long commands: arguments put after those of the page, so that a run
+takes seconds. `NOT_RUN` holds every command that is not run; its check runs instead.
+"""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+ONE_DEVICE = "--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.sp=1 --config.batch=2"
+TINY_EVALUATION = " ".join(
+    f"--config.evaluate.{name}={{'least_shots':2,'chunks':3,'shot_chunks':(1,2),'shots':(2,2)}}"
+    for name in ("short", "long", "returning")
+)
+TINY_DIT = (
+    "--config.corpus.videos=8 --config.corpus.chunks=4 --config.corpus.shot_chunks=(1,2) "
+    "--config.windows.batch=2 --config.windows.targets=1 --config.unroll=1 --config.recycling=none"
+)
+SMALLER: dict[str, str] = {
+    # A model call per chunk instead of the checkpoint's number of steps.
+    r"sample\b(?!.*--steps)": "--steps=1",
+    r"demo\b": "--steps=1",
+    # The 5B recipes, on a checkpoint of tiny models and a dataset of seven short clips.
+    r"data check DATASET": "--size=64x32",
+    r"data encode": "--size=64x32 --chunks=4 --dtype=float32 --pad",
+    r"train --config=(\S*/)?ar_5b": f"{ONE_DEVICE} --config.loop.steps=1 --config.recycling=none "
+    "--config.ffn_chunks=1 --config.dtype=float32",
+    r"train --config=(\S*/)?own_clips": "--config.loop.steps=1",
+    r"convert --source=PATH/TO/WEIGHTS": "--heads=4 --text_len=48 --overwrite",
+    r"convert --source=model_4o6.pt": "--heads=4 --text_len=48",
+    # The small world's stages, for one update.
+    r"train --config=(\S*/)?small_world(\.py)?:vae": "--config.loop.steps=1 "
+    "--config.phases=[{'steps':1,'batch':2,'frames':1}]",
+    r"train --config=(\S*/)?small_world(\.py)?:text": "--config.loop.steps=1 --config.batch=4",
+    r"train --config=(\S*/)?small_world(\.py)?:(ar|recycled)": f"--config.loop.steps=1 {TINY_DIT}",
+    r"evaluate\b": f"{TINY_EVALUATION} --config.evaluate.sample.steps=1 "
+    "--config.evaluate.fewer_steps=() --config.evaluate.batch=2",
+    # Estimates without a compiler for GPUs, one kernel instead of 20, and a short benchmark.
+    r"plan\b(?!.*--no-compile)(?!.*--fastest)": "--no-compile",
+    r"kernels check": "--kernel=nvfp4_dequantize --no-interpret",
+    r"bench sampler": "--chunks=2",
+}
+"""Pattern of a command's arguments -> arguments added to it."""
+
+
+def smaller(command: str) -> list[str]:
+    """The arguments added to a `longlive` command."""
+    added = []
+    for pattern, arguments in SMALLER.items():
+        if re.match(pattern, command):
+            used.add(pattern)
+            added += shlex.split(arguments, posix=False)
+    return added
+
+
+def longlive_arguments(words: list[str]) -> list[str] | None:
+    """The arguments of `longlive` that a command amounts to; None if it is another program."""
+    if words[0] in ("longlive", ".venv/bin/longlive"):
+        return words[1:]
+    if words[0] == "./launch/demo.sh":
+        assert 'longlive_jax demo "$@"' in (REPOSITORY / "launch/demo.sh").read_text()
+        return ["demo", *words[1:]]
+    if words[0] == "./launch/local.sh":
+        assert 'longlive" train "$@"' in (REPOSITORY / "launch/local.sh").read_text()
+        return ["train", *words[1:]]
+    if words[:3] == ["python", "-m", "longlive_jax"]:
+        return words[3:]
+    return None
+
+
+def check_install(words: list[str]) -> None:
+    """The extra that `pip install` names exists."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for extra in re.findall(r"\[(\w+)\]", " ".join(words)):
+        assert extra in project["optional-dependencies"]
+
+
+def check_script(words: list[str]) -> None:
+    """The script exists and bash can parse it."""
+    script = next(word for word in words if word.endswith(".sh"))
+    subprocess.run(["bash", "-n", str(REPOSITORY / script)], check=True)
+
+
+def check_slurm(words: list[str]) -> None:
+    """The script parses, and `longlive train` knows the arguments after it."""
+    check_script(words)
+    after = words[words.index(next(word for word in words if word.endswith(".sh"))) + 1 :]
+    check_training(["--hosts=auto", *after])
+
+
+def check_kubernetes(words: list[str]) -> None:
+    """The manifest is YAML, and `longlive train` knows the arguments of its command."""
+    job = list(yaml.safe_load_all((REPOSITORY / words[-1]).read_text()))[-1]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    command = shlex.split(" ".join(container["args"]))
+    check_training(command[command.index("train") + 1 :])
+
+
+def check_training(arguments: list[str]) -> None:
+    """The parser and the recipe of `longlive train` accept the arguments."""
+    from longlive_jax.cli.app import take_config
+    from longlive_jax.cli.train import _parser
+
+    _, rest = take_config(arguments)
+    _parser().parse_args(rest)
+
+
+def check_tool(words: list[str]) -> None:
+    """The tool belongs to the development environment."""
+    dev = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    tools = " ".join(dev["optional-dependencies"]["dev"])
+    assert Path(words[0]).name in tools
+
+
+NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "needs the network; tests/packaging installs the wheel": ("pip install", check_install),
+    "runs these tests": ("./launch/test.sh", check_script),
+    "needs Slurm": ("sbatch", check_slurm),
+    "needs a Kubernetes cluster": ("kubectl apply", check_kubernetes),
+    "serves until it is stopped; test_site builds the site": (".venv/bin/mkdocs serve", check_tool),
+    "compiles for minutes; tests/longlive_jax/planning compiles small models": (
+        "longlive plan --config=ar_5b:64s --chip=gb200 --mesh=sp=4 --frames=384 --fastest",
+        lambda words: None,
+    ),
+    "all stages, hours; its commands are on the page of the small world": (
+        "./launch/small_world.sh",
+        check_script,
+    ),
+}
+"""Reason -> beginning of the command, and the check that runs instead."""
+
+used: set[str] = set()
+"""Entries of the two tables that a command has used in this process."""

@@ -1,0 +1,31 @@
+"""Every command and snippet of the README and of docs/ runs, in the order of its page.
+
+Long ones run with the tiny settings of `rules.SMALLER`; what cannot run here is in `rules.NOT_RUN`.
+Snippets in Python sample with two model calls per chunk unless they say otherwise.
+"""
+
+import functools
+import re
+
+import pytest
+
+from longlive_jax.sampling.pipeline import Pipeline
+from tests.docs.blocks import EVALUATORS, PAGES, page_examples
+
+BLOCK = re.compile(r"^[ ]*```(\S*)[^\n]*\n.*?^[ ]*```[ ]*$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_from_top_to_bottom(page, reader, monkeypatch):
+    few = functools.partial(Pipeline.from_checkpoint, steps=2)
+    monkeypatch.setattr(Pipeline, "from_checkpoint", staticmethod(few))
+    monkeypatch.chdir(reader)
+    for example in page_examples(page):
+        example.evaluate()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_a_page_has_a_language_that_runs(page):
+    languages = BLOCK.findall(page.read_text())
+    assert not [name for name in languages if name not in (*EVALUATORS, "text")]
+    assert len(page_examples(page)) == sum(name in EVALUATORS for name in languages)
