@@ -1,7 +1,7 @@
 """Generated parts of the documentation: the picture of the packages, and the tables of settings.
 
-Both are made from the code at every build, so that they cannot be out of date. A page asks for the
-settings of a recipe with the line `::: settings sample`, where the word is one of `GROUPS`.
+Both are made from the code at every build, so that they cannot be out of date. A page asks for a
+table with the line `::: settings GROUP` (a group of `longlive settings`).
 """
 
 import re
@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from draw_architecture import COLOURS, draw  # noqa: E402
-from mkdocs.config.defaults import MkDocsConfig  # noqa: E402
-from mkdocs.structure.files import File, Files  # noqa: E402
-from settings_tables import settings_table  # noqa: E402
+from longlive_jax.cli.setting_groups import find_group  # noqa: E402
 
-MARKER = re.compile(r"^::: settings (\w+)$", re.MULTILINE)
+MARKER = re.compile(r"^::: settings (.+)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -28,5 +29,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replaces each line `::: settings NAME` by the table of those settings."""
+    """Replaces each line `::: settings GROUP` by the table of those settings."""
     return MARKER.sub(lambda match: settings_table(match[1]), markdown)
+
+
+def settings_table(name: str) -> str:
+    """The table of a group's settings; that of a training stage leaves out what all stages have."""
+    common = {row.path for row in find_group("train").rows} if name.startswith("train ") else set()
+    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for row in find_group(name).rows:
+        if row.path in common:
+            continue
+        kind = "group" if row.is_group else f"`{row.type}`"
+        default = f"`{row.default}`" if row.default else ""
+        cells = (f"`{row.path}`", kind, default, row.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines)

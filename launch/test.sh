@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the linter, the type checker and the tests. `--slow` adds the tests that take minutes, and
-# enables XLA's optimizations (see tests/conftest.py). Other arguments are passed to pytest.
+# Runs the linter, the type checker, the documentation's build and the tests. `--slow` adds the
+# tests that take minutes, and enables XLA's optimizations (see tests/conftest.py). Other arguments
+# are passed to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
@@ -25,6 +26,7 @@ bin=.venv/bin
 check lint $bin/ruff check .
 check format $bin/ruff format --check .
 check types $bin/mypy
+check docs env NO_MKDOCS_2_WARNING=1 $bin/mkdocs build --strict --quiet
 check tests $bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
     --no-loadscope-reorder -m "$marks" "$@"
 

@@ -115,9 +115,9 @@ def check_training(arguments: list[str]) -> None:
 
 def check_tool(words: list[str]) -> None:
     """The tool belongs to the development environment."""
-    dev = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    tools = " ".join(dev["optional-dependencies"]["dev"])
-    assert Path(words[0]).name in tools
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert Path(words[0]).name in " ".join([*extras["dev"], *extras["docs"]])
 
 
 NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
