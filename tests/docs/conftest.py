@@ -10,9 +10,10 @@ from PIL import Image
 from longlive_jax.cli.app import run
 from longlive_jax.io.checkpoint import save_component
 from longlive_jax.models.params import params_of
+from longlive_jax.models.vae import VAE, VAEConfig
 from longlive_jax.models.wan import DiT
 from tests.docs.blocks import REPOSITORY
-from tests.longlive_jax.data.clips.models import write_encoders
+from tests.longlive_jax.data.clips.models import Z_DIM, random_params, write_encoders
 from tests.longlive_jax.data.clips.videos import write_sample, write_video
 from tests.longlive_jax.training.conftest import DIT
 from tests.tiny import activate_outputs
@@ -42,6 +43,15 @@ def belongings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     # 1. Checkpoints of tiny models.
     checkpoint = write_encoders(folder / "checkpoints" / "5b")
+    vae = VAEConfig(
+        encoder_dim=4,
+        decoder_dim=4,
+        z_dim=Z_DIM,
+        res_blocks=1,
+        latent_mean=(0.0,) * Z_DIM,
+        latent_std=(1.0,) * Z_DIM,
+    )
+    save_component(checkpoint, "vae", random_params(lambda: VAE(vae, rngs=nnx.Rngs(0))), vae)
     params = activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
     save_component(checkpoint, "dit", params, DIT)
     shutil.copytree(checkpoint, folder / "checkpoints" / "wan22_5b")

@@ -16,37 +16,38 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 ONE_DEVICE = "--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.sp=1 --config.batch=2"
-TINY_EVALUATION = " ".join(
-    f"--config.evaluate.{name}={{'least_shots':2,'chunks':3,'shot_chunks':(1,2),'shots':(2,2)}}"
-    for name in ("short", "long", "returning")
-)
+TINY_EVALUATION = "--config.evaluate.short={'least_shots':2,'chunks':3,'shot_chunks':(1,2)}"
 TINY_DIT = (
     "--config.corpus.videos=8 --config.corpus.chunks=4 --config.corpus.shot_chunks=(1,2) "
-    "--config.windows.batch=2 --config.windows.targets=1 --config.unroll=1 --config.recycling=none"
+    "--config.windows.batch=2 --config.windows.targets=1 --config.unroll=1 --config.recycling=none "
+    "--config.model.dim=64 --config.model.ffn_dim=64 --config.model.layers=1"
 )
+RECIPE = r"train --config=(\S*/)?"
 SMALLER: dict[str, str] = {
     # A model call per chunk instead of the checkpoint's number of steps.
     r"sample\b(?!.*--steps)": "--steps=1",
     r"demo\b": "--steps=1",
     # The 5B recipes, on a checkpoint of tiny models and a dataset of seven short clips.
-    r"data check DATASET": "--size=64x32",
+    r"data check DATASET": "--size=64x32 --chunk=2",
     r"data encode": "--size=64x32 --chunks=4 --dtype=float32 --pad",
-    r"train --config=(\S*/)?ar_5b": f"{ONE_DEVICE} --config.loop.steps=1 --config.recycling=none "
-    "--config.ffn_chunks=1 --config.dtype=float32",
-    r"train --config=(\S*/)?own_clips": "--config.loop.steps=1",
+    RECIPE + "ar_5b": f"{ONE_DEVICE} --config.loop.steps=1 --config.recycling=none "
+    "--config.ffn_chunks=1 --config.dtype=float32 --config.cut.size=(64,32) "
+    "--config.cut.chunks=4 --config.cut.pad=true",
+    RECIPE + "ar_5b:64s,nvfp4": "--config.videos=DATASET",  # its page encodes no clips
+    RECIPE + "own_clips": "--config.loop.steps=1",
     r"convert --source=PATH/TO/WEIGHTS": "--heads=4 --text_len=48 --overwrite",
     r"convert --source=model_4o6.pt": "--heads=4 --text_len=48",
     # The small world's stages, for one update.
-    r"train --config=(\S*/)?small_world(\.py)?:vae": "--config.loop.steps=1 "
+    RECIPE + r"small_world(\.py)?:vae": "--config.loop.steps=1 "
     "--config.phases=[{'steps':1,'batch':2,'frames':1}]",
-    r"train --config=(\S*/)?small_world(\.py)?:text": "--config.loop.steps=1 --config.batch=4",
-    r"train --config=(\S*/)?small_world(\.py)?:(ar|recycled)": f"--config.loop.steps=1 {TINY_DIT}",
-    r"evaluate\b": f"{TINY_EVALUATION} --config.evaluate.sample.steps=1 "
-    "--config.evaluate.fewer_steps=() --config.evaluate.batch=2",
-    # Estimates without a compiler for GPUs, one kernel instead of 20, and a short benchmark.
-    r"plan\b(?!.*--no-compile)(?!.*--fastest)": "--no-compile",
+    RECIPE + r"small_world(\.py)?:text": "--config.loop.steps=1 --config.batch=4 "
+    "--config.model.layers=1",
+    RECIPE + r"small_world(\.py)?:(ar|recycled)": f"--config.loop.steps=1 {TINY_DIT}",
+    r"evaluate\b": f"--parts=ceilings {TINY_EVALUATION} --config.evaluate.batch=2",
+    # Estimates for Wan2.2 without a compiler for GPUs, one kernel of 20, a short benchmark.
+    r"plan\b": "--no-compile --config.checkpoint=none_here",
     r"kernels check": "--kernel=nvfp4_dequantize --no-interpret",
-    r"bench sampler": "--chunks=2",
+    r"bench sampler": "--chunks=6",
 }
 """Pattern of a command's arguments -> arguments added to it."""
 
@@ -126,10 +127,6 @@ NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "needs Slurm": ("sbatch", check_slurm),
     "needs a Kubernetes cluster": ("kubectl apply", check_kubernetes),
     "serves until it is stopped; test_site builds the site": (".venv/bin/mkdocs serve", check_tool),
-    "compiles for minutes; tests/longlive_jax/planning compiles small models": (
-        "longlive plan --config=ar_5b:64s --chip=gb200 --mesh=sp=4 --frames=384 --fastest",
-        lambda words: None,
-    ),
     "all stages, hours; its commands are on the page of the small world": (
         "./launch/small_world.sh",
         check_script,
