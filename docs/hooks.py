@@ -40,7 +40,8 @@ def settings_table(name: str) -> str:
     for row in find_group(name).rows:
         if row.path in common:
             continue
-        kind = "group" if row.is_group else f"`{row.type}`"
+        choices = " or ".join(f"`{word}`" for word in row.type.split(" | "))
+        kind = "group" if row.is_group else choices
         default = f"`{row.default}`" if row.default else ""
         cells = (f"`{row.path}`", kind, default, row.meaning)
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")

@@ -107,11 +107,10 @@ def check_kubernetes(words: list[str]) -> None:
 
 def check_training(arguments: list[str]) -> None:
     """The parser and the recipe of `longlive train` accept the arguments."""
-    from longlive_jax.cli.app import take_config
+    from longlive_jax.cli.options import parse_command
     from longlive_jax.cli.train import _parser
 
-    _, rest = take_config(arguments)
-    _parser().parse_args(rest)
+    parse_command(_parser(), arguments, "train")
 
 
 def check_tool(words: list[str]) -> None:
