@@ -14,6 +14,9 @@ ASSETS = REPOSITORY / "longlive_jax/assets/small_world"
 
 ILLUSTRATIONS = {
     "longlive_jax/bench/convert_memory.py": "usage with options in brackets",
+    "longlive_jax/cli/compilation_cache.py": "usage with names in capitals",
+    "longlive_jax/data/clips/flat.py": "files of a dataset",
+    "longlive_jax/sampling/record.py": "files of a video, and entries of its record",
     "longlive_jax/data/clips/dataset.py": "files of a dataset, and a line of its manifest",
     "longlive_jax/data/clips/store.py": "files of a store",
     "longlive_jax/diffusion/solvers.py": "formulas",
