@@ -51,7 +51,8 @@ def belongings(tmp_path_factory):
         latent_mean=(0.0,) * Z_DIM,
         latent_std=(1.0,) * Z_DIM,
     )
-    save_component(checkpoint, "vae", random_params(lambda: VAE(vae, rngs=nnx.Rngs(0))), vae)
+    params = random_params(lambda: VAE(vae, rngs=nnx.Rngs(0)))
+    save_component(checkpoint, "vae", params, vae, overwrite=True)
     params = activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
     save_component(checkpoint, "dit", params, DIT)
     shutil.copytree(checkpoint, folder / "checkpoints" / "wan22_5b")
