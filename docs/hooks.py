@@ -17,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from draw_architecture import COLOURS, draw  # noqa: E402
 from longlive_jax.cli.setting_groups import find_group  # noqa: E402
 
+INTERVAL = re.compile(r"\d+ \(\d+–\d+\)")
 MARKER = re.compile(r"^::: settings (.+)$", re.MULTILINE)
 
 
@@ -31,6 +32,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replaces each line `::: settings GROUP` by the table of those settings."""
     return MARKER.sub(lambda match: settings_table(match[1]), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keeps a number and its interval, as in `94 (90–97)`, on one line."""
+    return INTERVAL.sub(r'<span class="interval">\g<0></span>', html)
 
 
 def settings_table(name: str) -> str:
