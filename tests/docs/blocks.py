@@ -50,9 +50,8 @@ def run_command(words: list[str], where: str) -> None:
     if ">" in words:  # the output goes to a file; here it is captured
         words = words[: words.index(">")]
     text = " ".join(words)
-    for reason, (prefix, check) in rules.NOT_RUN.items():
+    for prefix, check in rules.NOT_RUN.values():
         if text.startswith(prefix):
-            rules.used.add(reason)
             check(words)
             return
     argv = rules.longlive_arguments(words)
@@ -60,6 +59,15 @@ def run_command(words: list[str], where: str) -> None:
     more = rules.smaller(" ".join(argv))
     code = run([*argv, *more])
     assert code == 0, f"{where}: `{text}` with {more} ended with exit code {code}"
+
+
+def all_commands() -> list[list[str]]:
+    """Every command of all pages and docstrings."""
+    pages = [example for page in PAGES for example in page_examples(page)]
+    shell = [str(x.parsed) for x in pages if x.region.evaluator is run_shell]
+    docstrings = [str(x.parsed) for path in SOURCES for x in docstring_examples(path)]
+    shell += [text for text in docstrings if kind_of(text) == "sh"]
+    return [words for text in shell for words in commands(text)]
 
 
 def run_shell(example: Example) -> None:

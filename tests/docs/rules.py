@@ -57,7 +57,6 @@ def smaller(command: str) -> list[str]:
     added = []
     for pattern, arguments in SMALLER.items():
         if re.match(pattern, command):
-            used.add(pattern)
             added += shlex.split(arguments, posix=False)
     return added
 
@@ -133,6 +132,3 @@ NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     ),
 }
 """Reason -> beginning of the command, and the check that runs instead."""
-
-used: set[str] = set()
-"""Entries of the two tables that a command has used in this process."""

@@ -10,7 +10,8 @@ import re
 import pytest
 
 from longlive_jax.sampling.pipeline import Pipeline
-from tests.docs.blocks import EVALUATORS, PAGES, page_examples
+from tests.docs import rules
+from tests.docs.blocks import EVALUATORS, PAGES, all_commands, page_examples
 
 BLOCK = re.compile(r"^[ ]*```(\S*)[^\n]*\n.*?^[ ]*```[ ]*$", re.MULTILINE | re.DOTALL)
 
@@ -29,3 +30,21 @@ def test_every_block_of_a_page_has_a_language_that_runs(page):
     languages = BLOCK.findall(page.read_text())
     assert not [name for name in languages if name not in (*EVALUATORS, "text")]
     assert len(page_examples(page)) == sum(name in EVALUATORS for name in languages)
+
+
+def test_rules_are_of_commands_that_exist():
+    commands = all_commands()
+    lines = [" ".join(words) for words in commands]
+    assert len(lines) > 40
+    unused = [
+        prefix
+        for prefix, _ in rules.NOT_RUN.values()
+        if not any(line.startswith(prefix) for line in lines)
+    ]
+    arguments = [" ".join(rules.longlive_arguments(words) or ()) for words in commands]
+    unused += [
+        pattern
+        for pattern in rules.SMALLER
+        if not any(re.match(pattern, line) for line in arguments)
+    ]
+    assert not unused
