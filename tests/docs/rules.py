@@ -89,6 +89,11 @@ def check_script(words: list[str]) -> None:
     subprocess.run(["bash", "-n", str(REPOSITORY / script)], check=True)
 
 
+def check_container(words: list[str]) -> None:
+    """The container file exists."""
+    assert (REPOSITORY / words[words.index("-f") + 1]).is_file()
+
+
 def check_slurm(words: list[str]) -> None:
     """The script parses, and `longlive train` knows the arguments after it."""
     check_script(words)
@@ -123,6 +128,7 @@ def check_tool(words: list[str]) -> None:
 NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "needs the network; tests/packaging installs the wheel": ("pip install", check_install),
     "runs these tests": ("./launch/test.sh", check_script),
+    "needs a container engine; tests/packaging reads the file": ("docker build", check_container),
     "needs Slurm": ("sbatch", check_slurm),
     "needs a Kubernetes cluster": ("kubectl apply", check_kubernetes),
     "serves until it is stopped; test_site builds the site": (".venv/bin/mkdocs serve", check_tool),
