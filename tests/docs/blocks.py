@@ -5,6 +5,7 @@ in this process. What a command is given beyond its text, and what is not run, i
 """
 
 import ast
+import functools
 import json
 import re
 import shlex
@@ -63,11 +64,9 @@ def run_command(words: list[str], where: str) -> None:
 
 def all_commands() -> list[list[str]]:
     """Every command of all pages and docstrings."""
-    pages = [example for page in PAGES for example in page_examples(page)]
-    shell = [str(x.parsed) for x in pages if x.region.evaluator is run_shell]
-    docstrings = [str(x.parsed) for path in SOURCES for x in docstring_examples(path)]
-    shell += [text for text in docstrings if kind_of(text) == "sh"]
-    return [words for text in shell for words in commands(text)]
+    texts = [str(x.parsed) for path in SOURCES for x in docstring_examples(path)]
+    shell = [text for text in texts if kind_of(text) == "sh"]
+    return page_commands() + [words for text in shell for words in commands(text)]
 
 
 def run_shell(example: Example) -> None:
@@ -130,10 +129,19 @@ def indented_blocks(document: Document) -> Iterable[Region]:
         i = max(i + 1, end)
 
 
+class DocstringDocument(Document):
+    """Docstrings as Sybil reads them, without its import of the module they are in."""
+
+    extract_docstrings = staticmethod(PythonDocStringDocument.extract_docstrings)
+    parse = classmethod(PythonDocStringDocument.parse.__func__)
+
+
+DOCSTRING_PARSER = Sybil([indented_blocks], document_types={".py": DocstringDocument})
+
+
 def docstring_examples(path: Path) -> list[Example]:
     """The indented blocks of all docstrings of a file."""
-    sybil = Sybil([indented_blocks], document_types={".py": PythonDocStringDocument})
-    return list(sybil.parse(path).examples())
+    return list(DOCSTRING_PARSER.parse(path).examples())
 
 
 def kind_of(text: str) -> str:
@@ -145,8 +153,27 @@ def kind_of(text: str) -> str:
 
 
 def run_docstring_block(example: Example) -> None:
-    """Runs a docstring's block as what it is."""
-    EVALUATORS[kind_of(str(example.parsed))](example)
+    """Runs a docstring's block as what it is; commands that are on a page run there."""
+    text = str(example.parsed)
+    if kind_of(text) != "sh":
+        EVALUATORS[kind_of(text)](example)
+        return
+    for words in commands(text):
+        if by_recipe_name(words) not in page_commands():
+            run_command(words, f"{example.path}:{example.line}")
+
+
+def by_recipe_name(words: list[str]) -> list[str]:
+    """A command with recipes by name instead of by file."""
+    return [re.sub(r"^--config=configs/(\w+)\.py", r"--config=\1", word) for word in words]
+
+
+@functools.cache
+def page_commands() -> list[list[str]]:
+    """Every command of all pages."""
+    examples = [example for page in PAGES for example in page_examples(page)]
+    shell = [str(x.parsed) for x in examples if x.region.evaluator is run_shell]
+    return [words for text in shell for words in commands(text)]
 
 
 def called_names(text: str) -> set[str]:
