@@ -79,6 +79,7 @@ def reader(belongings, tmp_path):
     """A reader's folder: `belongings`, and the folders of the clone that commands name."""
     folder = tmp_path / "reader"
     shutil.copytree(belongings, folder)
+    (folder / "CLIPS").symlink_to("clips")
     for name in ("configs", "launch", "examples", "longlive_jax"):
         if (REPOSITORY / name).exists():
             (folder / name).symlink_to(REPOSITORY / name)

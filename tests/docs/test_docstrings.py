@@ -55,14 +55,29 @@ class FewSteps(Pipeline):
 
 
 def context(path):
-    """Names that a file's snippets use without making them."""
+    """Names that a file's snippets use: those of their module, and some that they do not make."""
+    if path.startswith("configs/"):
+        return {}
+    return dict(vars(module_of(path))) | _more_names(path)
+
+
+def module_of(path):
+    """The module of a file of the package."""
+    return importlib.import_module(
+        path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    )
+
+
+def _more_names(path):
     if path == "longlive_jax/sampling/stream.py":
         pipe = FewSteps.from_checkpoint(ASSETS)
         script = ShotScript.of("a red circle moves left on a mint background", seconds=2)
         return {"stream": pipe.stream(script), "show": lambda frames: None, "bored": True}
+    names = {"Pipeline": FewSteps, "ShotScript": ShotScript}
     if path.startswith("longlive_jax/io/"):
-        return {"frames": np.zeros((5, 32, 32, 3), np.uint8)}
-    return {"Pipeline": FewSteps, "ShotScript": ShotScript}
+        names["frames"] = np.zeros((5, 32, 32, 3), np.uint8)
+        names["pipe"] = FewSteps.from_checkpoint(ASSETS)
+    return names
 
 
 def files_with_examples():
@@ -90,9 +105,7 @@ def test_examples_of_docstrings_run(path, reader, monkeypatch):
 
 def _check_names(name, text):
     """Every function that the snippet calls belongs to its module, its package, or a subpackage."""
-    module = importlib.import_module(
-        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    )
+    module = module_of(name)
     missing = {f for f in called_names(text) if not hasattr(module, f)}
     source = "\n".join(
         path.read_text() for path in (REPOSITORY / "longlive_jax").rglob("*.py") if missing
