@@ -60,10 +60,14 @@ def belongings(tmp_path_factory):
     for name, *lengths in (("a", 40), ("b", 18, 16), ("c", 30, 20), ("d", 33), ("e", 31, 9)):
         write_sample(folder / "DATASET", name, *lengths)
     for name, caption in (("walk", "moves left on a mint"), ("jump", "moves up on a gray")):
-        write_video(folder / "clips" / f"{name}.mp4", 64, size=(64, 64))
-        (folder / "clips" / f"{name}.txt").write_text(f"a red circle {caption} background")
+        write_video(folder / "CLIPS" / f"{name}.mp4", 64, size=(64, 64))
+        (folder / "CLIPS" / f"{name}.txt").write_text(f"a red circle {caption} background")
     (folder / "shots.yaml").write_text(SCRIPT)
     Image.new("RGB", (64, 64)).save(folder / "first.png")
+    encode = ["data", "encode", f"--source={folder / 'DATASET'}", f"--checkpoint={checkpoint}"]
+    options = ["--size=64x32", "--chunks=4", "--dtype=float32", "--pad"]
+    assert run([*encode, f"--out={folder / 'clips' / '64s'}", *options]) == 0
+    shutil.copytree(folder / "clips" / "64s", folder / "clips" / "16s")
     # 3. Files of other libraries.
     packed = folder / "packed"
     assert run(["export", f"--source={checkpoint}", f"--out={folder / 'PATH/TO/WEIGHTS'}"]) == 0
@@ -79,7 +83,6 @@ def reader(belongings, tmp_path):
     """A reader's folder: `belongings`, and the folders of the clone that commands name."""
     folder = tmp_path / "reader"
     shutil.copytree(belongings, folder)
-    (folder / "CLIPS").symlink_to("clips")
     for name in ("configs", "launch", "examples", "longlive_jax"):
         if (REPOSITORY / name).exists():
             (folder / name).symlink_to(REPOSITORY / name)

@@ -33,8 +33,6 @@ SMALLER: dict[str, str] = {
     RECIPE + "ar_5b": f"{ONE_DEVICE} --config.loop.steps=1 --config.recycling=none "
     "--config.ffn_chunks=1 --config.dtype=float32 --config.cut.size=(64,32) "
     "--config.cut.chunks=4 --config.cut.pad=true",
-    # Without clips encoded before: from the dataset.
-    RECIPE + "ar_5b:(64s,nvfp4|16s)": "--config.clips=none --config.videos=DATASET",
     RECIPE + "own_clips": "--config.loop.steps=1",
     r"convert --source=PATH/TO/WEIGHTS": "--heads=4 --text_len=48 --overwrite",
     r"convert --source=model_4o6.pt": "--heads=4 --text_len=48",
