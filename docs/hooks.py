@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from draw_architecture import COLOURS, draw  # noqa: E402
+
 from longlive_jax.cli.setting_groups import find_group  # noqa: E402
 
 INTERVAL = re.compile(r"\d+ \(\d+–\d+\)")

@@ -111,7 +111,6 @@ def check_kubernetes(words: list[str]) -> None:
 def check_training(arguments: list[str]) -> None:
     """The parser and the recipe of `longlive train` accept the arguments."""
     from longlive_jax.cli.options import parse_command
-
     from longlive_jax.cli.train import _parser
 
     parse_command(_parser(), arguments, "train")
