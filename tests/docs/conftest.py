@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import save_file
 
 from longlive_jax.cli.app import run
 from longlive_jax.io.checkpoint import save_component
@@ -65,7 +66,7 @@ def belongings(tmp_path_factory):
     (folder / "shots.yaml").write_text(SCRIPT)
     Image.new("RGB", (64, 64)).save(folder / "first.png")
     encode = ["data", "encode", f"--source={folder / 'DATASET'}", f"--checkpoint={checkpoint}"]
-    options = ["--size=64x32", "--chunks=4", "--dtype=float32", "--pad"]
+    options = ["--size=64x32", "--chunks=4", "--dtype=float32", "--pad", "--text_dtype=bfloat16"]
     assert run([*encode, f"--out={folder / 'clips' / '64s'}", *options]) == 0
     shutil.copytree(folder / "clips" / "64s", folder / "clips" / "16s")
     # 3. Files of other libraries.
@@ -75,7 +76,22 @@ def belongings(tmp_path_factory):
     assert run(["export", f"--source={packed}", f"--out={folder / 'exported'}"]) == 0
     (model,) = (folder / "exported").rglob("*.pt")
     shutil.copy(model, folder / "model_4o6.pt")
+    save_file(lora_of(DIT), folder / "lora.safetensors")
     return folder
+
+
+def lora_of(cfg, rank=2):
+    """Tensors of a LoRA in PEFT's naming, for all matrices of a DiT's blocks."""
+    attention = {f"{a}.{m}": (cfg.dim,) * 2 for a in ("self_attn", "cross_attn") for m in "qkvo"}
+    shapes = attention | {"ffn.0": (cfg.dim, cfg.ffn_dim), "ffn.2": (cfg.ffn_dim, cfg.dim)}
+    rng, tensors = np.random.default_rng(0), {}
+    for layer in range(cfg.layers):
+        for name, (inputs, outputs) in shapes.items():
+            key = f"base_model.model.blocks.{layer}.{name}"
+            for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                values = rng.normal(size=shape) * 0.01
+                tensors[f"{key}.lora_{side}.weight"] = values.astype(np.float32)
+    return tensors
 
 
 @pytest.fixture
