@@ -12,7 +12,8 @@ The built-in VAE knows flat coloured shapes only, and other pictures come out bl
 
     longlive train --config=own_clips:vae --config.videos=CLIPS --workdir=runs/own_vae \\
         --out=checkpoints/own_vae
-    longlive train --config=own_clips --config.checkpoint=checkpoints/own_vae ...
+    longlive train --config=own_clips --config.checkpoint=checkpoints/own_vae \\
+        --config.videos=CLIPS --workdir=runs/own_both --out=checkpoints/own_both
 
 The text encoder stays as it is: captions that differ only in words it does not know look the same
 to the model. For real footage, fine-tune Wan2.2 on a GPU (--config=ar_5b).

@@ -34,6 +34,7 @@ SMALLER: dict[str, str] = {
     "--config.ffn_chunks=1 --config.dtype=float32 --config.cut.size=(64,32) "
     "--config.cut.chunks=4 --config.cut.pad=true",
     RECIPE + "own_clips": "--config.loop.steps=1",
+    RECIPE + "own_clips:vae": "--config.phases=[{'steps':1,'batch':2,'frames':1}]",
     r"convert --source=PATH/TO/WEIGHTS": "--heads=4 --text_len=48 --overwrite",
     r"convert --source=model_4o6.pt": "--heads=4 --text_len=48",
     # The small world's stages, for one update.
