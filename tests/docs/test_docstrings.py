@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def _more_names(path):
         script = ShotScript.of("a red circle moves left on a mint background", seconds=2)
         return {"stream": pipe.stream(script), "show": lambda frames: None, "bored": True}
     if path == "longlive_jax/cli/interruption.py":
-        return {"load": lambda: None, "stream": iter("ab"), "recorder": []}
+        recorder = types.SimpleNamespace(append=[].append, close=lambda: None)
+        return {"load": lambda: None, "stream": iter("ab"), "recorder": recorder}
     names = {"Pipeline": FewSteps, "ShotScript": ShotScript}
     if path.startswith("longlive_jax/io/"):
         names["frames"] = np.zeros((5, 32, 32, 3), np.uint8)
