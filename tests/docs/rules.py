@@ -117,6 +117,12 @@ def check_training(arguments: list[str]) -> None:
     parse_command(_parser(), arguments, "train")
 
 
+def check_conformance(words: list[str]) -> None:
+    """The program and its folder exist; tests/test_conformance.py compares the same numbers."""
+    assert all((REPOSITORY / word).exists() for word in words[1:])
+    assert (REPOSITORY / "tests" / "test_conformance.py").is_file()
+
+
 def check_tool(words: list[str]) -> None:
     """The tool belongs to the development environment."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -128,6 +134,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "needs the network; tests/packaging installs the wheel": ("pip install", check_install),
     "runs these tests": ("./launch/test.sh", check_script),
     "needs a container engine; tests/packaging reads the file": ("docker build", check_container),
+    "takes minutes; tests/test_conformance.py compares the same numbers": (
+        "python tests/conformance.py",
+        check_conformance,
+    ),
     "needs Slurm": ("sbatch", check_slurm),
     "needs a Kubernetes cluster": ("kubectl apply", check_kubernetes),
     "serves until it is stopped; test_site builds the site": (".venv/bin/mkdocs serve", check_tool),
