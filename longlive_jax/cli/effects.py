@@ -57,9 +57,13 @@ class SampleRun:
 
     @property
     def has_cuts(self) -> bool:
-        """Whether any video has a cut."""
-        first = 0 if self.args.video else 1
-        return any(shot.cut for script in self.scripts for shot in script.shots[first:])
+        """Whether any video has a cut, the one to continue included."""
+        continues = self.args.video is not None
+        return bool(self.args.video_cuts) or any(
+            script.is_cut(i, continues=continues)
+            for script in self.scripts
+            for i in range(len(script.shots))
+        )
 
 
 def ineffective(given: Mapping[str, str], rules: Sequence[Rule], run: Any) -> list[str]:
@@ -116,7 +120,7 @@ def _if(is_so: Callable[[Any], bool], reason: str) -> Callable[[Any], str | None
 
 
 def _is_file(run: SampleRun) -> bool:
-    return Path(run.args.script).suffix in (".yaml", ".yml", ".json")
+    return Path(run.args.script).suffix.lower() in (".yaml", ".yml", ".json")
 
 
 def _has_durations(run: SampleRun) -> bool:

@@ -130,6 +130,11 @@ class ShotScript:
         if self.image is not None:
             check_image(self.image)
 
+    def is_cut(self, index: int, *, continues: bool = False) -> bool:
+        """Whether shot `index` begins with a cut; `continues`: the script continues a video."""
+        cut = self.shots[index].cut
+        return continues and bool(cut) if index == 0 else cut is not False
+
     @classmethod
     def of(
         cls,
