@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """
     command = parse_command(_parser(), argv, "sample", default="small_world:sample")
     reject_unknown(command.settings, ("checkpoint", "sample"), "config")
-    has_recipe = any(word.split("=")[0] == "--config" for word in argv)
+    has_recipe = any(word.split("=")[0] in ("--config", "--config.checkpoint") for word in argv)
     with Interruption() as interruption:
         _run(command, ["longlive", "sample", *argv], interruption, has_recipe=has_recipe)
     return 0
@@ -115,7 +115,7 @@ def _run(
     sample, checkpoint = settings.get("sample") or {}, settings.get("checkpoint")
     if record is not None:
         sample = recorded_settings(record) | sample
-        recorded = (record.get("checkpoint") or {}).get("path")
+        recorded = record.get("checkpoint", {}).get("path")
         checkpoint = checkpoint if has_recipe else recorded
     folder = find_checkpoint(args.checkpoint or checkpoint)
     pipe = Pipeline.from_checkpoint(folder, **sample)
@@ -140,6 +140,7 @@ def _run(
 
 
 def _scripts(args: Any) -> list["ShotScript"]:
+    from longlive_jax.sampling.inputs import with_seed
     from longlive_jax.sampling.script import read_scripts
 
     if args.batch < 1:
@@ -147,12 +148,7 @@ def _scripts(args: Any) -> list["ShotScript"]:
     if args.stills < 0:
         raise UserError(f"--stills must be >= 0, got {args.stills}")
     scripts = read_scripts(args.script, chunks=args.chunks, chunks_per_shot=args.chunks_per_shot)
-    if args.seed is None:
-        return scripts
-    return [
-        dataclasses.replace(script, seed=(args.seed + i) % 2**32)
-        for i, script in enumerate(scripts)
-    ]
+    return scripts if args.seed is None else with_seed(scripts, args.seed)
 
 
 def _read_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"]):
@@ -276,9 +272,11 @@ def file_lines(files: "VideoFiles") -> list[str]:
     """The paths of a video's files, the first one with its length and size."""
     if not (paths := files.paths()):
         return []
-    if not files.is_finished:
-        return [f"{path}: not finished, but can be played" for path in paths]
     height, width = files.size
     enlarged = f", enlarged {files.scale} times" if files.scale > 1 else ""
-    about = f"{files.frames} frames, {files.seconds:.1f} s, {width}x{height} pixels{enlarged}"
-    return [f"{paths[0]}: {about}", *map(str, paths[1:])]
+    about = dict.fromkeys(files.unfinished(), "not finished, but can be played")
+    if paths[0] not in about:
+        about[paths[0]] = (
+            f"{files.frames} frames, {files.seconds:.1f} s, {width}x{height} pixels{enlarged}"
+        )
+    return [f"{path}: {about[path]}" if path in about else str(path) for path in paths]
