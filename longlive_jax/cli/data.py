@@ -20,8 +20,9 @@ from rich.text import Text
 
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.meshes import parse_mesh
+from longlive_jax.cli.options import parse_size
 from longlive_jax.cli.progress import ProgressBars
-from longlive_jax.spec import Failure, UserError, build, nearest
+from longlive_jax.spec import UserError, build, nearest
 
 if TYPE_CHECKING:
     from longlive_jax.data.clips.check import SampleReport
@@ -55,7 +56,7 @@ def check(argv: Sequence[str]) -> int:
 
     # 1. Check the options.
     join = build(JoinSpec, _join_settings(args), path="data")
-    size = None if args.size is None else _parse_size(args.size)
+    size = None if args.size is None else parse_size(args.size)
     if args.threads < 1:
         raise UserError(f"--threads must be >= 1, got {args.threads}")
     # 2. Read every sample.
@@ -112,7 +113,7 @@ def _encode_with_progress(
     samples: "list[VideoSample]", spec: "EncodeSpec", encoders: "Encoders", args: Any
 ) -> "Manifest":
     """Encodes with one progress bar per stage. Raises Failure if `--out` cannot be written."""
-    from longlive_jax.data.clips.encoding import encode_dataset
+    from longlive_jax.data.clips.encoding import encode_dataset, resumable
 
     with ProgressBars() as bars:
         ticks: dict[str, Any] = {}
@@ -122,7 +123,7 @@ def _encode_with_progress(
                 ticks[stage] = bars.begin(stage)
             ticks[stage](done, total)
 
-        try:
+        with resumable(args.out):
             return encode_dataset(
                 samples,
                 args.out,
@@ -131,11 +132,6 @@ def _encode_with_progress(
                 texts_only=args.texts_only,
                 progress=progress,
             )
-        except OSError as error:
-            raise Failure(
-                f"{args.out}: cannot be written ({error.strerror or error}); finished clips are "
-                "safe: free some space and run the same command again"
-            ) from error
 
 
 def _shard_encoders(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: Any) -> "Encoders":
@@ -173,7 +169,7 @@ def _encode_spec(args: Any) -> "EncodeSpec":
         "cut_prefix": defaults.cut_prefix,
         "min_latents": args.min_latents,
     }
-    size = defaults.size if args.size is None else _parse_size(args.size)
+    size = defaults.size if args.size is None else parse_size(args.size)
     settings = {
         "join": join,
         "size": size,
@@ -184,18 +180,6 @@ def _encode_spec(args: Any) -> "EncodeSpec":
         "shard": args.shard,
     }
     return build(EncodeSpec, settings, path="data")
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of `HEIGHTxWIDTH`. Raises UserError for anything else."""
-    from longlive_jax.sampling.script import check_size
-
-    try:
-        height, width = (int(side) for side in text.lower().split("x"))
-    except ValueError:
-        raise UserError(f"--size must be HEIGHTxWIDTH, such as 704x1280, got {text!r}") from None
-    check_size(height, width)
-    return height, width
 
 
 def _join_settings(args: Any) -> dict[str, Any]:
