@@ -7,10 +7,11 @@ state more than a single command needs.
 import argparse
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from longlive_jax.cli.notes import print_notes
 
 if TYPE_CHECKING:
     from longlive_jax.sampling.script import ShotScript
@@ -81,9 +82,8 @@ def ineffective(given: Mapping[str, str], rules: Sequence[Rule], run: Any) -> li
 
 
 def print_ineffective(given: Mapping[str, str], rules: Sequence[Rule], run: Any) -> None:
-    """Prints the lines of `ineffective` as notes on standard error."""
-    for line in ineffective(given, rules, run):
-        print(f"note: {line}", file=sys.stderr)
+    """Prints the lines of `ineffective` as notes."""
+    print_notes(ineffective(given, rules, run))
 
 
 def note_sample(given: Mapping[str, str], run: SampleRun) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.effects import SampleRun, note_sample
 from longlive_jax.cli.interruption import Interruption
+from longlive_jax.cli.notes import print_notes
 from longlive_jax.cli.options import Command, parse_command
 from longlive_jax.cli.progress import ChunkBar
 from longlive_jax.spec import Failure, UserError, reject_unknown
@@ -127,8 +128,7 @@ def _run(
         past["video_cuts"] = cuts
     continues = {"path": args.video, "cuts": list(cuts)} if args.video else None
     run = run_record(pipe.spec, folder, command=words, source=args.script, continues=continues)
-    for line in () if record is None else differences(record, run):
-        print(f"note: {line}", file=sys.stderr)
+    print_notes(() if record is None else differences(record, run))
     # 3. One batch after the other; sizes are checked before anything compiles.
     batches = [scripts[i : i + args.batch] for i in range(0, len(scripts), args.batch)]
     for batch in batches:
@@ -223,15 +223,13 @@ def _recorder(batch: _Batch, stream: Any, size: tuple[int, int], args: Any) -> "
     from longlive_jax.sampling.recorder import Recorder, file_name, video_path
 
     # 1. Remarks and names.
-    for note in stream.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(stream.notes)
     names = [
         file_name(script.name, batch.first + i, batch.many)
         for i, script in enumerate(batch.scripts)
     ]
-    for path in (video_path(batch.out, name, form) for name in names for form in batch.formats):
-        if path.exists():
-            print(f"note: replaces the existing {path}", file=sys.stderr)
+    paths = (video_path(batch.out, name, form) for name in names for form in batch.formats)
+    print_notes(f"replaces the existing {path}" for path in paths if path.exists())
     # 2. Records, which are also the tags of the videos.
     records = [
         video_record(batch.run, script, size, notes=stream.notes, batch=len(batch.scripts), index=i)
@@ -262,8 +260,7 @@ def finish(recorder: "Recorder") -> None:
             raise
     finally:
         for files in recorder.videos:
-            for note in files.notes:
-                print(f"note: {note}", file=sys.stderr)
+            print_notes(files.notes)
             for line in file_lines(files):
                 print(line)
 
