@@ -15,7 +15,7 @@ from tests.longlive_jax.data.clips.videos import write_video
 RECIPE = "--config=own_clips"
 TINY = [
     "loop.steps=2", "loop.log_every=1", "batch=2", "cut.chunks=2", "cut.windows=1",
-    "sampling.num_steps=2",
+    "sampling.steps=2",
 ]  # fmt: skip
 
 
