@@ -87,9 +87,11 @@ def encode(argv: Sequence[str]) -> int:
     args = _encode_parser().parse_args(argv)
     from longlive_jax.data.clips.dataset import find_samples, usable
     from longlive_jax.data.clips.encoders import checkpoint_encoders
+    from longlive_jax.io.builtin import find_checkpoint
     from longlive_jax.sampling.settings import precision
 
     # 1. Check the options and the dataset.
+    args.checkpoint = find_checkpoint(args.checkpoint)
     spec, dtype = _encode_spec(args), precision(args.compute)
     encoders = checkpoint_encoders(args.checkpoint, spec, dtype=dtype)
     if args.mesh is not None and args.texts_only:
@@ -248,7 +250,11 @@ def _encode_parser() -> Parser:
     add = parser.add_argument
     # Paths.
     add("--source", type=Path, required=True, help="dataset, as for `data check`")
-    add("--checkpoint", type=Path, required=True, help="checkpoint with VAE and text encoder")
+    add(
+        "--checkpoint",
+        required=True,
+        help="checkpoint with VAE and text encoder; small_world is the built-in one",
+    )
     add("--out", type=Path, required=True, help="folder for the encoded clips")
     # Clips.
     add("--size", help="HEIGHTxWIDTH in pixels (default: the checkpoint's)")
