@@ -111,7 +111,8 @@ def _unused(users: Sequence[str], parts: Sequence[str], run: Any) -> str | None:
     """Why a setting of the parts `users` has no effect in a run of `parts`, or None."""
     if set(users) & set(parts):
         return None
-    return f"only {' and '.join(users)} use it, and --parts is {','.join(parts)}"
+    uses = "uses" if len(users) == 1 else "use"
+    return f"only {' and '.join(users)} {uses} it, and --parts is {','.join(parts)}"
 
 
 def _if(is_so: Callable[[Any], bool], reason: str) -> Callable[[Any], str | None]:

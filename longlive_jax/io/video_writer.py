@@ -118,8 +118,8 @@ class VideoWriter:
     def _failure(self, error: Exception) -> Failure:
         reason = getattr(error, "strerror", None) or error
         return Failure(
-            f"{self.path}: cannot be written ({reason}); what was written until then can be played "
-            f"as {self.part}. Free some space or choose another folder"
+            f"{self.path}: cannot be written ({reason}); {self.part} has what was written until "
+            "then. Free some space or choose another folder"
         )
 
     @classmethod

@@ -76,7 +76,7 @@ def _kind(value: Any) -> type:
         if isinstance(value, kind):
             return kind
     raise TypeError(
-        f"scripts holds a {type(value).__name__}; give prompts (strings) or ShotScripts"
+        f"scripts must hold prompts (strings) or ShotScripts, got {type(value).__name__}"
     )
 
 

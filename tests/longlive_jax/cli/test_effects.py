@@ -88,7 +88,7 @@ def test_evaluation_parts(capsys):
     given = {name: name for name in ("evaluate.long.chunks", "evaluate.short.seed")}
     effects.note_evaluate(given, types.SimpleNamespace(), ["steps"])
     assert capsys.readouterr().err == (
-        "note: evaluate.long.chunks has no effect: only long use it, and --parts is steps\n"
+        "note: evaluate.long.chunks has no effect: only long uses it, and --parts is steps\n"
     )
 
 

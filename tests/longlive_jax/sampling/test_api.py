@@ -129,7 +129,7 @@ WRONG = [
     ("scripts must be a prompt", TypeError, lambda p: p.sample(5)),
     ("scripts must be a prompt", TypeError, lambda p: p.sample(None)),
     ("scripts is empty", UserError, lambda p: p.sample([])),
-    ("scripts holds a int", TypeError, lambda p: p.sample([5])),
+    ("or ShotScripts, got int", TypeError, lambda p: p.sample([5])),
     ("scripts mixes prompts and ShotScripts", TypeError, lambda p: p.sample(["a", SCRIPT])),
     ("a shot needs a prompt", UserError, lambda p: p.sample(" ")),
     ("seconds: expected float, got '4'", UserError, lambda p: p.sample("a", seconds="4")),
