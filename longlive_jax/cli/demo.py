@@ -95,8 +95,11 @@ def _make(
                 pipe, script, args.out, timer=timer, run=run, scale=args.scale, gif=args.gif,
                 hooks=hooks,
             )  # fmt: skip
-    except FloatingPointError as error:
-        raise Failure(str(error)) from error
+    except OSError as error:  # the writers of videos raise Failures; this is the report
+        raise Failure(
+            f"{args.out}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another folder with --out"
+        ) from error
 
 
 def _program() -> str:

@@ -211,8 +211,6 @@ def _sample_batch(pipe: "Pipeline", batch: _Batch, args: Any, interruption: Inte
                 for chunk in interruption.waiting(stream):
                     recorder.append(chunk)
                     bar.advance(chunk.frames.shape[1], videos=chunk.frames.shape[0])
-        except FloatingPointError as error:
-            raise Failure(str(error)) from error
         finally:
             finish(recorder)
 

@@ -8,6 +8,7 @@ import pytest
 from longlive_jax.cli.app import run
 from longlive_jax.cli.sample import file_lines
 from longlive_jax.io.video import read_video
+from longlive_jax.sampling.dispatch import SamplerDiverged
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.recorder import Recorder
 from tests.tiny import write_tiny
@@ -121,7 +122,7 @@ def test_an_existing_video_is_replaced_with_a_note(command, tmp_path, monkeypatc
 
 def test_a_sampler_that_diverges_is_one_line(command, monkeypatch, capsys):
     def diverged(*_):
-        raise FloatingPointError("the sampler has diverged: latents are not finite")
+        raise SamplerDiverged("the sampler has diverged: latents are not finite")
 
     monkeypatch.setattr(Recorder, "append", diverged)
     assert run(command) == 1
