@@ -82,7 +82,8 @@ def use_compilation_cache(verb: str, choice: str | None) -> None:
         folder = compilation_cache_folder()
         is_new = not folder.is_dir()
         check_writable(folder)
-    except (UserError, RuntimeError) as error:  # RuntimeError: there is no home folder
+    # RuntimeError: there is no home folder. OSError: the system does not name the CPU.
+    except (UserError, RuntimeError, OSError) as error:
         print_notes([f"compiled programs are not kept: {error}"])
         return
     os.environ[FOLDER] = str(folder)
