@@ -45,7 +45,7 @@ def _dit() -> dict:
         # The sampler's attention window and positions, as in the base checkpoint.
         window=4,
         shot_rope_offset=8,
-        sampling=dict(solver="sde", num_steps=32, guidance=2.0),
+        sampling=dict(solver="sde", steps=32, guidance=2.0),
         # Loss and optimization.
         loss=dict(shift=5.0, weighting="uniform", context_noise=0.1, text_dropout=0.1),
         optim=dict(name="adamw", lr=3e-4, b1=0.9, b2=0.98, warmup=20, decay=0.5, clip=1.0),

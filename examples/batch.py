@@ -27,7 +27,7 @@ scripts = [
 ]
 pipe = Pipeline.from_checkpoint()
 frames = pipe.sample(scripts, steps=steps)
-timeline = pipe.stream(scripts).timeline
+timeline = pipe.engine.timeline(scripts)
 for script, video, chunks in zip(scripts, frames, timeline.lengths, strict=True):
     length = timeline.num_frames(chunks)
     write_video(folder / f"{script.name}.mp4", video[:length], fps=pipe.spec.fps)

@@ -5,6 +5,8 @@ import ast
 import pytest
 
 from longlive_jax.cli import recipes
+from longlive_jax.sampling.kinds import settings_of
+from longlive_jax.sampling.settings import SampleSpec
 from longlive_jax.spec import build
 
 
@@ -42,3 +44,9 @@ def test_config_docstring_has_its_command(name):
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     commands = (f"--config={name}", f"--config=configs/{name}.py")
     assert any(command in docstring for command in commands), f"{name}: add its command line"
+
+
+@pytest.mark.parametrize("kind", ["distilled", "two_step", "ar"])
+def test_sample_5b_has_the_settings_that_convert_stores(kind):
+    settings = recipes.load_config(f"sample_5b:{kind}").to_dict()["sample"]
+    assert build(SampleSpec, settings) == build(SampleSpec, settings_of(kind))

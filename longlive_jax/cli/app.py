@@ -122,9 +122,11 @@ def parser_of(words: Sequence[str]) -> "Parser | None":
     parsers: list[Parser] = []
     token = _help_reader.set(parsers.append)
     # argparse exits after --help; a verb without a parser prints a text instead.
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        _module(words[0]).main([*words[1:], "--help"])
-    _help_reader.reset(token)
+    try:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            _module(words[0]).main([*words[1:], "--help"])
+    finally:
+        _help_reader.reset(token)
     return parsers[0] if parsers else None
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from longlive_jax.cli.notes import print_notes
 from longlive_jax.io.compilation_cache import compilation_cache_folder
 from longlive_jax.io.paths import check_writable
 from longlive_jax.spec import UserError
@@ -40,8 +41,8 @@ def take_compilation_cache(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             rest.append(word)
             continue
         value = text if equals else next(words, "")
-        if not value:
-            raise UserError(f"{OPTION}: expected off or a folder")
+        if not value or (value.startswith("--") and not equals):
+            raise UserError(f"{OPTION}: expected off or a folder, got {value or 'nothing'}")
     return value, rest
 
 
@@ -57,9 +58,13 @@ def use_compilation_cache(verb: str, choice: str | None) -> None:
     """
     if verb not in VERBS:
         if choice is not None:
-            _note(f"{OPTION} has no effect on {verb}; only {', '.join(VERBS)} use the cache")
+            print_notes(
+                [f"{OPTION} has no effect on {verb}; only {', '.join(VERBS)} use the cache"]
+            )
         return
     if "jax" in sys.modules:
+        if choice is not None:
+            print_notes([f"{OPTION} has no effect, because this process has imported JAX"])
         return
     # 1. The user's choice.
     if choice == "off":
@@ -77,19 +82,14 @@ def use_compilation_cache(verb: str, choice: str | None) -> None:
         folder = compilation_cache_folder()
         is_new = not folder.is_dir()
         check_writable(folder)
-    except (UserError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        _note(f"compiled programs are not kept: {error}")
+    # RuntimeError: there is no home folder. OSError: the system does not name the CPU.
+    except (UserError, RuntimeError, OSError) as error:
+        print_notes([f"compiled programs are not kept: {error}"])
         return
     os.environ[FOLDER] = str(folder)
     if is_new:
-        _note(
-            f"compiled programs are kept in {_short(folder)}, so later runs start faster "
-            f"({OPTION}=off keeps none)"
-        )
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+        where = f"compiled programs are kept in {_short(folder)}, so later runs start faster"
+        print_notes([f"{where} ({OPTION}=off keeps none)"])
 
 
 def _short(folder: Path) -> str:

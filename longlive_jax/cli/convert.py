@@ -1,26 +1,34 @@
 """`longlive convert --source=PATH --out=DIR`: converts weights of other libraries."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longlive_jax.cli.app import Parser
 
 if TYPE_CHECKING:
     from longlive_jax.interop.convert import ConvertedComponent
+    from longlive_jax.io.progress import ProgressCallback
 
 DTYPES = ("bfloat16", "float16", "float32")
 KINDS = ("base", "ar", "distilled", "two_step")
 """Names of `sampling.kinds.KINDS`, which imports JAX."""
 
 
-def byte_progress() -> Progress:
-    """A progress bar that counts bytes."""
-    description = TextColumn("{task.description}")
-    size = DownloadColumn(binary_units=True)
-    return Progress(description, BarColumn(), size, TimeRemainingColumn())
+@contextlib.contextmanager
+def byte_progress() -> Iterator["ProgressCallback"]:
+    """A progress bar on standard error that counts bytes; gives the function that updates it."""
+    text, size = TextColumn("{task.description}"), DownloadColumn(binary_units=True)
+    columns = (text, BarColumn(), size, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda name, done, total: bar.update(
+            task, description=name, completed=done, total=total
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,8 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
     # 1. Convert.
     exported = exported_settings(args.source) if args.source.is_dir() else None
-    with byte_progress() as bar:
-        task = bar.add_task("reading", total=None)
+    with byte_progress() as progress:
         converted = convert(
             args.source,
             args.out,
@@ -44,9 +51,7 @@ def main(argv: Sequence[str]) -> int:
             merge_lora=args.merge_lora,
             lora_alpha=args.lora_alpha,
             overwrite=args.overwrite,
-            progress=lambda name, done, total: bar.update(
-                task, description=name, completed=done, total=total
-            ),
+            progress=progress,
         )
     # 2. Report.
     _report(args, converted, exported)

@@ -20,8 +20,9 @@ from rich.text import Text
 
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.meshes import parse_mesh
+from longlive_jax.cli.options import parse_size
 from longlive_jax.cli.progress import ProgressBars
-from longlive_jax.spec import Failure, UserError, build, nearest
+from longlive_jax.spec import UserError, build, nearest
 
 if TYPE_CHECKING:
     from longlive_jax.data.clips.check import SampleReport
@@ -55,7 +56,7 @@ def check(argv: Sequence[str]) -> int:
 
     # 1. Check the options.
     join = build(JoinSpec, _join_settings(args), path="data")
-    size = None if args.size is None else _parse_size(args.size)
+    size = None if args.size is None else parse_size(args.size)
     if args.threads < 1:
         raise UserError(f"--threads must be >= 1, got {args.threads}")
     # 2. Read every sample.
@@ -86,9 +87,11 @@ def encode(argv: Sequence[str]) -> int:
     args = _encode_parser().parse_args(argv)
     from longlive_jax.data.clips.dataset import find_samples, usable
     from longlive_jax.data.clips.encoders import checkpoint_encoders
+    from longlive_jax.io.builtin import find_checkpoint
     from longlive_jax.sampling.settings import precision
 
     # 1. Check the options and the dataset.
+    args.checkpoint = find_checkpoint(args.checkpoint)
     spec, dtype = _encode_spec(args), precision(args.compute)
     encoders = checkpoint_encoders(args.checkpoint, spec, dtype=dtype)
     if args.mesh is not None and args.texts_only:
@@ -112,7 +115,7 @@ def _encode_with_progress(
     samples: "list[VideoSample]", spec: "EncodeSpec", encoders: "Encoders", args: Any
 ) -> "Manifest":
     """Encodes with one progress bar per stage. Raises Failure if `--out` cannot be written."""
-    from longlive_jax.data.clips.encoding import encode_dataset
+    from longlive_jax.data.clips.encoding import encode_dataset, resumable
 
     with ProgressBars() as bars:
         ticks: dict[str, Any] = {}
@@ -122,7 +125,7 @@ def _encode_with_progress(
                 ticks[stage] = bars.begin(stage)
             ticks[stage](done, total)
 
-        try:
+        with resumable(args.out):
             return encode_dataset(
                 samples,
                 args.out,
@@ -131,11 +134,6 @@ def _encode_with_progress(
                 texts_only=args.texts_only,
                 progress=progress,
             )
-        except OSError as error:
-            raise Failure(
-                f"{args.out}: cannot be written ({error.strerror or error}); finished clips are "
-                "safe: free some space and run the same command again"
-            ) from error
 
 
 def _shard_encoders(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: Any) -> "Encoders":
@@ -173,7 +171,7 @@ def _encode_spec(args: Any) -> "EncodeSpec":
         "cut_prefix": defaults.cut_prefix,
         "min_latents": args.min_latents,
     }
-    size = defaults.size if args.size is None else _parse_size(args.size)
+    size = defaults.size if args.size is None else parse_size(args.size)
     settings = {
         "join": join,
         "size": size,
@@ -184,18 +182,6 @@ def _encode_spec(args: Any) -> "EncodeSpec":
         "shard": args.shard,
     }
     return build(EncodeSpec, settings, path="data")
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of `HEIGHTxWIDTH`. Raises UserError for anything else."""
-    from longlive_jax.sampling.script import check_size
-
-    try:
-        height, width = (int(side) for side in text.lower().split("x"))
-    except ValueError:
-        raise UserError(f"--size must be HEIGHTxWIDTH, such as 704x1280, got {text!r}") from None
-    check_size(height, width)
-    return height, width
 
 
 def _join_settings(args: Any) -> dict[str, Any]:
@@ -264,7 +250,11 @@ def _encode_parser() -> Parser:
     add = parser.add_argument
     # Paths.
     add("--source", type=Path, required=True, help="dataset, as for `data check`")
-    add("--checkpoint", type=Path, required=True, help="checkpoint with VAE and text encoder")
+    add(
+        "--checkpoint",
+        required=True,
+        help="checkpoint with VAE and text encoder; small_world is the built-in one",
+    )
     add("--out", type=Path, required=True, help="folder for the encoded clips")
     # Clips.
     add("--size", help="HEIGHTxWIDTH in pixels (default: the checkpoint's)")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.interruption import Interruption
+from longlive_jax.cli.notes import print_notes
 from longlive_jax.cli.sample import check_scale, finish
 from longlive_jax.spec import Failure, UserError
 
@@ -94,8 +95,11 @@ def _make(
                 pipe, script, args.out, timer=timer, run=run, scale=args.scale, gif=args.gif,
                 hooks=hooks,
             )  # fmt: skip
-    except FloatingPointError as error:
-        raise Failure(str(error)) from error
+    except OSError as error:  # the writers of videos raise Failures; this is the report
+        raise Failure(
+            f"{args.out}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another folder with --out"
+        ) from error
 
 
 def _program() -> str:
@@ -130,8 +134,7 @@ def print_report(report: dict, *, is_builtin: bool) -> None:
         f"{report['seconds']} s of video in {sum(stages.values()):.1f} s: "
         + ", ".join(f"{stage} {value:.1f} s" for stage, value in stages.items())
     )
-    for note in report["notes"]:
-        print(note)
+    print_notes(report["notes"])
     if report["judge"] is None:
         print("Not judged, because these prompts are not small-world captions:")
         for reason in report["not_judged"]:

@@ -7,10 +7,11 @@ state more than a single command needs.
 import argparse
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from longlive_jax.cli.notes import print_notes
 
 if TYPE_CHECKING:
     from longlive_jax.sampling.script import ShotScript
@@ -57,9 +58,13 @@ class SampleRun:
 
     @property
     def has_cuts(self) -> bool:
-        """Whether any video has a cut."""
-        first = 0 if self.args.video else 1
-        return any(shot.cut for script in self.scripts for shot in script.shots[first:])
+        """Whether any video has a cut, the one to continue included."""
+        continues = self.args.video is not None
+        return bool(self.args.video_cuts) or any(
+            script.is_cut(i, continues=continues)
+            for script in self.scripts
+            for i in range(len(script.shots))
+        )
 
 
 def ineffective(given: Mapping[str, str], rules: Sequence[Rule], run: Any) -> list[str]:
@@ -77,9 +82,8 @@ def ineffective(given: Mapping[str, str], rules: Sequence[Rule], run: Any) -> li
 
 
 def print_ineffective(given: Mapping[str, str], rules: Sequence[Rule], run: Any) -> None:
-    """Prints the lines of `ineffective` as notes on standard error."""
-    for line in ineffective(given, rules, run):
-        print(f"note: {line}", file=sys.stderr)
+    """Prints the lines of `ineffective` as notes."""
+    print_notes(ineffective(given, rules, run))
 
 
 def note_sample(given: Mapping[str, str], run: SampleRun) -> None:
@@ -107,7 +111,8 @@ def _unused(users: Sequence[str], parts: Sequence[str], run: Any) -> str | None:
     """Why a setting of the parts `users` has no effect in a run of `parts`, or None."""
     if set(users) & set(parts):
         return None
-    return f"only {' and '.join(users)} use it, and --parts is {','.join(parts)}"
+    uses = "uses" if len(users) == 1 else "use"
+    return f"only {' and '.join(users)} {uses} it, and --parts is {','.join(parts)}"
 
 
 def _if(is_so: Callable[[Any], bool], reason: str) -> Callable[[Any], str | None]:
@@ -116,7 +121,7 @@ def _if(is_so: Callable[[Any], bool], reason: str) -> Callable[[Any], str | None
 
 
 def _is_file(run: SampleRun) -> bool:
-    return Path(run.args.script).suffix in (".yaml", ".yml", ".json")
+    return Path(run.args.script).suffix.lower() in (".yaml", ".yml", ".json")
 
 
 def _has_durations(run: SampleRun) -> bool:

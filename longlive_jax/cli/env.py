@@ -151,8 +151,8 @@ def extras() -> dict[str, str]:
 
     missing = refusal()
     return {
-        "plan:": "installed" if missing is None else f"not installed ({missing})",
-        "k8s:": "installed" if _is_installed("kubernetes") else "not installed",
+        "plan": "installed" if missing is None else f"not installed ({missing})",
+        "k8s": "installed" if _is_installed("kubernetes") else "not installed",
     }
 
 

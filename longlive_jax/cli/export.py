@@ -19,17 +19,13 @@ def main(argv: Sequence[str]) -> int:
     from longlive_jax.io.completeness import describe_missing
 
     source = find_checkpoint(args.source)
-
-    with byte_progress() as bar:
-        task = bar.add_task("reading", total=None)
+    with byte_progress() as progress:
         files = export(
             source,
             args.out,
             args.naming,
             shard_bytes=int(args.shard_gb * 1e9),
-            progress=lambda name, done, total: bar.update(
-                task, description=name, completed=done, total=total
-            ),
+            progress=progress,
         )
     for file in files:
         print(f"wrote {file}")

@@ -230,15 +230,12 @@ def _mesh_axes(text: str) -> dict[str, int]:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of `HEIGHTxWIDTH`; UserError for anything else, and for an illegal size."""
-    from longlive_jax.sampling.script import check_size
+    """(height, width) of `--size`; UserError for anything but `HEIGHTxWIDTH` of a legal size."""
+    from longlive_jax.sampling.script import check_size, read_size
 
-    try:
-        height, width = (int(edge) for edge in text.lower().split("x"))
-    except ValueError:
-        raise UserError(f"--size must be HEIGHTxWIDTH, such as 704x1280, got {text!r}") from None
-    check_size(height, width)
-    return height, width
+    size = read_size(text, "--size")
+    check_size(*size)
+    return size
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"int": _whole_number, "float": _number}

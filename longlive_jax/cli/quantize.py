@@ -29,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise UserError(str(error).replace("quant.policy", "--policy")) from error
     checkpoint = _checkpoint(args)
-    with byte_progress() as bar:
-        task = bar.add_task("reading", total=None)
+    with byte_progress() as progress:
         report = quantize_checkpoint(
             checkpoint,
             args.out,
@@ -39,9 +38,7 @@ def main(argv: Sequence[str]) -> int:
             lora=_lora(args),
             dtype=args.dtype,
             overwrite=args.overwrite,
-            progress=lambda name, done, total: bar.update(
-                task, description=name, completed=done, total=total
-            ),
+            progress=progress,
         )
     # 2. Report.
     print(report.record.describe())
@@ -70,11 +67,10 @@ def _checkpoint(args: Any) -> Path:
 
 def _write_settings(args: Any) -> str:
     """Stores the sampling settings of the packed checkpoint, and describes them in one line."""
-    from longlive_jax.io.checkpoint import read_manifest
     from longlive_jax.sampling.kinds import describe, settings_of
-    from longlive_jax.sampling.settings import MANIFEST_KEY, save_settings
+    from longlive_jax.sampling.settings import checkpoint_settings, save_settings
 
-    own = dict(read_manifest(args.out).get(MANIFEST_KEY, {}))
+    own = checkpoint_settings(args.out)
     settings = own | (settings_of(args.kind) if args.kind else {})
     if args.kv is not None:
         settings["kv"] = args.kv

@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -187,7 +188,7 @@ def find_config(name: str) -> Path:
     Raises UserError, with the nearest known recipe, if there is none.
     """
     # 1. A path: the user's own file, else a recipe that ships with the package.
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # a Path's own raises for an unknown user
     if path.suffix == ".py" and path.is_file():
         return path
     shipped = name

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.effects import SampleRun, note_sample
 from longlive_jax.cli.interruption import Interruption
+from longlive_jax.cli.notes import print_notes
 from longlive_jax.cli.options import Command, parse_command
 from longlive_jax.cli.progress import ChunkBar
 from longlive_jax.spec import Failure, UserError, reject_unknown
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """
     command = parse_command(_parser(), argv, "sample", default="small_world:sample")
     reject_unknown(command.settings, ("checkpoint", "sample"), "config")
-    has_recipe = any(word.split("=")[0] == "--config" for word in argv)
+    has_recipe = any(word.split("=")[0] in ("--config", "--config.checkpoint") for word in argv)
     with Interruption() as interruption:
         _run(command, ["longlive", "sample", *argv], interruption, has_recipe=has_recipe)
     return 0
@@ -115,7 +116,7 @@ def _run(
     sample, checkpoint = settings.get("sample") or {}, settings.get("checkpoint")
     if record is not None:
         sample = recorded_settings(record) | sample
-        recorded = (record.get("checkpoint") or {}).get("path")
+        recorded = record.get("checkpoint", {}).get("path")
         checkpoint = checkpoint if has_recipe else recorded
     folder = find_checkpoint(args.checkpoint or checkpoint)
     pipe = Pipeline.from_checkpoint(folder, **sample)
@@ -127,8 +128,7 @@ def _run(
         past["video_cuts"] = cuts
     continues = {"path": args.video, "cuts": list(cuts)} if args.video else None
     run = run_record(pipe.spec, folder, command=words, source=args.script, continues=continues)
-    for line in () if record is None else differences(record, run):
-        print(f"note: {line}", file=sys.stderr)
+    print_notes(() if record is None else differences(record, run))
     # 3. One batch after the other; sizes are checked before anything compiles.
     batches = [scripts[i : i + args.batch] for i in range(0, len(scripts), args.batch)]
     for batch in batches:
@@ -140,6 +140,7 @@ def _run(
 
 
 def _scripts(args: Any) -> list["ShotScript"]:
+    from longlive_jax.sampling.inputs import with_seed
     from longlive_jax.sampling.script import read_scripts
 
     if args.batch < 1:
@@ -147,12 +148,7 @@ def _scripts(args: Any) -> list["ShotScript"]:
     if args.stills < 0:
         raise UserError(f"--stills must be >= 0, got {args.stills}")
     scripts = read_scripts(args.script, chunks=args.chunks, chunks_per_shot=args.chunks_per_shot)
-    if args.seed is None:
-        return scripts
-    return [
-        dataclasses.replace(script, seed=(args.seed + i) % 2**32)
-        for i, script in enumerate(scripts)
-    ]
+    return scripts if args.seed is None else with_seed(scripts, args.seed)
 
 
 def _read_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"]):
@@ -215,8 +211,6 @@ def _sample_batch(pipe: "Pipeline", batch: _Batch, args: Any, interruption: Inte
                 for chunk in interruption.waiting(stream):
                     recorder.append(chunk)
                     bar.advance(chunk.frames.shape[1], videos=chunk.frames.shape[0])
-        except FloatingPointError as error:
-            raise Failure(str(error)) from error
         finally:
             finish(recorder)
 
@@ -227,15 +221,13 @@ def _recorder(batch: _Batch, stream: Any, size: tuple[int, int], args: Any) -> "
     from longlive_jax.sampling.recorder import Recorder, file_name, video_path
 
     # 1. Remarks and names.
-    for note in stream.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(stream.notes)
     names = [
         file_name(script.name, batch.first + i, batch.many)
         for i, script in enumerate(batch.scripts)
     ]
-    for path in (video_path(batch.out, name, form) for name in names for form in batch.formats):
-        if path.exists():
-            print(f"note: replaces the existing {path}", file=sys.stderr)
+    paths = (video_path(batch.out, name, form) for name in names for form in batch.formats)
+    print_notes(f"replaces the existing {path}" for path in paths if path.exists())
     # 2. Records, which are also the tags of the videos.
     records = [
         video_record(batch.run, script, size, notes=stream.notes, batch=len(batch.scripts), index=i)
@@ -266,8 +258,7 @@ def finish(recorder: "Recorder") -> None:
             raise
     finally:
         for files in recorder.videos:
-            for note in files.notes:
-                print(f"note: {note}", file=sys.stderr)
+            print_notes(files.notes)
             for line in file_lines(files):
                 print(line)
 
@@ -276,9 +267,11 @@ def file_lines(files: "VideoFiles") -> list[str]:
     """The paths of a video's files, the first one with its length and size."""
     if not (paths := files.paths()):
         return []
-    if not files.is_finished:
-        return [f"{path}: not finished, but can be played" for path in paths]
     height, width = files.size
     enlarged = f", enlarged {files.scale} times" if files.scale > 1 else ""
-    about = f"{files.frames} frames, {files.seconds:.1f} s, {width}x{height} pixels{enlarged}"
-    return [f"{paths[0]}: {about}", *map(str, paths[1:])]
+    about = dict.fromkeys(files.unfinished(), "not finished, but can be played")
+    if paths[0] not in about:
+        about[paths[0]] = (
+            f"{files.frames} frames, {files.seconds:.1f} s, {width}x{height} pixels{enlarged}"
+        )
+    return [f"{path}: {about[path]}" if path in about else str(path) for path in paths]

@@ -99,7 +99,7 @@ def recipe_group(where: str) -> SettingGroup:
     settings = load_config(where).to_dict()
     kind = kind_of(settings)
     if kind is None:
-        raise UserError(f"{where}: is no recipe; it sets none of stage, sample, evaluate")
+        raise UserError(f"{where}: is not a recipe; it must set stage, sample or evaluate")
     rows, notes = {"sample": _sample_rows, "evaluate": _evaluate_rows, "train": _train_rows}[kind](
         settings
     )

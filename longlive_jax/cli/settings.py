@@ -92,7 +92,7 @@ def _group(name: str) -> SettingGroup:
     """The settings of a group, recipe or verb; UserError for another name."""
     if is_recipe(name):
         return recipe_group(name)
-    if name.split(" ")[0] in VERBS and name not in group_names() and "train" not in name:
+    if name.split(" ")[0] in VERBS and name not in group_names() and not name.startswith("train"):
         return _options_group(name)
     try:
         return find_group(name)

@@ -1,5 +1,6 @@
 """`longlive train --config=small_world:vae --workdir=DIR --out=CHECKPOINT`."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +83,8 @@ def _next_step(out: Path, missing: str) -> str:
     """The command that uses a checkpoint, or what it still lacks."""
     if missing:
         return f"{out} {missing}"
-    return f"sample from it: longlive sample --checkpoint={out} --script=SCRIPT"
+    folder = shlex.quote(str(out))
+    return f"sample from it: longlive sample --checkpoint={folder} --script=SCRIPT"
 
 
 def _mesh(spec: Any) -> Any:

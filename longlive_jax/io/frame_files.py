@@ -79,10 +79,7 @@ class GifWriter(VideoWriter):
         self.part.replace(self.path)
 
     def _abandon(self) -> None:
-        try:
-            self._container.close()
-        except (OSError, av.FFmpegError):
-            return  # the error that led here is reported
+        self._container.close()
 
 
 def _palette(frames: UInt8[np.ndarray, "f h w 3"], colours: int) -> Image.Image:

@@ -36,7 +36,9 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            caught = (signal.SIGINT, signal.SIGTERM)
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            # Python cannot restore a handler that it has not installed, which is None.
+            caught = [number for number in numbers if signal.getsignal(number) is not None]
             self._previous = {number: signal.signal(number, self._record) for number in caught}
         return self
 

@@ -1,10 +1,10 @@
 """Writers of video files that take one chunk after the other: the common part, MP4 and WebM."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import av
@@ -57,12 +57,7 @@ class VideoWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -97,7 +92,7 @@ class VideoWriter:
             self._encode(pixels)
         except (OSError, av.FFmpegError) as error:
             self._is_open = False
-            self._abandon()
+            self._close_part()
             raise self._failure(error) from error
 
     def close(self) -> None:
@@ -105,19 +100,26 @@ class VideoWriter:
         if not self._is_open:
             return
         self._is_open = False
-        if not self.frames:
-            self._abandon()
+        if not self.frames:  # interrupted while the first one was encoded
+            self._close_part()
+            if self.part != self.path:
+                self.part.unlink(missing_ok=True)
             return
         try:
             self._finish()
         except (OSError, av.FFmpegError) as error:
             raise self._failure(error) from error
 
+    def _close_part(self) -> None:
+        """Closes the part file after an error, which is reported rather than those of closing."""
+        with contextlib.suppress(OSError, av.FFmpegError):
+            self._abandon()
+
     def _failure(self, error: Exception) -> Failure:
         reason = getattr(error, "strerror", None) or error
         return Failure(
-            f"{self.path}: cannot be written ({reason}); what was written until then can be played "
-            f"as {self.part}. Free some space or choose another folder"
+            f"{self.path}: cannot be written ({reason}); {self.part} has what was written until "
+            "then. Free some space or choose another folder"
         )
 
     @classmethod
@@ -142,7 +144,7 @@ class VideoWriter:
         raise NotImplementedError
 
     def _abandon(self) -> None:
-        """Closes the part file after an error."""
+        """Closes the part file as it is."""
         raise NotImplementedError
 
 
@@ -196,10 +198,7 @@ class StreamWriter(VideoWriter):
         self._rewrap()
 
     def _abandon(self) -> None:
-        try:
-            self._container.close()
-        except (OSError, av.FFmpegError):
-            return  # the error that led here is reported
+        self._container.close()
 
     def _rewrap(self) -> None:
         """Copies the packets of the part file into a seekable one at `path`, with its tags."""
@@ -266,8 +265,9 @@ class Mp4Writer(StreamWriter):
         return stream
 
     def _abandon(self) -> None:
-        super()._abandon()
-        if self.part.exists():
+        try:
+            super()._abandon()
+        finally:
             _drop_incomplete_fragment(self.part)
 
 

@@ -248,10 +248,9 @@ def _frame_ranges(
         first = ends[0] - stride * chunk_frames + missing
         ranges.append(list(itertools.pairwise([first, *ends])))
         if first > begin:
-            of_shot = f" of shot {i + 1}" if len(bounds) > 1 else ""
-            notes.append(
-                f"the first {first - begin} frames{of_shot} are left out: less than one chunk"
-            )
+            left, of_shot = first - begin, f" of shot {i + 1}" if len(bounds) > 1 else ""
+            frames, verb = ("frame", "is") if left == 1 else (f"{left} frames", "are")
+            notes.append(f"the first {frames}{of_shot} {verb} left out: less than one chunk")
     return ranges, tuple(notes)
 
 

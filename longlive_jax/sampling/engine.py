@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from longlive_jax.diffusion.solvers import SOLVERS
-from longlive_jax.io.builtin import BUILTIN, find_checkpoint
+from longlive_jax.io.builtin import find_checkpoint
 from longlive_jax.io.checkpoint import TOKENIZER
 from longlive_jax.io.completeness import require_components
 from longlive_jax.io.models import load_model
@@ -114,12 +113,11 @@ class Engine:
         of its devices. `settings` are fields of `SampleSpec`; others are the checkpoint's own.
         Raises UserError for a missing, foreign or damaged directory and for invalid settings.
         """
-        if not isinstance(folder, str | os.PathLike) or folder == BUILTIN:
-            folder = find_checkpoint(folder)
+        folder = find_checkpoint(folder)
         require_components(folder)
         spec = spec_for(folder, settings)
         dtype, vae_dtype = precision(spec.dtype), precision(spec.vae_dtype)
-        tokenizer = Tokenizer(Path(folder) / TOKENIZER)
+        tokenizer = Tokenizer(folder / TOKENIZER)
         with jax.default_device(device):
             dit = load_dit(folder, spec.quant, param_dtype=dtype, dtype=dtype)
             umt5 = load_model(folder, "umt5", param_dtype=dtype, dtype=dtype)

@@ -57,10 +57,18 @@ def as_scripts(
     elif seconds is not None or chunks is not None:
         raise UserError("seconds and chunks belong to prompts; a ShotScript has its own durations")
     # 2. Seeds.
-    if seed is None:
-        return batch
+    return batch if seed is None else with_seed(batch, seed)
+
+
+def with_seed(scripts: Sequence[ShotScript], seed: int) -> list[ShotScript]:
+    """The scripts with the seeds `seed`, `seed + 1`, and so on, modulo 2**32.
+
+    Raises TypeError or UserError for a seed that is not a whole number in range.
+    """
     first = checked_seed(seed)
-    return [dataclasses.replace(script, seed=(first + i) % 2**32) for i, script in enumerate(batch)]
+    return [
+        dataclasses.replace(script, seed=(first + i) % 2**32) for i, script in enumerate(scripts)
+    ]
 
 
 def _kind(value: Any) -> type:
@@ -68,7 +76,7 @@ def _kind(value: Any) -> type:
         if isinstance(value, kind):
             return kind
     raise TypeError(
-        f"scripts holds a {type(value).__name__}; give prompts (strings) or ShotScripts"
+        f"scripts must hold prompts (strings) or ShotScripts, got {type(value).__name__}"
     )
 
 

@@ -14,10 +14,6 @@ CACHED_PROMPTS = 24
 """Number of prompts whose keys and values stay on the device."""
 
 
-MOST_NAMED = 10
-"""Number of unknown words that a note names."""
-
-
 class PromptEncoder:
     """Encodes prompts to text features of a fixed number of tokens."""
 
@@ -34,16 +30,7 @@ class PromptEncoder:
 
     def unknown_words(self, prompts: Sequence[str]) -> tuple[str, ...]:
         """A note with all words of the prompts that are unknown; none if all are known."""
-        words = dict.fromkeys(w for text in prompts for w in self._tokenizer.unknown_words(text))
-        if not words:
-            return ()
-        named = ", ".join(map(repr, list(words)[:MOST_NAMED]))
-        more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-        plural = "s" * (len(words) > 1)
-        return (
-            f"the text encoder does not know the word{plural} {named}{more}; "
-            f"{'they have' if plural else 'it has'} no effect",
-        )
+        return self._tokenizer.unknown_notes(prompts)
 
 
 class PromptCache:

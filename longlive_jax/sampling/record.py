@@ -34,8 +34,9 @@ import jax
 import longlive_jax
 from longlive_jax.io.builtin import BUILTIN, builtin_checkpoint
 from longlive_jax.io.checkpoint import weights_fingerprint
-from longlive_jax.sampling.script import ShotScript
+from longlive_jax.sampling.script import Shot, ShotScript
 from longlive_jax.sampling.settings import SampleSpec
+from longlive_jax.spec import UserError
 
 __all__ = ["GENERATED_MARK", "differences", "file_tags", "read_record", "recorded_settings"]
 __all__ += ["run_record", "video_record"]
@@ -45,6 +46,9 @@ GENERATED_MARK = "AI-generated video (IPTC digital source type: trainedAlgorithm
 
 NOT_REPEATED = ("vae_device", "kv_reader", "dtype", "vae_dtype")
 """Settings of the machine rather than of the video, which a record does not restore."""
+
+SECTIONS = ("settings", "versions", "device", "checkpoint")
+"""Parts of a record that a run is compared with."""
 
 type Record = dict[str, Any]
 
@@ -100,9 +104,10 @@ def video_record(
     }
     if script.image is not None:
         values["image"] = str(Path(script.image).resolve())
-    for name in ("negative_prompt", "name"):
-        if getattr(script, name):
-            values[name] = getattr(script, name)
+    if script.negative_prompt is not None:  # an empty one replaces the model's
+        values["negative_prompt"] = script.negative_prompt
+    if script.name:
+        values["name"] = script.name
     return {
         **run,
         "script": values,
@@ -111,10 +116,9 @@ def video_record(
     }
 
 
-def _shot_values(shot: Any) -> dict[str, Any]:
+def _shot_values(shot: Shot) -> dict[str, Any]:
     """A shot as in a script file."""
-    values = {"prompt": shot.prompt, "seconds": shot.seconds, "chunks": shot.chunks}
-    return {k: v for k, v in values.items() if v is not None} | {"cut": shot.cut}
+    return {name: value for name, value in vars(shot).items() if value is not None}
 
 
 def file_tags(record: Mapping[str, Any]) -> dict[str, str]:
@@ -149,30 +153,37 @@ def _without_folders(record: Mapping[str, Any]) -> Record:
 
 
 def read_record(path: str | Path) -> Record | None:
-    """The record in a file, or None if the file is not one."""
+    """The record in a file, or None if the file is not one.
+
+    Raises UserError for a record with a section that is not a JSON object.
+    """
     path = Path(path)
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix.lower() != ".json" or not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError):
         return None  # `read_scripts` says what is wrong with it
     is_record = isinstance(values, dict) and values.get("generated") is True and "script" in values
-    return values if is_record else None
+    if not is_record:
+        return None
+    for name in SECTIONS:
+        if not isinstance(values.get(name, {}), dict):
+            raise UserError(f"{path}: {name} must be a JSON object, got {values[name]!r:.80}")
+    return values
 
 
 def recorded_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling settings that a record restores."""
-    settings = record.get("settings")
     known = {field.name for field in dataclasses.fields(SampleSpec)} - set(NOT_REPEATED)
-    return {k: v for k, v in (settings or {}).items() if k in known}
+    return {k: v for k, v in record.get("settings", {}).items() if k in known}
 
 
 def differences(record: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, ...]:
     """Remarks on what a run does otherwise than the recorded one, if that may change the video."""
     pairs = []
-    for group in ("settings", "versions", "device", "checkpoint"):
-        before, now = record.get(group) or {}, run[group]
+    for group in SECTIONS:
+        before, now = record.get(group, {}), run[group]
         pairs += [
             (f"{group[:-1] if group.endswith('s') else group} {name}", before[name], now[name])
             for name in now

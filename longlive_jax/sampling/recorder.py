@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from longlive_jax.io.latents_file import LatentsFile
 from longlive_jax.io.paths import check_writable
 from longlive_jax.io.pictures import default_scale, enlarge, strip
 from longlive_jax.io.video import FORMATS, VideoWriter
@@ -86,28 +86,6 @@ class Segment:
             "first_frame": self.first_frame,
             "end_frame": self.end_frame,
         }
-
-
-class LatentsFile:
-    """A `.npy` file of latents `[f, h, w, c]` that is complete after every chunk."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._frames = 0
-
-    def append(self, latents: np.ndarray) -> None:
-        """Adds latents `[f, h, w, c]` and updates the length in the header."""
-        latents = np.ascontiguousarray(latents)
-        with self.path.open("r+b" if self._frames else "wb") as file:
-            self._frames += len(latents)
-            header = {
-                "shape": (self._frames, *latents.shape[1:]),
-                "fortran_order": False,
-                "descr": np.lib.format.dtype_to_descr(latents.dtype),
-            }
-            np.lib.format.write_array_header_1_0(file, header)  # leaves room for a longer axis 0
-            file.seek(0, os.SEEK_END)
-            file.write(latents.tobytes())
 
 
 def _replace[T](path: Path, write: Callable[[Path], T]) -> T:
@@ -222,21 +200,19 @@ class VideoFiles:
         """Every file that was written; a video that could not be finished by its part file."""
         if not self.frames:
             return []
-        unfinished = [w.part for w in self.writers if w.part != w.path and w.part.exists()]
+        unfinished = self.unfinished()
         finished = [w.path for w in self.writers if w.part not in unfinished]
         latents = [] if self._latents is None else [self.latents_path]
         return [*finished, *unfinished, *self._written, *latents]
+
+    def unfinished(self) -> list[Path]:
+        """The part files of videos that could not be finished."""
+        return [w.part for w in self.writers if w.part != w.path and w.part.exists()]
 
     @property
     def frames(self) -> int:
         """Raw frames written so far."""
         return self.writers[0].frames
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the video has been moved to its path."""
-        part = self.writers[0].part
-        return part == self.path or not part.exists()
 
     @property
     def seconds(self) -> float:

@@ -130,6 +130,11 @@ class ShotScript:
         if self.image is not None:
             check_image(self.image)
 
+    def is_cut(self, index: int, *, continues: bool = False) -> bool:
+        """Whether shot `index` begins with a cut; `continues`: the script continues a video."""
+        cut = self.shots[index].cut
+        return continues and bool(cut) if index == 0 else cut is not False
+
     @classmethod
     def of(
         cls,
@@ -169,6 +174,15 @@ def check_size(height: int, width: int, *, multiple: int = SIZE_MULTIPLE) -> Non
     raise UserError(
         f"size {height}x{width} (height x width) is not divisible by {multiple}; nearest: {legal}"
     )
+
+
+def read_size(text: str, name: str) -> tuple[int, int]:
+    """(height, width) of `HEIGHTxWIDTH`; UserError, which begins with `name`, for anything else."""
+    try:
+        height, width = (int(edge) for edge in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"{name} must be HEIGHTxWIDTH, such as 704x1280, got {text!r}") from None
+    return height, width
 
 
 def read_scripts(
@@ -242,18 +256,10 @@ def _parse_script(values: Any, folder: Path, name: str, where: str) -> ShotScrip
         build(Shot, shot, path=f"{where}: shots[{i}]") for i, shot in enumerate(shots)
     ]
     if isinstance(values.get("size"), str):
-        values["size"] = _parse_size(values["size"], where)
+        values["size"] = read_size(values["size"], f"{where}: size")
     if isinstance(values.get("image"), str):
         values["image"] = str(folder / values["image"])
     return build(ShotScript, values, path=where)
-
-
-def _parse_size(text: str, where: str) -> list[int]:
-    try:
-        height, width = (int(edge) for edge in text.lower().split("x"))
-    except ValueError:
-        raise UserError(f"{where}: size {text!r} is not HEIGHTxWIDTH, such as 704x1280") from None
-    return [height, width]
 
 
 def _read_lines(path: Path, chunks: int | None) -> list[ShotScript]:

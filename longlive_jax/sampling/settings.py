@@ -1,7 +1,6 @@
 """Sampling settings: `SampleSpec`, and the defaults that a checkpoint has for its own model."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -105,8 +104,6 @@ class SampleSpec:
         check_size(*self.size)
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not math.isfinite(value):
-                raise UserError(f"{name} must be finite, got {value}")
             if value < low:
                 raise UserError(f"{name} must be >= {low}, got {value}")
             if value > high:

@@ -48,11 +48,6 @@ def check_divides(mesh: Mesh | None, videos: int) -> None:
         )
 
 
-def replicate[T](mesh: Mesh, tree: T) -> T:
-    """The arrays of `tree` on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
-
-
 def shard_cache(mesh: Mesh, cache: KVCache) -> KVCache:
     """The cache with each video's rows on its device."""
     specs = cache_specs(cache)

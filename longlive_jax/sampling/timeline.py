@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longlive_jax.captions import CUT_PREFIX
-from longlive_jax.sampling.script import MAX_CHUNKS, Shot, ShotScript
+from longlive_jax.sampling.script import MAX_CHUNKS, ShotScript
 from longlive_jax.spec import UserError
 
 
@@ -208,13 +208,6 @@ def _check_length(script: ShotScript, chunk_seconds: float) -> None:
         )
 
 
-def _is_cut(shot: Shot, index: int, past_shots: int) -> bool:
-    """Whether shot `index` of a script begins with a cut."""
-    if index == 0:
-        return bool(shot.cut) and past_shots > 0
-    return shot.cut is not False
-
-
 def _chunk_prompts(
     script: ShotScript, chunk_seconds: float, prefix: str, past_shots: int
 ) -> list[ChunkPrompt]:
@@ -223,7 +216,7 @@ def _chunk_prompts(
     chunks: list[ChunkPrompt] = []
     number = max(0, past_shots - 1)
     for i, shot in enumerate(script.shots):
-        cut = _is_cut(shot, i, past_shots)
+        cut = script.is_cut(i, continues=past_shots > 0)
         number += cut
         first = shot.prompt
         if cut and not first.startswith(prefix):

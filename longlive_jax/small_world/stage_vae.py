@@ -21,7 +21,7 @@ from longlive_jax.io.checkpoint import load_component, read_manifest, save_compo
 from longlive_jax.models.params import abstract, params_of, with_params
 from longlive_jax.models.vae import VAE, VAEConfig, decode, encode
 from longlive_jax.parallel.hosts import gather_to_hosts, is_first_process
-from longlive_jax.sampling.settings import MANIFEST_KEY
+from longlive_jax.sampling.settings import checkpoint_settings
 from longlive_jax.small_world import world
 from longlive_jax.spec import UserError, build
 from longlive_jax.training.feed import feed_in_order
@@ -251,7 +251,7 @@ class VAEStage(RunSpec):
         """Writes the VAE; a new one with the statistics of its latents on the held-out clips."""
         params, provenance = weights["vae"], self.provenance("vae")
         if base is not None:
-            sampling = read_manifest(base.folder).get(MANIFEST_KEY, {})
+            sampling = checkpoint_settings(base.folder)
             notes = base.export(directory, params, cfg, provenance=provenance, sampling=sampling)
             again = "its DiT was trained on the latents of the former VAE: train it further with "
             return (*notes, again + f"--config=own_clips --config.checkpoint={directory}")

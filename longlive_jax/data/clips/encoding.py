@@ -8,6 +8,7 @@ the text encoder has left the memory when the VAE is loaded.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -40,9 +41,9 @@ from longlive_jax.data.clips.store import (
     write_shard,
 )
 from longlive_jax.io.paths import check_writable
-from longlive_jax.spec import UserError, check_minimums
+from longlive_jax.spec import Failure, UserError, check_minimums
 
-__all__ = ["EncodeSpec", "Encoders", "encode_dataset"]
+__all__ = ["EncodeSpec", "Encoders", "encode_dataset", "resumable"]
 
 PROMPTS_PER_SHARD = 256
 """Prompts per file."""
@@ -136,6 +137,18 @@ def encode_dataset(
     manifest.write(out)
     shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
+
+
+@contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """A block that encodes into `out`; an OSError in it becomes a Failure with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(
+            f"{out}: cannot be written ({error.strerror or error}); finished clips are safe: free "
+            "some space and run the same command again"
+        ) from error
 
 
 def _missing_shards(

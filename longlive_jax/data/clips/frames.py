@@ -7,6 +7,7 @@ import numpy as np
 
 from longlive_jax.data.clips.dataset import Unusable, find_samples, usable
 from longlive_jax.data.clips.decoding import read_frames, shot_length
+from longlive_jax.io.pictures import to_pixels
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Float, UInt8
 
@@ -68,4 +69,4 @@ class FrameRuns:
         chosen = [shots[i] for i in rng.integers(len(shots), size=batch)]
         starts = [int(rng.integers(len(shot) - frames + 1)) for shot in chosen]
         runs = [shot[at : at + frames] for shot, at in zip(chosen, starts, strict=True)]
-        return np.stack(runs).astype(np.float32) / 127.5 - 1
+        return to_pixels(np.stack(runs))

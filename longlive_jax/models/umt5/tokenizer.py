@@ -7,7 +7,7 @@ has id 0 and the end mark id 1, as in the T5 family.
 import dataclasses
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ftfy
@@ -18,6 +18,8 @@ from longlive_jax.spec import UserError
 from longlive_jax.typing import Bool, Int32
 
 PAD, EOS = 0, 1
+MOST_NAMED = 10
+"""Number of unknown words that a note names."""
 
 _WHITESPACE = re.compile(r"\s+")
 _SPACE = "▁"  # SentencePiece's mark of a word's beginning
@@ -100,6 +102,19 @@ class Tokenizer:
         """
         words = dict.fromkeys(_WORD.findall(clean(text)))
         return tuple(word for word in words if self._is_unknown(word))
+
+    def unknown_notes(self, texts: Iterable[str]) -> tuple[str, ...]:
+        """A note with all words of `texts` that are unknown; none if all are known."""
+        words = list(dict.fromkeys(word for text in texts for word in self.unknown_words(text)))
+        if not words:
+            return ()
+        named = ", ".join(map(repr, words[:MOST_NAMED]))
+        more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+        plural = "s" * (len(words) > 1)
+        return (
+            f"the text encoder does not know the word{plural} {named}{more}; all unknown words "
+            "look the same to it",
+        )
 
     def _is_unknown(self, word: str) -> bool:
         pieces = self._pieces.EncodeAsPieces(word)

@@ -12,19 +12,19 @@ class SampleDefaults:
 
     Attributes:
       solver: solver of the flow.
-      num_steps: sampler steps per chunk.
+      steps: model calls per chunk.
       guidance: scale of classifier-free guidance.
     """
 
     solver: SolverName = "unipc"
-    num_steps: int = 32
+    steps: int = 32
     guidance: float = 2.0
 
     def settings(self) -> dict[str, Any]:
         """The fields of `SampleSpec` that they set."""
-        return {"solver": self.solver, "steps": self.num_steps, "guidance": self.guidance}
+        return dataclasses.asdict(self)
 
 
 def autoregressive() -> SampleDefaults:
     """Settings of an autoregressive video model before distillation, as in the reference."""
-    return SampleDefaults(solver="unipc", num_steps=50, guidance=3.0)
+    return SampleDefaults(solver="unipc", steps=50, guidance=3.0)

@@ -5,7 +5,6 @@ Encoding resumes after an interruption, and a later run with the same settings f
 """
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import find_samples, usable
 from longlive_jax.data.clips.encoders import checkpoint_encoders
-from longlive_jax.data.clips.encoding import EncodeSpec, encode_dataset
+from longlive_jax.data.clips.encoding import EncodeSpec, encode_dataset, resumable
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import TOKENIZER, read_manifest
 from longlive_jax.models.umt5 import Tokenizer
 from longlive_jax.parallel.hosts import is_first_process
 from longlive_jax.sampling.settings import precision, spec_for
-from longlive_jax.spec import Failure, UserError, build
+from longlive_jax.spec import UserError, build
 
 __all__ = ["CutSpec", "clip_notes", "encoded_videos"]
 
@@ -90,15 +89,10 @@ def encoded_videos(videos: str, cut: CutSpec, checkpoint: Path, workdir: Path) -
         samples = find_samples(videos)
         usable(samples, videos)
         try:
-            with _Bars() as bars:
+            with resumable(out), _Bars() as bars:
                 encode_dataset(samples, out, spec=spec, encoders=encoders, progress=bars.update)
         except UserError as error:
             raise UserError(f"config.videos={videos}: {error}") from error
-        except OSError as error:
-            raise Failure(
-                f"{out}: cannot be written ({error.strerror or error}); finished clips are safe: "
-                "free some space and run the same command again"
-            ) from error
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("encoded")
     return EncodedClips(out)
@@ -131,18 +125,6 @@ def clip_notes(clips: EncodedClips, checkpoint: Path) -> tuple[str, ...]:
     skipped = clips.manifest.skipped
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:4])
     left_out = (f"left out {len(skipped)} clips ({reasons})",) if skipped else ()
-    tokenizer = Tokenizer(checkpoint / TOKENIZER)
     prompts = (clips.prompt(row) for row in range(min(clips.num_prompts, MAX_PROMPTS)))
-    words = _distinct(word for prompt in prompts for word in tokenizer.unknown_words(prompt))
-    if not words:
-        return left_out
-    listed = ", ".join(map(repr, words[:8])) + (", ..." if len(words) > 8 else "")
-    return (
-        *left_out,
-        f"the text encoder does not know {len(words)} words of the captions ({listed}); captions "
-        "that differ only in them look the same to the model",
-    )
-
-
-def _distinct(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))
+    unknown = Tokenizer(checkpoint / TOKENIZER).unknown_notes(prompts)
+    return (*left_out, *(f"captions: {note}" for note in unknown))

@@ -96,7 +96,7 @@ def test_machine_and_memory():
     [
         (["simpler"], "did you mean 'sampler'"),
         (["sampler", "--model=med"], "did you mean 'mid'"),
-        (["sampler", "--checkpoint=/nowhere"], "no such checkpoint"),
+        (["sampler", "--checkpoint=/nowhere"], "is not a directory"),
         (["sampler", "--chunks=1", "--checkpoint=/nowhere"], "chunks must be >= 6 "),
         (["sampler", "--model=mid", "--out=/proc/x/y.json"], "cannot write"),
     ],

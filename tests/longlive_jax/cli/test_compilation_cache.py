@@ -99,8 +99,9 @@ def test_the_folder_depends_on_jaxlib_and_on_the_cpu(tmp_path, monkeypatch):
 
 
 def test_an_option_without_a_value_or_a_usable_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--compilation_cache: expected off or a folder"):
-        take_compilation_cache(["demo", "--compilation_cache"])
+    for rest, got in (([], "nothing"), (["--seed=3"], "--seed=3")):
+        with pytest.raises(UserError, match=f"expected off or a folder, got {got}$"):
+            take_compilation_cache(["demo", "--compilation_cache", *rest])
     (tmp_path / "file").write_text("")
     argv = [f"--compilation_cache={tmp_path}/file/x", "demo"]
     code = f"from longlive_jax.cli import app; app.run({argv})"
@@ -111,4 +112,6 @@ def test_an_option_without_a_value_or_a_usable_folder_is_refused(tmp_path):
 def test_a_verb_that_does_not_use_it_says_so(capsys):
     use_compilation_cache("bench", "off")
     assert "--compilation_cache has no effect on bench" in capsys.readouterr().err
+    use_compilation_cache("demo", "off")
+    assert "no effect, because this process has imported JAX" in capsys.readouterr().err
     assert "--compilation_cache" in app.usage()

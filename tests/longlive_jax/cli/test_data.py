@@ -237,7 +237,7 @@ def test_encode_names_skipped_samples_and_resumes_after_a_full_disk(
     ("change", "message"),
     [
         (["--source=/nowhere"], "no such dataset"),
-        (["--checkpoint=/nowhere"], "no such checkpoint"),
+        (["--checkpoint=/nowhere"], "checkpoint '/nowhere' is not a directory"),
         (["--out=/proc/nowhere"], "cannot write"),
         (["--size=64"], "must be HEIGHTxWIDTH"),
         (["--size=64x40"], "divisible by 32"),

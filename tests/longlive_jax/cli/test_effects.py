@@ -15,7 +15,7 @@ ONE_SHOT = ShotScript((Shot("a", chunks=1), Shot("b", chunks=1, cut=False)))
 
 
 def notes(capsys, given, *, scripts=(TWO_SHOTS,), spec=None, script="shots.yaml", **args):
-    args = {"script": script, "batch": 1, "video": None} | args
+    args = {"script": script, "batch": 1, "video": None, "video_cuts": None} | args
     run = effects.SampleRun(spec or SampleSpec(), scripts, argparse.Namespace(**args))
     effects.note_sample({name: f"<{name}>" for name in given}, run)
     return capsys.readouterr().err
@@ -27,7 +27,10 @@ def test_what_has_an_effect_is_not_mentioned(capsys, tmp_path):
     assert notes(capsys, [*given, "--out", "sample.steps"], spec=spec) == ""
     assert notes(capsys, ["--chunks"], script="lines.txt") == ""
     assert notes(capsys, ["--chunks_per_shot"], script=str(tmp_path)) == ""
-    assert notes(capsys, ["sample.cut_prefix"], scripts=(ONE_SHOT,), video="a.mp4") == ""
+    past = {"scripts": (ONE_SHOT,), "video": "a.mp4"}
+    assert notes(capsys, ["sample.cut_prefix"], **past, video_cuts="48") == ""
+    begins = ShotScript((Shot("a", chunks=1, cut=True),))
+    assert notes(capsys, ["sample.cut_prefix"], **past | {"scripts": (begins,)}) == ""
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,7 @@ def test_what_has_an_effect_is_not_mentioned(capsys, tmp_path):
         ("sample.negative_prompt", {}, "guidance is 1"),
         ("sample.kv_smoothing", {}, "kv is model; set --kv=nvfp4"),
         ("sample.shot_rope_offset", {"scripts": (ONE_SHOT,)}, "there is no cut"),
+        ("sample.cut_prefix", {"scripts": (ONE_SHOT,), "video": "a.mp4"}, "there is no cut"),
         (
             "sample.size",
             {"scripts": (ShotScript(ONE_SHOT.shots, size=(64, 64)),)},
@@ -84,7 +88,7 @@ def test_evaluation_parts(capsys):
     given = {name: name for name in ("evaluate.long.chunks", "evaluate.short.seed")}
     effects.note_evaluate(given, types.SimpleNamespace(), ["steps"])
     assert capsys.readouterr().err == (
-        "note: evaluate.long.chunks has no effect: only long use it, and --parts is steps\n"
+        "note: evaluate.long.chunks has no effect: only long uses it, and --parts is steps\n"
     )
 
 

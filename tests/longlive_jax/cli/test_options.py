@@ -104,7 +104,7 @@ def test_mistakes(verb, argv, message):
         (["--config.sample.shift=1e999"], "shift"),
         (["--config.sample.window=10**9"], "window"),
         (["--config.sample.chunk_frames=1000000"], "chunk_frames must be <= "),
-        (["--size=320000x64"], "size must be <= 8192"),
+        (["--size=320000x64"], "must be <= 8192 pixels"),
         (["--fps=0"], "fps must be >= 0.1, got 0.0"),
         (["--quant=fp4"], "unknown 'fp4'"),
     ],

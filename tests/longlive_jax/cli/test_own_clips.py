@@ -15,7 +15,7 @@ from tests.longlive_jax.data.clips.videos import write_video
 RECIPE = "--config=own_clips"
 TINY = [
     "loop.steps=2", "loop.log_every=1", "batch=2", "cut.chunks=2", "cut.windows=1",
-    "sampling.num_steps=2",
+    "sampling.steps=2",
 ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_own_clips_train_a_checkpoint_that_samples(clips, tmp_path, capsys):
     # 1. Train: the videos are encoded once, and the export is complete.
     assert run(command(tmp_path, f"--config.videos={clips}")) == 0
     text = capsys.readouterr().out
-    assert "does not know 2 words of the captions ('zebra', 'gallops')" in text
+    assert "captions: the text encoder does not know the words 'zebra', 'gallops'; all" in text
     assert "vae, umt5, tokenizer.model (" in text and "MB as hard links" in text
     checkpoint = tmp_path / "ck"
     assert f"longlive sample --checkpoint={checkpoint}" in text

@@ -1,10 +1,14 @@
 """`longlive sample` end to end, interrupted, and with mistakes found before compilation."""
 
+import types
+
 import numpy as np
 import pytest
 
 from longlive_jax.cli.app import run
+from longlive_jax.cli.sample import file_lines
 from longlive_jax.io.video import read_video
+from longlive_jax.sampling.dispatch import SamplerDiverged
 from longlive_jax.sampling.pipeline import Pipeline
 from longlive_jax.sampling.recorder import Recorder
 from tests.tiny import write_tiny
@@ -71,6 +75,7 @@ def test_an_interrupt_leaves_the_finished_chunks(command, tmp_path, monkeypatch,
         (["--out=/proc/nowhere"], "cannot write"),
         (["--config.sample.size=(65,64)"], "not divisible"),
         (["--sede=3"], "did you mean '--seed'"),
+        (["--seed=-1"], "seed must be in [0, 2**32), got -1"),
         (["--batch=0"], "--batch must be >= 1, got 0"),
         (["--stills=-1"], "--stills must be >= 0, got -1"),
         (["--video=/nowhere.mp4"], "does not exist"),
@@ -117,8 +122,19 @@ def test_an_existing_video_is_replaced_with_a_note(command, tmp_path, monkeypatc
 
 def test_a_sampler_that_diverges_is_one_line(command, monkeypatch, capsys):
     def diverged(*_):
-        raise FloatingPointError("the sampler has diverged: latents are not finite")
+        raise SamplerDiverged("the sampler has diverged: latents are not finite")
 
     monkeypatch.setattr(Recorder, "append", diverged)
     assert run(command) == 1
     assert "longlive: the sampler has diverged" in capsys.readouterr().err
+
+
+def test_only_the_video_that_could_not_be_finished_is_said_to_be_unfinished(tmp_path):
+    part, strip = tmp_path / "video.part.mp4", tmp_path / "strip.png"
+    files = types.SimpleNamespace(
+        paths=lambda: [part, strip], unfinished=lambda: [part],
+        frames=13, seconds=0.5, size=(64, 32), scale=1,
+    )  # fmt: skip
+    assert file_lines(files) == [f"{part}: not finished, but can be played", str(strip)]
+    files.unfinished = list
+    assert file_lines(files) == [f"{part}: 13 frames, 0.5 s, 32x64 pixels", str(strip)]

@@ -72,6 +72,17 @@ def test_without_frames_nothing_is_written_and_an_old_file_is_kept(tmp_path):
     assert (tmp_path / "a.mp4").read_text() == "old"
 
 
+@pytest.mark.parametrize("writer", [Mp4Writer, WebmWriter, GifWriter])
+def test_an_interrupt_of_the_first_frame_leaves_nothing(tmp_path, writer, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "_encode", interrupted)
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / f"a{writer.suffix}") as video:
+        video.append(clip(4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_invalid_frames_are_refused(tmp_path):
     with Mp4Writer(tmp_path / "a.mp4") as writer:
         with pytest.raises(ValueError, match="even sizes"):

@@ -129,7 +129,7 @@ WRONG = [
     ("scripts must be a prompt", TypeError, lambda p: p.sample(5)),
     ("scripts must be a prompt", TypeError, lambda p: p.sample(None)),
     ("scripts is empty", UserError, lambda p: p.sample([])),
-    ("scripts holds a int", TypeError, lambda p: p.sample([5])),
+    ("or ShotScripts, got int", TypeError, lambda p: p.sample([5])),
     ("scripts mixes prompts and ShotScripts", TypeError, lambda p: p.sample(["a", SCRIPT])),
     ("a shot needs a prompt", UserError, lambda p: p.sample(" ")),
     ("seconds: expected float, got '4'", UserError, lambda p: p.sample("a", seconds="4")),
@@ -213,12 +213,13 @@ def test_unknown_words_are_noted_for_each_script(tiny_world):
     pipe = Pipeline.from_checkpoint(tiny_world)
     first = ShotScript.of("a red dragon, flies left", chunks=1, name="first")
     second = ShotScript.of("a red circle moves left on a mint background", chunks=1)
-    with pytest.warns(UserWarning, match="does not know the words 'dragon', 'flies'; they have no"):
+    with pytest.warns(UserWarning, match="does not know the words 'dragon', 'flies'; all"):
         stream = pipe.stream([first, second])
     assert stream.notes == (
-        "first: the text encoder does not know the words 'dragon', 'flies'; they have no effect",
+        "first: the text encoder does not know the words 'dragon', 'flies'; all unknown words look "
+        "the same to it",
     )
-    with pytest.warns(UserWarning, match="does not know the word 'slowly'; it has no effect"):
+    with pytest.warns(UserWarning, match="does not know the word 'slowly'; all"):
         pipe.stream(second).steer("a red circle moves slowly")
     features = pipe.encode_prompts("a red circle moves up")["a red circle moves up"]
     assert not pipe.stream("up with dragons", features={"up with dragons": features}).notes

@@ -100,7 +100,7 @@ def test_shots_of_a_given_video_end_with_whole_chunks(tiny):
     assert [note.split(":")[0] for note in past.notes] == [
         "the first 2 frames of shot 1 are left out",
         "the first 4 frames of shot 2 are left out",
-        "the first 1 frames of shot 3 are left out",
+        "the first frame of shot 3 is left out",
     ]
     prompts = list(past.chunk_prompts(["x"], CUT_PREFIX))
     assert prompts == [

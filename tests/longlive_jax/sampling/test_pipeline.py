@@ -133,7 +133,7 @@ def test_from_checkpoint(tiny_checkpoint, frames):
 
 
 def test_directories_without_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="is not a directory"):
         Pipeline.from_checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"longlive\.json is missing"):
         Pipeline.from_checkpoint(tmp_path)

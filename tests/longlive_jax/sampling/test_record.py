@@ -21,6 +21,7 @@ from longlive_jax.sampling.record import (
 )
 from longlive_jax.sampling.script import Shot, ShotScript, read_scripts
 from longlive_jax.sampling.settings import SampleSpec
+from longlive_jax.spec import UserError
 from tests.tiny import write_tiny
 
 SCRIPT = """
@@ -53,8 +54,8 @@ def test_a_record_has_everything_that_the_video_depends_on(sampled, checkpoint):
     assert record["generated"] is True and record["interrupted"] is False
     assert record["script"] == {
         "shots": [
-            {"prompt": "a cat runs", "chunks": 1, "cut": True},
-            {"prompt": "a dog sleeps", "seconds": 0.3, "cut": True},
+            {"prompt": "a cat runs", "chunks": 1},
+            {"prompt": "a dog sleeps", "seconds": 0.3},
         ],
         "seed": 3,
         "size": [64, 32],
@@ -108,6 +109,12 @@ def test_what_differs_from_the_record_is_a_note(sampled, tmp_path, capsys):
     assert json.loads((tmp_path / "video.json").read_text())["script"]["seed"] == 4
 
 
+def test_a_stated_checkpoint_replaces_that_of_the_record(sampled, tmp_path, capsys):
+    flags = [f"--out={tmp_path}", "--config.checkpoint=elsewhere"]
+    assert run(["sample", f"--script={sampled / 'video.json'}", *flags]) == 2
+    assert "checkpoint 'elsewhere' is not a directory" in capsys.readouterr().err
+
+
 def test_another_checkpoint_is_a_note(checkpoint):
     run_now = run_record(SampleSpec(), checkpoint)
     before = run_now | {"checkpoint": {"path": "elsewhere", "fingerprint": "0" * 8}}
@@ -117,7 +124,7 @@ def test_another_checkpoint_is_a_note(checkpoint):
 
 def test_records_are_scripts_and_other_files_are_no_records(tmp_path, checkpoint):
     script = ShotScript(
-        (Shot("a", chunks=2), Shot("b", seconds=1.0, cut=False)), seed=5, negative_prompt="c"
+        (Shot("a", chunks=2), Shot("b", seconds=1.0, cut=False)), seed=5, negative_prompt=""
     )
     record = video_record(run_record(SampleSpec(steps=7), checkpoint), script, (64, 32))
     path = tmp_path / "a.json"
@@ -128,3 +135,6 @@ def test_records_are_scripts_and_other_files_are_no_records(tmp_path, checkpoint
     path.write_text(json.dumps(record["script"]))
     assert read_record(path) is None and read_record(tmp_path / "b.json") is None
     assert file_tags(record)["title"] == "a"
+    path.write_text(json.dumps(record | {"settings": "many"}))
+    with pytest.raises(UserError, match=r"a\.json: settings must be a JSON object, got 'many'"):
+        read_record(path)

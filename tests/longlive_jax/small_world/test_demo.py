@@ -11,6 +11,7 @@ from longlive_jax.cli.demo import print_report
 from longlive_jax.io.pictures import default_scale, enlarge
 from longlive_jax.io.video import read_video
 from longlive_jax.sampling.pipeline import Pipeline
+from longlive_jax.small_world import demo
 from longlive_jax.small_world.demo import DemoHooks, StageTimer, make_demo
 from longlive_jax.small_world.demo_script import script_from_prompts
 
@@ -35,6 +36,15 @@ def test_demo_command(tiny_world, tmp_path, capsys):
     names = {"video.mp4", "video.gif", "video.json", "strip.png", "report.json"}
     assert {path.name for path in out.iterdir()} == names
     assert all(str(out / name) in printed for name in names)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "make_demo", refuse)
+    assert run(["demo", f"--out={tmp_path}", "--steps=1"]) == 1
+    assert f"{tmp_path}: cannot be written (No space left on device)" in capsys.readouterr().err
 
 
 def test_report_of_a_judged_video(tiny_world, tmp_path):

@@ -133,7 +133,7 @@ def test_weights_and_settings_are_compared_on_the_same_videos(command, tiny_worl
     ("flag", "message"),
     [
         ("--parts=sink", "did you mean 'sinks'"),
-        ("--checkpoint=/nowhere", "no such checkpoint"),
+        ("--checkpoint=/nowhere", "is not a directory"),
         ("--config.evaluate.bach=2", "did you mean 'batch'"),
         ("--config.evaluate.sample.stepz=2", "did you mean 'steps'"),
         ("--config.evaluate.batch=0", "batch must be >= 1, got 0"),

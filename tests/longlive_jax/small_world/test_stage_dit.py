@@ -79,7 +79,7 @@ def test_sampler_settings_follow_the_windows_and_the_loss(tmp_path):
     settings = stage(
         windows=WindowSpec(window=5, global_sinks=0, shot_rope_offset=12),
         loss=ARLossSpec(shift=3.0),
-        sampling=SampleDefaults(solver="euler", num_steps=6, guidance=1.5),
+        sampling=SampleDefaults(solver="euler", steps=6, guidance=1.5),
     ).sample_settings()
     save_settings(tmp_path, settings)
     spec = spec_for(tmp_path)

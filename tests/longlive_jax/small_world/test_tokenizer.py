@@ -93,3 +93,11 @@ def test_unknown_words():
     )
     assert tokenizer.unknown_words("The scene transitions. a red circle moves up") == ()
     assert tokenizer.unknown_words("two circles") == ("two",) and tokenizer.unknown_words("") == ()
+
+
+def test_a_note_names_the_first_unknown_words():
+    tokenizer = world_tokenizer()
+    many = [f"{letter * 3} circles" for letter in "bcdefghijklm"]
+    (note,) = tokenizer.unknown_notes([*many, "a red circle"])
+    assert "does not know the words 'bbb', 'ccc', " in note and "'kkk' and 2 more;" in note
+    assert tokenizer.unknown_notes(["a red circle"]) == ()
