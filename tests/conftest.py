@@ -5,6 +5,7 @@ With JAX_DISABLE_MOST_OPTIMIZATIONS=0, as in `launch/test.sh --slow`, it compile
 """
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ class Goldens:
 @pytest.fixture(scope="session")
 def goldens() -> Goldens:
     """Files of the reference's numbers: `goldens / "rht.npz"`."""
+    if importlib.util.find_spec("_lzma") is None:
+        pytest.fail("tests/goldens needs a Python with the lzma module")
     return Goldens((REPOSITORY / "tests" / "goldens", SHARED / "goldens"))
 
 

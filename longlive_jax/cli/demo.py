@@ -1,6 +1,7 @@
 """`longlive demo [--out=out/demo] [--seed=N] [--prompt="a red circle moves left on ..."]...`."""
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longlive_jax.cli.app import Parser
+from longlive_jax.cli.imports import uncollected_imports
 from longlive_jax.cli.interruption import Interruption
 from longlive_jax.cli.notes import print_notes
 from longlive_jax.cli.sample import check_scale, finish
@@ -29,6 +31,9 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _arguments(argv)
     clock_start = time.perf_counter()
+    # The judge's matrix products are small, so the threads of NumPy's BLAS would mostly wait for
+    # each other, and busily. OpenBLAS reads this when NumPy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with Interruption() as interruption:
         _run(args, ["longlive", "demo", *argv], interruption, clock_start)
     return 0
@@ -39,12 +44,13 @@ def _run(
 ) -> None:
     """Loads the model, samples, and prints what was written and how good it is."""
     # 1. Choose the script and load the model.
-    from longlive_jax.io.builtin import find_checkpoint
-    from longlive_jax.io.paths import check_writable
-    from longlive_jax.sampling.pipeline import Pipeline
-    from longlive_jax.sampling.record import run_record
-    from longlive_jax.small_world.demo import StageTimer, check_world
-    from longlive_jax.small_world.demo_script import held_out_script, script_from_prompts
+    with uncollected_imports():
+        from longlive_jax.io.builtin import find_checkpoint
+        from longlive_jax.io.paths import check_writable
+        from longlive_jax.sampling.pipeline import Pipeline
+        from longlive_jax.sampling.record import run_record
+        from longlive_jax.small_world.demo import StageTimer, check_world
+        from longlive_jax.small_world.demo_script import held_out_script, script_from_prompts
 
     check_scale(args.scale)
     if not 0 <= args.seed < 2**32:
