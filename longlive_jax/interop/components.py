@@ -1,6 +1,7 @@
 """The components of a checkpoint: their key tables, and configs derived from shapes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -136,13 +137,25 @@ def _dit(shapes: Mapping[TreePath, Shape], hints: Hints) -> DiTConfig:
 def _vae(shapes: Mapping[TreePath, Shape], hints: Hints) -> VAEConfig:
     settings = keys_vae.config_of(shapes)
     if hints.get("latents_mean") and hints.get("latents_std"):
-        mean, std = tuple(hints["latents_mean"]), tuple(hints["latents_std"])
+        mean, std = _statistics(hints["latents_mean"]), _statistics(hints["latents_std"])
         _check_hints(settings, hints, {"z_dim": "z_dim", "base_dim": "encoder_dim"}, "VAE")
     elif settings["z_dim"] == VAEConfig.z_dim:
         mean, std = VAEConfig.latent_mean, VAEConfig.latent_std
     else:
         mean, std = (0.0,) * settings["z_dim"], (1.0,) * settings["z_dim"]
     return VAEConfig(**settings, latent_mean=mean, latent_std=std)
+
+
+def _statistics(values: Any) -> tuple[float, ...]:
+    """A list of finite numbers as a tuple. Raises UserError for anything else."""
+    if not isinstance(values, list) or not all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    ):
+        raise UserError(
+            f"VAE: latents_mean and latents_std must be lists of finite numbers, got "
+            f"{str(values)[:60]}; copy the JSON file next to the weights again"
+        )
+    return tuple(values)
 
 
 def _umt5(shapes: Mapping[TreePath, Shape], hints: Hints) -> UMT5Config:

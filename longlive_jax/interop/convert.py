@@ -157,7 +157,8 @@ def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> 
     match = table.match_keys(shapes)
     match.report.add(source.report)
     try:
-        leaves, config = _resolve(component, table, match, {**source.hints, **hints})
+        known = source.exported.get(component.name, source.hints)
+        leaves, config = _resolve(component, table, match, {**known, **hints})
     except ValueError as error:
         raise UserError(f"{source.path}: {error}") from error
     # 2. Dtypes to store; layers are stacked, so all layers of a parameter need the same one.

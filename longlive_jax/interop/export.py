@@ -27,7 +27,7 @@ from longlive_jax.interop.torch_writer import write_torch
 from longlive_jax.io.arrays import ArrayReader
 from longlive_jax.io.checkpoint import TOKENIZER, is_packed_array, open_component, read_manifest
 from longlive_jax.io.packed_kernels import QuantizationRecord, read_quantization
-from longlive_jax.io.parts import SETTINGS_FILE
+from longlive_jax.io.parts import MODELS_FILE, SETTINGS_FILE
 from longlive_jax.io.progress import ProgressCallback, no_progress
 from longlive_jax.spec import UserError
 
@@ -50,6 +50,15 @@ FILES = {
     },
 }
 """Folder and file stem of each component, by naming."""
+UNTOLD = {
+    "vae": {"latents_mean": "latent_mean", "latents_std": "latent_std", "z_dim": "z_dim"},
+    "umt5": {
+        "d_model": "dim",
+        "layer_norm_epsilon": "eps",
+        "relative_attention_max_distance": "max_distance",
+    },
+}
+"""Settings that the original files cannot tell: diffusers' names and ours, by component."""
 TOKENIZER_FILE = {
     "original": "google/umt5-xxl/spiece.model",
     "diffusers": diffusers_folder.TOKENIZER_FILE,
@@ -177,13 +186,22 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 def _write_settings(
     source: Path, out: Path, naming: str, configs: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Writes the sampling settings and, in diffusers naming, what makes a pipeline of the folder.
+    """Writes the sampling settings, and what the files of the naming cannot hold.
 
-    A later conversion takes the settings from there.
+    In the original naming, these are settings of models, such as the mean and the standard
+    deviation of the latents; in diffusers naming, the files that make a pipeline of the folder. A
+    later conversion takes the settings from there.
     """
     sampling = read_manifest(source).get("sampling", {})
     if sampling:
         (out / SETTINGS_FILE).write_text(json.dumps(sampling, indent=2) + "\n")
+    models = {
+        name: {theirs: configs[name][ours] for theirs, ours in names.items()}
+        for name, names in UNTOLD.items()
+        if naming == "original" and name in configs
+    }
+    if models:
+        (out / MODELS_FILE).write_text(json.dumps(models, indent=2) + "\n")
     if naming == "diffusers":
         diffusers_folder.write_pipeline_files(
             out,
@@ -259,10 +277,10 @@ def _table(name: str, naming: str, config: Mapping[str, Any]) -> KeyTable:
 def _write_config(folder: Path, naming: str, name: str, config: Mapping[str, Any]) -> None:
     """Creates the folder of a component and writes its config.json.
 
-    In the original naming, VAE, UMT5 and LoRA have no config.json.
+    In the original naming, VAE and UMT5 have no config.json: the folder's is the DiT's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if naming == "original":
+    if naming == "original" and name != "lora":
         fields = _original_dit(config) if name == "dit" else {}
     else:
         fields = diffusers_folder.CONFIGS[name](config)

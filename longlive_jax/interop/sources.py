@@ -13,6 +13,7 @@ from longlive_jax.interop.keytable import KeyReport
 from longlive_jax.interop.safetensors_file import read_index, read_safetensors
 from longlive_jax.interop.tensors import LazyTensor
 from longlive_jax.interop.torch_file import read_torch
+from longlive_jax.io.parts import MODELS_FILE
 from longlive_jax.spec import UserError
 
 __all__ = ["Source", "find_sources", "find_tokenizer", "open_file"]
@@ -38,6 +39,7 @@ class Source:
       path: file, or index of a sharded checkpoint.
       tensors: tensors by normalised key.
       hints: contents of the config.json in the same folder, or {}.
+      exported: settings by component, from an export of ours in the same folder, or {}.
       entry: name of the state dict in a file of several, such as "generator_ema", or "".
       report: keys that collide and values that are not tensors.
       quantization: metadata of packed NVFP4 kernels, or None if there are none.
@@ -46,6 +48,7 @@ class Source:
     path: Path
     tensors: Mapping[str, LazyTensor]
     hints: Mapping[str, Any]
+    exported: Mapping[str, Mapping[str, Any]]
     entry: str
     report: KeyReport
     quantization: released.ReleasedHeader | None = None
@@ -120,7 +123,8 @@ def open_file(path: Path, *, use_ema: bool = False) -> Source:
     tensors, report = _normalise_keys(state)
     if header is not None:
         tensors = released.from_released(tensors, str(path))
-    return Source(path, tensors, _hints(path.parent), entry, report, header)
+    hints, exported = _json_object(path.parent / "config.json"), _exported(path.parent)
+    return Source(path, tensors, hints, exported, entry, report, header)
 
 
 def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], str]:
@@ -167,15 +171,24 @@ def _normalise_key(key: str) -> str:
     return PEFT_PREFIX + name.replace(".default.weight", ".weight") if is_adapter else name
 
 
-def _hints(folder: Path) -> dict[str, Any]:
-    """The contents of config.json in a folder, or {}."""
-    path = folder / "config.json"
+def _exported(folder: Path) -> dict[str, dict[str, Any]]:
+    """The settings of models in an exported folder, by component, or {}."""
+    path = folder / MODELS_FILE
+    models = _json_object(path)
+    wrong = next((name for name, values in models.items() if not isinstance(values, dict)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong} must be a JSON object; copy it again or remove it")
+    return models
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or {} if there is no such file. Raises UserError if damaged."""
     if not path.is_file():
         return {}
     try:
-        hints = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy it again or remove it") from error
-    if not isinstance(hints, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(hints).__name__}")
-    return hints
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values

@@ -13,10 +13,13 @@ from longlive_jax.io.checkpoint import (
 )
 from longlive_jax.spec import Failure, UserError
 
-__all__ = ["SETTINGS_FILE", "AddedParts", "add_parts", "parts_to_add"]
+__all__ = ["MODELS_FILE", "SETTINGS_FILE", "AddedParts", "add_parts", "parts_to_add"]
 
 SETTINGS_FILE = "longlive_sampling.json"
 """File of an exported checkpoint with its sampling settings."""
+MODELS_FILE = "longlive_models.json"
+"""File of an exported checkpoint with settings of its models that neither the weights nor their
+config.json tell, by component."""
 
 _COPIED_SECTIONS = ("components", "arrays", "provenance")
 

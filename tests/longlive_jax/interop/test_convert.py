@@ -15,8 +15,10 @@ from longlive_jax.cli.app import run
 from longlive_jax.interop.convert import convert
 from longlive_jax.interop.export import export
 from longlive_jax.interop.torch_file import read_torch
-from longlive_jax.io.checkpoint import load_component, read_manifest
+from longlive_jax.io.builtin import find_checkpoint
+from longlive_jax.io.checkpoint import CHECKPOINT_MANIFEST, load_component, read_manifest
 from longlive_jax.io.models import load_model
+from longlive_jax.io.parts import MODELS_FILE
 from longlive_jax.layout import grid
 from longlive_jax.models import vae as vae_module
 from longlive_jax.spec import UserError
@@ -170,6 +172,53 @@ def test_converting_an_export_gives_the_same_bits(diffusers, tmp_path, naming):
     before, after = read_manifest(diffusers), read_manifest(tmp_path / "again")
     assert before["arrays"] == after["arrays"]
     assert before["components"] == after["components"]
+
+
+def test_an_export_of_the_builtin_model_keeps_its_latent_statistics(tmp_path):
+    # The original files have neither; other means would decode to other pictures.
+    builtin = find_checkpoint("small_world")
+    export(builtin, tmp_path / "out", "original")
+    convert(tmp_path / "out", tmp_path / "again")
+    before, after = read_manifest(builtin), read_manifest(tmp_path / "again")
+    assert any(before["components"]["vae"]["latent_mean"])
+    assert before["arrays"] == after["arrays"]
+    for name, settings in after["components"].items():
+        assert {key: before["components"][name].get(key) for key in settings} == settings
+    # A single file of the folder has the same settings.
+    convert(tmp_path / "out" / "Wan2.2_VAE.safetensors", tmp_path / "vae")
+    assert read_manifest(tmp_path / "vae")["components"]["vae"] == after["components"]["vae"]
+
+
+def test_an_export_keeps_settings_of_text_encoder_and_lora(fixtures, tmp_path):
+    convert(fixtures / "umt5_bf16.pth", tmp_path / "ck")
+    convert(fixtures / "longlive_lora.pt", tmp_path / "ck", lora_alpha=12)
+    manifest = read_manifest(tmp_path / "ck")
+    manifest["components"]["umt5"] |= {"eps": 0.25, "max_distance": 17}
+    (tmp_path / "ck" / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
+    export(tmp_path / "ck", tmp_path / "out", "original")
+    convert(tmp_path / "out", tmp_path / "again")
+    convert(tmp_path / "out" / "lora", tmp_path / "again")
+    again = read_manifest(tmp_path / "again")["components"]
+    assert (again["umt5"]["eps"], again["umt5"]["max_distance"]) == (0.25, 17)
+    assert again["lora"]["alpha"] == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"vae": 3}', "vae must be a JSON object"),
+        ('{"vae": {"latents_mean": [0], "latents_std": [1]}}', "1 and 1 entries for z_dim"),
+        ('{"vae": {"latents_mean": ["a"], "latents_std": [1]}}', "lists of finite numbers"),
+        ('{"vae": {"latents_mean": [NaN], "latents_std": [1]}}', "lists of finite numbers"),
+    ],
+)
+def test_damaged_settings_of_models(fixtures, tmp_path, text, message):
+    shutil.copy(fixtures / "vae.pth", tmp_path / "vae.pth")
+    (tmp_path / MODELS_FILE).write_text(text)
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path, tmp_path / "ck")
 
 
 def test_an_export_has_the_tensors_of_the_original_files(diffusers, fixtures, tmp_path):
