@@ -44,6 +44,9 @@ setup() { # setup [dev]
     for stamp in .venv/stamp-dev .venv/stamp-"${extra:-base}"; do
         [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return 0
     done
+    # An interrupted `python -m venv` leaves an environment without pip.
+    .venv/bin/python -m pip --version >/dev/null 2>&1 ||
+        .venv/bin/python -m ensurepip --upgrade >/dev/null 2>&1 || make_environment || return 1
     echo "Installing dependencies${extra:+ and $extra tools} (once, takes a few minutes)" >&2
     if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         -c constraints.txt -e ".${extra:+[$extra]}" >.venv/install.log 2>&1; then

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -90,6 +93,9 @@ def test_the_cluster_job_runs_the_image_of_the_container_file(repository):
     assert recipe and (repository / "configs" / f"{recipe[1]}.py").is_file()
     assert pod["securityContext"]["fsGroup"] == 1000
     assert container["workingDir"] == container["volumeMounts"][0]["mountPath"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted["shared-memory"] == "/dev/shm"
+    assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_the_workflow_runs_the_tests_that_the_readme_names(repository, project):
@@ -109,6 +115,30 @@ def test_scripts_in_launch_can_be_executed(repository):
     for path in (repository / "launch").glob("*.sh"):
         first = path.read_text().splitlines()[0]
         assert os.access(path, os.X_OK) == first.startswith("#!"), path.name
+
+
+def test_the_launcher_says_where_the_program_is_missing(repository, tmp_path):
+    (tmp_path / "launch").mkdir()
+    copy = shutil.copy(repository / "launch" / "local.sh", tmp_path / "launch")
+    done = subprocess.run([copy], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"No {tmp_path}/.venv/bin/longlive; ")
+
+
+def test_setup_completes_an_environment_without_pip(repository, tmp_path):
+    (tmp_path / "launch").mkdir()
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "launch/setup.sh"):
+        shutil.copy(repository / name, tmp_path / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    program = ". launch/setup.sh && setup"
+    # The installation that follows fails without an index.
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = subprocess.run(
+        ["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 1 and "Creating .venv" not in done.stderr
+    assert "No module named pip" not in done.stderr
+    subprocess.run([tmp_path / ".venv/bin/python", "-m", "pip", "--version"], check=True)
 
 
 def test_the_commit_hook_is_the_tested_ruff(repository, constraints):
