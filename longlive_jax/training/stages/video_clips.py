@@ -136,10 +136,11 @@ def clip_notes(clips: EncodedClips, checkpoint: Path) -> tuple[str, ...]:
     words = _distinct(word for prompt in prompts for word in tokenizer.unknown_words(prompt))
     if not words:
         return left_out
+    noun = "word" if len(words) == 1 else "words"
     listed = ", ".join(map(repr, words[:8])) + (", ..." if len(words) > 8 else "")
     return (
         *left_out,
-        f"the text encoder does not know {len(words)} words of the captions ({listed}); captions "
+        f"the text encoder does not know {len(words)} {noun} of the captions ({listed}); captions "
         "that differ only in them look the same to the model",
     )
 
