@@ -4,8 +4,9 @@
         --out=checkpoints/own
     longlive sample --checkpoint=checkpoints/own --script=shots.yaml --out=out/own
 
-CLIPS has videos with captions next to them (`a.mp4`, `a.txt`), of 1.25 seconds or more, which are
-scaled and cropped to 64x64 pixels. For a first try, add `--config.loop.steps=4`.
+CLIPS has videos with captions next to them (`a.mp4`, `a.txt`), which are scaled and cropped to
+64x64 pixels. Give 1.25 seconds or more; shorter ones are padded, and the padding is masked. For a
+first try, add `--config.loop.steps=4`.
 
 The built-in VAE knows flat coloured shapes only, and other pictures come out blurred. The argument
 `vae` fine-tunes it on the same clips first:

@@ -64,12 +64,16 @@ def _report(
     """Prints what was written and what the checkpoint still lacks; stores sampling settings."""
     from longlive_jax.interop import keys_vae
     from longlive_jax.io.completeness import describe_missing
+    from longlive_jax.io.parts import MODELS_FILE
 
     for item in converted:
         count = f"{item.parameters / 1e6:,.1f} M parameters in {item.tensors} tensors"
         print(f"{item.component}: {count}, {item.naming}, from {item.source}")
         if item.naming == keys_vae.ORIGINAL.name and not any(item.config["latent_mean"]):
-            print("  the file has no mean and std of the latents; they are set to 0 and 1")
+            print(
+                "  the file has no mean and std of the latents; they are set to 0 and 1: if the "
+                f"VAE comes from an export, copy {MODELS_FILE} next to it and convert again"
+            )
     print(_write_settings(args, converted, exported))
     print(f"wrote {args.out}")
     if missing := describe_missing(args.out):

@@ -22,6 +22,7 @@ SUBFOLDERS = ("transformer", "vae", "text_encoder")
 TOKENIZERS = ("spiece.model", "tokenizer.model")
 TOKENIZER_FOLDERS = (".", "tokenizer", "google/umt5-xxl")
 INDEX_SUFFIX = ".safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors$")
@@ -105,6 +106,7 @@ def open_file(path: Path, *, use_ema: bool = False) -> Source:
     state: Mapping[str, Any]
     contents: Any = None
     try:
+        _check_downloaded(path)
         if path.name.endswith(INDEX_SUFFIX):
             state, entry = read_index(path), ""
         elif path.suffix == ".safetensors":
@@ -125,6 +127,16 @@ def open_file(path: Path, *, use_ema: bool = False) -> Source:
         tensors = released.from_released(tensors, str(path))
     hints, exported = _json_object(path.parent / "config.json"), _exported(path.parent)
     return Source(path, tensors, hints, exported, entry, report, header)
+
+
+def _check_downloaded(path: Path) -> None:
+    """Raises UserError for a pointer that Git LFS puts in place of a file."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    if is_pointer:
+        raise UserError(
+            f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+        )
 
 
 def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], str]:

@@ -47,6 +47,8 @@ from longlive_jax.spec import UserError, reject_unknown
 __all__ = ["DATASET_MANIFEST", "SourceShot", "Unusable", "VideoSample", "find_samples", "usable"]
 
 DATASET_MANIFEST = "manifest.jsonl"
+EXAMPLE = '{"shots": [{"video": "a.mp4", "caption": "a cat runs"}]}'
+"""A line of a manifest, for messages."""
 MAX_SECONDS = 1e9
 """Upper limit of `start` and `end`: longer than any video, and safe to compute with."""
 
@@ -163,6 +165,12 @@ def _read_manifest(path: Path) -> list[VideoSample]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({one_line(error)})") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if texts and not any(text.startswith(("{", "[")) for text in texts):
+        raise UserError(
+            f"{path}: is not a manifest in JSON lines (it starts with {texts[0][:20]!a}); "
+            f"expected lines such as {EXAMPLE}"
+        )
     samples, line_of = [], dict[str, int]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -187,7 +195,7 @@ def _read_line(line: str, number: int, folder: Path) -> VideoSample:
         reject_unknown(values, ("name", "shots"), "sample")
         entries = values.get("shots")
         if not isinstance(entries, list) or not entries:
-            raise Unusable("shots must be a list of at least one shot")
+            raise Unusable(f"shots must be a list of at least one shot, as in {EXAMPLE}")
         shots = tuple(_read_shot(entry, i, folder) for i, entry in enumerate(entries))
         if not isinstance(values.get("name", ""), str):
             raise Unusable(f"name must be a string, got {values['name']!r}")

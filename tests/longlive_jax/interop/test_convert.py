@@ -221,6 +221,14 @@ def test_damaged_settings_of_models(fixtures, tmp_path, text, message):
         convert(tmp_path, tmp_path / "ck")
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_git_lfs_pointers_are_named(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(UserError, match=rf"{name}: is a Git LFS pointer.*git lfs pull"):
+        convert(tmp_path, tmp_path / "ck")
+
+
 def test_an_export_has_the_tensors_of_the_original_files(diffusers, fixtures, tmp_path):
     """The same names, shapes, dtypes and bits as the files that were converted."""
     export(diffusers, tmp_path / "out", "diffusers")

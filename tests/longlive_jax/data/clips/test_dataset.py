@@ -223,3 +223,10 @@ def test_names_are_unique_and_a_manifest_must_have_samples(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as text"):
         find_samples(path)
+
+
+def test_file_that_is_not_a_manifest_is_refused_as_a_whole(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("clips of the zoo\nand of the sea\n")
+    with pytest.raises(UserError, match=r"not a manifest in JSON lines \(it starts with 'clips of"):
+        find_samples(path)
