@@ -59,7 +59,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--chunks_per_shot", type=int, help="chunks per shot, for caption folders")
     parser.add_argument("--batch", type=int, default=1, help="videos sampled together")
-    parser.add_argument("--video", help="a video file to continue")
+    parser.add_argument(
+        "--video", help="a video file to continue; the new one begins after its last frame"
+    )
     parser.add_argument(
         "--video_cuts",
         help="first frame of every shot of --video but the first, such as 48,96, at the model's "
@@ -140,6 +142,7 @@ def _run(
 
 
 def _scripts(args: Any) -> list["ShotScript"]:
+    from longlive_jax.sampling.inputs import as_scripts
     from longlive_jax.sampling.script import read_scripts
 
     if args.batch < 1:
@@ -147,12 +150,7 @@ def _scripts(args: Any) -> list["ShotScript"]:
     if args.stills < 0:
         raise UserError(f"--stills must be >= 0, got {args.stills}")
     scripts = read_scripts(args.script, chunks=args.chunks, chunks_per_shot=args.chunks_per_shot)
-    if args.seed is None:
-        return scripts
-    return [
-        dataclasses.replace(script, seed=(args.seed + i) % 2**32)
-        for i, script in enumerate(scripts)
-    ]
+    return as_scripts(scripts, seed=args.seed)
 
 
 def _read_video(path: str | None, pipe: "Pipeline", scripts: list["ShotScript"]):

@@ -35,6 +35,19 @@ def command(checkpoint, script, tmp_path):
     return ["sample", config, f"--script={script}", f"--out={tmp_path / 'out'}"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "sample: --script is missing; write --script=VALUE"),
+        (["shots.yaml", "--steps=4"], "sample: --script is missing; write --script=shots.yaml"),
+        (["--seed=-1", "--script={script}"], "seed must be in [0, 2**32), got -1"),
+    ],
+)
+def test_mistakes_in_the_script_and_seed(argv, message, script, capsys):
+    assert run(["sample", *(word.format(script=script) for word in argv)]) == 2
+    assert capsys.readouterr().err.endswith(f"longlive: {message}\n")
+
+
 def test_files(command, tmp_path, capsys):
     assert run([*command, "--latents"]) == 0
     out = tmp_path / "out"
