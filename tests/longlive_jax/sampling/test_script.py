@@ -57,7 +57,7 @@ SHOTS = [{"prompt": "a", "seconds": 1}]
     [
         ({"shots": []}, "no shots"),
         ({}, "no shots"),
-        ([1], "expected a mapping"),
+        ([1], "expected 'shots: "),
         ({"shots": "a"}, "must be a list"),
         ({"shots": SHOTS, "seeds": 1}, "unknown key 'seeds'; did you mean 'seed'"),
         ({"shots": [{"promt": "a", "seconds": 1}]}, r"shots\[0\].*'promt'; did you mean 'prompt'"),
@@ -130,7 +130,7 @@ def test_a_text_file_has_one_video_per_line(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n two \n")
     scripts = read_scripts(tmp_path / "p.txt", chunks=3)
     assert [s.shots for s in scripts] == [(Shot("one", chunks=3),), (Shot("two", chunks=3),)]
-    with pytest.raises(UserError, match="number of chunks"):
+    with pytest.raises(UserError, match="give chunks, such as --chunks=6"):
         read_scripts(tmp_path / "p.txt")
 
 
@@ -172,7 +172,7 @@ def test_durations_are_truncated_or_the_last_shot_is_extended(
         ("1 2", "2 durations for 1"),
         ("0", "expected positive integers"),
         ("x", "expected positive integers"),
-        (None, "number of chunks"),
+        (None, "give chunks, such as --chunks=6"),
     ],
 )
 def test_invalid_durations(tmp_path, durations, words):
