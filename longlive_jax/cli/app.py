@@ -202,6 +202,7 @@ class Parser(argparse.ArgumentParser):
             **{"formatter_class": HelpFormatter} | settings,
         )
         self.verb = verb
+        self.words: list[str] = []
         self.closing: Callable[[], str] | None = None
         """Text after the options in the help; called only when the help is printed."""
 
@@ -220,6 +221,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """Parses all arguments. Raises UserError for an unknown one."""
+        self.words = list(sys.argv[1:] if args is None else args)
         parsed, extra = self.parse_known_args(args, namespace)
         if extra:
             name = extra[0].split("=")[0]
@@ -236,7 +238,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage and exiting."""
-        raise UserError(f"{self.verb}: {message}")
+        raise UserError(f"{self.verb}: {self._explained(message)}")
+
+    def _explained(self, message: str) -> str:
+        """argparse's message in this program's words, with a remedy."""
+        option, _, reason = message.removeprefix("argument ").partition(": ")
+        if reason == "expected one argument":
+            return f"{option} needs a value; write {option}=VALUE"
+        missing = message.partition("arguments are required: ")[2]
+        if not missing.startswith("--"):
+            return message
+        stray = next((word for word in self.words if not word.startswith("-")), None)
+        first = missing.split(", ")[0]
+        hint = f"write {first}={'VALUE' if stray is None else stray}"
+        return f"{missing} {'are' if ', ' in missing else 'is'} missing; {hint}"
 
 
 def is_public(action: argparse.Action) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +111,10 @@ def _make(
 
 def _program() -> str:
     """How the user starts this program."""
-    return "longlive" if shutil.which("longlive") else ".venv/bin/longlive"
+    if shutil.which("longlive"):
+        return "longlive"
+    script = Path(".venv/bin/longlive")
+    return str(script) if script.exists() else f"{Path(sys.executable).name} -m longlive_jax"
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -60,7 +60,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--chunks_per_shot", type=int, help="chunks per shot, for caption folders")
     parser.add_argument("--batch", type=int, default=1, help="videos sampled together")
-    parser.add_argument("--video", help="a video file to continue")
+    parser.add_argument(
+        "--video", help="a video file to continue; the new one begins after its last frame"
+    )
     parser.add_argument(
         "--video_cuts",
         help="first frame of every shot of --video but the first, such as 48,96, at the model's "

@@ -44,10 +44,7 @@ def parse_formats(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip().lower() for name in text.split(",")))
     for name in names:
         if name not in FORMATS:
-            raise UserError(
-                f"format must be one or more of {', '.join(FORMATS)}, separated by commas, got "
-                f"{name!r}{nearest(name, FORMATS) if name else ''}"
-            )
+            raise UserError(f"unknown format {name!r}{nearest(name, FORMATS)}")
     return names
 
 
@@ -77,7 +74,8 @@ def write_video(
     path = Path(path)
     writers = {writer.suffix: writer for writer in FORMATS.values() if writer.suffix}
     if path.suffix.lower() not in writers:
-        raise UserError(f"path must end in {', '.join(writers)}, got {str(path)!r}")
+        *endings, last = writers
+        raise UserError(f"path must end in {', '.join(endings)} or {last}, got {str(path)!r}")
     if not isinstance(fps, int | float | np.number) or isinstance(fps, bool):
         raise TypeError(f"fps must be a number, got {type(fps).__name__}")
     if not (math.isfinite(fps) and 0.1 <= fps <= 1000):

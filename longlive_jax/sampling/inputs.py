@@ -10,11 +10,14 @@ import numpy as np
 
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.sampling.dispatch import Output
-from longlive_jax.sampling.script import Shot, ShotScript
+from longlive_jax.sampling.script import Shot, ShotScript, excerpt
 from longlive_jax.spec import UserError, nearest
 from longlive_jax.typing import Array, Float
 
 type Scripts = str | ShotScript | Sequence[str] | Sequence[ShotScript]
+
+SCRIPT_SUFFIXES = (".yaml", ".yml", ".json", ".txt")
+"""Endings of script files."""
 
 DEFAULT_SECONDS = 4.0
 """Duration of a shot that is given as a string."""
@@ -52,6 +55,8 @@ def as_scripts(
         raise TypeError("scripts mixes prompts and ShotScripts; give either (a video or a batch)")
     batch: list[Any] = list(given)
     if kinds == {str}:
+        for prompt in batch:
+            _reject_path(prompt)
         seconds = DEFAULT_SECONDS if seconds is None and chunks is None else seconds
         batch = [ShotScript(tuple(Shot(prompt, seconds, chunks) for prompt in batch))]
     elif seconds is not None or chunks is not None:
@@ -75,9 +80,23 @@ def _kind(value: Any) -> type:
     for kind in (str, ShotScript):
         if isinstance(value, kind):
             return kind
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        raise TypeError(
+            "scripts holds a list; a list of prompts is one video, several videos are a list of "
+            "ShotScript.of(...)"
+        )
     raise TypeError(
         f"scripts must hold prompts (strings) or ShotScripts, got {type(value).__name__}"
     )
+
+
+def _reject_path(prompt: str) -> None:
+    """UserError if a prompt is the path of a script: a single word that ends like one."""
+    if len(prompt.split()) == 1 and prompt.lower().endswith(SCRIPT_SUFFIXES):
+        raise UserError(
+            f"{excerpt(prompt)!r} is a path, not a prompt; read it with ShotScript.read or "
+            "read_scripts"
+        )
 
 
 def checked_seed(seed: Any) -> int:
@@ -126,11 +145,13 @@ def checked_features(features: Any, cfg: DiTConfig) -> dict[str, Float[Array, "t
         length = array.shape[0] if array.ndim else 0
         if array.ndim != 2 or array.shape[1] != cfg.text_dim or not 0 < length <= cfg.text_len:
             raise UserError(
-                f"features of {prompt[:40]!r} have shape {array.shape}; expected "
+                f"features of {excerpt(prompt)!r} have shape {array.shape}; expected "
                 f"[{cfg.text_len} tokens at most, {cfg.text_dim}]"
             )
         if not jnp.issubdtype(array.dtype, jnp.floating) or not bool(jnp.isfinite(array).all()):
-            raise UserError(f"features of {prompt[:40]!r} must be finite floats, got {array.dtype}")
+            raise UserError(
+                f"features of {excerpt(prompt)!r} must be finite floats, got {array.dtype}"
+            )
         checked[prompt] = jnp.pad(array, ((0, cfg.text_len - length), (0, 0)))
     return checked
 

@@ -36,7 +36,7 @@ from longlive_jax.sampling.progress import Progress, progress_after
 from longlive_jax.sampling.script import ShotScript
 from longlive_jax.sampling.settings import SampleSpec, SolverName
 from longlive_jax.sampling.sharding import check_divides, data_mesh
-from longlive_jax.sampling.stream import Stream
+from longlive_jax.sampling.stream import PACKAGE, Stream
 from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, Shaped
 
@@ -214,7 +214,7 @@ class Pipeline:
         remarks = _prompt_notes(engine, batch, timeline.distinct_prompts()[0])
         notes = (*timeline.notes, *remarks, *engine.cache_notes(len(batch), size))
         for note in remarks:
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, skip_file_prefixes=PACKAGE)
         # 3. The stream.
         return Stream(
             engine,

@@ -37,6 +37,10 @@ MAX_SECONDS = 86_400.0
 """Limit of the seconds of a shot: a day. `endless` streams have no limit."""
 
 
+SHOT_FORM = "{prompt: TEXT, seconds: NUMBER}"
+"""What a shot of a script file looks like."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Shot:
     """One segment of a script.
@@ -60,11 +64,11 @@ class Shot:
         if not isinstance(self.prompt, str):
             raise UserError(f"a shot needs a prompt, a string, got {str(self.prompt)[:80]!r}")
         if not self.prompt.strip():
-            raise UserError(f"a shot needs a prompt, got {self.prompt[:40]!r}")
+            raise UserError(f"a shot needs a prompt, got {excerpt(self.prompt)!r}")
         if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
-            raise UserError(f"prompt {self.prompt[:40]!r} has half a surrogate pair; retype it")
+            raise UserError(f"prompt {excerpt(self.prompt)!r} has half a surrogate pair; retype it")
         # 2. The duration.
-        where = f"shot {self.prompt[:40]!r}"
+        where = f"shot {excerpt(self.prompt)!r}"
         try:
             check_types(self)
         except UserError as error:
@@ -217,13 +221,18 @@ def read_scripts(
             _read_captions(folder, chunks, chunks_per_shot) for folder in _caption_folders(path)
         ]
     if not path.is_file():
-        raise UserError(f"no script at {path}")
+        raise UserError(f"no script at {path}; check the path")
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return _read_lines(path, chunks)
     if suffix not in (".yaml", ".yml", ".json"):
         raise UserError(f"{path}: a script ends in .yaml, .json or .txt, or is a caption folder")
     return [parse_script(read_document(path), folder=path.parent, name=path.stem, where=str(path))]
+
+
+def excerpt(text: str) -> str:
+    """The text, or its beginning if it is long, for messages."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse_script(
@@ -243,7 +252,9 @@ def parse_script(
 
 def _parse_script(values: Any, folder: Path, name: str, where: str) -> ShotScript:
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: expected a mapping with 'shots', got {type(values).__name__}")
+        raise UserError(
+            f"{where}: expected 'shots: [...]', a list of {SHOT_FORM}, got {type(values).__name__}"
+        )
     if values.get("generated") is True and isinstance(values.get("script"), Mapping):
         values = values["script"]  # the record of a sampled video
     known = ("shots", "seed", "size", "image", "negative_prompt", "name")
@@ -251,7 +262,11 @@ def _parse_script(values: Any, folder: Path, name: str, where: str) -> ShotScrip
     values = {"name": name, **values}
     shots = values.get("shots") or []
     if not isinstance(shots, Sequence) or isinstance(shots, str):
-        raise UserError(f"{where}: shots must be a list of {{prompt, seconds or chunks, cut}}")
+        raise UserError(f"{where}: shots must be a list of {SHOT_FORM}")
+    for i, shot in enumerate(shots):
+        if not isinstance(shot, Mapping):
+            got = repr(excerpt(shot)) if isinstance(shot, str) else type(shot).__name__
+            raise UserError(f"{where}: shots[{i}] must be {SHOT_FORM}, got {got}")
     values["shots"] = [
         build(Shot, shot, path=f"{where}: shots[{i}]") for i, shot in enumerate(shots)
     ]
@@ -268,7 +283,7 @@ def _read_lines(path: Path, chunks: int | None) -> list[ShotScript]:
     if not prompts:
         raise UserError(f"{path}: no captions; write one per line")
     if chunks is None:
-        raise UserError(f"{path}: a text file has no durations; give the number of chunks")
+        raise UserError(f"{path}: a text file has no durations; give chunks, such as --chunks=6")
     return [
         ShotScript((_shot(prompt, chunks, path),), name=f"{path.stem}-{i}")
         for i, prompt in enumerate(prompts)
@@ -340,7 +355,7 @@ def _durations(
     elif chunks is not None:
         counts = [chunks // shots + (i < chunks % shots) for i in range(shots)]
     else:
-        raise UserError(f"{folder}: no shot_durations.txt; give the number of chunks")
+        raise UserError(f"{folder}: no shot_durations.txt; give chunks, such as --chunks=6")
     if chunks is None:
         return counts
     # 2. Fit them to the total.

@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 
 from longlive_jax.models.wan import TextKV
 from longlive_jax.sampling.continuation import PastVideo
@@ -27,6 +28,9 @@ from longlive_jax.sampling.drivers import VideoConditioning
 from longlive_jax.sampling.engine import Engine
 from longlive_jax.sampling.timeline import Timeline
 from longlive_jax.spec import UserError
+
+PACKAGE = (str(Path(__file__).parents[1]),)
+"""Folders whose lines no warning points at."""
 
 __all__ = ["Chunk", "PendingChunk", "Stream", "StreamState", "advance", "run_ahead"]
 
@@ -141,7 +145,7 @@ class Stream(Iterator[Chunk]):
             raise UserError(f"video must be an index in [0, {count - 1}], got {video!r:.80}")
         if prompt is not None:
             for note in self._engine.prompt_notes([prompt]):
-                warnings.warn(note, stacklevel=2)
+                warnings.warn(note, skip_file_prefixes=PACKAGE)
         # 2. The videos from their next chunk on.
         with self._lock:
             videos = list(self.state.videos)

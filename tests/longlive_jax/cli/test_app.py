@@ -76,7 +76,7 @@ def test_parser_suggests_the_nearest_option():
     parser.add_argument("--script", required=True)
     with pytest.raises(UserError, match=r"'--scrpt'; did you mean '--script'"):
         parser.parse_args(["--script=a", "--scrpt=a"])
-    with pytest.raises(UserError, match="required"):
+    with pytest.raises(UserError, match="--script is missing; write --script=VALUE"):
         parser.parse_args([])
     with pytest.raises(UserError, match="unknown argument 'b'"):
         parser.parse_args(["--script=a", "b"])

@@ -39,6 +39,19 @@ def command(checkpoint, script, tmp_path):
     return ["sample", config, f"--script={script}", f"--out={tmp_path / 'out'}"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "sample: --script is missing; write --script=VALUE"),
+        (["shots.yaml", "--steps=4"], "sample: --script is missing; write --script=shots.yaml"),
+        (["--seed=-1", "--script={script}"], "seed must be in [0, 2**32), got -1"),
+    ],
+)
+def test_mistakes_in_the_script_and_seed(argv, message, script, capsys):
+    assert run(["sample", *(word.format(script=script) for word in argv)]) == 2
+    assert capsys.readouterr().err.endswith(f"longlive: {message}\n")
+
+
 def test_files(command, tmp_path, capsys):
     assert run([*command, "--latents"]) == 0
     out = tmp_path / "out"
@@ -81,7 +94,7 @@ def test_an_interrupt_leaves_the_finished_chunks(command, tmp_path, monkeypatch,
         (["--video=/nowhere.mp4"], "does not exist"),
         (["--video_cuts=8"], "give --video, too"),
         (["--video=a.mp4", "--video_cuts=8,x"], "must be frames such as 48,96, got '8,x'"),
-        (["--format=avi"], "format must be one or more of mp4, webm, gif, png"),
+        (["--format=avi"], "unknown format 'avi'; known: gif, mp4, png, webm"),
         (["--scale=0"], "--scale must be in [1, 32], got 0"),
         (["--scale=33"], "--scale must be in [1, 32], got 33"),
     ],

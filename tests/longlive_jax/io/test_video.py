@@ -199,7 +199,11 @@ def test_png_frames_replace_those_of_a_longer_video(tmp_path):
 
 def test_formats_by_name():
     assert parse_formats("mp4, GIF,mp4") == ("mp4", "gif")
-    for text, message in (("avi", "got 'avi'"), ("mp4,", "got ''"), ("gfi", "did you mean 'gif'")):
+    for text, message in (
+        ("avi", "unknown format 'avi'; known: gif, mp4, png, webm$"),
+        ("mp4,", "unknown format ''; known: gif, mp4"),
+        ("gfi", "did you mean 'gif'"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_formats(text)
 
@@ -243,7 +247,7 @@ def test_write_video_chooses_by_suffix(tmp_path, name):
     ("arguments", "error", "message"),
     [
         ((3, clip(1)), TypeError, "path must be a string or a Path, got int"),
-        (("a.avi", clip(1)), UserError, r"path must end in .mp4, .webm, .gif, got 'a.avi'"),
+        (("a.avi", clip(1)), UserError, r"path must end in .mp4, .webm or .gif, got 'a.avi'"),
         (("a.mp4", clip(1)[0]), UserError, r"frames must be \[f, h, w, 3\]"),
         (("a.mp4", clip(0)), UserError, "with at least one frame"),
         (("a.mp4", np.zeros((2, 1, 32, 32, 3))), UserError, "frames has 2 videos"),

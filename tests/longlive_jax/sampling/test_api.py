@@ -1,5 +1,6 @@
 """The Python interface: prompts as scripts, options of one call, outputs, text features, errors."""
 
+import contextlib
 import dataclasses
 import re
 import threading
@@ -125,11 +126,22 @@ def test_features_need_no_padding_and_no_text_for_a_cut(tiny):
     assert not tiny.stream("very long " * 60, features={"very long " * 60: features}).notes[1:]
 
 
+def test_warnings_point_at_the_callers_line(tiny, monkeypatch):
+    with contextlib.closing(tiny.stream("a cat runs", chunks=1)) as stream:
+        monkeypatch.setattr(Engine, "unknown_words", lambda self, prompts: ("no such word",))
+        for call in (tiny.sample, tiny.stream, stream.steer):
+            with pytest.warns(UserWarning, match="no such word") as caught:
+                call("an elephant", **({} if call == stream.steer else {"chunks": 1}))
+            assert {warning.filename for warning in caught} == {__file__}
+
+
 WRONG = [
     ("scripts must be a prompt", TypeError, lambda p: p.sample(5)),
     ("scripts must be a prompt", TypeError, lambda p: p.sample(None)),
     ("scripts is empty", UserError, lambda p: p.sample([])),
-    ("or ShotScripts, got int", TypeError, lambda p: p.sample([5])),
+    ("must hold prompts .strings. or ShotScripts, got int", TypeError, lambda p: p.sample([5])),
+    ("several videos are a list of ShotScript.of", TypeError, lambda p: p.sample([["a"], ["b"]])),
+    ("'my/shots.yaml' is a path, not a prompt", UserError, lambda p: p.sample("my/shots.yaml")),
     ("scripts mixes prompts and ShotScripts", TypeError, lambda p: p.sample(["a", SCRIPT])),
     ("a shot needs a prompt", UserError, lambda p: p.sample(" ")),
     ("seconds: expected float, got '4'", UserError, lambda p: p.sample("a", seconds="4")),

@@ -57,7 +57,7 @@ SHOTS = [{"prompt": "a", "seconds": 1}]
     [
         ({"shots": []}, "no shots"),
         ({}, "no shots"),
-        ([1], "expected a mapping"),
+        ([1], "expected 'shots: "),
         ({"shots": "a"}, "must be a list"),
         ({"shots": SHOTS, "seeds": 1}, "unknown key 'seeds'; did you mean 'seed'"),
         ({"shots": [{"promt": "a", "seconds": 1}]}, r"shots\[0\].*'promt'; did you mean 'prompt'"),
@@ -73,7 +73,13 @@ SHOTS = [{"prompt": "a", "seconds": 1}]
         ({"shots": [{"prompt": "a", "chunks": 1.5}]}, "chunks: expected int"),
         ({"shots": [{"prompt": "a", "seconds": "4"}]}, "seconds: expected float"),
         ({"shots": [{"prompt": " ", "seconds": 4}]}, "needs a prompt"),
-        ({"shots": ["a"]}, r"shots\[0\]: is a group"),
+        ({"shots": ["a"]}, r"shots\[0\] must be {prompt: TEXT, seconds: NUMBER}, got 'a'"),
+        ({"shots": "a cat"}, "shots must be a list of {prompt: TEXT, seconds: NUMBER}"),
+        ("a cat", r"expected 'shots: \[...\]', a list of {prompt: TEXT, seconds: NUMBER}, got str"),
+        (
+            {"shots": [{"prompt": "a cat " * 20, "seconds": 0}]},
+            "'(a cat ){9}a c[.]{3}': seconds must be positive",
+        ),
         ({"shots": SHOTS, "seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
         ({"shots": SHOTS, "size": [60, 100]}, "nearest: 32x96, 32x128, 64x96, 64x128"),
         ({"shots": SHOTS, "size": [64]}, "expected 2 values"),
@@ -124,7 +130,7 @@ def test_a_text_file_has_one_video_per_line(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n two \n")
     scripts = read_scripts(tmp_path / "p.txt", chunks=3)
     assert [s.shots for s in scripts] == [(Shot("one", chunks=3),), (Shot("two", chunks=3),)]
-    with pytest.raises(UserError, match="number of chunks"):
+    with pytest.raises(UserError, match="give chunks, such as --chunks=6"):
         read_scripts(tmp_path / "p.txt")
 
 
@@ -166,7 +172,7 @@ def test_durations_are_truncated_or_the_last_shot_is_extended(
         ("1 2", "2 durations for 1"),
         ("0", "expected positive integers"),
         ("x", "expected positive integers"),
-        (None, "number of chunks"),
+        (None, "give chunks, such as --chunks=6"),
     ],
 )
 def test_invalid_durations(tmp_path, durations, words):
