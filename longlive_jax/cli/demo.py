@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SEED = 0
 """A seed with which the judge finds every caption and every cut right."""
+EXAMPLE = "shots: [{prompt: a red circle moves left on a mint background, seconds: 4}]"
+"""A script that can be written by hand."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,7 +80,8 @@ def _run(
         print(path)
     is_builtin = folder.resolve() == find_checkpoint().resolve()
     print_report(report, is_builtin=is_builtin)
-    print(f"Your own shots: write them to a file (README), then {_program()} sample --script=FILE")
+    print(f"Your own shots: write them to shots.yaml, such as {EXAMPLE}")
+    print(f"and run {_program()} sample --script=shots.yaml")
 
 
 def _make(

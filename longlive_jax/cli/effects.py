@@ -1,7 +1,7 @@
-"""Notes on settings that a command line states without any effect.
+"""Notes on settings without any effect, and on too few steps for a solver.
 
-A rule says when some settings do nothing. Only what the command line states is looked at: recipes
-state more than a single command needs.
+A rule says when some settings do nothing. For rules, only what the command line states is looked
+at: recipes state more than a single command needs.
 """
 
 import argparse
@@ -27,6 +27,9 @@ PARTS_OF_SETTINGS = {
     "evaluate.comparison": ("compared",),
 }
 """Setting -> the parts of an evaluation that use it."""
+
+SDE_STEPS = 16
+"""Fewest steps for the solver "sde"; fewer do not remove the noise that it adds between them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,13 @@ def note_sample(given: Mapping[str, str], run: SampleRun) -> None:
     if any(script.negative_prompt for script in run.scripts):
         given = {"sample.negative_prompt": f"negative_prompt of {run.args.script}"} | dict(given)
     print_ineffective(given, SAMPLE_RULES, run)
+    if run.spec.solver == "sde" and run.spec.steps < SDE_STEPS:
+        print_notes(
+            [
+                f"solver sde needs {SDE_STEPS} steps or more, got {run.spec.steps}; use "
+                "--solver=unipc for fewer"
+            ]
+        )
 
 
 def note_train(given: Mapping[str, str], stage: Any) -> None:

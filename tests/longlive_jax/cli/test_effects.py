@@ -64,6 +64,13 @@ def test_sampling(name, settings, reason, capsys):
     assert text.count("\n") == 1
 
 
+def test_few_steps_of_a_solver_that_needs_many(capsys):
+    assert notes(capsys, [], spec=SampleSpec(solver="sde", steps=32)) == ""
+    assert notes(capsys, [], spec=SampleSpec(solver="unipc", steps=2)) == ""
+    text = notes(capsys, [], spec=SampleSpec(solver="sde", steps=2))
+    assert text == "note: solver sde needs 16 steps or more, got 2; use --solver=unipc for fewer\n"
+
+
 def test_a_negative_prompt_of_the_script(capsys):
     text = notes(capsys, [], scripts=(ShotScript(ONE_SHOT.shots, negative_prompt="x"),))
     assert text.startswith("note: negative_prompt of shots.yaml has no effect: guidance is 1")
