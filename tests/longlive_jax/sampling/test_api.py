@@ -139,7 +139,7 @@ WRONG = [
     ("scripts must be a prompt", TypeError, lambda p: p.sample(5)),
     ("scripts must be a prompt", TypeError, lambda p: p.sample(None)),
     ("scripts is empty", UserError, lambda p: p.sample([])),
-    ("must hold prompts .strings. or ShotScripts, got int", TypeError, lambda p: p.sample([5])),
+    ("must hold prompts (strings) or ShotScripts, got int", TypeError, lambda p: p.sample([5])),
     ("several videos are a list of ShotScript.of", TypeError, lambda p: p.sample([["a"], ["b"]])),
     ("'my/shots.yaml' is a path, not a prompt", UserError, lambda p: p.sample("my/shots.yaml")),
     ("scripts mixes prompts and ShotScripts", TypeError, lambda p: p.sample(["a", SCRIPT])),
