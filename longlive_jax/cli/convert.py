@@ -21,14 +21,24 @@ KINDS = ("base", "ar", "distilled", "two_step")
 
 @contextlib.contextmanager
 def byte_progress() -> Iterator["ProgressCallback"]:
-    """A progress bar on standard error that counts bytes; gives the function that updates it."""
+    """A progress bar on standard error that counts bytes; gives the function that updates it.
+
+    It appears with the first update, so that a refused file leaves its message alone.
+    """
     text, size = TextColumn("{task.description}"), DownloadColumn(binary_units=True)
     columns = (text, BarColumn(), size, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda name, done, total: bar.update(
-            task, description=name, completed=done, total=total
-        )
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("reading", total=None)
+
+    def update(name: str, done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, description=name, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -147,12 +147,12 @@ def _vae(shapes: Mapping[TreePath, Shape], hints: Hints) -> VAEConfig:
 
 
 def _statistics(values: Any) -> tuple[float, ...]:
-    """A list of finite numbers as a tuple. Raises UserError for anything else."""
-    if not isinstance(values, list) or not all(
+    """A sequence of finite numbers as a tuple. Raises UserError for anything else."""
+    if not isinstance(values, list | tuple) or not all(
         isinstance(value, int | float) and math.isfinite(value) for value in values
     ):
         raise UserError(
-            f"VAE: latents_mean and latents_std must be lists of finite numbers, got "
+            "VAE: latents_mean and latents_std must be lists of finite numbers, got "
             f"{str(values)[:60]}; copy the JSON file next to the weights again"
         )
     return tuple(values)

@@ -83,7 +83,7 @@ SHOTS = [{"prompt": "a", "seconds": 1}]
         ({"shots": SHOTS, "seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
         ({"shots": SHOTS, "size": [60, 100]}, "nearest: 32x96, 32x128, 64x96, 64x128"),
         ({"shots": SHOTS, "size": [64]}, "expected 2 values"),
-        ({"shots": SHOTS, "size": "wide"}, "not HEIGHTxWIDTH"),
+        ({"shots": SHOTS, "size": "wide"}, "size must be HEIGHTxWIDTH, such as"),
         ({"shots": SHOTS, "image": "none.png"}, "does not exist"),
     ],
 )
