@@ -19,7 +19,7 @@ The built-in VAE knows flat coloured shapes only, and other pictures come out bl
 The text encoder stays as it is: captions that differ only in words it does not know look the same
 to the model. For real footage, fine-tune Wan2.2 on a GPU (--config=ar_5b).
 
-Cost: minutes on two cores (2 to 3 steps per second; the videos are encoded once).
+Cost: not measured; it is meant for minutes on a laptop. The videos are encoded once.
 Result: a toy, to learn the steps with; quality on real footage is not measured.
 """
 

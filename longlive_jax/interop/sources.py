@@ -1,7 +1,6 @@
 """Finds the state dicts at a path, unwraps them and normalises their keys."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from longlive_jax.interop.keytable import KeyReport
 from longlive_jax.interop.safetensors_file import read_index, read_safetensors
 from longlive_jax.interop.tensors import LazyTensor
 from longlive_jax.interop.torch_file import read_torch
+from longlive_jax.io.json_files import read_json_object
 from longlive_jax.io.parts import MODELS_FILE
 from longlive_jax.spec import UserError
 
@@ -125,7 +125,7 @@ def open_file(path: Path, *, use_ema: bool = False) -> Source:
     tensors, report = _normalise_keys(state)
     if header is not None:
         tensors = released.from_released(tensors, str(path))
-    hints, exported = _json_object(path.parent / "config.json"), _exported(path.parent)
+    hints, exported = read_json_object(path.parent / "config.json") or {}, _exported(path.parent)
     return Source(path, tensors, hints, exported, entry, report, header)
 
 
@@ -186,21 +186,8 @@ def _normalise_key(key: str) -> str:
 def _exported(folder: Path) -> dict[str, dict[str, Any]]:
     """The settings of models in an exported folder, by component, or {}."""
     path = folder / MODELS_FILE
-    models = _json_object(path)
+    models = read_json_object(path) or {}
     wrong = next((name for name, values in models.items() if not isinstance(values, dict)), None)
     if wrong is not None:
         raise UserError(f"{path}: {wrong} must be a JSON object; copy it again or remove it")
     return models
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or {} if there is no such file. Raises UserError if damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy it again or remove it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values

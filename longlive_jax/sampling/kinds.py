@@ -1,14 +1,14 @@
 """Kinds of video models, and the sampling settings that suit each."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from longlive_jax.captions import NEGATIVE_PROMPT
+from longlive_jax.io.json_files import read_json_object
 from longlive_jax.io.parts import SETTINGS_FILE
 from longlive_jax.sampling.settings import RENAMED_SETTINGS, SampleSpec
-from longlive_jax.spec import UserError, build, with_renamed
+from longlive_jax.spec import build, with_renamed
 
 __all__ = ["KINDS", "describe", "exported_settings", "kind_of", "settings_of"]
 
@@ -61,14 +61,9 @@ def exported_settings(folder: Path) -> dict[str, Any] | None:
     Raises UserError if they are damaged.
     """
     path = folder / SETTINGS_FILE
-    if not path.is_file():
+    settings = read_json_object(path)
+    if settings is None:
         return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy it again or remove it") from error
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     settings = with_renamed(settings, RENAMED_SETTINGS)
     build(SampleSpec, settings, path=str(path))
     return settings
