@@ -36,12 +36,15 @@ class TileMap:
       stop: end of each range, exclusive.
       full: 1 if all pairs of a range are visible, else 0.
       count: number of tiles in all ranges of a row.
+      order: rows by falling count. Thread blocks take rows in this order, so that the last ones to
+        run are the shortest.
     """
 
     start: Int[Array, "b rows ranges"]
     stop: Int[Array, "b rows ranges"]
     full: Int[Array, "b rows ranges"]
     count: Int[Array, "b rows"]
+    order: Int[Array, "b rows"]
 
 
 def tile_map(
@@ -173,7 +176,9 @@ def _collect(own: _Tiles, others: _Tiles, rows: Rows, ranges: int) -> TileMap:
         return _ranges(_row_kinds(own, others, rows, tile), ranges)
 
     parts = _map_rows(tile_ranges, own.simple.shape[1])
-    return TileMap(*(jnp.swapaxes(x, 0, 1) for x in parts))
+    start, stop, full, count = (jnp.swapaxes(x, 0, 1) for x in parts)
+    order = jnp.argsort(-count, axis=-1, stable=True).astype(jnp.int32)
+    return TileMap(start, stop, full, count, order)
 
 
 def _map_rows(function: Callable[[Array], Any], rows: int) -> Any:

@@ -76,6 +76,16 @@ def test_ranges_are_the_tiles_of_the_mask(layout, q_tile, k_tile):
             np.testing.assert_array_equal(got, want)
 
 
+def test_rows_are_ordered_by_falling_number_of_tiles():
+    tokens = pad_tokens(LAYOUTS["cuts differ"](), 8)
+    for tiles in tile_maps(tokens, tokens, q_tile=8, k_tile=8):
+        counts, order = np.asarray(tiles.count), np.asarray(tiles.order)
+        assert counts.shape[0] == 2 and len(np.unique(counts)) > 2
+        for count, rows in zip(counts, order, strict=True):
+            np.testing.assert_array_equal(np.sort(rows), np.arange(len(rows)))
+            assert (np.diff(count[rows]) <= 0).all()
+
+
 def test_traced_columns_give_the_same_map():
     tokens = LAYOUTS["window and sinks"]()
     q = pad_tokens(tokens, 8)

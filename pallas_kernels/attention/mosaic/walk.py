@@ -9,20 +9,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def walk(ranges, steps, stages: int, step: Callable, carry: Any) -> Any:
-    """Folds `step(t, slot, tile, is_full, carry) -> carry` over all tiles of a row's ranges.
+def walk(ranges, steps, stages: int, step: Callable, carry: Any, *, first: int = 0) -> Any:
+    """Folds `step(t, slot, tile, is_full, carry) -> carry` over the tiles of a row's ranges.
 
     `ranges` are references to start, stop and full of the row; `slot` is the pipeline slot of step
-    `t`.
+    `t`. Steps before `first` are skipped.
     """
 
     def body(t, state):
         (tile, index), carry = state
         slot = lax.rem(t, jnp.int32(stages))
-        carry = step(t, slot, tile, ranges[2][index] == 1, carry)
-        return _advance(ranges, tile, index), carry
+        # The next tile is read before the step, which hides the latency.
+        is_full, following = ranges[2][index] == 1, _advance(ranges, tile, index)
+        return following, step(t, slot, tile, is_full, carry)
 
-    _, carry = lax.fori_loop(0, steps, body, ((ranges[0][0], jnp.int32(0)), carry))
+    at = (ranges[0][0], jnp.int32(0))
+    for _ in range(first):
+        at = _advance(ranges, *at)
+    _, carry = lax.fori_loop(first, steps, body, (at, carry))
     return carry
 
 
