@@ -3,7 +3,8 @@
 Probabilities are recomputed from the forward pass's log-sum-exp (arXiv:2205.14135, algorithm 4), so
 no [queries, keys] array is materialized. The dq kernel walks the map of query tiles; the dk and dv
 kernel walks the map of key tiles, with everything transposed. Neither uses atomics, so results are
-deterministic.
+deterministic. A step issues both of its first products together and computes its weights while the
+second is in flight.
 """
 
 import dataclasses
@@ -17,13 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.mosaic.columns import GLOBAL_SINKS, code_mask
-from pallas_kernels.attention.mosaic.hopper_forward import (
-    LAYOUT,
-    WARPGROUPS,
-    add_product,
+from pallas_kernels.attention.mosaic.hopper_forward import WARPGROUPS
+from pallas_kernels.attention.mosaic.hopper_products import (
+    add_products,
+    await_slot,
     col_values,
-    product,
+    product_pair,
     row_values,
+    zeros,
 )
 from pallas_kernels.attention.mosaic.primitives import (
     LOG2_E,
@@ -45,12 +47,12 @@ class BackwardTiles:
     Attributes:
       own: rows of a warpgroup.
       step: rows of the other operand per step.
-      stages: pipeline stages, i.e. steps that are loaded ahead.
+      stages: pipeline stages, i.e. steps that are loaded ahead; at least two.
     """
 
     own: int = 64
     step: int = 64
-    stages: int = 2
+    stages: int = 3
 
     @property
     def rows(self) -> int:
@@ -62,7 +64,7 @@ def query_gradient(
     saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, *, interpret=None
 ) -> Float[Array, "b q n d"]:
     """dq; `tiles` maps `size.rows` queries to tiles of `size.step` keys."""
-    staged = (("tile", "number"), ("tile",))
+    staged = ("tile", "number", "tile")
     (dq,) = _call(_query_body, staged, saved, tiles, size, (saved.q,), interpret)
     return dq
 
@@ -71,14 +73,14 @@ def key_value_gradient(
     saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, *, interpret=None
 ) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"]]:
     """(dk, dv); `tiles` maps `size.rows` keys to tiles of `size.step` queries."""
-    staged = (("tile", "columns", "float"), ("tile", "float"))
+    staged = ("tile", "columns", "float", "tile", "float")
     return _call(_key_value_body, staged, saved, tiles, size, (saved.k, saved.v), interpret)
 
 
 def _call(
-    make_body, groups, saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, like, interpret
+    make_body, staged, saved: BackwardInputs, tiles: TileMap, size: BackwardTiles, like, interpret
 ):
-    """Launches a kernel whose steps load `groups` of buffers of the given kinds."""
+    """Launches a kernel whose steps load buffers of the kinds `staged`."""
     # 1. Buffers of each kind.
     b, length, heads, width = like[0].shape
     own = plgpu.SMEM((WARPGROUPS, size.own, width), saved.q.dtype, transforms=SWIZZLED)
@@ -89,7 +91,6 @@ def _call(
         "float": plgpu.SMEM(slots, jnp.float32),
         "columns": plgpu.SMEM((size.stages, GLOBAL_SINKS + 1, size.step), jnp.int32),
     }
-    used = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=size.stages)
     # 2. The kernel. `here` barriers: data has arrived; `used`: a slot may be overwritten.
     kernel = plgpu.kernel(
         make_body(size, width, interpret is not None),
@@ -101,11 +102,10 @@ def _call(
         scratch_types={
             "own_s": (own, own),
             "own_here": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-            "staged_s": tuple(tuple(kinds[kind] for kind in group) for group in groups),
-            "here": tuple(
-                plgpu.Barrier(num_arrivals=len(group), num_barriers=size.stages) for group in groups
-            ),
-            "used": (used, used),
+            "staged_s": tuple(kinds[kind] for kind in staged),
+            "here": plgpu.Barrier(num_arrivals=len(staged), num_barriers=size.stages),
+            "used": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=size.stages),
+            "turn": plgpu.Barrier(num_barriers=WARPGROUPS),
         },
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -116,40 +116,34 @@ def _call(
     maps = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
     return kernel(
         saved.q, saved.k, saved.v, saved.grad, saved.lse, saved.delta, query, key,
-        maps.start, maps.stop, maps.full, maps.count,
+        maps.start, maps.stop, maps.full, maps.count, maps.order,
     )  # fmt: skip
 
 
 def _query_body(size: BackwardTiles, width: int, simulated: bool):
     shape = (size.own, size.step)
 
-    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dq, **buffers):
-        def compute(position, rows, ranges, steps, own, tiles, here, used):
+    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, order, dq, **buffers):
+        def compute(position, rows, ranges, steps, own, tiles, pair, used):
             batch, head = position
-            q_s, grad_s = own
+            q_s = own[0]
             top, row_delta = (row_values(x.at[batch, head, rows]) for x in (lse, delta))
             row_codes = [row_values(query.at[batch, i, rows]) for i in range(query.shape[1])]
 
             def step(t, slot, tile, is_full, acc):  # dq += weights * (grad @ v^T - delta) @ k
-                (k_s, code_s), (v_s,) = ((x.at[slot] for x in group) for group in tiles)
-                plgpu.barrier_wait(here[0].at[slot])
-                logits = product(q_s, k_s, shape) * (width**-0.5 * LOG2_E)
+                k_s, code_s, v_s = (x.at[slot] for x in tiles)
 
                 def mask():
                     code = per_column(col_values(code_s), shape)
                     return code_mask(lambda i: per_row(row_codes[i], shape), code)
 
-                logits = _masked(logits, is_full, mask)
-                weights = jnp.exp2(logits - per_row(top, shape))
-                plgpu.barrier_wait(here[1].at[slot])
-                d_weights = product(grad_s, v_s, shape)
-                plgpu.barrier_arrive(used[1].at[slot])
-                d_logits = weights * (d_weights - per_row(row_delta, shape))
-                acc = add_product(acc, d_logits.astype(k.dtype), k_s, simulated)
-                plgpu.barrier_arrive(used[0].at[slot])
+                weights, d_weights = pair(t, (k_s, v_s), is_full, mask, lambda: per_row(top, shape))
+                d_logits = (weights * (d_weights - per_row(row_delta, shape))).astype(k.dtype)
+                (acc,) = add_products((acc, d_logits, k_s), simulated=simulated)
+                plgpu.barrier_arrive(used.at[slot])
                 return acc
 
-            acc = walk(ranges, steps, size.stages, step, _zeros(size.own, width))
+            acc = walk(ranges, steps, size.stages, step, zeros((size.own, width)))
             q_s[...] = (acc * width**-0.5).astype(q_s.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s, dq.at[batch, rows, head])
@@ -157,12 +151,13 @@ def _query_body(size: BackwardTiles, width: int, simulated: bool):
 
         def sources(batch, head):
             return (
-                (lambda part: k.at[batch, part, head], lambda part: key.at[batch, part]),
-                (lambda part: v.at[batch, part, head],),
+                lambda part: k.at[batch, part, head],
+                lambda part: key.at[batch, part],
+                lambda part: v.at[batch, part, head],
             )
 
-        ranges = (start, stop, full, count)
-        _roles(size, (q, grad), sources, ranges, compute, **buffers)
+        ranges = (start, stop, full, count, order)
+        _roles(size, width, simulated, (q, grad), sources, ranges, compute, **buffers)
 
     return body
 
@@ -170,36 +165,36 @@ def _query_body(size: BackwardTiles, width: int, simulated: bool):
 def _key_value_body(size: BackwardTiles, width: int, simulated: bool):
     shape = (size.own, size.step)
 
-    def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, dk, dv, **buffers):
-        def compute(position, rows, ranges, steps, own, tiles, here, used):
+    def columns(ref):
+        return per_column(col_values(ref), shape)
+
+    def body(
+        q, k, v, grad, lse, delta, query, key, start, stop, full, count, order, dk, dv, **buffers
+    ):
+        def compute(position, rows, ranges, steps, own, tiles, pair, used):
             batch, head = position
             k_s, v_s = own
             code = row_values(key.at[batch, rows])
 
             def step(t, slot, tile, is_full, carry):  # dv += weights @ grad, dk += d_logits @ q
                 dk_sum, dv_sum = carry
-                (q_s, code_s, lse_s), (grad_s, delta_s) = ((x.at[slot] for x in g) for g in tiles)
-                plgpu.barrier_wait(here[0].at[slot])
-                logits = product(k_s, q_s, shape) * (width**-0.5 * LOG2_E)
+                q_s, code_s, lse_s, grad_s, delta_s = (x.at[slot] for x in tiles)
 
                 def mask():
-                    return code_mask(
-                        lambda i: per_column(col_values(code_s.at[i]), shape), per_row(code, shape)
-                    )
+                    return code_mask(lambda i: columns(code_s.at[i]), per_row(code, shape))
 
-                logits = _masked(logits, is_full, mask)
-                weights = jnp.exp2(logits - per_column(col_values(lse_s), shape))
-                plgpu.barrier_wait(here[1].at[slot])
-                dv_sum = add_product(dv_sum, weights.astype(q.dtype), grad_s, simulated)
-                d_weights = product(v_s, grad_s, shape)
-                d_logits = weights * (d_weights - per_column(col_values(delta_s), shape))
-                plgpu.barrier_arrive(used[1].at[slot])
-                dk_sum = add_product(dk_sum, d_logits.astype(q.dtype), q_s, simulated)
-                plgpu.barrier_arrive(used[0].at[slot])
+                weights, d_weights = pair(t, (q_s, grad_s), is_full, mask, lambda: columns(lse_s))
+                d_logits = weights * (d_weights - columns(delta_s))
+                dv_sum, dk_sum = add_products(
+                    (dv_sum, weights.astype(q.dtype), grad_s),
+                    (dk_sum, d_logits.astype(q.dtype), q_s),
+                    simulated=simulated,
+                )
+                plgpu.barrier_arrive(used.at[slot])
                 return dk_sum, dv_sum
 
-            zeros = (_zeros(size.own, width), _zeros(size.own, width))
-            dk_sum, dv_sum = walk(ranges, steps, size.stages, step, zeros)
+            sums = (zeros((size.own, width)), zeros((size.own, width)))
+            dk_sum, dv_sum = walk(ranges, steps, size.stages, step, sums)
             k_s[...] = (dk_sum * width**-0.5).astype(k_s.dtype)
             v_s[...] = dv_sum.astype(v_s.dtype)
             plgpu.commit_smem()
@@ -208,43 +203,74 @@ def _key_value_body(size: BackwardTiles, width: int, simulated: bool):
             plgpu.wait_smem_to_gmem(0)
 
         sources = functools.partial(_query_parts, q, grad, query, lse, delta)
-        ranges = (start, stop, full, count)
-        _roles(size, (k, v), sources, ranges, compute, **buffers)
+        ranges = (start, stop, full, count, order)
+        _roles(size, width, simulated, (k, v), sources, ranges, compute, **buffers)
 
     return body
 
 
-def _masked(logits, is_full, mask):
-    """Masks the logits of a tile that is not full; `mask()` computes the mask."""
-    return lax.cond(is_full, lambda x: x, lambda x: jnp.where(mask(), x, MASKED), logits)
+def _pair(size: BackwardTiles, width: int, simulated: bool, steps, own_s, here, turn):
+    """The first half of a step: the weights and their gradient, from the step's two tiles.
+
+    The warpgroups take turns to issue, so that one computes weights while the other multiplies.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+
+    def run(t, right, is_full, mask, top):
+        def beside(logits):
+            # Scaled before the mask, not in a multiply-add: rounding must be that of `top`.
+            logits = logits * (width**-0.5 * LOG2_E)
+            logits = lax.cond(is_full, lambda x: x, lambda x: jnp.where(mask(), x, MASKED), logits)
+            weights = jnp.exp2(logits - top())
+            await_slot(here, t + 1, steps, size.stages)  # the tiles of the next step
+            return weights
+
+        # The barrier keeps the tiles' descriptors from being hoisted: they would fill registers.
+        first, second = (x.at[lax.optimization_barrier(warpgroup)] for x in own_s)
+        plgpu.barrier_wait(turn.at[warpgroup])
+        return product_pair(
+            (first, right[0]),
+            (second, right[1]),
+            lambda: plgpu.barrier_arrive(turn.at[1 - warpgroup]),
+            beside,
+            simulated=simulated,
+        )
+
+    return run
 
 
 def _query_parts(q, grad, query, lse, delta, batch, head):
-    """Sources of a step over queries, in two groups that are loaded separately."""
+    """Sources of a step over queries."""
     return (
-        (
-            lambda part: q.at[batch, part, head],
-            lambda part: query.at[batch, :, part],
-            lambda part: lse.at[batch, head, part],
-        ),
-        (lambda part: grad.at[batch, part, head], lambda part: delta.at[batch, head, part]),
+        lambda part: q.at[batch, part, head],
+        lambda part: query.at[batch, :, part],
+        lambda part: lse.at[batch, head, part],
+        lambda part: grad.at[batch, part, head],
+        lambda part: delta.at[batch, head, part],
     )
 
 
-def _roles(size, own, sources, ranges, compute, *, own_s, own_here, staged_s, here, used):
+def _roles(
+    size, width, simulated, own, sources, ranges, compute,
+    *, own_s, own_here, staged_s, here, used, turn,
+):  # fmt: skip
     """Assigns the roles: one warpgroup loads all steps; the others load their rows and compute."""
+    # 1. The tile ranges of this thread block.
     warpgroup = lax.axis_index("warpgroup")
-    head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
-    *parts, count = ranges
+    head, place, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
+    *parts, count, order = ranges
+    row = order[batch, place]
     parts = tuple(x.at[batch, row] for x in parts)
     steps = count[batch, row]
 
+    # 2. The loading warpgroup.
     @pl.when(warpgroup == WARPGROUPS)
     def _load():
         plgpu.set_max_registers(24, action="decrease")
-        groups = sources(batch, head)
-        produce(parts, steps, size.stages, size.step, groups, staged_s, here, used)
+        loads = sources(batch, head)
+        produce(parts, steps, size.stages, size.step, (loads,), (staged_s,), (here,), (used,))
 
+    # 3. The computing warpgroups.
     @pl.when(warpgroup < WARPGROUPS)
     def _compute():
         plgpu.set_max_registers(240, action="increase")
@@ -254,8 +280,8 @@ def _roles(size, own, sources, ranges, compute, *, own_s, own_here, staged_s, he
         for source, target in zip(own, targets, strict=True):
             plgpu.copy_gmem_to_smem(source.at[batch, rows, head], target, arrived)
         plgpu.barrier_wait(arrived)
-        compute((batch, head), rows, parts, steps, targets, staged_s, here, used)
-
-
-def _zeros(rows: int, width: int):
-    return plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), LAYOUT)
+        await_slot(here, 0, steps, size.stages)
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        pair = _pair(size, width, simulated, steps, own_s, here, turn)
+        compute((batch, head), rows, parts, steps, targets, staged_s, pair, used)
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))

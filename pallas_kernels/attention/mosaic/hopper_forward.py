@@ -14,6 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.mosaic.columns import MaskColumns, code_mask
+from pallas_kernels.attention.mosaic.hopper_products import (
+    LAYOUT,
+    add_products,
+    await_slot,
+    col_values,
+    product,
+    product_and_sum,
+    row_values,
+    zeros,
+)
 from pallas_kernels.attention.mosaic.primitives import (
     LOG2_E,
     MASKED,
@@ -26,7 +36,8 @@ from pallas_kernels.attention.mosaic.walk import produce, walk
 from pallas_kernels.attention.tilemap import TileMap
 
 WARPGROUPS = 2  # computing warpgroups
-LAYOUT = plgpu.Layout.WGMMA
+BLIND = MASKED / 2
+"""Row maximum of queries that have seen no key: below all logits, above masked ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +47,7 @@ class ForwardTiles:
     Attributes:
       queries: queries of a warpgroup.
       keys: keys per step.
-      stages: pipeline stages, i.e. steps that are loaded ahead.
+      stages: pipeline stages, i.e. steps that are loaded ahead; at least two.
     """
 
     queries: int = 64
@@ -84,8 +95,10 @@ def forward(
         **({} if interpret is None else {"interpret": interpret}),
     )
     query, key = (broadcast_batch(x, b) for x in (columns.query, columns.key))
-    ranges = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
-    return kernel(q, k, v, query, key, ranges.start, ranges.stop, ranges.full, ranges.count)
+    maps = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
+    return kernel(
+        q, k, v, query, key, maps.start, maps.stop, maps.full, maps.count, maps.order
+    )  # fmt: skip
 
 
 def _scratch(size: ForwardTiles, width: int, dtype):
@@ -101,14 +114,16 @@ def _scratch(size: ForwardTiles, width: int, dtype):
         "targets": ((kv, plgpu.SMEM((size.stages, size.keys), jnp.int32)), (kv,)),
         "here": tuple(plgpu.Barrier(num_arrivals=n, num_barriers=size.stages) for n in (2, 1)),
         "used": (used, used),
+        "turn": plgpu.Barrier(num_barriers=WARPGROUPS),
     }
 
 
 def _body(size: ForwardTiles, width: int, simulated: bool):
-    def body(q, k, v, query, key, start, stop, full, count, out, lse, *, own, **staged):
+    def body(q, k, v, query, key, start, stop, full, count, order, out, lse, *, own, **staged):
         # 1. The tile ranges of this thread block.
         warpgroup = lax.axis_index("warpgroup")
-        head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
+        head, place, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
+        row = order[batch, place]
         ranges = tuple(x.at[batch, row] for x in (start, stop, full))
         steps = count[batch, row]
 
@@ -120,7 +135,8 @@ def _body(size: ForwardTiles, width: int, simulated: bool):
                 (lambda part: k.at[batch, part, head], lambda part: key.at[batch, part]),
                 (lambda part: v.at[batch, part, head],),
             )
-            produce(ranges, steps, size.stages, size.keys, sources, **staged)
+            loads = {name: staged[name] for name in ("targets", "here", "used")}
+            produce(ranges, steps, size.stages, size.keys, sources, **loads)
 
         # 3. The computing warpgroups: attend, normalize, write.
         @pl.when(warpgroup < WARPGROUPS)
@@ -135,10 +151,11 @@ def _body(size: ForwardTiles, width: int, simulated: bool):
             acc, top, total = _consume(
                 size, width, simulated, q_s, row_codes, ranges, steps, **staged
             )
-            empty = top <= MASKED
+            empty = top <= BLIND
             acc = acc * per_row(jnp.where(empty, 0.0, 1 / total), acc.shape)
             q_s[...] = acc.astype(q_s.dtype)
-            lse_s[...] = jnp.where(empty, -MASKED, top + jnp.log(total) * LOG2_E)
+            logits = top * (width**-0.5 * LOG2_E) + jnp.log(total) * LOG2_E
+            lse_s[...] = jnp.where(empty, -MASKED, logits)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s, out.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(lse_s, lse.at[batch, head, rows])
@@ -147,71 +164,93 @@ def _body(size: ForwardTiles, width: int, simulated: bool):
     return body
 
 
-def _consume(size, width, simulated, q_s, row_codes, ranges, steps, *, targets, here, used):
+def _consume(size, width, simulated, q_s, row_codes, ranges, steps, *, targets, here, used, turn):
     """Online softmax over the tiles of all ranges.
 
-    Returns the accumulated values, the row maxima and the row sums.
+    A step issues its own logits and the previous step's values together; the softmax of the logits
+    runs while the tensor core multiplies the values. The warpgroups take turns to issue, so that
+    one's softmax also runs beside the other's products.
+
+    Returns the accumulated values, the row maxima of the logits, and the row sums.
     """
+    # 1. The first logits and the last values, which no other product accompanies.
+    warpgroup, row = lax.axis_index("warpgroup"), LAYOUT.reduce(1)
+    (keys, _), (values,) = targets
+    softmax = _softmax(size, width, row_codes, steps, targets, here, used)
+
+    def first(top, total):
+        plgpu.barrier_wait(here[0].at[0])
+        logits = product(q_s, keys.at[0])
+        weights, top, total, _ = softmax(logits, 0, 0, ranges[2][0] == 1, top, total)
+        return weights.astype(values.dtype), top, total
+
+    def last(acc, weights):
+        slot = lax.rem(steps - 1, jnp.int32(size.stages))
+        plgpu.barrier_wait(here[1].at[slot])
+        (acc,) = add_products((acc, weights, values.at[slot]), simulated=simulated)
+        plgpu.barrier_arrive(used[1].at[slot])
+        return acc
+
+    # 2. All steps. A row may have none.
+    top = plgpu.layout_cast(jnp.full((size.queries,), BLIND, jnp.float32), row)
+    total = plgpu.layout_cast(jnp.zeros((size.queries,), jnp.float32), row)
+    acc, weights = zeros((size.queries, width)), zeros((size.queries, size.keys), values.dtype)
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+    weights, top, total = lax.cond(
+        steps > 0, first, lambda top, total: (weights, top, total), top, total
+    )
+    step = _step(size, simulated, q_s, softmax, targets, here, used, turn)
+    carry = (acc, weights, top, total)
+    acc, weights, top, total = walk(ranges, steps, size.stages, step, carry, first=1)
+    acc = lax.cond(steps > 0, last, lambda acc, weights: acc, acc, weights)
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+    return acc, top, total
+
+
+def _softmax(size, width, row_codes, steps, targets, here, used):
+    """A step of the online softmax: (weights, row maxima, row sums, factor of earlier sums)."""
     shape = (size.queries, size.keys)
-    row = LAYOUT.reduce(1)
-    top = plgpu.layout_cast(jnp.full(shape[:1], MASKED, jnp.float32), row)
-    total = plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), row)
-    acc = plgpu.layout_cast(jnp.zeros((size.queries, width), jnp.float32), LAYOUT)
+    scale = width**-0.5 * LOG2_E
+    _, codes = targets[0]
 
-    def step(t, slot, tile, is_full, carry):
-        acc, top, total = carry
-        (k_s, code_s), (v_s,) = ((x.at[slot] for x in group) for group in targets)
-        plgpu.barrier_wait(here[0].at[slot])
-        logits = product(q_s, k_s, shape) * (width**-0.5 * LOG2_E)
-
+    def run(logits, t, slot, is_full, top, total):
         def masked(logits):
-            code = per_column(col_values(code_s), shape)
+            code = per_column(col_values(codes.at[slot]), shape)
             plgpu.commit_smem()  # orders this plain read before the next TMA write
-            return jnp.where(
-                code_mask(lambda i: per_row(row_codes[i], shape), code),
-                logits,
-                MASKED,
-            )
+            visible = code_mask(lambda i: per_row(row_codes[i], shape), code)
+            return jnp.where(visible, logits, MASKED)
 
         logits = lax.cond(is_full, lambda x: x, masked, logits)
         plgpu.barrier_arrive(used[0].at[slot])
         new_top = jnp.maximum(top, logits.max(axis=1))
-        fade = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logits - per_row(new_top, shape))
+        fade = jnp.exp2((top - new_top) * scale)
+        weights = jnp.exp2((logits - per_row(new_top, shape)) * scale)
         total = total * fade + weights.sum(axis=1)
-        acc = acc * per_row(fade, acc.shape)
-        plgpu.barrier_wait(here[1].at[slot])
-        acc = add_product(acc, weights.astype(v_s.dtype), v_s, simulated)
-        plgpu.barrier_arrive(used[1].at[slot])
-        return acc, new_top, total
+        await_slot(here[0], t + 1, steps, size.stages)  # the keys of the next step
+        return weights, new_top, total, fade
 
-    return walk(ranges, steps, size.stages, step, (acc, top, total))
+    return run
 
 
-def product(left, right, shape):
-    """`left @ right.T` of two tiles in shared memory, in float32 registers."""
+def _step(size, simulated, q_s, softmax, targets, here, used, turn):
+    """A step: its own logits and their softmax, and the values of the step before."""
+    warpgroup = lax.axis_index("warpgroup")
+    (keys, _), (values,) = targets
 
-    def run(ref):
-        plgpu.wgmma(ref, left, right.transpose((1, 0)))
-        return ref[...]
+    def run(t, slot, tile, is_full, carry):
+        acc, weights, top, total = carry
+        before = lax.rem(t - 1, jnp.int32(size.stages))
+        plgpu.barrier_wait(here[1].at[before])
+        plgpu.barrier_wait(turn.at[warpgroup])
+        (weights, top, total, fade), acc = product_and_sum(
+            (q_s, keys.at[slot]),
+            acc,
+            (weights, values.at[before]),
+            lambda: plgpu.barrier_arrive(turn.at[1 - warpgroup]),
+            lambda logits: softmax(logits, t, slot, is_full, top, total),
+            simulated=simulated,
+        )
+        plgpu.barrier_arrive(used[1].at[before])
+        return acc * per_row(fade, acc.shape), weights.astype(values.dtype), top, total
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
-
-
-def add_product(acc, left, right, simulated: bool):
-    """`acc + left @ right` with `left` in registers."""
-    if simulated:  # the interpreter lacks register operands and initialised accumulators
-        acc = acc + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # orders the plain read before the next TMA write
-        return acc
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
-
-
-def row_values(ref):
-    """Loads one value per row of a tile."""
-    return plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False)
-
-
-def col_values(ref):
-    """Loads one value per column of a tile."""
-    return plgpu.load(ref, layout=LAYOUT.reduce(0), optimized=False)
+    return run
