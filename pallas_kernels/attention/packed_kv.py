@@ -11,7 +11,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.api import attention, check_tokens, select_implementation
-from pallas_kernels.dispatch import Implementation, Unsupported, capability, platform
+from pallas_kernels.catalog import kernels_of
+from pallas_kernels.dispatch import (
+    Implementation,
+    Unsupported,
+    capability,
+    kernel_refusal,
+    platform,
+    proven,
+)
 from pallas_kernels.nvfp4 import NVFP4, dequantize
 from pallas_kernels.tokens import Tokens
 
@@ -30,8 +38,8 @@ def attention_packed(
 ) -> Float[Array, "b q n d"]:
     """`attention` to the chunk's own keys and then to the packed past keys.
 
-    "mosaic" (Blackwell) reads packed arrays. "reference" dequantizes to float32; the others to the
-    dtype of the own keys and values.
+    "reference" dequantizes to float32; the others to the dtype of the own keys and values. "mosaic"
+    (Blackwell) attends to own and past keys separately and merges the results.
 
     Args:
       q: queries.
@@ -67,10 +75,7 @@ def dequantize_kv(
     past: NVFP4, offset: Float[Array, "b slots #m n #d"] | None, dtype: jnp.dtype
 ) -> Float[Array, "b k n d"]:
     """Dequantized keys or values of all slots in order, plus the offset, rounded once."""
-    if offset is None:
-        x = dequantize(past, dtype)
-    else:
-        x = (dequantize(past, jnp.float32) + offset.astype(jnp.float32)).astype(dtype)
+    x = dequantize(past, dtype, offset=offset)
     b, _, _, n, d = x.shape
     return x.reshape(b, -1, n, d)
 
@@ -85,19 +90,19 @@ def select_packed_implementation(
 ) -> Implementation:
     """The name of the implementation that `attention_packed` uses for these arguments.
 
-    "auto" never selects "mosaic", which has not run on a GPU yet. Raises `Unsupported` if the named
-    implementation cannot run.
+    "auto" selects "mosaic" only where its kernel is proven (`dispatch.proven`). Raises
+    `Unsupported` if the named implementation cannot run.
     """
+    if implementation == "auto" and proven("attention_packed", q, past_k, offset):
+        return "mosaic"
     if implementation != "mosaic":
         return select_implementation(q, q, q, q_tokens, q_tokens, implementation=implementation)
-    if not capability().startswith("10."):
+    if not kernels_of("attention_packed", capability()):
         chip = f"sm_{capability().replace('.', '')}" if platform() == "gpu" else platform()
         raise Unsupported(
             f"attention to NVFP4 keys needs Blackwell (sm_100); this is {chip}: use "
             "implementation='auto' (dequantizes)"
         )
-    from pallas_kernels.attention.mosaic import packed_op
-
-    if why := packed_op.refusal(q, past_k, offset):
+    if why := kernel_refusal("attention_packed", capability(), q, past_k, offset):
         raise Unsupported(f"attention to NVFP4 keys: {why}; use implementation='auto'")
     return implementation

@@ -1,9 +1,12 @@
-"""Block-sparse attention forward on Blackwell: tcgen05 and tensor memory, with four roles.
+"""Block-sparse attention forward on Blackwell: tcgen05, with all products in tensor memory.
 
-One warp loads tiles, one issues matrix products, one warpgroup computes the softmax, and another
-accumulates the weighted values. The accumulator must be rescaled whenever the running maximum
-changes; doing so in registers keeps the tensor core busy. The logits of the next tile are computed
-during the softmax of the current one.
+A thread block has two tiles of 128 queries, which share the tiles of keys and values. One warp
+loads tiles and one issues matrix products. Each query tile has a warpgroup that computes its
+softmax, one row per thread, so that no row crosses threads. The products of one query tile run
+during the softmax of the other.
+
+The weights replace the logits in tensor memory and are read from there by the second product. The
+sums stay in tensor memory.
 """
 
 import dataclasses
@@ -16,23 +19,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mosaic.columns import MaskColumns, code_mask
+from pallas_kernels.attention.mosaic.blackwell_softmax import PIECE, mask_logits, softmax
+from pallas_kernels.attention.mosaic.columns import MaskColumns
 from pallas_kernels.attention.mosaic.primitives import (
     LOG2_E,
     MASKED,
     SWIZZLED,
     broadcast_batch,
-    per_column,
     per_row,
 )
-from pallas_kernels.attention.mosaic.walk import produce, walk
+from pallas_kernels.attention.mosaic.walk import produce
 from pallas_kernels.attention.tilemap import TileMap
 
 LAYOUT = plgpu.Layout.TCGEN05
-CONTROL, SOFTMAX, GATHER = range(3)  # warpgroups
+CONTROL, SOFTMAX = 0, 1  # the first warpgroup, and the first of those of the query tiles
 LOADER, ISSUER = range(2)  # warps of the first
-PIECE = 64  # output columns handled at once: one swizzled tile
-PARAMETERS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+TILES = 2  # query tiles of a thread block
+TILE_ROWS = 128
+CONTROL_REGISTERS, SOFTMAX_REGISTERS = 24, 240  # 504 for all three warpgroups
+PARAMETERS = plgpu.CompilerParams(
+    approx_math=True,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    # Warps of a softmax warpgroup may branch apart, and then must not synchronize. `commit_smem`
+    # and the arrival at a barrier synchronize where others read.
+    unsafe_no_auto_barriers=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +51,19 @@ class ForwardTiles:
     """Tile sizes of the forward kernel.
 
     Attributes:
-      rows: queries of a thread block.
-      keys: keys per step.
+      rows: queries of a thread block, in two tiles.
+      keys: keys per step. Fewer than 128 are refused: a public library reports invalid instructions
+        for smaller products of a single multiprocessor.
       stages: pipeline stages, i.e. steps that are loaded ahead.
     """
 
-    rows: int = 128
-    keys: int = 64
+    rows: int = TILES * TILE_ROWS
+    keys: int = 128
     stages: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rows != TILES * TILE_ROWS or self.keys < 128:
+            raise ValueError(f"needs {TILES * TILE_ROWS} rows and at least 128 keys, got {self}")
 
 
 def forward(
@@ -70,7 +86,7 @@ def forward(
         ),
         grid=(heads, length // size.rows, b),
         grid_names=("head", "row", "batch"),
-        num_threads=3,
+        num_threads=1 + TILES,
         thread_name="warpgroup",
         scratch_types=_scratch(size, width, q.dtype),
         compiler_params=PARAMETERS,
@@ -78,307 +94,184 @@ def forward(
     )
     query, key = (broadcast_batch(x, b) for x in (columns.query, columns.key))
     maps = jax.tree.map(lambda x: broadcast_batch(x, b), tiles)
-    return kernel(q, k, v, query, key, maps.start, maps.stop, maps.full, maps.count)
+    return kernel(
+        q, k, v, query, key, maps.start, maps.stop, maps.full, maps.count, maps.order
+    )  # fmt: skip
 
 
 def _scratch(size: ForwardTiles, width: int, dtype):
-    kv = plgpu.SMEM((size.stages, size.keys, width), dtype, transforms=SWIZZLED)
-    codes = plgpu.SMEM((size.stages, size.keys), jnp.int32)
-    return {"targets": ((kv,), (kv,), (codes,))} | scratch(size, width, dtype)
-
-
-def scratch(size, width: int, dtype, *, masks: int = 1):
-    """Scratch of a forward pass, without the tiles of keys, values and mask columns.
+    """Buffers and their barriers, in the order in which a step uses them.
 
     Names ending in `_s` are shared memory and in `_t` tensor memory. `here`, `used`, `full` and
-    `free` are barriers: data has arrived, slot may be overwritten, written, read. `masks` copies
-    fill the mask columns of a step.
+    `done` are barriers: data has arrived, slot may be overwritten, written, read. They have one
+    entry per query tile, per pipeline stage, or per tile and piece of columns.
     """
-    once, staged = plgpu.Barrier(), plgpu.Barrier(num_barriers=size.stages)
-    twice = plgpu.Barrier(num_barriers=2)
-    product = plgpu.Barrier(orders_tensor_core=True)
+    kv = plgpu.SMEM((size.stages, size.keys, width), dtype, transforms=SWIZZLED)
+    logits = plgpu.TMEM((TILE_ROWS, size.keys), jnp.float32)
+    weights = plgpu.TMEM((TILE_ROWS, size.keys), dtype, packed=True)
+    staged = plgpu.Barrier(num_barriers=size.stages)
     product_staged = plgpu.Barrier(num_barriers=size.stages, orders_tensor_core=True)
-    product_twice = plgpu.Barrier(num_barriers=2, orders_tensor_core=True)
-    # Buffers and their barriers, in the order in which a step uses them.
+    by_tile = plgpu.Barrier(num_barriers=TILES, orders_tensor_core=True)
+    pieces = plgpu.Barrier(num_barriers=TILES * size.keys // PIECE, orders_tensor_core=True)
     return {
-        "q_s": plgpu.SMEM((size.rows, width), dtype, transforms=SWIZZLED),
-        "q_here": once,
-        "here": (staged, staged, plgpu.Barrier(num_arrivals=masks, num_barriers=size.stages)),
-        "used": (product_staged, product_staged, staged),
-        "logits_t": plgpu.TMEM((size.rows, 2 * size.keys), jnp.float32),
-        "logits_full": product_twice,
-        "logits_free": product_twice,
-        "weights_s": plgpu.SMEM((size.rows, size.keys), dtype, transforms=SWIZZLED),
-        "weights_full": once,
-        "weights_free": product,
-        "values_t": plgpu.TMEM((size.rows, 2 * width), jnp.float32),
-        "values_full": product_twice,
-        "values_free": product_twice,
-        "fade_s": plgpu.SMEM((2, size.rows), jnp.float32),
-        "fade_full": twice,
-        "fade_free": twice,
-        "norm_s": plgpu.SMEM((size.rows,), jnp.float32),
-        "norm_full": once,
-        "lse_s": plgpu.SMEM((size.rows,), jnp.float32),
+        "q_s": plgpu.SMEM((TILES, TILE_ROWS, width), dtype, transforms=SWIZZLED),
+        "q_here": plgpu.Barrier(num_barriers=TILES),
+        "targets": ((kv,), (kv,)),
+        "here": (staged, staged),
+        "used": (product_staged, product_staged),
+        "logits_weights_t": (plgpu.RefUnion(logits, weights),) * TILES,
+        "logits_full": by_tile,
+        "weights_full": pieces,
+        "weights_done": by_tile,
+        "sums_t": (plgpu.TMEM((TILE_ROWS, width), jnp.float32),) * TILES,
+        "sums_full": by_tile,
+        "row_s": plgpu.SMEM((TILES, TILE_ROWS), jnp.float32),
     }
 
 
 def _body(size: ForwardTiles, width: int):
-    def body(q, k, v, query, key, start, stop, full, count, out, lse, **buffers):
+    def body(q, k, v, query, key, start, stop, full, count, order, out, lse, **buffers):
         # 1. The tile ranges and rows of this thread block.
         warpgroup = lax.axis_index("warpgroup")
-        head, row, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
+        head, batch = (lax.axis_index(name) for name in ("head", "batch"))
+        row = order[batch, lax.axis_index("row")]
         ranges = tuple(x.at[batch, row] for x in (start, stop, full))
         steps = count[batch, row]
-        rows = pl.ds(row * size.rows, size.rows)
+        rows = [pl.ds(row * size.rows + i * TILE_ROWS, TILE_ROWS) for i in range(TILES)]
 
-        # 2. Roles: loader and issuer warps, softmax warpgroup, accumulating warpgroup.
+        # 2. Roles: loader and issuer warps, and the softmax warpgroup of each query tile.
         @pl.when(warpgroup == CONTROL)
         def _control():
-            plgpu.set_max_registers(64, action="decrease")
+            plgpu.set_max_registers(CONTROL_REGISTERS, action="decrease")
 
             @plgpu.warp_map
             def _warps(warp):
                 @pl.when(warp == LOADER)
                 def _load():
-                    plgpu.copy_gmem_to_smem(
-                        q.at[batch, rows, head], buffers["q_s"], buffers["q_here"]
-                    )
+                    for i in range(TILES):
+                        target, barrier = (buffers[name].at[i] for name in ("q_s", "q_here"))
+                        plgpu.copy_gmem_to_smem(q.at[batch, rows[i], head], target, barrier)
                     groups = (
                         (lambda part: k.at[batch, part, head],),
                         (lambda part: v.at[batch, part, head],),
-                        (lambda part: key.at[batch, part],),
                     )
                     parts = (buffers[name] for name in ("targets", "here", "used"))
                     produce(ranges, steps, size.stages, size.keys, groups, *parts)
 
                 @pl.when(warp == ISSUER)
                 def _issue():
-                    products(size, width, steps, **buffers)
+                    _products(size, steps, **buffers)
 
-        @pl.when(warpgroup == SOFTMAX)
-        def _softmax():
-            plgpu.set_max_registers(216, action="increase")
-            columns = query.at[batch, :, rows]
-            softmax(size, width, columns, ranges, steps, lse.at[batch, head, rows], **buffers)
+        for i in range(TILES):
 
-        @pl.when(warpgroup == GATHER)
-        def _gather():
-            plgpu.set_max_registers(216, action="increase")
-            gather(size, width, steps, out.at[batch, rows, head], **buffers)
+            @pl.when(warpgroup == SOFTMAX + i)
+            def _softmax(i=i):
+                plgpu.set_max_registers(SOFTMAX_REGISTERS, action="increase")
+                mask = functools.partial(
+                    mask_logits, size, query.at[batch, :, rows[i]], key.at[batch]
+                )
+                results = out.at[batch, rows[i], head], lse.at[batch, head, rows[i]]
+                _tile_rows(size, width, i, mask, ranges, steps, *results, **buffers)
 
     return body
 
 
-def products(
-    size, width, steps, *, q_s, q_here, targets, here, used, logits_t, logits_full, logits_free,
-    weights_s, weights_full, weights_free, values_t, values_full, values_free, **_,
-):  # fmt: skip
-    """Issues all products: the logits of step t + 1 before the weighted values of step t."""
-    (k_s,), (v_s,), _ = targets
-    plgpu.barrier_wait(q_here)
+def _products(size, steps, **buffers):
+    """Issues all products: after the weighted values of a tile the logits of its next step."""
+    here, used = buffers["here"], buffers["used"]
 
-    # First product of a step: queries times keys.
-    def logits(t):
-        slot, half = slots(t, size.stages)
-        plgpu.barrier_wait(here[0].at[slot])
-
-        @pl.when(t >= 2)
-        def _wait_logits_free():
-            plgpu.barrier_wait(logits_free.at[half])
-
-        target = logits_t.at[:, pl.ds(half * size.keys, size.keys)]
-        plgpu.tcgen05_mma(
-            target, q_s, k_s.at[slot].transpose((1, 0)), used[0].at[slot], accumulate=False
-        )
-        plgpu.tcgen05_commit_arrive(logits_full.at[half])
-
-    # Second product of a step: weights times values.
-    def values(t):
-        slot, half = slots(t, size.stages)
-        plgpu.barrier_wait(here[1].at[slot])
-        plgpu.barrier_wait(weights_full)
-
-        @pl.when(t >= 2)
-        def _wait_values_free():
-            plgpu.barrier_wait(values_free.at[half])
-
-        target = values_t.at[:, pl.ds(half * width, width)]
-        plgpu.tcgen05_mma(target, weights_s, v_s.at[slot], used[1].at[slot], accumulate=False)
-        plgpu.tcgen05_commit_arrive(weights_free)
-        plgpu.tcgen05_commit_arrive(values_full.at[half])
-
-    overlapped(steps, logits, values)
-    drain(steps, logits_free, values_free)
-
-
-def softmax(size, width, query, ranges, steps, lse, *, norm_s, norm_full, lse_s, **buffers):
-    """Computes the weights of every step, then the normalizer and the log-sum-exp."""
-    columns = [row_values(query.at[i]) for i in range(query.shape[0])]
-    top, total = _weights(size, width, columns, ranges, steps, **buffers)
-    empty = top <= MASKED
-    norm_s[...] = jnp.where(empty, 0.0, 1 / total)
-    plgpu.barrier_arrive(norm_full)
-    lse_s[...] = jnp.where(empty, -MASKED, top + jnp.log(total) * LOG2_E)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(lse_s, lse)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _weights(
-    size, width, columns, ranges, steps, *, weights_s, weights_full, weights_free, fade_s,
-    fade_full, fade_free, **buffers,
-):  # fmt: skip
-    """Online softmax over the tiles of all ranges; returns row maxima and row sums."""
-    shape = (size.rows, size.keys)
-    start = (jnp.full(shape[:1], MASKED, jnp.float32), jnp.zeros(shape[:1], jnp.float32))
-
-    def step(t, slot, tile, is_full, carry):
-        # 1. Weights relative to the new maximum; `fade` rescales the earlier sums.
-        top, total = carry
-        half = lax.rem(t, jnp.int32(2))
-        logits = _logits(size, width, columns, (slot, half), is_full, **buffers)
-        new_top = jnp.maximum(top, logits.max(axis=1))
-        fade = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logits - per_row(new_top, shape))
-        total = total * fade + weights.sum(axis=1)
-
-        # 2. Pass the rescaling factor to the accumulating warpgroup, the weights to the products.
-        @pl.when(t >= 2)
-        def _wait_fade_free():
-            plgpu.barrier_wait(fade_free.at[half])
-
-        fade_s.at[half][...] = fade
-        plgpu.barrier_arrive(fade_full.at[half])
-
-        @pl.when(t >= 1)
-        def _wait_weights_free():
-            plgpu.barrier_wait(weights_free)
-
-        weights_s[...] = weights.astype(weights_s.dtype)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(weights_full)
-        return new_top, total
-
-    top, total = walk(ranges, steps, size.stages, step, _rows(start))
+    # 1. The first logits, which no product precedes.
+    for tile in range(TILES):
+        plgpu.barrier_wait(buffers["q_here"].at[tile])
 
     @pl.when(steps >= 1)
-    def _last_weights_free():
-        plgpu.barrier_wait(weights_free)
+    def _first_logits():
+        plgpu.barrier_wait(here[0].at[0])
+        for tile in range(TILES):
+            _issue_logits(tile, 0, **buffers)
+        plgpu.tcgen05_commit_arrive(used[0].at[0])
 
-    drain(steps, fade_free)
-    return top, total
-
-
-def _logits(
-    size, width, columns, at, is_full, *, targets, here, used, logits_t, logits_full, logits_free,
-    **_,
-):  # fmt: skip
-    """The masked logits of a step, times log2 e.
-
-    An optional second target holds a shift that the tile adds to the logits of each row.
-    """
-    slot, half = at
-    plgpu.barrier_wait(logits_full.at[half])
-    logits = load(logits_t.at[:, pl.ds(half * size.keys, size.keys)])
-    plgpu.wait_load_tmem()
-    plgpu.barrier_arrive(logits_free.at[half])
-    logits = logits * (width**-0.5 * LOG2_E)
-    plgpu.barrier_wait(here[2].at[slot])
-    code_s, *shift_s = (x.at[slot] for x in targets[2])
-    if shift_s:
-        logits = logits + per_row(row_values(shift_s[0]), logits.shape)
-        plgpu.commit_smem()  # as in _masked
-    mask = functools.partial(_masked, columns=columns, code_s=code_s)
-    logits = lax.cond(is_full, lambda x: x, mask, logits)
-    plgpu.barrier_arrive(used[2].at[slot])
-    return logits
-
-
-def _rows(arrays):
-    """Arrays with one value per row, in the row layout."""
-    return tuple(plgpu.layout_cast(x, LAYOUT.reduce(1)) for x in arrays)
-
-
-def _masked(logits, *, columns, code_s):
-    code = plgpu.load(code_s, layout=LAYOUT.reduce(0), optimized=False)
-    plgpu.commit_smem()  # orders this plain read before the next TMA write
-    # A single row of codes would be inferred to have Hopper's layout.
-    code = plgpu.layout_cast(per_column(code, logits.shape), LAYOUT)
-    mask = code_mask(lambda i: per_row(columns[i], logits.shape), code)
-    return jnp.where(mask, logits, MASKED)
-
-
-def overlapped(steps, first, second):
-    """Software pipelining: calls `second(t)` of each step after `first(t + 1)`."""
-
+    # 2. The values of each step, and the logits of the next if there is one.
     def step(t, _):
-        first(t)
+        slot, next_slot = (lax.rem(x, jnp.int32(size.stages)) for x in (t, t + 1))
+        plgpu.barrier_wait(here[1].at[slot])
+        for tile in range(TILES):
+            _issue_values(t, tile, slot, **buffers)
+            if tile == TILES - 1:
+                plgpu.tcgen05_commit_arrive(used[1].at[slot])
 
-        @pl.when(t >= 1)
-        def _previous():
-            second(t - 1)
+            @pl.when(t + 1 < steps)
+            def _next_logits(tile=tile):
+                done = buffers["weights_done"].at[tile]
+                plgpu.tcgen05_commit_arrive(done)
+                if tile == 0:
+                    plgpu.barrier_wait(here[0].at[next_slot])
+                plgpu.barrier_wait(done)  # the logits replace the weights
+                _issue_logits(tile, next_slot, **buffers)
+                if tile == TILES - 1:
+                    plgpu.tcgen05_commit_arrive(used[0].at[next_slot])
 
     lax.fori_loop(0, steps, step, None)
 
-    @pl.when(steps >= 1)
-    def _last():
-        second(steps - 1)
+    # 3. The sums of all steps are complete; without steps, the queries have at least arrived.
+    for tile in range(TILES):
+        plgpu.tcgen05_commit_arrive(buffers["sums_full"].at[tile])
 
 
-def drain(steps, *barriers):
-    """Waits for the last use of both buffers, so that every barrier phase is observed."""
-
-    @pl.loop(0, lax.min(steps, jnp.int32(2)))
-    def _wait(i):
-        half = lax.rem(lax.max(steps - 2, jnp.int32(0)) + i, jnp.int32(2))
-        for barrier in barriers:
-            plgpu.barrier_wait(barrier.at[half])
+def _issue_logits(tile, slot, *, q_s, targets, logits_weights_t, logits_full, **_):
+    logits_t, _ = logits_weights_t[tile]
+    k_s = targets[0][0].at[slot].transpose((1, 0))
+    plgpu.tcgen05_mma(logits_t, q_s.at[tile], k_s, accumulate=False)
+    plgpu.tcgen05_commit_arrive(logits_full.at[tile])
 
 
-def gather(
-    size, width, steps, out, *, q_s, values_t, values_full, values_free,
-    fade_s, fade_full, fade_free, norm_s, norm_full, **_,
+def _issue_values(t, tile, slot, *, targets, logits_weights_t, weights_full, sums_t, **_):
+    _, weights_t = logits_weights_t[tile]
+    for i, full in enumerate(_of_tile(weights_full, tile)):
+        plgpu.barrier_wait(full)
+        piece = pl.ds(i * PIECE, PIECE)
+        v_s = targets[1][0].at[slot, piece]
+        plgpu.tcgen05_mma(sums_t[tile], weights_t.at[:, piece], v_s, accumulate=(t > 0) | (i > 0))
+
+
+def _of_tile(barriers, tile):
+    """The entries of a query tile among barriers that have several for each."""
+    count = barriers.shape[0] // TILES
+    return [barriers.at[tile * count + i] for i in range(count)]
+
+
+def _tile_rows(
+    size, width, tile, mask, ranges, steps, out, lse, *, q_s, logits_weights_t, logits_full,
+    weights_full, sums_t, sums_full, row_s, **_,
 ):  # fmt: skip
-    """Accumulates the weighted values of all steps and writes the output."""
-    shape = (size.rows, PIECE)
-    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), LAYOUT)
+    """Computes the weights of a query tile in every step, then its output and log-sum-exp."""
+    # 1. All steps.
+    shift, total = softmax(
+        size, width, mask, ranges, steps, sums_t=sums_t[tile],
+        logits_weights_t=logits_weights_t[tile], logits_full=logits_full.at[tile],
+        weights_full=_of_tile(weights_full, tile),
+    )  # fmt: skip
+    empty = total == 0
+    norm = jnp.where(empty, 0.0, 1 / total)
 
-    def step(t, sums):
-        half = lax.rem(t, jnp.int32(2))
-        plgpu.barrier_wait(fade_full.at[half])
-        fade = row_values(fade_s.at[half])
-        plgpu.barrier_arrive(fade_free.at[half])
-        plgpu.barrier_wait(values_full.at[half])
-        sums = tuple(
-            x * per_row(fade, shape) + load(values_t.at[:, pl.ds(half * width + i * PIECE, PIECE)])
-            for i, x in enumerate(sums)
-        )
-        plgpu.wait_load_tmem()
-        plgpu.barrier_arrive(values_free.at[half])
-        return sums
-
-    sums = lax.fori_loop(0, steps, step, (zeros,) * (width // PIECE))
-    plgpu.barrier_wait(norm_full)
-    norm = row_values(norm_s)
-    # All products are finished, so the queries' buffer can be reused.
-    for i, x in enumerate(sums):
-        q_s.at[:, pl.ds(i * PIECE, PIECE)][...] = (x * per_row(norm, shape)).astype(q_s.dtype)
+    # 2. The output, through the buffer of the queries, which nothing writes or reads any more.
+    plgpu.barrier_wait(sums_full.at[tile])
+    row_s.at[tile][...] = norm
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_s, out)
+    norm = plgpu.load(row_s.at[tile], layout=LAYOUT.reduce(1), optimized=False)
+    out_s = q_s.at[tile]
+    zeros = plgpu.layout_cast(jnp.zeros((TILE_ROWS, PIECE), jnp.float32), LAYOUT)
+    for i in range(width // PIECE):
+        columns = pl.ds(i * PIECE, PIECE)
+        sums = plgpu.async_load_tmem(sums_t[tile].at[:, columns], layout=LAYOUT)
+        scaled = sums * per_row(norm, sums.shape)
+        # Without steps the tensor memory is uninitialised.
+        out_s.at[:, columns][...] = lax.select(steps > 0, scaled, zeros).astype(out_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_s, out)
+
+    # 3. The log-sum-exp.
+    row_s.at[tile][...] = jnp.where(empty, -MASKED, shift + jnp.log(total) * LOG2_E)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(row_s.at[tile], lse)
     plgpu.wait_smem_to_gmem(0)
-
-
-def slots(t, stages: int):
-    """The pipeline slot and the buffer half of step `t`."""
-    return lax.rem(t, jnp.int32(stages)), lax.rem(t, jnp.int32(2))
-
-
-def load(ref):
-    """Loads from tensor memory in the tcgen05 layout."""
-    return plgpu.async_load_tmem(ref, layout=LAYOUT)
-
-
-def row_values(ref):
-    """Loads one value per row of a tile."""
-    return plgpu.load(ref, layout=LAYOUT.reduce(1), optimized=False)
