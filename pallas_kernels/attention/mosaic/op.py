@@ -1,5 +1,6 @@
 """Block-sparse attention and its gradient, on the kernels of the current device."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels import tuned
 from pallas_kernels.attention.mosaic.columns import MaskColumns, mask_columns
 from pallas_kernels.attention.mosaic.primitives import LOG2_E, MASKED, BackwardInputs
 from pallas_kernels.attention.mosaic.targets import TARGETS, Target
+from pallas_kernels.attention.saved import name_saved
 from pallas_kernels.attention.tilemap import (
     TileMap,
     concrete_evaluation,
@@ -20,8 +23,14 @@ from pallas_kernels.attention.tilemap import (
     pad_tokens,
     tile_map,
 )
-from pallas_kernels.dispatch import Unsupported, capability, platform
-from pallas_kernels.tokens import Tokens, make
+from pallas_kernels.dispatch import (
+    Unsupported,
+    capability,
+    device_kind,
+    kernel_refusal,
+    platform,
+)
+from pallas_kernels.tokens import EMPTY, Tokens, make
 
 WIDTHS = (64, 128)
 """Head widths for which the kernels are compiled and tested."""
@@ -37,6 +46,8 @@ class Mask:
       query_gradient: map of query tiles over key tiles, in the tile sizes of dq.
       key_value_gradient: map of key tiles over query tiles, for dk and dv.
       target: chip whose tile sizes the maps have.
+      empty_queries: where query rows are padding [b, q]; None if none is, or if tokens are traced.
+      empty_keys: the same for key rows.
     """
 
     columns: MaskColumns
@@ -44,6 +55,8 @@ class Mask:
     query_gradient: TileMap
     key_value_gradient: TileMap
     target: Target = flax.struct.field(pytree_node=False)
+    empty_queries: Array | None = None
+    empty_keys: Array | None = None
 
 
 def make_mask(q_tokens: Tokens, k_tokens: Tokens, *, target: Target | None = None) -> Mask:
@@ -55,7 +68,15 @@ def make_mask(q_tokens: Tokens, k_tokens: Tokens, *, target: Target | None = Non
     if not is_concrete(q_tokens, k_tokens):
         return _make_mask(q_tokens, k_tokens, target)
     with concrete_evaluation():
-        return _make_mask(q_tokens, k_tokens, target)
+        mask = _make_mask(q_tokens, k_tokens, target)
+        return dataclasses.replace(
+            mask, empty_queries=_empty(q_tokens), empty_keys=_empty(k_tokens)
+        )
+
+
+def _empty(tokens: Tokens) -> Array | None:
+    rows = np.atleast_2d(np.asarray(tokens.chunk_index)) == EMPTY
+    return jnp.asarray(rows) if rows.any() else None
 
 
 def _make_mask(q_tokens: Tokens, k_tokens: Tokens, target: Target) -> Mask:
@@ -79,11 +100,11 @@ def refusal(q: Array | jax.ShapeDtypeStruct) -> str | None:
     """The reason why these arguments cannot run on the current device, or None."""
     if platform() != "gpu":
         return "it needs an NVIDIA GPU"
-    if capability() not in TARGETS:
-        supported = " and ".join(f"{t.name} ({t.capability})" for t in TARGETS.values())
-        return (
-            f"there are kernels for {supported}, not for compute capability {capability() or '?'}"
-        )
+    return kernel_refusal("attention", capability(), q)
+
+
+def unsupported(q: Array | jax.ShapeDtypeStruct, *rest: Any) -> str | None:
+    """The reason why the kernels cannot run these arguments on any chip, or None."""
     if jnp.dtype(q.dtype) != jnp.bfloat16:
         return f"arguments must be bfloat16, got {jnp.dtype(q.dtype)}"
     if q.shape[-1] not in WIDTHS:
@@ -130,13 +151,19 @@ def attend_mask(
     """Output, and natural log-sum-exp of the scaled logits in float32.
 
     The log-sum-exp is -inf for fully masked queries. Both are differentiable. `interpret`
-    (`plgpu.InterpretGPUParams`) runs the kernels in the interpreter.
+    (`plgpu.InterpretGPUParams`) runs the kernels in the interpreter. Padding rows of concrete
+    tokens may hold NaN; with traced tokens they must be finite, as they are multiplied by zeros.
     """
     length = q.shape[1]
+    q = _without(q, mask.empty_queries)
+    k, v = (_without(x, mask.empty_keys) for x in (k, v))
     q, k, v = (_padded(x, mask.target.rows) for x in (q, k, v))
     out, lse = _attend(q, k, v, mask, interpret)
     lse = jnp.where(lse >= -MASKED, -jnp.inf, lse * math.log(2))
-    return out[:, :length], jnp.swapaxes(lse[..., :length], 1, 2)
+    # The zeros are there already; this stops gradients of padding, which may be NaN.
+    out, lse = _without(out[:, :length], mask.empty_queries), jnp.swapaxes(lse[..., :length], 1, 2)
+    empty = mask.empty_queries
+    return out, lse if empty is None else jnp.where(empty[..., None], -jnp.inf, lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -147,7 +174,7 @@ def _attend(q, k, v, mask: Mask, interpret):
 
 
 def _attend_forward(q, k, v, mask: Mask, interpret):
-    out, lse = _attend(q, k, v, mask, interpret)
+    out, lse = name_saved(*_attend(q, k, v, mask, interpret))
     return (out, lse), (q, k, v, mask, out, lse)
 
 
@@ -171,7 +198,27 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _current_target() -> Target:
     if capability() not in TARGETS:
         raise Unsupported(f"no attention kernels for compute capability {capability() or '?'}")
-    return TARGETS[capability()]
+    return with_tuned_tiles(TARGETS[capability()], device_kind())
+
+
+def with_tuned_tiles(target: Target, device: str) -> Target:
+    """`target` with the tile sizes that were found on a kind of device, if any were."""
+    chip = target.name.lower()
+    forward, backward = (
+        tuned.tiles(f"attention_{part}_{chip}", device) for part in ("forward", "gradients")
+    )
+    if not (forward or backward):
+        return target
+    return dataclasses.replace(
+        target,
+        forward_tiles=dataclasses.replace(target.forward_tiles, **forward),
+        backward_tiles=dataclasses.replace(target.backward_tiles, **backward),
+    )
+
+
+def _without(x: Array, rows: Array | None) -> Array:
+    """x with zeros in the given rows."""
+    return x if rows is None else jnp.where(rows[..., None, None], 0, x)
 
 
 def _padded(x: Array, size: int) -> Array:

@@ -7,6 +7,8 @@ from typing import Any
 from pallas_kernels.attention.mosaic import (
     blackwell_backward,
     blackwell_forward,
+    blackwell_key_value_gradient,
+    blackwell_query_gradient,
     hopper_backward,
     hopper_forward,
 )
@@ -54,8 +56,8 @@ BLACKWELL = Target(
     "Blackwell",
     "10.0",
     blackwell_forward.forward,
-    blackwell_backward.query_gradient,
-    blackwell_backward.key_value_gradient,
+    blackwell_query_gradient.query_gradient,
+    blackwell_key_value_gradient.key_value_gradient,
     blackwell_forward.ForwardTiles(),
     blackwell_backward.BackwardTiles(),
 )
