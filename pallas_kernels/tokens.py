@@ -44,6 +44,9 @@ class Tokens:
     uniform_mask: bool = flax.struct.field(pytree_node=False, default=False)
     """Whether all queries of a sample have the same mask (one chunk, all noisy or all clean), so
     that the mask is one row per sample. Static; lets implementations avoid a mask."""
+    leading: bool = flax.struct.field(pytree_node=False, default=False)
+    """Whether, as keys, the visible tokens of a sample precede the masked ones by construction, as
+    in a cache that fills its slots in order. Static; a mask row is then a number of keys."""
 
     def __len__(self) -> int:
         return self.chunk_index.shape[-1]
@@ -58,6 +61,7 @@ def make(
     sink=EMPTY,
     global_sinks=0,
     uniform_mask: bool = False,
+    leading: bool = False,
 ) -> Tokens:
     """Builds tokens from columns or scalars, broadcast to the shape of `pos[..., 0]`.
 
@@ -80,7 +84,14 @@ def make(
         sink,
         global_sinks,
         uniform_mask,
+        leading,
     )
+
+
+def is_static(*tokens: Tokens) -> bool:
+    """Whether all columns that `visible` reads are NumPy arrays, known when tracing."""
+    columns = (getattr(part, name) for part in tokens for name in VISIBILITY_COLUMNS)
+    return not any(isinstance(column, jax.Array) for column in columns)
 
 
 def _namespace(*arrays):

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention import cudnn, reference, xla
+from pallas_kernels.attention import cudnn, cudnn_call, reference, xla
+from pallas_kernels.attention.segmented import FusedKernel, attend_batched, batches
 from pallas_kernels.attention.segments import attend_segments, segments
-from pallas_kernels.dispatch import Implementation, Unsupported, platform
+from pallas_kernels.dispatch import Implementation, Unsupported, platform, proven
 from pallas_kernels.tokens import Tokens
 
 AttentionFn = Callable[..., Array]
@@ -16,6 +17,9 @@ AttentionFn = Callable[..., Array]
 
 Sequence parallelism wraps such a function.
 """
+
+CUDNN = FusedKernel(cudnn_call.forward, cudnn_call.backward)
+"""The kernel of "cudnn" for masks that split into segments."""
 
 
 def _mosaic(*arguments) -> tuple[Array, Array]:
@@ -33,6 +37,7 @@ _RUN: dict[str, AttentionFn] = {
 _RUN_WITH_LSE: dict[str, Callable[..., tuple[Array, Array]]] = {
     "reference": reference.attend_with_lse,
     "xla": xla.attend_with_lse,
+    "cudnn": cudnn.attend_with_lse,
     "mosaic": _mosaic,
 }
 _MASKED_INSIDE = ("reference", "mosaic")
@@ -58,11 +63,11 @@ def attention(
     chosen = select_implementation(q, k, v, q_tokens, k_tokens, implementation=implementation)
     run = _RUN[chosen]
     segment_list = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
-    return (
-        run(q, k, v, q_tokens, k_tokens)
-        if segment_list is None
-        else attend_segments(run, q, k, v, segment_list)
-    )
+    if segment_list is None:
+        return run(q, k, v, q_tokens, k_tokens)
+    if chosen == "cudnn":
+        return attend_batched(CUDNN, tuple(segment_list), q, k, v)
+    return attend_segments(run, q, k, v, segment_list)
 
 
 def attention_with_lse(
@@ -77,14 +82,10 @@ def attention_with_lse(
     """`attention` and the natural log-sum-exp of each query's visible, scaled logits.
 
     The log-sum-exp is float32 and -inf for fully masked queries; it merges attention over disjoint
-    sets of keys. Both results are differentiable. "auto" selects "xla"; "cudnn" is not supported.
+    sets of keys. Both results are differentiable.
     """
     check_tokens(q, k, q_tokens, k_tokens)
-    chosen: Implementation = "xla" if implementation == "auto" else implementation
-    select_implementation(q, k, v, q_tokens, k_tokens, implementation=chosen)
-    if chosen not in _RUN_WITH_LSE:
-        known = ", ".join(_RUN_WITH_LSE)
-        raise Unsupported(f"{chosen} attention gives no log-sum-exp; choose from {known}")
+    chosen = select_implementation(q, k, v, q_tokens, k_tokens, implementation=implementation)
     run = _RUN_WITH_LSE[chosen]
     segment_list = None if chosen in _MASKED_INSIDE else segments(q_tokens, k_tokens)
     if segment_list is None:
@@ -103,13 +104,16 @@ def select_implementation(
 ) -> Implementation:
     """The name of the implementation that `attention` uses for these arguments.
 
-    "auto" selects "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that is one row per
-    sample or splits into `segments`), else "xla". "mosaic" has not run on a GPU yet and is used
-    only if named; the device's compute capability selects its kernels. Raises ValueError for an
-    unknown name and `Unsupported` if the named implementation cannot run.
+    "auto" selects "mosaic" where its kernels were proven and found faster on this kind of device
+    (`dispatch.proven`), else "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that
+    splits into `segments` or is a number of leading keys per sample), else "xla". The device's
+    compute capability selects the kernels. Raises ValueError for an unknown name and `Unsupported`
+    if the named implementation cannot run.
     """
-    why = cudnn.refusal(q, q_tokens, segments(q_tokens, k_tokens))
+    why = cudnn.refusal(q, q_tokens, k_tokens, segments(q_tokens, k_tokens))
     if implementation == "auto":
+        if proven("attention", q):
+            return "mosaic"
         return "xla" if why else "cudnn"
     if implementation not in _RUN:
         raise ValueError(f"implementation {implementation!r}; choose from auto, {', '.join(_RUN)}")
@@ -121,6 +125,36 @@ def select_implementation(
         if why := op.refusal(q):
             raise Unsupported(f"mosaic attention on {platform()}: {why}")
     return implementation
+
+
+def describe(
+    q: Array | jax.ShapeDtypeStruct,
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    *,
+    implementation: Implementation = "auto",
+) -> str:
+    """How `attention` computes: its implementation, and the form that it gives the mask.
+
+    "xla: loop over blocks" is the last resort: a program of small products with a condition each,
+    on a GPU an order of magnitude slower than a fused kernel. Raises as `select_implementation`.
+    """
+    chosen = select_implementation(q, q, q, q_tokens, k_tokens, implementation=implementation)
+    if chosen == "mosaic":
+        return "mosaic: block-sparse kernels"
+    segment_list = segments(q_tokens, k_tokens)
+    if chosen != "reference" and segment_list is not None:
+        calls = len(batches(segment_list)) if chosen == "cudnn" else len(segment_list)
+        return f"{chosen}: {len(segment_list)} dense segments in {calls} calls"
+    if chosen == "cudnn":
+        return "cudnn: leading keys"
+    if chosen == "xla" and xla.is_blocked(q, len(k_tokens)):
+        return LAST_RESORT
+    return f"{chosen}: dense mask"
+
+
+LAST_RESORT = "xla: loop over blocks"
+"""What `describe` calls the slowest path."""
 
 
 def check_tokens(

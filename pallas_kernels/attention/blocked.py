@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention.saved import name_saved
 from pallas_kernels.attention.tilemap import pad_tokens, tile_kinds
 from pallas_kernels.tokens import Tokens, visible
 
@@ -135,7 +136,7 @@ def _head_forward(q, k, v, tokens, is_real):
         (top, total, acc), _ = lax.scan(step, start, (k, v, k_tokens, is_real, kinds))
         return (acc / jnp.maximum(total, 1e-30)).T.astype(v.dtype), log_sum(top, total)
 
-    results = lax.map(queries, (_scaled(q), q_tokens, kinds))
+    results = name_saved(*lax.map(queries, (_scaled(q), q_tokens, kinds)))
     return results, (q, k, v, tokens, is_real, results)
 
 

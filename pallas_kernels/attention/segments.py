@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.tokens import VISIBILITY_COLUMNS, Tokens, visible
+from pallas_kernels.tokens import VISIBILITY_COLUMNS, Tokens, is_static, visible
 
-MAX_SEGMENTS = 64
-"""Maximum number of segments; each is traced and compiled separately. More need a mask."""
+MAX_SEGMENTS = 128
+"""Maximum number of segments; each is traced and compiled separately. More need a mask.
+
+Teacher forcing has two a chunk: 96 in 64 s, the longest clips of the paper. The compiled layer
+grows with their number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ def attend_segments(
     for segment in segment_list:
         rows = q[:, segment.start : segment.stop]
         if segment.keys:
-            keys, values = (_take(x, segment.keys) for x in (k, v))
+            keys, values = (take(x, segment.keys) for x in (k, v))
             outputs.append(run(rows, keys, values, None, None))
         else:
             zeros = jnp.zeros_like(rows, dtype=v.dtype)
@@ -90,7 +93,7 @@ def attend_segments(
 def _columns(tokens: Tokens) -> np.ndarray | None:
     """The columns that all samples share, [columns, l] int32; None if traced or different."""
     columns = [getattr(tokens, name) for name in VISIBILITY_COLUMNS]
-    if any(isinstance(x, jax.Array) for x in columns):
+    if not is_static(tokens):
         return None
     rows = np.stack([np.asarray(x, np.int32).reshape(-1, len(tokens)) for x in columns])
     return rows[:, 0] if (rows == rows[:, :1]).all() else None
@@ -116,7 +119,10 @@ def _slices(starts: np.ndarray, stops: np.ndarray) -> tuple[tuple[int, int], ...
     return tuple(merged)
 
 
-def _take(x: Array, slices: tuple[tuple[int, int], ...]) -> Array:
+def take(
+    x: Float[Array, "b l n d"], slices: tuple[tuple[int, int], ...]
+) -> Float[Array, "b k n d"]:
+    """The rows of axis 1 in (start, stop) slices, one after the other."""
     if slices == ((0, x.shape[1]),):
         return x
     pieces = [x[:, start:stop] for start, stop in slices]

@@ -45,11 +45,15 @@ def attend_with_lse(
         q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
         out, lse = attend_with_lse(q32, k32, v32, q_tokens, k_tokens, dense_bytes=dense_bytes)
         return out.astype(v.dtype), lse
-    b, length, n, _ = q.shape
-    limit = DENSE_BYTES if dense_bytes is None else dense_bytes
-    if 4 * b * n * length * k.shape[1] <= limit:
+    if not is_blocked(q, k.shape[1], dense_bytes):
         return _dense(q, k, v, _mask(q_tokens, k_tokens))
     return blocked.attend_with_lse(q, k, v, q_tokens, k_tokens, per_head=platform() == "cpu")
+
+
+def is_blocked(q: Array | jax.ShapeDtypeStruct, keys: int, dense_bytes: int | None = None) -> bool:
+    """Whether the logits of these queries [b, q, n, d] exceed `DENSE_BYTES`."""
+    b, length, n, _ = q.shape
+    return 4 * b * n * length * keys > (DENSE_BYTES if dense_bytes is None else dense_bytes)
 
 
 def _mask(q_tokens: Tokens | None, k_tokens: Tokens | None) -> Bool[Array, "#b #n #q k"] | None:

@@ -252,6 +252,38 @@ def test_blocked_attention_has_no_quadratic_array(where, monkeypatch):
     assert largest(dense_bytes=1 << 30) >= length**2  # dense attention has one
 
 
+@pytest.mark.parametrize(
+    ("frames", "ranks", "want"), [(96, 4, 17424), (192, 8, 69696), (384, 8, 278784)]
+)
+def test_the_last_resort_visits_the_pairs_of_blocks_that_see_each_other(frames, ranks, want):
+    """Traced columns at 1280x704 in Balanced order: of all pairs, those with a visible pair of
+    tokens, counted from the chunks that every block holds."""
+    # 1. Pairs of blocks that the loop does not skip.
+    chunks = frames // 8
+    order = partial(np.concatenate, axis=0)
+    columns = [np.split(np.arange(chunks), ranks)] * 2
+    ordered = order([part for pair in zip(*columns, strict=True) for part in pair])
+    noisy = order([np.repeat([False, True], chunks // ranks)] * ranks)
+    tokens = make(
+        np.zeros((2 * chunks * 7040, 3), np.int32), np.repeat(ordered, 7040), np.repeat(noisy, 7040)
+    )
+    size = blocked._block(len(tokens))
+    kinds = blocked._block_kinds(tokens, tokens, size, size)[0]
+    assert kinds.size == want
+    # 2. The same from sets.
+    kind = 2 * np.repeat(ordered, 7040) + np.repeat(noisy, 7040)
+    held = [set(kind[i : i + size].tolist()) for i in range(0, len(kind), size)]
+
+    def sees(q, k):
+        (mine, denoised), (theirs, noise) = divmod(q, 2), divmod(k, 2)
+        if noise:
+            return denoised and mine == theirs
+        return theirs < mine or (theirs == mine and not denoised)
+
+    visited = sum(any(sees(q, k) for q in a for k in b) for a in held for b in held)
+    assert int((kinds > 0).sum()) == visited
+
+
 def test_segments_are_the_visible_key_slices():
     tokens = teacher_forcing(3, 1, 2, chunk_frames=1)
     clean = [Segment(0, 2, ((0, 2),)), Segment(2, 4, ((0, 4),)), Segment(4, 6, ((0, 6),))]
@@ -263,7 +295,7 @@ def test_segments_are_the_visible_key_slices():
     assert segments(tokens, tokens) == clean + noisy
     assert segments(traced(tokens), tokens) is None
     assert segments(*cached()) is None  # samples differ
-    many = grid(100, 1, 1, chunk_frames=1)
+    many = grid(129, 1, 1, chunk_frames=1)
     assert segments(many, many) is None
 
 

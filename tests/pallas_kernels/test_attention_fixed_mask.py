@@ -11,7 +11,13 @@ from flax import nnx
 
 from longlive_jax.layout import grid, teacher_forcing
 from longlive_jax.models.wan import DiT, DiTConfig
-from pallas_kernels.attention import attention, attention_with_lse, make_attention
+from pallas_kernels.attention import (
+    api,
+    attention,
+    attention_with_lse,
+    fixed_mask,
+    make_attention,
+)
 from pallas_kernels.attention.mosaic import op
 from pallas_kernels.attention.mosaic.targets import HOPPER
 from pallas_kernels.dispatch import Unsupported
@@ -97,6 +103,22 @@ def executed(monkeypatch):
     return counts
 
 
+@pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", 1), ("float32", 0)])
+def test_auto_builds_the_mask_once_where_the_kernels_are_proven(
+    dtype, kernels, executed, monkeypatch
+):
+    """Proven kernels that do not support the arguments leave them to another implementation."""
+    for module in (api, fixed_mask):
+        monkeypatch.setattr(module, "proven", lambda op, q: q.dtype == jnp.bfloat16)
+    tokens = grid(2, 1, 5, chunk_frames=1)
+    attend = make_attention(tokens, tokens)
+    jax.effects_barrier()
+    executed.clear()
+    jax.block_until_ready(attend(*arrays(len(tokens), width=64, dtype=dtype)))
+    jax.effects_barrier()
+    assert (executed["kernel"], executed["tile map"]) == (kernels, 0)
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["concrete", "traced"])
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed mask", "every call"])
 def test_tile_maps_are_computed_outside_of_the_scan_over_layers(fixed, known, executed):
@@ -115,7 +137,7 @@ def test_tile_maps_are_computed_outside_of_the_scan_over_layers(fixed, known, ex
         dit = DiT(cfg, rngs=nnx.Rngs(0))
         level = jnp.full((1, 4), 500.0)
         text_kv = dit.text_kv(text)
-        return dit(latents, level, text_kv, tokens, attend=attend, remat=True)[0].sum()
+        return dit(latents, level, text_kv, tokens, attend=attend, remat="everything")[0].sum()
 
     inputs = [jnp.ones(shape) for shape in ((1, 4, 4, 6, 4), (1, 1, 2, 4))]
     if known:

@@ -138,6 +138,25 @@ def test_odd_and_unequal_lengths_and_fully_masked_queries(target):
     assert not np.asarray(out[0, -5:]).any() and np.isneginf(lse[0, -5:]).all()
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_a_tile_of_queries_that_sees_no_key_is_zero(target):
+    chunk = np.repeat([0, EMPTY], target.rows)
+    queries = make(np.zeros((len(chunk), 3), np.int32), chunk, False)
+    keys = make(np.zeros((64, 3), np.int32), 0, False)
+    q, k = (
+        jax.random.normal(jax.random.key(i), (1, len(t), 1, 64)).astype(jnp.bfloat16)
+        for i, t in enumerate((queries, keys))
+    )
+    mask = op.make_mask(queries, keys, target=target)
+    with no_races(kernels=1):
+        out, lse = op.attend_mask(q, k, k, mask, interpret=SIMULATED)
+    blind = chunk == EMPTY
+    assert not np.asarray(out[0, blind]).any() and np.isneginf(lse[0, blind]).all()
+    exact = (x.astype(jnp.float32) for x in (q, k, k))
+    want, _ = reference.attend_with_lse(*exact, queries, keys)
+    assert distance(out, want) < 5e-3
+
+
 @pytest.mark.parametrize(("capability", "target"), [("9.0", HOPPER), ("10.0", BLACKWELL)])
 def test_the_device_selects_the_kernels(capability, target, monkeypatch):
     monkeypatch.setattr(op, "platform", lambda: "gpu")
@@ -199,3 +218,6 @@ def test_it_compiles_onto_tensor_cores_without_spills(chip, architecture, instru
         assert kernel["tensor_core"].get(instruction, 0) >= 12
         assert 0 < kernel["shared_bytes"] <= deviceless.SHARED_MEMORY
         assert kernel["tensor_columns"] <= deviceless.TENSOR_COLUMNS
+    if chip == "h200":  # all exponentials of a step run while the tensor core works
+        assert [kernel["beside_products"] for kernel in kernels] == [64 + 2, 32, 32]
+        assert not any(kernel["serialized"] for kernel in kernels)
