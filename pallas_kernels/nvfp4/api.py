@@ -7,14 +7,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.dispatch import Implementation, Unsupported, capability, platform
+from pallas_kernels.catalog import kernels_of
+from pallas_kernels.dispatch import (
+    Implementation,
+    Unsupported,
+    capability,
+    chips_of,
+    platform,
+    proven,
+)
 from pallas_kernels.nvfp4 import products, reference
-from pallas_kernels.nvfp4.format import BLOCK, NVFP4, RULES, Rule, dequantize_reference
+from pallas_kernels.nvfp4.format import (
+    BLOCK,
+    NVFP4,
+    RULES,
+    Rule,
+    ScaleLayout,
+    StochasticRounding,
+    dequantize_reference,
+    round_to,
+    with_scale_layout,
+)
 from pallas_kernels.nvfp4.rounding import rounding_noise, seeds
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic")
 FALLBACKS: dict[str, str] = {
     "quantize": "use implementation='xla'",
+    "quantize_both": "use implementation='xla'",
+    "statistics": "use implementation='xla'",
     "dequantize": "use implementation='xla'",
     "matmul": "use quant=fp8 or implementation='xla' (dequantizes)",
 }
@@ -29,36 +49,37 @@ def quantize(
     lead: int = 0,
     amax: Float32[Array, "*lead"] | None = None,
     key: Array | None = None,
+    stochastic: StochasticRounding = "unbiased",
     transpose: bool = False,
     hadamard: bool = False,
+    scale_layout: ScaleLayout = "rows",
     implementation: Implementation = "auto",
 ) -> NVFP4:
-    """Quantizes x to NVFP4, with one scale per block of the last axis.
-
-    NaN and infinity dequantize to NaN. With stochastic rounding, the mean over keys is x for
-    static_4; for static_6 it is x except for a block's largest values, which clip where the scale
-    was rounded down. Rules that search compare the rounded candidates, as published, and therefore
-    prefer rounding noise that errs less.
+    """Quantizes x to NVFP4, with one scale per block of the last axis; NaN and infinity give NaN.
 
     Args:
       x: values; bfloat16 or float32.
       rule: rule that chooses the scale of a block.
-      block_rows: rows of a block, 1 or 16; a block has 16 columns.
+      block_rows: rows of a block, 1 or 16.
       lead: number of leading axes whose entries each have an `amax`.
-      amax: max |x| in float32, after the Hadamard transform if there is one; computed if None. Pass
-        it if x is part of a larger tensor.
+      amax: max |x| of the whole tensor, after the Hadamard transform; computed from x if None.
       key: PRNG key for stochastic rounding (`rounding.rounding_noise`); None rounds to nearest.
+      stochastic: kind of stochastic rounding; ignored without a key.
       transpose: swap the last two axes first.
       hadamard: rotate the last axis, after the transposition (`hadamard.rotate`).
+      scale_layout: order of the result's scales; "tiles" needs a matrix per entry of `amax`.
       implementation: name of an implementation, or "auto".
 
-    Raises ValueError if the contraction axis is not a multiple of 16 or if arguments do not match,
-    and `Unsupported` if a named implementation cannot run.
+    Raises ValueError if arguments do not match or the contraction axis is not a multiple of 16,
+    `Unsupported` if a named implementation cannot run, NotImplementedError if differentiated.
     """
-    check_quantize(x, rule, block_rows, lead, amax, transpose)
-    chosen = select_implementation("quantize", x, implementation=implementation)
-    # Mosaic kernels take an amax; the other implementations compute it.
-    options = {"rule": rule, "block_rows": block_rows, "transpose": transpose, "hadamard": hadamard}
+    check_quantize(x, rule, block_rows, lead, amax, transpose, scale_layout)
+    x = _without_gradient(x)
+    options: dict[str, Any] = {
+        "rule": rule, "block_rows": block_rows, "stochastic": stochastic, "transpose": transpose,
+        "hadamard": hadamard, "scale_layout": scale_layout,
+    }  # fmt: skip
+    chosen = select_implementation("quantize", x, implementation=implementation, key=key, **options)
     if chosen == "mosaic":
         if amax is None:
             amax = reference.max_abs(reference.transpose_and_rotate(x, transpose, hadamard), lead)
@@ -67,31 +88,98 @@ def quantize(
     return run(x, amax, key, lead=lead, **options)
 
 
-def _stepwise(x: Array, amax: Array | None, key: Array | None, **options: Any) -> NVFP4:
+def _stepwise(
+    x: Array, amax: Array | None, key: Array | None, *, scale_layout: ScaleLayout, **options: Any
+) -> NVFP4:
     noise = None
     if key is not None:
         oriented = jnp.swapaxes(x, -1, -2) if options["transpose"] else x
         noise = rounding_noise(seeds(key), oriented.shape)
-    return reference.quantize(x, amax=amax, noise=noise, **options)
+    return with_scale_layout(reference.quantize(x, amax=amax, noise=noise, **options), scale_layout)
 
 
-_fused = jax.jit(_stepwise, static_argnames=("rule", "block_rows", "lead", "transpose", "hadamard"))
-_dequantized = jax.jit(dequantize_reference, static_argnums=1)
+_fused = jax.jit(
+    _stepwise,
+    static_argnames=(
+        "rule", "block_rows", "stochastic", "lead", "transpose", "hadamard", "scale_layout",
+    ),
+)  # fmt: skip
+
+
+def quantize_both(
+    x: Float[Array, "m k"],
+    amax: Float32[Array, ""],
+    amax_transposed: Float32[Array, ""],
+    *,
+    rule: Rule = "mse",
+    keys: tuple[Array | None, Array | None] = (None, None),
+    stochastic: StochasticRounding = "unbiased",
+    hadamard: bool = True,
+    implementation: Implementation = "auto",
+) -> tuple[NVFP4, NVFP4]:
+    """Quantizes x and its transpose, which is rotated if `hadamard`, for two products.
+
+    The kernel reads x once and writes scale tiles. `amax_transposed` is that of the rotated
+    transpose (`statistics`); `keys` come in pairs. Raises like `quantize`.
+    """
+    for transpose in (False, True):
+        check_quantize(x, rule, 1, 0, amax, transpose)
+    x = _without_gradient(x)
+    chosen = select_implementation("quantize_both", x, implementation=implementation, keys=keys)
+    options: dict[str, Any] = {"rule": rule, "stochastic": stochastic}
+    if chosen == "mosaic":
+        rotated = (False, hadamard)
+        run = _mosaic("quantize").quantize_both
+        return run(x, amax, amax_transposed, keys=keys, hadamard=rotated, **options)
+    options |= {"implementation": implementation}
+    plain = quantize(x, amax=amax, key=keys[0], **options)
+    options |= {"transpose": True, "hadamard": hadamard}
+    return plain, quantize(x, amax=amax_transposed, key=keys[1], **options)
+
+
+def statistics(
+    x: Float[Array, "m k"], *, hadamard: bool, sums: bool, implementation: Implementation = "auto"
+) -> tuple[Float32[Array, ""], Float32[Array, ""], Float32[Array, "k"] | None]:
+    """max |x|, max |rotate(x^T)| and the sums of x over rows; the kernel reads x once.
+
+    Without `hadamard` the second is the first; without `sums` the third is None. The maxima are NaN
+    if there is a NaN. Raises ValueError unless m is a multiple of 16.
+    """
+    if x.ndim != 2 or x.shape[0] % BLOCK:
+        raise ValueError(f"x must be a matrix of a multiple of {BLOCK} rows, got {x.shape}")
+    if select_implementation("statistics", x, implementation=implementation) == "mosaic":
+        return _mosaic("statistics").statistics(x, hadamard=hadamard, sums=sums)
+    amax = reference.max_abs(x)
+    rotated = reference.max_abs(reference.transpose_and_rotate(x, True, True)) if hadamard else amax
+    return amax, rotated, jnp.sum(x.astype(jnp.float32), axis=0) if sums else None
+
+
+def _with_offset(a: NVFP4, dtype: jnp.dtype, offset: Array | None = None) -> Array:
+    if offset is None:
+        return dequantize_reference(a, dtype)
+    values = dequantize_reference(a, jnp.float32) + offset.astype(jnp.float32)
+    return round_to(values, dtype)
+
+
+_dequantized = jax.jit(_with_offset, static_argnums=1)
 
 
 def dequantize(
-    a: NVFP4, dtype: jnp.dtype = jnp.bfloat16, *, implementation: Implementation = "auto"
+    a: NVFP4,
+    dtype: jnp.dtype = jnp.bfloat16,
+    *,
+    offset: Float[Array, "*rows k"] | None = None,
+    implementation: Implementation = "auto",
 ) -> Float[Array, "*rows k"]:
     """The values of `a`, rounded once from float32; NaN where a scale or `amax` is NaN.
 
-    Raises `Unsupported` if a named implementation cannot run.
+    `offset` broadcasts against the values and is added before they are rounded. Raises
+    `Unsupported` if a named implementation cannot run.
     """
-    chosen = select_implementation("dequantize", a, implementation=implementation)
+    chosen = select_implementation("dequantize", a, implementation=implementation, offset=offset)
     if chosen == "mosaic":
-        return _mosaic("dequantize").dequantize(a, dtype)
-    if chosen == "xla":
-        return _dequantized(a, dtype)
-    return dequantize_reference(a, dtype)
+        return _mosaic("dequantize").dequantize(with_scale_layout(a, "rows"), dtype, offset)
+    return (_dequantized if chosen == "xla" else _with_offset)(a, dtype, offset)
 
 
 def matmul(
@@ -118,8 +206,8 @@ def matmul(
     run.
     """
     check_matmul(a, b, bias, low_rank)
-    chosen = select_implementation("matmul", a, b, implementation=implementation)
     options: dict[str, Any] = {"bias": bias, "low_rank": low_rank, "out_dtype": out_dtype}
+    chosen = select_implementation("matmul", a, b, implementation=implementation, **options)
     if chosen == "mosaic":
         return _mosaic("matmul").matmul(a, b, **options)
     return (products.xla if chosen == "xla" else products.reference)(a, b, **options)
@@ -130,20 +218,52 @@ def select_implementation(
 ) -> Implementation:
     """The name of the implementation that operation `op` uses for these arguments.
 
-    "auto" selects "xla"; "mosaic" has not run on a GPU yet and is used only if named. Raises
-    ValueError for unknown names and `Unsupported` if the named implementation cannot run.
+    "auto" selects "mosaic" only where its kernel is proven for the arguments and `keywords`
+    (`dispatch.proven`), else "xla". Raises ValueError for unknown names and `Unsupported` if the
+    named implementation cannot run.
     """
     if op not in FALLBACKS:
         raise ValueError(f"NVFP4 has no op {op!r}; choose from {', '.join(FALLBACKS)}")
     if implementation == "auto":
-        return "xla"
+        return "mosaic" if proven(op, *arguments, **keywords) else "xla"
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"implementation {implementation!r}; choose from {known}")
-    if implementation == "mosaic" and not capability().startswith("10."):
+    if implementation == "mosaic" and not kernels_of(op, capability()):
         chip = f"sm_{capability().replace('.', '')}" if platform() == "gpu" else platform()
-        raise Unsupported(f"NVFP4 {op} needs Blackwell (sm_100); this is {chip}: {FALLBACKS[op]}")
+        raise Unsupported(f"NVFP4 {op} needs {chips_of(op)}; this is {chip}: {FALLBACKS[op]}")
     return implementation
+
+
+def linear_implementation(implementation: Implementation, *, trains: bool) -> Implementation:
+    """The implementation of all operations of a linear; "auto" is resolved once for all of them.
+
+    "auto" is "mosaic" only where the kernels of every operation are proven. Raises like
+    `select_implementation`.
+    """
+    ops: dict[str, dict[str, Any]] = {"quantize": {"scale_layout": "tiles"}, "matmul": {}}
+    if trains:
+        ops = {"statistics": {}, "quantize_both": {}, "matmul": {}}
+    chosen = {
+        select_implementation(op, implementation=implementation, **how) for op, how in ops.items()
+    }
+    return chosen.pop() if len(chosen) == 1 else "xla"
+
+
+@jax.custom_vjp
+def _without_gradient(x: Array) -> Array:
+    """x; raises NotImplementedError if differentiated, where rounding would give silent zeros."""
+    return x
+
+
+def _refuse_gradient(x: Array) -> Any:
+    raise NotImplementedError(
+        "quantization to NVFP4 has no gradient: use `stop_gradient`, or a product that has one "
+        "(`quant.recipe.product` to train a matrix, `PackedKernel.product` for a frozen one)"
+    )
+
+
+_without_gradient.defvjp(_refuse_gradient, lambda _saved, grad: (grad,))
 
 
 def _mosaic(op: str) -> Any:
@@ -152,7 +272,13 @@ def _mosaic(op: str) -> Any:
 
 
 def check_quantize(
-    x: Array, rule: str, block_rows: int, lead: int, amax: Array | None, transpose: bool
+    x: Array,
+    rule: str,
+    block_rows: int,
+    lead: int,
+    amax: Array | None,
+    transpose: bool,
+    scale_layout: ScaleLayout = "rows",
 ) -> None:
     """Raises ValueError if arguments of `quantize` are invalid or do not match."""
     if rule not in RULES:
@@ -168,6 +294,8 @@ def check_quantize(
         )
     if transpose and x.ndim != lead + 2:
         raise ValueError(f"lead must be {x.ndim - 2} to transpose shape {x.shape}, got {lead}")
+    if scale_layout == "tiles" and x.ndim != lead + 2:
+        raise ValueError(f"lead must be {x.ndim - 2} for scale tiles of {x.shape}, got {lead}")
     contraction = x.shape[-2 if transpose else -1]
     if contraction % BLOCK:
         raise ValueError(

@@ -26,6 +26,16 @@ Rule = Literal["static_6", "static_4", "mse", "mae", "abs_max"]
 sum of squares (mse), the sum of magnitudes (mae) or the maximum (abs_max)."""
 RULES: tuple[Rule, ...] = get_args(Rule)
 
+StochasticRounding = Literal["unbiased", "reference"]
+"""Kind of stochastic rounding. "unbiased": scales are rounded up, so that no value saturates, and
+rules that search compare codes rounded to nearest, before noise is drawn; the mean over the noise
+is the value. "reference", as published: scales are rounded to nearest, so that the largest values
+of a block may saturate, and rules that search compare rounded candidates, which prefers noise that
+errs less."""
+ScaleLayout = Literal["rows", "tiles"]
+"""Order of the scales: row by row, [*rows, k / 16], or in tensor cores' tiles (`to_tiles`)."""
+
+
 LIMITS: Mapping[Rule, tuple[float, float]] = MappingProxyType(
     {
         "static_6": (6.0, 448.0),
@@ -53,12 +63,14 @@ class NVFP4:
       scales: float8_e4m3fn block scales.
       amax: largest magnitude, one per entry of the leading axes.
       rule: rule that chose the scales.
+      scale_layout: order of the scales; "tiles" needs matrices, [*lead, m, k].
     """
 
     codes: Float[Array, "*rows k"]
-    scales: Float[Array, "*rows k/16"]
+    scales: Float[Array, "..."]
     amax: Float32[Array, "*lead"]
     rule: Rule = dataclasses.field(metadata={"static": True})
+    scale_layout: ScaleLayout = dataclasses.field(default="rows", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,6 +89,13 @@ class NVFP4:
     def lead(self) -> int:
         """Number of leading axes whose entries have their own `amax`."""
         return len(self.amax.shape)
+
+    @property
+    def row_scales(self) -> Float[Array, "*rows k/16"]:
+        """The scales row by row."""
+        if self.scale_layout == "rows":
+            return self.scales
+        return from_tiles(self.scales, self.shape[-2], self.shape[-1] // BLOCK)
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +124,7 @@ def dequantize_reference(a: NVFP4, dtype: jnp.dtype = jnp.float32) -> Array:
     other rounding.
     """
     codes = a.codes.astype(jnp.float32).reshape(*a.shape[:-1], -1, BLOCK)
-    values = codes * a.scales.astype(jnp.float32)[..., None]
+    values = codes * a.row_scales.astype(jnp.float32)[..., None]
     return round_to((values * expand_amax(global_scale(a), values.ndim)).reshape(a.shape), dtype)
 
 
@@ -170,3 +189,30 @@ def unswizzle(
     padded = jnp.moveaxis(tiles, (-4, -3), (-2, -3))
     padded = padded.reshape(*batch, down * TILE_ROWS, right * TILE_COLUMNS)
     return padded[..., :rows, :columns]
+
+
+def to_tiles(scales: Shaped[Array, "*batch r c"]) -> Shaped[Array, "*batch r/128 c/4 32 16"]:
+    """Scales in tiles of `swizzle`, as an array of tiles: shards of whole tiles are slices of it.
+
+    Entries of the padding are zero.
+    """
+    *batch, rows, columns = scales.shape
+    down, right = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
+    return swizzle(scales).reshape(*batch, down, right, 32, 4 * TILE_COLUMNS)
+
+
+def from_tiles(
+    tiles: Shaped[Array, "*batch down right 32 16"], rows: int, columns: int
+) -> Shaped[Array, "*batch rows columns"]:
+    """The inverse of `to_tiles`; raises ValueError if the number of tiles is another."""
+    return unswizzle(tiles.reshape(*tiles.shape[:-4], -1), rows, columns)
+
+
+def with_scale_layout(a: NVFP4, layout: ScaleLayout) -> NVFP4:
+    """`a` with its scales in another order; raises ValueError unless `a` has matrices."""
+    if a.scale_layout == layout:
+        return a
+    if a.ndim != a.lead + 2:
+        raise ValueError(f"scale tiles need matrices, [*lead, m, k], got {a.shape} with {a.lead}")
+    scales = to_tiles(a.scales) if layout == "tiles" else a.row_scales
+    return dataclasses.replace(a, scales=scales, scale_layout=layout)

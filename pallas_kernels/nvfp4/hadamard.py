@@ -48,3 +48,10 @@ def rotate(
         preferred_element_type=jnp.float32,
     )
     return round_to(rotated, jnp.bfloat16).reshape(x.shape)
+
+
+def rotate_rows(x: Float[Array, "m k"]) -> BFloat16[Array, "m k"]:
+    """`rotate(x.T).T` without transposing: rotates groups of 16 rows."""
+    groups = x.astype(jnp.float32).reshape(-1, GROUP_SIZE, x.shape[1])
+    rotated = jnp.einsum("gtk,ts->gsk", groups, matrix(), precision=lax.Precision.HIGHEST)
+    return rotated.astype(jnp.bfloat16).reshape(x.shape)

@@ -48,7 +48,7 @@ def xla(
 
 def block_scaled(a: NVFP4, b: NVFP4) -> Float32[Array, "m n"]:
     """The product of codes times scales, which XLA passes to cuBLAS."""
-    x, y, x_scales, y_scales = (c[None] for c in (a.codes, b.codes, a.scales, b.scales))
+    x, y, x_scales, y_scales = (c[None] for c in (a.codes, b.codes, a.row_scales, b.row_scales))
     product = jax.nn.scaled_matmul(x, y, x_scales, y_scales, preferred_element_type=jnp.float32)
     return product[0]
 
@@ -56,7 +56,7 @@ def block_scaled(a: NVFP4, b: NVFP4) -> Float32[Array, "m n"]:
 def _unscaled(a: NVFP4) -> Array:
     """Code times scale in bfloat16, exact: at most six significant bits."""
     codes = a.codes.astype(jnp.bfloat16).reshape(*a.shape[:-1], -1, BLOCK)
-    return (codes * a.scales.astype(jnp.bfloat16)[..., None]).reshape(a.shape)
+    return (codes * a.row_scales.astype(jnp.bfloat16)[..., None]).reshape(a.shape)
 
 
 def _finish(

@@ -19,12 +19,13 @@ from pallas_kernels.nvfp4.format import (
     NVFP4,
     SCALE_DTYPE,
     Rule,
+    StochasticRounding,
     amax_divisor,
     expand_amax,
 )
 from pallas_kernels.nvfp4.hadamard import rotate
 from pallas_kernels.nvfp4.rounding import MAX_SCALE as MAX_SCALE
-from pallas_kernels.nvfp4.rounding import stochastic_round, to_nearest, to_scale
+from pallas_kernels.nvfp4.rounding import scale_above, stochastic_round, to_nearest, to_scale
 
 TINY = 2.0**-104
 """Smallest `amax`; above it, the inverse of the smallest scale is finite."""
@@ -82,13 +83,14 @@ def quantize(
     transpose: bool = False,
     hadamard: bool = False,
     noise: RoundingNoise | None = None,
+    stochastic: StochasticRounding = "unbiased",
 ) -> NVFP4:
     """`api.quantize` with explicit rounding noise, in the shape of the result, instead of a key."""
     x = transpose_and_rotate(x, transpose, hadamard)
     amax = max_abs(x, lead) if amax is None else jnp.asarray(amax, jnp.float32)
     tiles = functools.partial(_tiles, block_rows=block_rows)
     tiled_noise = None if noise is None else (tiles(noise[0]), tiles(noise[1]))
-    values, scales = _encode(tiles(x.astype(jnp.float32)), amax, rule, tiled_noise)
+    values, scales = _encode(tiles(x.astype(jnp.float32)), amax, rule, tiled_noise, stochastic)
     scales = jnp.broadcast_to(scales, (*values.shape[:-1], 1)).astype(SCALE_DTYPE)
     codes, scales = (_untiled(a, x.shape) for a in (values.astype(CODE_DTYPE), scales))
     return NVFP4(codes, scales, amax, rule)
@@ -115,6 +117,7 @@ def _encode(
     amax: Array,
     rule: Rule,
     noise: RoundingNoise | None,
+    stochastic: StochasticRounding,
 ) -> tuple[Array, Array]:
     """Values of the codes [*n, rows, blocks, 16] and of the scales [*n, 1, blocks, 1]."""
     # 1. Scales for a largest code of M2, from each block's peak.
@@ -123,21 +126,22 @@ def _encode(
     shrink = 1 / lax.optimization_barrier(grow)
     peak = _peak(t, (-3, -1), keepdims=True)
     wanted = (third(peak) / 2 if LIMITS[rule][0] == 6 else peak / 4) * grow
+    unbiased = noise is not None and stochastic == "unbiased"
+    round_scale = scale_above if unbiased else to_scale
 
-    # 2. Round to the candidate scales.
+    # 2. Round to the candidate scales; unbiased rounding compares codes rounded to nearest.
+    def scaled(step: Array) -> Array:
+        return 0.0 - (-(t * jnp.where(step == 0, 0.0, 1 / (shrink * step))))  # -0 becomes 0
+
     def candidate(factor: float, candidate_noise: Array | None) -> tuple[Array, Array]:
-        step = jnp.where(peak < jnp.inf, to_scale(factor * wanted), jnp.nan)
-        u = t * jnp.where(step == 0, 0.0, 1 / (shrink * step))
-        u = 0.0 - (-u)  # -0 becomes 0
-        return to_nearest(u) if candidate_noise is None else stochastic_round(
-            u, candidate_noise
-        ), step
+        step = jnp.where(peak < jnp.inf, round_scale(factor * wanted), jnp.nan)
+        return _rounded(scaled(step), candidate_noise), step
 
     first, second = (None, None) if noise is None else noise
-    values, scale = candidate(1.0, first)
     if rule in ("static_6", "static_4"):
-        return values, scale
-    values_4, scale_4 = candidate(1.5, second)
+        return candidate(1.0, first)
+    values, scale = candidate(1.0, None if unbiased else first)
+    values_4, scale_4 = candidate(1.5, None if unbiased else second)
 
     # 3. Take the candidate with the smaller error in each block.
     def error(values: Array, scale: Array) -> Array:
@@ -147,7 +151,15 @@ def _encode(
         return sum_in_pytorch_order(square(off) if rule == "mse" else jnp.abs(off))
 
     four = error(values_4, scale_4) < error(values, scale)
-    return jnp.where(four, values_4, values), jnp.where(four, scale_4, scale)
+    scale = jnp.where(four, scale_4, scale)
+    if noise is not None and not unbiased:
+        return jnp.where(four, values_4, values), scale
+    # Codes are computed again from the chosen scale, so that XLA need not store candidates.
+    return _rounded(scaled(scale), first), scale
+
+
+def _rounded(u: Array, noise: Array | None) -> Array:
+    return to_nearest(u) if noise is None else stochastic_round(u, noise)
 
 
 def square(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:

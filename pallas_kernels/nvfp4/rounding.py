@@ -16,6 +16,9 @@ MAX_CODE = 6.0
 """Largest E2M1 code."""
 MAX_SCALE = 448.0
 """Largest E4M3 scale."""
+SLACK = 1 - 2.0**-18
+"""Share of a value that a scale rounded up must reach. The largest block of a tensor wants the
+largest scale up to rounding errors, and must not get the next one."""
 
 
 def to_nearest(u: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
@@ -47,6 +50,22 @@ def to_scale(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     """Rounds nonnegative values to the nearest E4M3 value, saturating at 448; NaN stays NaN."""
     fixed, floating = jnp.round(512 * x) / 512, lax.reduce_precision(x, 8, 3)
     return jnp.minimum(jnp.where(x < 2.0**-6, fixed, floating), MAX_SCALE)
+
+
+def scale_above(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+    """Rounds nonnegative values up to an E4M3 value, saturating at 448; NaN stays NaN.
+
+    Values within `SLACK` above an E4M3 value count as that value.
+    """
+    nearest = to_scale(x)
+    return jnp.where(nearest < jnp.minimum(x, MAX_SCALE) * SLACK, next_scale(nearest), nearest)
+
+
+def next_scale(scale: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+    """The E4M3 value after a nonnegative one, which is below 448."""
+    bits = lax.bitcast_convert_type(scale, jnp.int32) + jnp.int32(2**20)
+    normal = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(scale < 2.0**-6, scale + 2.0**-9, normal)
 
 
 def mix(word: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float32
 
-from pallas_kernels.nvfp4.format import BLOCK, LIMITS, NVFP4, Rule, amax_divisor
-from pallas_kernels.nvfp4.hadamard import matrix
+from pallas_kernels.nvfp4.format import BLOCK, LIMITS, NVFP4, Rule, StochasticRounding, amax_divisor
 from pallas_kernels.nvfp4.reference import MAX_SCALE, TINY, max_abs
-from pallas_kernels.nvfp4.rounding import MAX_CODE, rounding_noise, seeds
+from pallas_kernels.nvfp4.rounding import MAX_CODE, SLACK, next_scale, rounding_noise, seeds
 
-__all__ = ["SimulatedNVFP4", "contract", "from_packed", "rotate_rows", "simulate"]
+__all__ = ["SimulatedNVFP4", "contract", "from_packed", "simulate"]
 
 
 @jax.tree_util.register_dataclass
@@ -44,13 +43,14 @@ class SimulatedNVFP4:
         return self.scaled_codes.astype(jnp.float32) * _global_scale(self)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "axis"))
+@functools.partial(jax.jit, static_argnames=("rule", "stochastic", "axis"))
 def simulate(
     x: Float[Array, "m k"],
     *,
     rule: Rule = "mse",
     amax: Float32[Array, ""] | None = None,
     key: Array | None = None,
+    stochastic: StochasticRounding = "unbiased",
     axis: int = 1,
 ) -> SimulatedNVFP4:
     """Simulates `quantize` of `x` with blocks along `axis`, without moving data.
@@ -65,13 +65,7 @@ def simulate(
     noise = _noise(key, x.shape, axis)
     # 1. The scale of each block, from its peak.
     peak = jnp.max(jnp.abs(t), axis=along, keepdims=True)
-    # The barrier prevents the compiler from multiplying with the inverse of a constant.
-    divisor, six = lax.optimization_barrier(
-        (jnp.float32(amax_divisor(rule)), jnp.float32(LIMITS[rule][0]))
-    )
-    grow = jnp.where(amax < TINY, 0.0, divisor / amax)
-    wanted = jnp.where(peak < jnp.inf, peak / six * grow, jnp.nan)
-    shrink = 1 / lax.optimization_barrier(grow)
+    wanted, shrink, divisor = _wanted_scale(peak, amax, rule)
 
     def rounded(step: Array, chosen: Array | None) -> Array:
         u = jnp.where((step == 0) | (t == 0), 0.0, t * (1 / (shrink * step)))
@@ -79,17 +73,32 @@ def simulate(
 
     # 2. Rules that search: take the scale with the smaller error in each block.
     noise = [None if d is None else d.reshape(t.shape) for d in noise]
-    step, chosen = to_scale(wanted), noise[0]
+    unbiased = key is not None and stochastic == "unbiased"
+    round_scale = scale_above if unbiased else to_scale
+    step, chosen = round_scale(wanted), noise[0]
     if rule not in ("static_6", "static_4"):
-        larger = to_scale(1.5 * wanted)
+        larger = round_scale(1.5 * wanted)
+        drawn = [None, None] if unbiased else noise
         errors = [
             _error(rounded(s, d) * amax / divisor - t, rule, along)
-            for s, d in ((step, noise[0]), (larger, noise[1]))
+            for s, d in zip((step, larger), drawn, strict=True)
         ]
         four = errors[1] < errors[0]
         step = jnp.where(four, larger, step)
-        chosen = None if chosen is None or noise[1] is None else jnp.where(four, noise[1], chosen)
+        if chosen is not None and drawn[1] is not None:
+            chosen = jnp.where(four, drawn[1], chosen)
     return SimulatedNVFP4(rounded(step, chosen).astype(jnp.bfloat16).reshape(m, k), amax, rule)
+
+
+def _wanted_scale(peak: Array, amax: Array, rule: Rule) -> tuple[Array, Array, Array]:
+    """The unrounded scales of blocks, amax / (M2 * M3), and M2 * M3."""
+    # The barrier prevents the compiler from multiplying with the inverse of a constant.
+    divisor, six = lax.optimization_barrier(
+        (jnp.float32(amax_divisor(rule)), jnp.float32(LIMITS[rule][0]))
+    )
+    grow = jnp.where(amax < TINY, 0.0, divisor / amax)
+    wanted = jnp.where(peak < jnp.inf, peak / six * grow, jnp.nan)
+    return wanted, 1 / lax.optimization_barrier(grow), divisor
 
 
 def _noise(key: Array | None, shape: tuple[int, ...], axis: int) -> list[Array | None]:
@@ -134,17 +143,16 @@ def to_scale(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     )
 
 
-def rotate_rows(x: Float[Array, "m k"]) -> BFloat16[Array, "m k"]:
-    """`hadamard.rotate(x.T).T` without transposing: rotates groups of 16 rows."""
-    groups = x.astype(jnp.float32).reshape(-1, BLOCK, x.shape[1])
-    rotated = jnp.einsum("gtk,ts->gsk", groups, matrix(), precision=lax.Precision.HIGHEST)
-    return rotated.astype(jnp.bfloat16).reshape(x.shape)
+def scale_above(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+    """Computes `rounding.scale_above`."""
+    nearest = to_scale(x)
+    return jnp.where(nearest < jnp.minimum(x, MAX_SCALE) * SLACK, next_scale(nearest), nearest)
 
 
 def from_packed(a: NVFP4) -> SimulatedNVFP4:
     """The simulated form of a packed matrix."""
     codes = a.codes.astype(jnp.bfloat16).reshape(*a.shape[:-1], -1, BLOCK)
-    scaled_codes = codes * a.scales.astype(jnp.bfloat16)[..., None]
+    scaled_codes = codes * a.row_scales.astype(jnp.bfloat16)[..., None]
     return SimulatedNVFP4(scaled_codes.reshape(a.shape), a.amax, a.rule)
 
 

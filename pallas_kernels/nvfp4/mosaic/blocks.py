@@ -1,9 +1,10 @@
 """Operations on blocks of 16 values in registers, used by the quantize kernels.
 
-A warpgroup processes 128 blocks at once, as an array [128, 16] with one block per thread. Nothing
-here communicates between threads: a maximum or sum over a block is register arithmetic, and
-splitting an array into its 16 columns and joining them costs nothing, because the compiler knows
-which register holds which column.
+A warpgroup processes 128 blocks at once, as an array [..., 16] with one block per thread: [128, 16]
+for consecutive blocks, [32, 4, 16] for 4 blocks of 32 rows (`Threads`). Nothing here communicates
+between threads: a maximum or sum over a block is register arithmetic, and splitting an array into
+its 16 columns and joining them costs nothing, because the compiler knows which register holds which
+column.
 """
 
 import dataclasses
@@ -16,18 +17,96 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.nvfp4.format import BLOCK, LIMITS, Rule
+from pallas_kernels.nvfp4.format import BLOCK, LIMITS, Rule, StochasticRounding
 from pallas_kernels.nvfp4.hadamard import SIGNS
 from pallas_kernels.nvfp4.reference import MAX_SCALE, TINY
-from pallas_kernels.nvfp4.rounding import MAX_CODE, mix
+from pallas_kernels.nvfp4.rounding import MAX_CODE, SLACK, mix, next_scale
 
 GROUP = 128
 """Blocks that a warpgroup processes at once, one per thread."""
-SHAPE = (GROUP, BLOCK)
+_PLGPU: Any = plgpu  # its classes look abstract to a type checker
 _LAYOUTS: Any = plgpu.Layout
-LAYOUT = _LAYOUTS.TCGEN05_TMEM_NATIVE(8)  # 8 elements of 16 bits are one load
-SCALES = LAYOUT.reduce(1)
 E2M1, E4M3 = jnp.float4_e2m1fn, jnp.float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Threads:
+    """Which blocks the 128 threads of a warpgroup hold.
+
+    Attributes:
+      shape: shape of the array of values; the last axis has the 16 values of a block.
+      layout: layout of that array, one block per thread.
+    """
+
+    shape: tuple[int, ...]
+    layout: Any
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Shape of an array with one number per block."""
+        return self.shape[:-1]
+
+    @property
+    def block_layout(self) -> Any:
+        """Layout of an array with one number per block."""
+        return self.layout.reduce(len(self.blocks))
+
+    def index(self, axis: int = 0) -> Any:
+        """The index of each block along an axis of `blocks`, uint32."""
+        return plgpu.broadcasted_iota(jnp.uint32, self.blocks, axis, layout=self.block_layout)
+
+    def place(self, dtype: Any) -> Any:
+        """The index of each value in its block, 0 to 15."""
+        axis = len(self.blocks)
+        return plgpu.broadcasted_iota(dtype, self.shape, axis, layout=self.layout)
+
+    def zeros(self, per_block: bool) -> Any:
+        """Zeros in float32, one per block or one per value."""
+        shape = self.blocks if per_block else self.shape
+        layout = self.block_layout if per_block else self.layout
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+    def join(self, columns: Sequence[Any]) -> Any:
+        """Joins sixteen columns, each with one value per block."""
+        at = self.place(jnp.int32)
+        joined = broadcast_blocks(columns[0])
+        for i, column in enumerate(columns[1:], 1):
+            joined = jnp.where(at == i, broadcast_blocks(column), joined)
+        return joined
+
+    def split(self, x: Any) -> list[Any]:
+        """Splits values into sixteen columns.
+
+        The sums add -0, which changes no value, not even the sign of a zero.
+        """
+        at = self.place(jnp.int32)
+        return [jnp.sum(jnp.where(at == i, x, -0.0), axis=-1) for i in range(BLOCK)]
+
+    def load(self, ref: Any) -> Any:
+        """Loads values from global memory as float32."""
+        return plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
+
+    def load_column(self, ref: Any) -> Any:
+        """Loads one value per block as float32."""
+        return plgpu.load(ref, layout=self.block_layout, optimized=False).astype(jnp.float32)
+
+
+CONSECUTIVE = Threads((GROUP, BLOCK), _LAYOUTS.TCGEN05_TMEM_NATIVE(8))
+"""128 consecutive blocks; 8 elements of 16 bits are one load."""
+
+
+def _of_rows(rows: int, blocks: int, warp: int, lanes: tuple[int, ...]) -> Threads:
+    """[32, 4, 16]; a warp holds `rows` x `blocks` of them."""
+    shape = (32, 4, BLOCK)
+    tiling = _PLGPU.Tiling((shape, (rows, blocks, BLOCK), (8,)))
+    layout = _LAYOUTS.TILED(tiling, warp_dims=(warp,), lane_dims=lanes, vector_dim=-1)
+    return Threads(shape, layout)
+
+
+ALONG_ROWS = _of_rows(8, 4, warp=-7, lanes=(-4, -3))
+"""4 blocks of 32 rows; four neighbouring threads hold one row."""
+ACROSS_ROWS = _of_rows(32, 1, warp=-6, lanes=(-4,))
+"""4 blocks of 32 rows; the threads of a warp hold one block of each row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,27 +116,17 @@ class QuantizeOptions:
     Attributes:
       rule: rule that chooses the block scales.
       hadamard: whether blocks are rotated first.
-      stochastic: whether rounding is stochastic; else to nearest even.
+      stochastic: kind of stochastic rounding, or None to round to nearest even.
     """
 
     rule: Rule
     hadamard: bool = False
-    stochastic: bool = False
+    stochastic: StochasticRounding | None = None
 
     @property
     def searches(self) -> bool:
         """Whether every block is tried with a largest code of 6 and with one of 4."""
         return self.rule not in ("static_6", "static_4")
-
-
-def load(ref: Any) -> Any:
-    """Loads [128, 16] from global memory as float32."""
-    return plgpu.load(ref, layout=LAYOUT, optimized=False).astype(jnp.float32)
-
-
-def load_column(ref: Any) -> Any:
-    """Loads [128] values, one per thread, as float32."""
-    return plgpu.load(ref, layout=SCALES, optimized=False).astype(jnp.float32)
 
 
 def store(ref: Any, value: Any) -> None:
@@ -72,26 +141,8 @@ def store(ref: Any, value: Any) -> None:
 
 
 def broadcast_blocks(x: Any) -> Any:
-    """Broadcasts [128] to [128, 16]."""
-    return lax.broadcast_in_dim(x, SHAPE, (0,))
-
-
-def join(columns: Sequence[Any]) -> Any:
-    """Joins sixteen columns [128] into [128, 16]."""
-    at = plgpu.broadcasted_iota(jnp.int32, SHAPE, 1, layout=LAYOUT)
-    joined = broadcast_blocks(columns[0])
-    for i, column in enumerate(columns[1:], 1):
-        joined = jnp.where(at == i, broadcast_blocks(column), joined)
-    return joined
-
-
-def split(x: Any) -> list[Any]:
-    """Splits [128, 16] into sixteen columns [128].
-
-    The sums add -0, which changes no value, not even the sign of a zero.
-    """
-    at = plgpu.broadcasted_iota(jnp.int32, SHAPE, 1, layout=LAYOUT)
-    return [jnp.sum(jnp.where(at == i, x, -0.0), axis=1) for i in range(BLOCK)]
+    """Broadcasts one number per block to all 16 values."""
+    return lax.broadcast_in_dim(x, (*x.shape, BLOCK), tuple(range(x.ndim)))
 
 
 def rotate(columns: Sequence[Any]) -> list[Any]:
@@ -112,13 +163,15 @@ class BlockGroups:
     """128 groups of blocks, each with one scale: single blocks, or the 16 blocks of a square.
 
     Attributes:
+      threads: the blocks that the threads hold.
       count: blocks per group, 1 or 16.
-      load: `load(i)` returns block i of every group, [128, 16] in float32.
+      load: `load(i)` returns block i of every group in float32.
       noise: `noise(i)` returns the rounding noise of those blocks, for a largest code of 6 and for
         one of 4.
       write: `write(i, codes)` stores their codes.
     """
 
+    threads: Threads
     count: int
     load: Callable[[Any], Any]
     noise: Callable[[Any], tuple[Any, Any]]
@@ -132,34 +185,34 @@ class BlockGroups:
 
 
 def encode_groups(groups: BlockGroups, amax: Any, options: QuantizeOptions) -> Any:
-    """Writes the codes of all blocks and returns the scales [128] of the groups."""
+    """Writes the codes of all blocks and returns the scales of the groups."""
     code, most = LIMITS[options.rule]
     small = amax < TINY
     grow = jnp.where(small, 0.0, code * most / jnp.where(small, 1.0, amax))
     shrink = 1.0 / lax.optimization_barrier(grow)
+    up, published = (options.stochastic == kind for kind in ("unbiased", "reference"))
 
     # 1. The scale for a largest code of M2, from each group's peak.
     def update_peak(i, peak):
-        return jnp.maximum(peak, jnp.max(jnp.abs(groups.load(i)), axis=1))
+        return jnp.maximum(peak, jnp.max(jnp.abs(groups.load(i)), axis=-1))
 
-    peak = groups.fold(update_peak, _zeros((GROUP,), SCALES))
+    peak = groups.fold(update_peak, groups.threads.zeros(per_block=True))
     wanted = (_third(peak) * 0.5 if code == MAX_CODE else peak * 0.25) * grow
-    scale, use_four = _e4m3(wanted, peak), None
+    scale, use_four = _e4m3(wanted, peak, up), None
     # 2. Search: take 1.5 times the scale (a largest code of 4) where that errs less.
     if options.searches:
-        larger = _e4m3(wanted * 1.5, peak)
-        error, error_four = _errors(groups, (scale, larger), shrink, amax, options)
+        larger = _e4m3(wanted * 1.5, peak, up)
+        error, error_four = _errors(groups, (scale, larger), shrink, amax, options, published)
         use_four = error_four < error
         scale = jnp.where(use_four, larger, scale)
 
     # 3. Round and write the codes.
     def write(i, carry):
         noise = None
-        if options.stochastic:
+        if options.stochastic is not None:
             noise, second = groups.noise(i)
-            noise = (
-                noise if use_four is None else jnp.where(broadcast_blocks(use_four), second, noise)
-            )
+            if published and use_four is not None:
+                noise = jnp.where(broadcast_blocks(use_four), second, noise)
         groups.write(i, _codes(groups.load(i), scale, shrink, noise))
         return carry
 
@@ -167,18 +220,15 @@ def encode_groups(groups: BlockGroups, amax: Any, options: QuantizeOptions) -> A
     return scale.astype(E4M3)
 
 
-def _zeros(shape: tuple[int, ...], layout: Any) -> Any:
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-
-
-def _e4m3(wanted: Any, peak: Any) -> Any:
-    """Rounds to E4M3 values, as float32; NaN for a block that is not finite."""
+def _e4m3(wanted: Any, peak: Any, up: bool) -> Any:
+    """Rounds to E4M3 values, up or to nearest, as float32; NaN for a block that is not finite."""
     finite = jnp.where(peak < jnp.inf, jnp.minimum(wanted, MAX_SCALE), jnp.nan)
-    return finite.astype(E4M3).astype(jnp.float32)
+    scale = finite.astype(E4M3).astype(jnp.float32)
+    return jnp.where(scale < finite * SLACK, next_scale(scale), scale) if up else scale
 
 
 def _codes(x: Any, scale: Any, shrink: Any, noise: Any) -> Any:
-    """E2M1 codes of [128, 16]; the conversion saturates at 6."""
+    """E2M1 codes of x; the conversion saturates at 6."""
     inverse = jnp.where(scale == 0, 0.0, 1.0 / (shrink * scale))
     scaled = 0.0 - (
         -(x * broadcast_blocks(inverse))
@@ -208,38 +258,60 @@ def _stochastic_round(scaled: Any, noise: Any) -> Any:
     return jnp.where(scaled < 0, -rounded, rounded)
 
 
-def _errors(groups: BlockGroups, scales, shrink, amax, options: QuantizeOptions) -> list[Any]:
+def _unit_values(scale: Any, amax: Any) -> tuple[Any, Any]:
+    """The dequantized values of the codes 1 and 1.5, one per block.
+
+    Every other code is one of these times a power of two, so its value is exact. The division is by
+    M2 * M3 = 6 * 256 = 3 * 512.
+    """
+    first, second = (_third(scale * code * amax) * 2.0**-9 for code in (1.0, 1.5))
+    return first, second
+
+
+def _dequantized(codes: Any, units: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Two factors of the values of codes: a power of two with the sign, and the unit."""
+    bits = lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.int32)
+    power = lax.bitcast_convert_type(bits & jnp.int32(-(2**23)), jnp.float32)
+    has_half = (bits & jnp.int32(2**22)) != 0
+    return power, jnp.where(has_half, broadcast_blocks(units[1]), broadcast_blocks(units[0]))
+
+
+def _errors(
+    groups: BlockGroups, scales, shrink, amax, options: QuantizeOptions, published: bool
+) -> list[Any]:
     """The quantization error of every group for each candidate scale.
 
-    Errors are summed in the order of the reference: even and odd rows separately, then their left
-    and right halves, then the eight columns.
+    Codes are rounded to nearest, or stochastically if `published`. Errors are summed in the order
+    of the reference: even and odd rows separately, then their left and right halves, then the eight
+    columns.
     """
     greatest = options.rule == "abs_max"
     rows = min(groups.count, 2)
+    units = [_unit_values(scale, amax) for scale in scales]
 
     def add(i, sums):
         sums = [row[:] for row in sums]
         for odd in range(rows):
             x = groups.load(i + odd)
-            noises = groups.noise(i + odd) if options.stochastic else (None, None)
+            noises = groups.noise(i + odd) if published else (None, None)
             for number, (scale, noise) in enumerate(zip(scales, noises, strict=True)):
-                codes = _codes(x, scale, shrink, noise).astype(jnp.float32)
-                # Division by M2 * M3 = 6 * 256 = 3 * 512.
-                off = _third(codes * broadcast_blocks(scale) * amax) * 2.0**-9 - x
+                power, unit = _dequantized(_codes(x, scale, shrink, noise), units[number])
+                off = power * unit - x
                 error = _square(off) if options.rule == "mse" else jnp.abs(off)
                 before = sums[number][odd]
                 sums[number][odd] = jnp.maximum(before, error) if greatest else before + error
         return sums
 
-    start = [[_zeros(SHAPE, LAYOUT) for _ in range(rows)] for _ in scales]
-    return [_reduce_blocks(sums, greatest) for sums in groups.fold(add, start, rows)]
+    start = [[groups.threads.zeros(per_block=False) for _ in range(rows)] for _ in scales]
+    sums = groups.fold(add, start, rows)
+    return [_reduce_blocks(groups.threads, parts, greatest) for parts in sums]
 
 
-def _reduce_blocks(rows: Sequence[Any], greatest: bool) -> Any:
-    """The maximum or the sum of the errors [128, 16] of each block."""
+def _reduce_blocks(threads: Threads, rows: Sequence[Any], greatest: bool) -> Any:
+    """The maximum or the sum of the errors of each block."""
     if greatest:
-        return jnp.max(functools.reduce(jnp.maximum, rows), axis=1)
-    columns = [split(x) for x in rows]
+        return jnp.max(functools.reduce(jnp.maximum, rows), axis=-1)
+    columns = [threads.split(x) for x in rows]
     halves = [x[half : half + 8] for x in columns for half in (0, 8)]
     return _sum_in_order([_sum_in_order(x) for x in zip(*halves, strict=True)])
 
@@ -249,23 +321,21 @@ def _sum_in_order(terms: Sequence[Any]) -> Any:
     return functools.reduce(operator.add, terms)
 
 
-def centred_noise(words: tuple[Any, Any], first: Any, stride: int = 1) -> tuple[Any, Any]:
+def centred_noise(
+    threads: Threads, words: tuple[Any, Any], first: Any, stride: int = 1
+) -> tuple[Any, Any]:
     """`rounding.rounding_noise` minus 1/2.
 
-    The values of a block have the indices `first` [128], `first + stride`, ... in the array.
+    The values of a block have the indices `first` (one per block), `first + stride`, ... in the
+    array.
     """
-    index = plgpu.broadcasted_iota(jnp.uint32, SHAPE, 1, layout=LAYOUT) * jnp.uint32(stride)
+    index = threads.place(jnp.uint32) * jnp.uint32(stride)
     bits = mix(mix(broadcast_blocks(first) + index + words[0]) + words[1])
     return _centred(bits >> jnp.uint32(16)), _centred(bits & jnp.uint32(0xFFFF))
 
 
 def _centred(bits: Any) -> Any:
     return (bits.astype(jnp.float32) + 0.5) * 2.0**-16 - 0.5
-
-
-def thread_index() -> Any:
-    """0 to 127, one per thread."""
-    return plgpu.broadcasted_iota(jnp.uint32, (GROUP,), 0, layout=SCALES)
 
 
 def as_uint32(x: Any) -> Any:

@@ -1,19 +1,16 @@
 """The product of two NVFP4 matrices on Blackwell's block-scaled tensor cores."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.catalog import Build
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.nvfp4.format import BLOCK, CODE_DTYPE, NVFP4, SCALE_DTYPE, global_scale, swizzle
+from pallas_kernels.nvfp4.format import BLOCK, NVFP4, global_scale, with_scale_layout
 from pallas_kernels.nvfp4.mosaic.launch import check_device
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import kernel
-from pallas_kernels.nvfp4.mosaic.matmul_tiling import DEPTH, RANKS, Problem, Tiling, choose
+from pallas_kernels.nvfp4.mosaic.matmul_tiling import RANKS, TILE_DEPTH, Problem, Tiling, choose
 
 INTERPRETED_BLOCKS = 2
 """Multiprocessors of the interpreted chip: few, so that thread blocks have several tiles."""
@@ -30,7 +27,6 @@ def matmul(
     bias: Float[Array, "n"] | None = None,
     low_rank: tuple[Float[Array, "m r"], Float[Array, "r n"]] | None = None,
     out_dtype: Any = jnp.bfloat16,
-    b_swizzled: Float[Array, "size"] | None = None,
     collective: bool | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
@@ -41,14 +37,13 @@ def matmul(
     branch accumulates into the same sums, so xa is divided by that scale and rounded to bfloat16;
     given in float32, this is its only rounding. With a branch, a product whose scale is below
     `SMALLEST_SCALE` is dropped. Codes are copied to pad them only if m is not a multiple of 8, n of
-    64 or k of 256.
+    64 or k of 64. Operands in scale layout "tiles" are read as they are; others are reordered.
 
     Args:
       a, b: matrices [m, k] and [n, k]; k must be a multiple of 16.
       bias: float32 [n], added at the end; or None.
       low_rank: pair (xa [m, r], B [r, n]), or None.
       out_dtype: bfloat16 or float32.
-      b_swizzled: `swizzle(b.scales)` if the caller keeps it; computed if None.
       collective: use pairs of multiprocessors; None chooses by the shape.
       tiling: tile sizes; None chooses by the shape.
       interpret: `plgpu.InterpretGPUParams` to interpret a small chip, without pairs.
@@ -63,9 +58,7 @@ def matmul(
         tiling = _tiling(problem, collective, interpret)
     if interpret is not None and tiling.collective:
         raise Unsupported("the interpreter does not support pairs of blocks; set collective=False")
-    if b_swizzled is None:
-        b_swizzled = swizzle(b.scales)
-    operands = kernel_operands(problem, a, b, b_swizzled, bias, low_rank)
+    operands = kernel_operands(problem, a, b, bias, low_rank)
     y = kernel(problem, tiling, out_dtype, interpret=interpret)(*operands)
     return y[: a.shape[0], : b.shape[0]]
 
@@ -110,7 +103,7 @@ def _problem(a: NVFP4, b: NVFP4, bias, low_rank, out_dtype) -> Problem:
     return Problem(
         m=_up(a.shape[0], 8),
         n=_up(b.shape[0], 64),
-        k=_up(a.shape[1], DEPTH),
+        k=_up(a.shape[1], TILE_DEPTH),
         rank=next(r for r in (0, *RANKS) if r >= rank),
         bias=bias is not None,
         itemsize=jnp.dtype(out_dtype).itemsize,
@@ -131,12 +124,10 @@ def _multiprocessors() -> int:
     return int(device.core_count)
 
 
-def kernel_operands(
-    problem: Problem, a: NVFP4, b: NVFP4, b_swizzled, bias, low_rank
-) -> tuple[Array, ...]:
+def kernel_operands(problem: Problem, a: NVFP4, b: NVFP4, bias, low_rank) -> tuple[Array, ...]:
     """The kernel's operands, padded: codes, scale tiles, scale, and the optional ones."""
     scale = global_scale(a) * global_scale(b)
-    a_scales = a.scales
+    a_scales, b_scales = (with_scale_layout(c, "tiles").scales for c in (a, b))
     if low_rank is not None:
         # The branch is divided by the scale, so a scale near zero drops the quantized product.
         too_small = scale < SMALLEST_SCALE
@@ -145,8 +136,8 @@ def kernel_operands(
     operands = [
         _padded(a.codes, (problem.m, problem.k)),
         _padded(b.codes, (problem.n, problem.k)),
-        _scale_tiles(swizzle(a_scales), a.shape),
-        _scale_tiles(b_swizzled, b.shape),
+        a_scales,
+        b_scales,
         scale[None],
     ]
     if bias is not None:
@@ -159,12 +150,6 @@ def kernel_operands(
     return tuple(operands)
 
 
-def _scale_tiles(swizzled: Array, shape: tuple[int, ...]) -> Array:
-    """Swizzled scales as tiles [rows / 128, k / 64, 32, 16]; loads past the end give zeros."""
-    rows, k = shape
-    return swizzled.reshape(_up(rows, 128) // 128, _up(k, 64) // 64, 32, 16)
-
-
 def _up(size: int, to: int) -> int:
     """`size` rounded up to a multiple of `to`."""
     return -(-size // to) * to
@@ -174,48 +159,3 @@ def _padded(x: Array, shape: tuple[int, ...]) -> Array:
     if x.shape == shape:
         return x
     return jnp.pad(x, [(0, want - have) for have, want in zip(x.shape, shape, strict=True)])
-
-
-def build_product(m: int, n: int, k: int, *, rank: int = 0, **how: Any) -> Build:
-    """Returns a builder of (callable, abstract arguments) for a product with a bias."""
-
-    def build() -> tuple[Callable, tuple]:
-        array: Any = jax.ShapeDtypeStruct
-
-        def packed(rows: int) -> NVFP4:
-            codes, scales = array((rows, k), CODE_DTYPE), array((rows, k // BLOCK), SCALE_DTYPE)
-            return NVFP4(codes, scales, array((), jnp.float32), "mse")
-
-        def run(a, b, bias, *low_rank):
-            return matmul(a, b, bias=bias, low_rank=low_rank or None, **how)
-
-        branch = (array((m, rank), jnp.float32), array((rank, n), jnp.bfloat16)) if rank else ()
-        return run, (packed(m), packed(n), array((n,), jnp.float32), *branch)
-
-    return build
-
-
-SINGLE = r"UTCOMMA(?!\.2CTA)[.\w]*\.4X"
-"""SASS pattern of a product with one scale per 16 values, by single thread blocks."""
-PAIRS = r"UTCOMMA\.2CTA[.\w]*\.4X"
-"""SASS pattern of the same product by pairs of thread blocks."""
-CATALOG: Mapping[str, tuple[tuple[str, ...], Build, tuple[str, ...]]] = MappingProxyType(
-    {
-        "nvfp4_matmul": (
-            ("sm_100a",),
-            build_product(7040, 3072, 3072, collective=False),
-            (SINGLE,),
-        ),
-        "nvfp4_matmul_2cta": (
-            ("sm_100a",),
-            build_product(7040, 14336, 3072, collective=True),
-            (PAIRS,),
-        ),
-        "nvfp4_matmul_low_rank": (
-            ("sm_100a",),
-            build_product(7040, 3072, 14336, rank=64, collective=True),
-            (PAIRS, r"UTCHMMA"),
-        ),
-    }
-)
-"""Kernel name -> (chips, builder of (callable, abstract arguments), required SASS patterns)."""

@@ -80,7 +80,8 @@ def _scratch(problem: Problem, tiling: Tiling, dtype) -> dict[str, Any]:
     )
 
     def codes(rows: int):
-        return plgpu.SMEM((stages, rows, DEPTH), CODE_DTYPE, transforms=_swizzled(CODE_DTYPE))
+        transforms = _swizzled(CODE_DTYPE, problem.swizzle)
+        return plgpu.SMEM((stages, rows, DEPTH), CODE_DTYPE, transforms=transforms)
 
     def scales(tiles: int):
         return plgpu.SMEM((stages, tiles, SCALE_TILES, 32, 16), SCALE_DTYPE)
@@ -177,7 +178,7 @@ def tile_of(index: Array, down: int, across: int, band: int) -> tuple[Array, Arr
 
 def _loads(problem, tiling, operands, low_rank, *, operands_s, full, empty, **buffers):
     """Loads the operands of every step once their slot is free; zeros past the edges."""
-    steps, stages = problem.k // DEPTH, tiling.stages
+    steps, stages = problem.steps, tiling.stages
 
     def whole_tiles(start, size):
         return pl.ds(start * (size // ROWS), size // ROWS)
@@ -244,7 +245,7 @@ def _copy(tiling: Tiling, source, target, arrived, axis: int | None) -> None:
 
 def _products(problem, tiling, *, empty, sums_t, done, drained, **buffers):
     """Issues all products; in each tile those of the low-rank branch come first."""
-    steps, lag, axis = problem.k // DEPTH, tiling.lag, _pair_axis(tiling)
+    steps, lag, axis = problem.steps, tiling.lag, _pair_axis(tiling)
 
     def tile(t, row, column):
         half = lax.rem(t, jnp.int32(2))

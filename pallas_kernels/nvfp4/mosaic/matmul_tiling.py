@@ -2,11 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 
 ROWS = 128
 """Accumulator rows of one thread block (CTA): all lanes of its tensor memory."""
 DEPTH = 256
 """Length of the contraction axis per step: rows of 128 bytes of codes."""
+TILE_DEPTH = 64
+"""Contraction length of a scale tile; loads past the end of the operands give zeros."""
 STEP_SCALES = DEPTH // 16
 SCALE_SLOTS = 2
 """Steps whose scales are in tensor memory: one is read while the other is written."""
@@ -36,7 +39,7 @@ class Problem:
     Attributes:
       m: rows of the result, a multiple of 8.
       n: columns of the result, a multiple of 64.
-      k: contraction length, a multiple of `DEPTH`.
+      k: contraction length, a multiple of `TILE_DEPTH`.
       rank: rank of the low-rank branch, one of `RANKS`, or 0 for none.
       bias: whether there is a bias.
       itemsize: bytes per element of the result.
@@ -48,6 +51,16 @@ class Problem:
     rank: int = 0
     bias: bool = False
     itemsize: int = 2
+
+    @property
+    def steps(self) -> int:
+        """Steps of the contraction axis; the last one may be incomplete."""
+        return -(-self.k // DEPTH)
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of a swizzled row of codes, at most 128: copies take whole rows of them."""
+        return math.gcd(self.k, DEPTH) // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +166,8 @@ def cycles(problem: Problem, tiling: Tiling) -> float:
     """
     down, across = tiling.tiles(problem)
     waves = -(-down * across // tiling.clusters)
-    product_cycles = ROWS * tiling.columns * (problem.k + 4 * problem.rank) / _PRODUCTS
+    product_cycles = ROWS * tiling.columns * (DEPTH * problem.steps + 4 * problem.rank) / _PRODUCTS
     loaded = (ROWS + tiling.own_columns) / 2 + (ROWS + tiling.scale_rows) / 16
-    shared_memory = 2 * problem.k * loaded / _SHARED
+    shared_memory = 2 * DEPTH * problem.steps * loaded / _SHARED
     handover = _HANDOVER * ((tiling.lag == 1) + (problem.rank > 0))
     return waves * (max(product_cycles, shared_memory) + handover)

@@ -2,12 +2,14 @@
 
 A thread holds whole blocks in registers (`blocks`), so the search for the better of two scales, the
 rotation and the rounding cost arithmetic but no memory traffic. There are four kernels: blocks
-along rows, blocks along columns (the result is transposed), both at once, and tiles of 16x16.
+along rows, blocks along columns (the result is transposed), either or both of them with scale tiles
+(`operands`), and squares of 16x16 (`tiles`).
 
 Codes and scales equal `reference.quantize` bit for bit, except with the rotation, whose sums are
 rounded in another order, and with compilers that fuse a product and a sum.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -16,22 +18,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.nvfp4.format import BLOCK, NVFP4, Rule
-from pallas_kernels.nvfp4.mosaic import tiles
+from pallas_kernels.nvfp4.format import (
+    BLOCK,
+    NVFP4,
+    Rule,
+    ScaleLayout,
+    StochasticRounding,
+    with_scale_layout,
+)
+from pallas_kernels.nvfp4.mosaic import operands, tiles
 from pallas_kernels.nvfp4.mosaic.blocks import (
+    CONSECUTIVE,
     GROUP,
     BlockGroups,
     QuantizeOptions,
     as_uint32,
     centred_noise,
     encode_groups,
-    join,
-    load,
-    load_column,
     rotate,
-    split,
     store,
-    thread_index,
 )
 from pallas_kernels.nvfp4.mosaic.launch import (
     ProgramArgs,
@@ -47,12 +52,6 @@ ROW_GROUPS = 4
 """Groups of 128 blocks per program along rows."""
 COLUMN_BLOCKS = 4
 """Blocks per program along a column: 32 bytes of codes, the granularity of memory writes."""
-WIDE = 16 * GROUP
-"""Columns of x that both orientations read while they are in the cache."""
-WARPGROUPS = 2
-"""Warpgroups of a program that quantizes both orientations."""
-OptionsPair = tuple[QuantizeOptions, QuantizeOptions]
-"""Options for x and for its transpose."""
 
 
 def quantize(
@@ -62,30 +61,40 @@ def quantize(
     rule: Rule = "mse",
     block_rows: int = 1,
     key: Array | None = None,
+    stochastic: StochasticRounding = "unbiased",
     transpose: bool = False,
     hadamard: bool = False,
+    scale_layout: ScaleLayout = "rows",
     interpret: Any = None,
 ) -> NVFP4:
     """`api.quantize` of bfloat16 or float32 `x` with a given `amax`, for any number of rows.
 
-    `amax` is that of the rotated `x` if `hadamard`. A `key` selects stochastic rounding.
+    `amax` is that of the rotated `x` if `hadamard`. A `key` selects stochastic rounding. Scale
+    tiles are written by the kernel where `operands.refusal` allows, else XLA reorders the scales.
     `interpret` (`plgpu.InterpretGPUParams`) runs the kernel in the interpreter. Raises
     `Unsupported` on devices other than Blackwell and ValueError for shapes that do not match.
     """
     check_device("quantize", interpret)
     _check_shapes(x, amax, transpose=transpose, block_rows=block_rows)
-    options, words = QuantizeOptions(rule, hadamard, key is not None), _seed_words(key)
+    options, words = _options(rule, hadamard, key, stochastic), _seed_words(key)
+    tiled = scale_layout == "tiles" and block_rows == 1 and x.ndim > 1
+    if tiled and operands.refusal(*x.shape[-2:]) is None:
+        pair = (None, options) if transpose else (options, None)
+        amaxes, both_words = jnp.tile(_amax_per_entry(amax, x), 2), jnp.tile(words, 2)
+        ((codes, scales),) = operands.quantize(_stacked(x), amaxes, both_words, pair, interpret)
+        return _tiled(codes, scales, x.shape[:-2], amax, rule)
     if block_rows == 1 and not transpose:
         stacked = x.reshape(amax.size, -1, x.shape[-1])
         codes, scales = _rows(stacked, amax.reshape(-1), words, options, interpret)
-        return NVFP4(codes.reshape(x.shape), scales.reshape(*x.shape[:-1], -1), amax, rule)
-    stacked, amaxes = _stacked(x), _amax_per_entry(amax, x)
-    if block_rows == 1:
-        codes, scales = _columns(stacked, amaxes, words, options, interpret)
+        shape = x.shape
     else:
-        codes, scales = tiles.quantize(stacked, amaxes, words, options, transpose, interpret)
-    shape = (*x.shape[:-2], *codes.shape[1:])
-    return NVFP4(codes.reshape(shape), scales.reshape(*shape[:-1], -1), amax, rule)
+        squares = functools.partial(tiles.quantize, transpose=transpose)
+        run = _columns if block_rows == 1 else squares
+        stacked, amaxes = _stacked(x), _amax_per_entry(amax, x)
+        codes, scales = run(stacked, amaxes, words, options, interpret=interpret)
+        shape = (*x.shape[:-2], *codes.shape[1:])
+    quantized = NVFP4(codes.reshape(shape), scales.reshape(*shape[:-1], -1), amax, rule)
+    return with_scale_layout(quantized, scale_layout)
 
 
 def quantize_both(
@@ -95,42 +104,54 @@ def quantize_both(
     *,
     rule: Rule = "mse",
     keys: tuple[Array | None, Array | None] = (None, None),
+    stochastic: StochasticRounding = "unbiased",
     hadamard: tuple[bool, bool] = (False, True),
     interpret: Any = None,
 ) -> tuple[NVFP4, NVFP4]:
-    """Quantizes x and its transpose in blocks of 1x16, in one pass over x.
+    """Quantizes x and its transpose in blocks of 1x16 with scale tiles, in one pass over x.
 
     Training needs both for activations and gradients: x for a product over channels, and the
     rotated transpose for a product over tokens. `amax`, `keys` and `hadamard` come in pairs, for x
-    and for the transpose. If k is not a multiple of 128, x is read twice. Raises like `quantize`.
+    and for the transpose. Two kernels run where `operands.refusal` has a reason. Raises like
+    `quantize`.
     """
     check_device("quantize", interpret)
     for transpose in (False, True):
         _check_shapes(x, amax, transpose=transpose, block_rows=1)
-    # 1. Two passes if k does not split into groups.
     pair = (amax, amax_transposed)
-    if x.shape[-1] % GROUP:
+    if operands.refusal(*x.shape[-2:]) is not None:
         plain, transposed = (
             quantize(
-                x, most, rule=rule, key=key, transpose=bool(i), hadamard=rht, interpret=interpret
+                x, most, rule=rule, key=key, stochastic=stochastic, transpose=bool(i),
+                hadamard=rotated, scale_layout="tiles", interpret=interpret,
             )
-            for i, (most, key, rht) in enumerate(zip(pair, keys, hadamard, strict=True))
-        )
+            for i, (most, key, rotated) in enumerate(zip(pair, keys, hadamard, strict=True))
+        )  # fmt: skip
         return plain, transposed
-    # 2. Otherwise one kernel for both.
-    options_pair = (
-        QuantizeOptions(rule, hadamard[0], keys[0] is not None),
-        QuantizeOptions(rule, hadamard[1], keys[1] is not None),
+    first, second = (
+        _options(rule, rotated, key, stochastic)
+        for rotated, key in zip(hadamard, keys, strict=True)
     )
     words = jnp.concatenate([_seed_words(key) for key in keys])
     amaxes = jnp.concatenate([_amax_per_entry(most, x) for most in pair])
-    results = _both(_stacked(x), amaxes, words, options_pair, interpret)
-    shapes = x.shape, (*x.shape[:-2], x.shape[-1], x.shape[-2])
+    results = operands.quantize(_stacked(x), amaxes, words, (first, second), interpret)
     plain, transposed = (
-        NVFP4(codes.reshape(shape), scales.reshape(*shape[:-1], -1), most, rule)
-        for (codes, scales), shape, most in zip(results, shapes, pair, strict=True)
+        _tiled(codes, scales, x.shape[:-2], most, rule)
+        for (codes, scales), most in zip(results, pair, strict=True)
     )
     return plain, transposed
+
+
+def _options(
+    rule: Rule, hadamard: bool, key: Array | None, stochastic: StochasticRounding
+) -> QuantizeOptions:
+    return QuantizeOptions(rule, hadamard, None if key is None else stochastic)
+
+
+def _tiled(codes: Array, scales: Array, lead: tuple[int, ...], amax: Array, rule: Rule) -> NVFP4:
+    """The result for codes [lead, m, k] and their scale tiles."""
+    codes, scales = (a.reshape(*lead, *a.shape[1:]) for a in (codes, scales))
+    return NVFP4(codes, scales, amax, rule, "tiles")
 
 
 def _check_shapes(x: Array, amax: Array, *, transpose: bool, block_rows: int) -> None:
@@ -183,19 +204,18 @@ def _rows(x: Array, amax: Array, words: Array, options: QuantizeOptions, interpr
 def _row_group(x, codes, scales, args: ProgramArgs, start: Any, number: int) -> None:
     """Quantizes 128 blocks from index `start`; an entry has `number` blocks."""
     at = (args.entry, pl.ds(start, GROUP))
-
-    def source(_):
-        block = load(x.at[*at, :])
-        return join(rotate(split(block))) if args.options.hadamard else block
+    values = CONSECUTIVE.load(x.at[*at, :])
+    if args.options.hadamard:
+        values = CONSECUTIVE.join(rotate(CONSECUTIVE.split(values)))
 
     def noise(_):
-        block = as_uint32(args.entry * number + start) + thread_index()
-        return centred_noise(args.words, block * jnp.uint32(BLOCK))
+        block = as_uint32(args.entry * number + start) + CONSECUTIVE.index()
+        return centred_noise(CONSECUTIVE, args.words, block * jnp.uint32(BLOCK))
 
     def write(_, block_codes):
         store(codes.at[*at, :], block_codes)
 
-    groups = BlockGroups(1, source, noise, write)
+    groups = BlockGroups(CONSECUTIVE, 1, lambda _: values, noise, write)
     store(scales.at[*at], encode_groups(groups, args.amax, args.options))
 
 
@@ -228,61 +248,16 @@ def _column_group(x, codes, scales, args: ProgramArgs, column: Any, block: Any, 
     own = pl.ds(column, GROUP)
     m = scales.shape[2] * BLOCK
 
-    def source(_):
-        rows = [load_column(x.at[args.entry, block * BLOCK + i, own]) for i in range(BLOCK)]
-        return join(rotate(rows) if args.options.hadamard else rows)
+    rows = [CONSECUTIVE.load_column(x.at[args.entry, block * BLOCK + i, own]) for i in range(BLOCK)]
+    values = CONSECUTIVE.join(rotate(rows) if args.options.hadamard else rows)
 
     def noise(_):
-        row = as_uint32(args.entry * k + column) + thread_index()
-        return centred_noise(args.words, row * jnp.uint32(m) + as_uint32(block * BLOCK))
+        row = as_uint32(args.entry * k + column) + CONSECUTIVE.index()
+        first = row * jnp.uint32(m) + as_uint32(block * BLOCK)
+        return centred_noise(CONSECUTIVE, args.words, first)
 
     def write(_, block_codes):
         store(codes.at[args.entry, own, block, :], block_codes)
 
-    groups = BlockGroups(1, source, noise, write)
+    groups = BlockGroups(CONSECUTIVE, 1, lambda _: values, noise, write)
     store(scales.at[args.entry, own, block], encode_groups(groups, args.amax, args.options))
-
-
-def _both(x: Array, amax: Array, words: Array, options_pair: OptionsPair, interpret: Any):
-    """Quantizes x [lead, m, k] along rows and along columns.
-
-    A program takes 16 rows (`WIDE` columns of them if k is a multiple), first along rows and then,
-    from the cache, along columns. `amax` and `words` of both results are concatenated.
-    """
-    lead, m, k = x.shape
-    part = WIDE if k % WIDE == 0 else k
-    rounds, blocks = part // GROUP, k // BLOCK
-    turns = -(-rounds // WARPGROUPS)
-
-    def body(flat, x, amax, words, codes, scales, codes_t, scales_t):
-        entry, down, piece = (lax.axis_index(name) for name in ("lead", "blocks", "pieces"))
-        most = amax[entry], amax[lead + entry]
-        pairs = (words[0], words[1]), (words[2], words[3])
-        by_row, by_column = (
-            ProgramArgs(*values, entry) for values in zip(options_pair, most, pairs, strict=True)
-        )
-
-        def for_each_group(step):
-            @pl.loop(0, turns)
-            def _turn(i):
-                group = i * WARPGROUPS + lax.axis_index("warpgroup")
-                pl.when(group < rounds)(lambda: step(group))
-
-        def across(group):  # 128 blocks of one row, or contiguous ones of several rows
-            start = down * k + group * GROUP
-            if part < k:
-                start = (down * BLOCK + group) * blocks + piece * GROUP
-            _row_group(flat, codes, scales, by_row, start, m * blocks)
-
-        for_each_group(across)
-        for_each_group(
-            lambda i: _column_group(
-                x, codes_t, scales_t, by_column, piece * part + i * GROUP, down, k
-            )
-        )
-
-    out = (*outputs((lead, m * blocks)), *outputs((lead, k, m // BLOCK)))
-    grid = {"pieces": k // part, "blocks": m // BLOCK, "lead": lead}
-    run = kernel(body, out, grid, warpgroups=WARPGROUPS, interpret=interpret)
-    codes, scales, codes_t, scales_t = run(x.reshape(lead, -1, BLOCK), x, amax, words)
-    return (codes, scales), (codes_t, scales_t)

@@ -13,21 +13,26 @@ from jaxtyping import Array
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4.format import BLOCK
 from pallas_kernels.nvfp4.mosaic.blocks import (
+    CONSECUTIVE,
     GROUP,
     BlockGroups,
     QuantizeOptions,
     as_uint32,
     centred_noise,
     encode_groups,
-    load,
     store,
-    thread_index,
 )
 from pallas_kernels.nvfp4.mosaic.launch import ProgramArgs, WorkPartition, kernel, outputs, pad_to
 
 
 def quantize(
-    x: Array, amax: Array, words: Array, options: QuantizeOptions, transpose: bool, interpret: Any
+    x: Array,
+    amax: Array,
+    words: Array,
+    options: QuantizeOptions,
+    *,
+    transpose: bool,
+    interpret: Any,
 ) -> tuple[Array, Array]:
     """Codes and scales of x [lead, m, k] or of its transpose, with every scale repeated 16 times.
 
@@ -80,22 +85,22 @@ def _group(x, codes, scales, args: ProgramArgs, down: Any, at: Any, transpose: b
     m, k = size
 
     def source(i):
-        return load(x.at[args.entry, down * BLOCK + i, own, :])
+        return CONSECUTIVE.load(x.at[args.entry, down * BLOCK + i, own, :])
 
     def noise(i):
         row, first = (
             as_uint32(down * BLOCK + i),
-            (as_uint32(at) + thread_index()) * jnp.uint32(BLOCK),
+            (as_uint32(at) + CONSECUTIVE.index()) * jnp.uint32(BLOCK),
         )
         entry = as_uint32(args.entry)
         if transpose:
-            return centred_noise(
-                args.words, (entry * jnp.uint32(k) + first) * jnp.uint32(m) + row, m
-            )
-        return centred_noise(args.words, (entry * jnp.uint32(m) + row) * jnp.uint32(k) + first)
+            first = (entry * jnp.uint32(k) + first) * jnp.uint32(m) + row
+            return centred_noise(CONSECUTIVE, args.words, first, m)
+        first = (entry * jnp.uint32(m) + row) * jnp.uint32(k) + first
+        return centred_noise(CONSECUTIVE, args.words, first)
 
     def write(i, block_codes):
         store(codes.at[args.entry, down * BLOCK + i, own, :], block_codes)
 
-    groups = BlockGroups(BLOCK, source, noise, write)
+    groups = BlockGroups(CONSECUTIVE, BLOCK, source, noise, write)
     store(scales.at[args.entry, down, own], encode_groups(groups, args.amax, args.options))

@@ -15,7 +15,8 @@ DUMP = deviceless.prepare()
 
 import jax.numpy as jnp  # noqa: E402
 
-from pallas_kernels.nvfp4.mosaic.matmul import CATALOG, build_product  # noqa: E402
+from pallas_kernels.catalog import kernels_of  # noqa: E402
+from pallas_kernels.nvfp4.mosaic.records import build_product  # noqa: E402
 
 SHAPES = {
     "a frame": build_product(880, 3072, 3072),
@@ -37,6 +38,6 @@ def compiled(build) -> dict:
 
 
 if __name__ == "__main__":
-    named = {name: build for name, (_, build, _) in CATALOG.items()}
+    named = {kernel.name: kernel.build for kernel in kernels_of("matmul")}
     chosen = named if sys.argv[2] == "catalog" else SHAPES
     print(json.dumps({name: compiled(build) for name, build in chosen.items()}))

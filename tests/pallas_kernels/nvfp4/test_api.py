@@ -64,3 +64,22 @@ def test_shapes_are_inferred_without_running():
     x = jax.ShapeDtypeStruct((3, 64, 48), jnp.bfloat16)
     a = jax.eval_shape(lambda x: quantize(x, lead=1, transpose=True, block_rows=16), x)
     assert (a.shape, a.scales.shape, a.amax.shape) == ((3, 48, 64), (3, 48, 4), (3,))
+
+
+def test_quantization_raises_if_differentiated():
+    """Its rounding would give silent zeros; the message names the remedies."""
+
+    def single(x):
+        return dequantize(api.quantize(x), jnp.float32).sum()
+
+    def both(x):
+        amax = jnp.float32(1)
+        parts = api.quantize_both(x, amax, amax, hadamard=False)
+        return sum(dequantize(part, jnp.float32).sum() for part in parts)
+
+    x = jnp.ones((16, 16))
+    for loss in (single, both):
+        assert jnp.isfinite(loss(x))
+        with pytest.raises(NotImplementedError, match=r"stop_gradient.*recipe\.product"):
+            jax.grad(loss)(x)
+        jax.grad(lambda x, loss=loss: loss(jax.lax.stop_gradient(x)) + x.sum())(x)

@@ -14,11 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.catalog import kernels_of
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import products, quantize
-from pallas_kernels.nvfp4.format import CODE_DTYPE, NVFP4, SCALE_DTYPE, amax_divisor, swizzle
+from pallas_kernels.nvfp4.format import (
+    CODE_DTYPE,
+    NVFP4,
+    SCALE_DTYPE,
+    amax_divisor,
+    with_scale_layout,
+)
 from pallas_kernels.nvfp4.mosaic import matmul as op
 from pallas_kernels.nvfp4.mosaic import matmul_tiling as tilings
+from pallas_kernels.nvfp4.mosaic import records
 from pallas_kernels.nvfp4.mosaic.matmul_kernel import tile_of
 from pallas_kernels.nvfp4.mosaic.matmul_tiling import Problem, Tiling
 from tests.pallas_kernels import deviceless
@@ -97,9 +105,12 @@ def test_random_values_swizzled_scales_and_a_float32_branch():
     right = jax.random.normal(jax.random.key(3), (8, 128)).astype(jnp.bfloat16)
     with block_scaled_products(), no_races(kernels=1):
         got = op.matmul(
-            a, b, low_rank=(left, right), out_dtype=jnp.float32, b_swizzled=swizzle(b.scales),
+            a,
+            with_scale_layout(b, "tiles"),
+            low_rank=(left, right),
+            out_dtype=jnp.float32,
             interpret=SIMULATED,
-        )  # fmt: skip
+        )
     want = products.reference(a, b, out_dtype=jnp.float32) + left @ right.astype(jnp.float32)
     bound = 2.0**-8 * np.abs(left) @ np.abs(right.astype(jnp.float32)) + 1e-5
     assert (np.abs(got - want) < bound).all()
@@ -111,12 +122,10 @@ def test_a_zero_matrix_leaves_only_the_branch():
     a = dataclasses.replace(a, amax=jnp.float32(0))
     pair = random_integers(3, 16, 16), random_integers(4, 16, 64)
     problem = Problem(16, 64, 256, rank=16)
-    operands = op.kernel_operands(problem, a, b, swizzle(b.scales), None, pair)
+    operands = op.kernel_operands(problem, a, b, None, pair)
     assert not np.asarray(operands[2], np.float32).any() and operands[4] == 1
     np.testing.assert_array_equal(operands[5], pair[0])
-    alone = op.kernel_operands(
-        dataclasses.replace(problem, rank=0), a, b, swizzle(b.scales), None, None
-    )
+    alone = op.kernel_operands(dataclasses.replace(problem, rank=0), a, b, None, None)
     assert alone[4] == 0 and np.asarray(alone[2], np.float32).any()
 
 
@@ -189,13 +198,13 @@ def test_it_compiles_onto_block_scaled_tensor_cores_without_spills(which):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = json.loads(done.stdout.splitlines()[-1])
-    assert kernels.keys() >= op.CATALOG.keys() or which == "shapes"
+    assert kernels.keys() >= {kernel.name for kernel in kernels_of("matmul")} or which == "shapes"
     for name, kernel in kernels.items():
         assert kernel["architecture"] == "sm_100a" and kernel["spilled_bytes"] == 0, name
         assert 0 < kernel["shared_bytes"] <= deviceless.SHARED_MEMORY, name
         assert 0 < kernel["tensor_columns"] <= deviceless.TENSOR_COLUMNS, name
         # A step issues four products of 64 values each, for each of the two slots of scales.
-        pattern = op.SINGLE if name in SINGLE_BLOCK else op.PAIRS
+        pattern = records.SINGLE if name in SINGLE_BLOCK else records.PAIRS
         counts = kernel["instructions"]
         assert sum(n for i, n in counts.items() if re.fullmatch(pattern, i)) >= 8, name
         assert any(i.startswith("UTCHMMA") for i in counts) == ("rank" in name), name

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import NVFP4, reference
 from pallas_kernels.nvfp4.format import dequantize_reference
-from pallas_kernels.nvfp4.mosaic.dequantize import dequantize, dequantize_slots
+from pallas_kernels.nvfp4.mosaic.dequantize import dequantize
 from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
 
@@ -25,6 +25,17 @@ def test_it_equals_the_oracle(dtype):
     np.testing.assert_array_equal(got, dequantize_reference(a, jnp.dtype(dtype)))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 8, 128), (2, 1, 7, 8, 1), (2, 1, 7, 8, 128)])
+def test_an_offset_is_added_before_the_only_rounding(shape):
+    """By the kernel where it repeats from token to token, else by XLA."""
+    a = packed(2, 1, 7, 8, 128, lead=2)
+    offset = jax.random.normal(jax.random.key(1), shape).astype(jnp.bfloat16)
+    with no_races(kernels=1):
+        got = dequantize(a, offset=offset, interpret=SIMULATED)
+    want = dequantize_reference(a, jnp.float32) + offset.astype(jnp.float32)
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
 def test_less_than_a_group():
     a = packed(3, 16)
     with no_races(kernels=1):
@@ -32,20 +43,8 @@ def test_less_than_a_group():
     np.testing.assert_array_equal(got, dequantize_reference(a, jnp.bfloat16))
 
 
-def test_only_listed_slots_are_read():
-    """Slots that are not listed may hold NaN, and the list is a traced argument."""
-    a = packed(4, 9, 2, 128, lead=1)
-    broken = NVFP4(a.codes, a.scales, a.amax.at[jnp.array([1, 3])].set(jnp.nan), a.rule)
-    slots = jnp.array([2, 0, 2])
-    with no_races(kernels=1):
-        got = jax.jit(lambda slots: dequantize_slots(broken, slots, interpret=SIMULATED))(slots)
-    np.testing.assert_array_equal(got, dequantize_reference(a, jnp.bfloat16)[slots])
-
-
 def test_unsupported_arguments_are_refused():
     a = packed(2, 16, 32)
-    with pytest.raises(ValueError, match=r"amax must have shape \(2,\), one per slot, got \(\)"):
-        dequantize_slots(a, jnp.array([0]), interpret=SIMULATED)
     with pytest.raises(ValueError, match="the kernel writes bfloat16 or float32"):
         dequantize(a, jnp.float16, interpret=SIMULATED)
     if jax.default_backend() != "gpu":

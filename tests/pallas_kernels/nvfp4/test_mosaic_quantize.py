@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.nvfp4 import NVFP4, reference
-from pallas_kernels.nvfp4.mosaic import launch
+from pallas_kernels.nvfp4 import NVFP4, reference, with_scale_layout
+from pallas_kernels.nvfp4.mosaic import launch, operands
 from pallas_kernels.nvfp4.mosaic.quantize import quantize, quantize_both
+from pallas_kernels.nvfp4.mosaic.statistics import statistics
 from pallas_kernels.nvfp4.rounding import rounding_noise, seeds
 from tests.pallas_kernels.interpreter import SIMULATED, no_races
 
@@ -91,23 +92,63 @@ def test_it_equals_the_oracle(case):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rule", "keys"),
+    ("shape", "rule", "keys", "stochastic"),
     [
-        pytest.param((16, 128), "static_6", (None, KEY), id="static"),
-        pytest.param((16, 256), "mse", (None, None), id="nearest", marks=pytest.mark.slow),
-        pytest.param((16, 128), "mse", (KEY, OTHER), id="stochastic", marks=pytest.mark.slow),
-        pytest.param((2, 32, 2048), "mse", (None, KEY), id="in pieces", marks=pytest.mark.slow),
-        pytest.param((16, 80), "mse", (None, KEY), id="in two passes", marks=pytest.mark.slow),
+        pytest.param((64, 128), "static_6", (None, KEY), "unbiased", id="static"),
+        pytest.param(
+            (192, 128), "mse", (None, None), "unbiased", id="nearest", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (64, 256), "mse", (KEY, OTHER), "unbiased", id="stochastic", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (64, 128), "mae", (KEY, OTHER), "reference", id="published", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (2, 64, 128), "mse", (None, KEY), "unbiased", id="stacked", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (16, 80), "mse", (None, KEY), "unbiased", id="in two passes", marks=pytest.mark.slow
+        ),
     ],
 )
-def test_both_in_one_pass(shape, rule, keys):
+def test_both_in_one_pass(shape, rule, keys, stochastic):
     x = array(*shape)
     lead = x.ndim - 2
     amax, amax_t = most(x, lead), most(x, lead, transpose=True, hadamard=True)
-    with no_races(kernels=1 if shape[-1] % 128 == 0 else 2):
-        got = quantize_both(x, amax, amax_t, rule=rule, keys=keys, interpret=SIMULATED)
-    assert_same(got[0], oracle(x, amax, keys[0], rule=rule))
-    assert_same(got[1], oracle(x, amax_t, keys[1], rule=rule, transpose=True, hadamard=True))
+    with no_races(kernels=2 if operands.refusal(*shape[-2:]) else 1):
+        plain, transposed = quantize_both(
+            x, amax, amax_t, rule=rule, keys=keys, stochastic=stochastic, interpret=SIMULATED
+        )
+    want = oracle(x, amax, keys[0], rule=rule, stochastic=stochastic)
+    assert_same(plain, with_scale_layout(want, "tiles"))
+    options = {"rule": rule, "stochastic": stochastic, "transpose": True, "hadamard": True}
+    assert_same(transposed, with_scale_layout(oracle(x, amax_t, keys[1], **options), "tiles"))
+
+
+@pytest.mark.parametrize("transpose", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_scale_tiles_of_one_operand(transpose):
+    x = array(64, 128)
+    amax = most(x)
+    options = {"rule": "static_6", "transpose": transpose}
+    with no_races(kernels=1):
+        got = quantize(x, amax, scale_layout="tiles", interpret=SIMULATED, **options)
+    assert_same(got, with_scale_layout(oracle(x, amax, **options), "tiles"))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (80, 1040)])
+def test_statistics_are_those_of_a_matrix_and_its_rotated_transpose(rows, columns):
+    x = array(rows, columns)
+    with no_races(kernels=1):
+        amax, rotated, sums = statistics(x, hadamard=True, sums=True, interpret=SIMULATED)
+    assert amax == most(x) and rotated == most(x, transpose=True, hadamard=True)
+    np.testing.assert_allclose(sums, np.asarray(x, np.float64).sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_statistics_of_nan_are_nan():
+    x = array(16, 32).at[3, 5].set(jnp.nan)
+    amax, rotated, sums = statistics(x, hadamard=False, sums=False, interpret=SIMULATED)
+    assert jnp.isnan(amax) and jnp.isnan(rotated) and sums is None
 
 
 def test_zeros_and_values_that_are_not_finite():

@@ -9,12 +9,12 @@ import pytest
 
 from pallas_kernels.nvfp4 import format as fmt
 from pallas_kernels.nvfp4 import quantize, rotate
+from pallas_kernels.nvfp4.hadamard import rotate_rows
 from pallas_kernels.nvfp4.reference import sum_in_pytorch_order
 from pallas_kernels.nvfp4.rounding import stochastic_round, to_nearest
 from pallas_kernels.nvfp4.simulated import (
     contract,
     from_packed,
-    rotate_rows,
     simulate,
     to_code,
     to_scale,
