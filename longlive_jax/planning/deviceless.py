@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_jax.planning.chips import get_chip
+from longlive_jax.planning.kernel_facts import facts
 
 SHARED_MEMORY = 232_448
 """Shared memory that one block may request at most, bytes, on Hopper and on Blackwell."""
@@ -115,6 +116,7 @@ def inspect(dump: pathlib.Path, *patterns: str) -> list[dict[str, Any]]:
 
     Returns:
       For every kernel, a dict of
+      kernel: stem of its files in the dump.
       architecture: target of ptxas, such as "sm_100a".
       registers: registers of a thread.
       spilled_bytes: bytes of register spills.
@@ -123,11 +125,14 @@ def inspect(dump: pathlib.Path, *patterns: str) -> list[dict[str, Any]]:
       tensor_core: number of tensor-core instructions by name.
       instructions: number of instructions that match a pattern, by name.
       lacking: patterns that no instruction matches.
+      facts: what a step of each warpgroup costs, see `kernel_facts.facts`.
+      unread: why there are no facts, or None.
     """
     return [_inspect(p, patterns) for p in sorted(dump.glob("*.ptxas"))]
 
 
 def _inspect(ptxas: pathlib.Path, patterns: Sequence[str]) -> dict[str, Any]:
+    # 1. Read the compilers' reports.
     log = ptxas.read_text(errors="replace")
     resources = ptxas.with_suffix(".resources.txt").read_text()
     sass = ptxas.with_suffix(".sass_ctrl").read_text(errors="replace")
@@ -138,13 +143,24 @@ def _inspect(ptxas: pathlib.Path, patterns: Sequence[str]) -> dict[str, Any]:
     def total(pattern: str, text: str) -> int:
         return sum(int(x) for x in re.findall(pattern, text))
 
+    # 2. Count what a step of each warpgroup costs, and collect the resources.
+    architecture = re.findall(r"for '(sm_\w+)'", log)[-1]
+    registers = total(r"Used (\d+) registers", log)
+    counted, unread = None, None
+    try:
+        counted = facts(ptxas.parent, ptxas.stem, architecture, registers)
+    except (ValueError, KeyError) as error:
+        unread = f"{type(error).__name__}: {error}"
     return {
-        "architecture": re.findall(r"for '(sm_\w+)'", log)[-1],
-        "registers": total(r"Used (\d+) registers", log),
+        "kernel": ptxas.stem,
+        "architecture": architecture,
+        "registers": registers,
         "spilled_bytes": total(r"(\d+) bytes spill", log),
         "shared_bytes": total(r"smem_scratch_bytes=(\d+)", resources),
         "tensor_columns": total(r"tmem_(?:collective_)?scratch_cols=(\d+)", resources),
         "tensor_core": dict(collections.Counter(mma)),
         "instructions": dict(collections.ChainMap(*matches.values())),
         "lacking": [pattern for pattern, counts in matches.items() if not counts],
+        "facts": counted,
+        "unread": unread,
     }
