@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from longlive_jax.bench import nvfp4_bytes
 from longlive_jax.bench.timing import machine, peak_memory, repeated
+from longlive_jax.planning.chips import get_chip
 from longlive_jax.quant.packed import pack_kernel
 from longlive_jax.quant.policy import Format
 from longlive_jax.typing import Array
@@ -42,6 +44,8 @@ class NVFP4Spec:
       repeats: number of measurements, after one warm-up.
       product: size of the square matrix product whose rate is the compute limit.
       copy: MiB copied to measure the memory limit.
+      bytes: count the bytes of a linear in compiled programs instead (`nvfp4_bytes.count`).
+      chip: GPU to compile for, with `bytes`.
     """
 
     rows: int = 7040
@@ -55,10 +59,13 @@ class NVFP4Spec:
     repeats: int = 10
     product: int = 8192
     copy: int = 1024
+    bytes: bool = False
+    chip: str = "gb200"
 
     def __post_init__(self) -> None:
+        get_chip(self.chip)
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
+            if field.type is int and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} must be >= 1, got {getattr(self, field.name)}")
         for name in ("inputs", "width"):
             if getattr(self, name) % 16:
@@ -99,8 +106,11 @@ class Op:
 def bench_nvfp4(spec: NVFP4Spec) -> dict[str, Any]:
     """Times all operations; returns a JSON-serializable report.
 
-    `not_run` holds the reasons why implementations were skipped.
+    `not_run` holds the reasons why implementations were skipped. With `spec.bytes`, the report is
+    that of `nvfp4_bytes.count`.
     """
+    if spec.bytes:
+        return nvfp4_bytes.count(spec.chip)
     about, limits = machine(), _limits(spec)
     operations: dict[str, Any] = {}
     skipped: dict[str, str] = {}

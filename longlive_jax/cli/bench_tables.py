@@ -66,6 +66,9 @@ def show_nvfp4(report: Report) -> None:
     """Prints the measured limits, a table by operation, and the operations that did not run."""
     from rich.console import Console
 
+    if "limits" not in report:
+        _show_linear_bytes(report)
+        return
     console, limits, spec = Console(), report["limits"], report["spec"]
     console.print(
         f"{report['machine']['device']}: {format_rate(limits['bytes'], 'B/s')} copying, "
@@ -77,6 +80,25 @@ def show_nvfp4(report: Report) -> None:
     )
     console.print(_nvfp4_table(report))
     _show_not_run(console, report)
+
+
+def _show_linear_bytes(report: Report) -> None:
+    """Prints the counted bytes of a linear by implementation and phase, and what "auto" takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("inference", "forward", "backward", "training", "weights")
+    table = Table("by", *columns, title=f"MB of a linear {report['size']} on {report['chip']}")
+    for path, counted in report["bytes"].items():
+        cells = (f"{counted[name] / 1e6:.0f}" if name in counted else "" for name in columns)
+        table.add_row(path, *cells)
+    console, auto = Console(), report["auto"]
+    console.print(table)
+    console.print(
+        f"Counted in compiled programs. auto takes {auto['now']} now, and {auto['proven']} where "
+        "`longlive kernels prove` found the kernels proven and faster.",
+        highlight=False,
+    )
 
 
 def _nvfp4_table(report: Report):

@@ -31,7 +31,7 @@ class Option:
 
     Attributes:
       name: name of the field.
-      type: parser of the option's text.
+      type: parser of the option's text; bool for a flag without text.
       help: meaning of the option, for `--help`.
       flag: name on the command line; default: `--name`.
     """
@@ -44,6 +44,11 @@ class Option:
     def add_to(self, parser: Parser) -> None:
         """Adds the option to a parser; its value is None where it is not given."""
         flag = self.flag or f"--{self.name}"
+        if self.type is bool:
+            parser.add_argument(
+                flag, dest=self.name, action="store_true", default=None, help=self.help
+            )
+            return
         metavar = flag.removeprefix("--").upper()
         parser.add_argument(flag, dest=self.name, type=self.type, metavar=metavar, help=self.help)
 
@@ -289,7 +294,9 @@ NVFP4_BENCHMARK = Benchmark(
         "`longlive bench nvfp4 [--rows=7040] [--inputs=3072] [--outputs=14336] [--json]`. Times "
         "quantization, dequantization, matrix products, attention over a packed cache and linears "
         "in FP8 and NVFP4, with every implementation that runs on this machine. Default sizes are "
-        "those of the 5B model on a GPU, and small ones elsewhere."
+        "those of the 5B model on a GPU, and small ones elsewhere. `--bytes` instead counts the "
+        "bytes that one linear of 7040x3072x3072 moves, by implementation and phase, in programs "
+        "compiled for `--chip`, which need not be present; it takes minutes."
     ),
     spec="longlive_jax.bench.nvfp4:NVFP4Spec",
     options=(
@@ -304,10 +311,26 @@ NVFP4_BENCHMARK = Benchmark(
         Option("repeats", int, "number of measurements"),
         Option("product", int, "size of the matrix product that sets the compute limit"),
         Option("copy", int, "MiB copied to set the bandwidth limit"),
+        Option("bytes", bool, "count the bytes of a linear in compiled programs, and time nothing"),
+        Option("chip", str, "GPU to compile for, with --bytes (default: gb200)"),
     ),
     run=deferred("longlive_jax.bench.nvfp4:bench_nvfp4"),
     show=show_nvfp4,
     defaults=deferred("longlive_jax.bench.nvfp4:default_settings"),
+)
+
+KERNELS_BENCHMARK = Benchmark(
+    name="kernels",
+    summary="every kernel of this GPU, its limit and its peers",
+    about=(
+        "`longlive bench kernels [--kernel=NAME] [--json]`. Times the kernels of this machine's "
+        "GPU at the sizes of the 5B model, next to the data sheet's limit, cuDNN, XLA, cuBLAS and "
+        "installed libraries. Results are not checked: `longlive kernels prove` does."
+    ),
+    spec="longlive_jax.bench.kernel_times:KernelTimesSpec",
+    options=(Option("kernel", str, "only this kernel"),),
+    run=deferred("longlive_jax.bench.kernel_times:bench_kernels"),
+    show=show_nested,
 )
 
 KV_BENCHMARK = Benchmark(
@@ -340,6 +363,7 @@ BENCHMARKS = {
         ATTENTION_BENCHMARK,
         BALANCED_BENCHMARK,
         NVFP4_BENCHMARK,
+        KERNELS_BENCHMARK,
         KV_BENCHMARK,
     )
 }

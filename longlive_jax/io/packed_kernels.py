@@ -28,11 +28,11 @@ from longlive_jax.io.checkpoint import (
     read_manifest,
 )
 from longlive_jax.quant.low_rank import LowRank
-from longlive_jax.quant.packed import Fp8Kernel, PackedKernel
+from longlive_jax.quant.packed import Fp8Kernel, PackedKernel, scale_layout
 from longlive_jax.quant.policy import Format
 from longlive_jax.spec import UserError, build
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.nvfp4 import BLOCK, NVFP4, Rule, pack, unpack
+from pallas_kernels.nvfp4 import BLOCK, NVFP4, Rule, pack, unpack, with_scale_layout
 
 __all__ = [
     "KernelFormat",
@@ -169,7 +169,7 @@ def packed_arrays(kernel: PackedKernel | Fp8Kernel) -> dict[str, jax.Array]:
         arrays = {"codes": kernel.codes, "scales": kernel.scales}
     else:
         weight = kernel.weight
-        arrays = {"codes": pack(weight.codes), "scales": weight.scales, "amax": weight.amax}
+        arrays = {"codes": pack(weight.codes), "scales": weight.row_scales, "amax": weight.amax}
     if kernel.branch is not None:
         arrays |= {"a": kernel.branch.a, "b": kernel.branch.b}
     return arrays
@@ -201,6 +201,7 @@ def _kernel(
         return Fp8Kernel(arrays["codes"], arrays["scales"], branch)
     codes = _unpack_codes(arrays["codes"])
     weight = NVFP4(codes, arrays["scales"], arrays["amax"], kernel.weights)
+    weight = with_scale_layout(weight, scale_layout(implementation))
     return PackedKernel(weight, branch, kernel.activations, implementation)
 
 

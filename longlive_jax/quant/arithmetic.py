@@ -6,8 +6,10 @@ in bfloat16, which represents them exactly. Both give the same results up to the
 """
 
 import dataclasses
-from typing import Any, Protocol
+import functools
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 
 from longlive_jax.typing import Array, Float, Float32
@@ -16,90 +18,119 @@ from pallas_kernels.nvfp4 import (
     BLOCK,
     NVFP4,
     Rule,
+    StochasticRounding,
     dequantize,
+    linear_implementation,
     matmul,
-    quantize,
-    rotate,
-    select_implementation,
+    quantize_both,
+    statistics,
+    with_scale_layout,
 )
-from pallas_kernels.nvfp4.reference import max_abs
-from pallas_kernels.nvfp4.simulated import (
-    SimulatedNVFP4,
-    contract,
-    from_packed,
-    rotate_rows,
-    simulate,
-)
+from pallas_kernels.nvfp4.hadamard import rotate_rows
+from pallas_kernels.nvfp4.simulated import SimulatedNVFP4, contract, from_packed, simulate
 
-__all__ = ["Arithmetic", "arithmetic", "transpose_tiles"]
+__all__ = [
+    "Arithmetic",
+    "PackedPair",
+    "Rounding",
+    "Statistics",
+    "arithmetic",
+    "is_simulated",
+    "transpose_tiles",
+]
 
 type Operand = Any
 """A quantized operand, as returned by `Arithmetic.quantize`; a pytree."""
 
 
+class Statistics(NamedTuple):
+    """What quantizing a matrix x [m, k] and its transpose needs.
+
+    Attributes:
+      amax: max |x|.
+      amax_columns: that of x with groups of 16 rows rotated by the Hadamard transform, if they are.
+      sums: sums of x over rows, float32, or None.
+    """
+
+    amax: Float32[Array, ""]
+    amax_columns: Float32[Array, ""]
+    sums: Float32[Array, "k"] | None
+
+
+class Rounding(NamedTuple):
+    """How a matrix is quantized.
+
+    Attributes:
+      rule: scale rule.
+      keys: PRNG keys of stochastic rounding for blocks along k and along m, or (None, None).
+      stochastic: kind of stochastic rounding.
+    """
+
+    rule: Rule
+    keys: tuple[Array | None, Array | None] = (None, None)
+    stochastic: StochasticRounding = "unbiased"
+
+
 class Arithmetic(Protocol):
     """Quantizes matrices, and multiplies them with each other and with a packed W^T [o, i]."""
 
-    def max_abs(self, x: Float[Array, "m k"], rotated: bool) -> Float32[Array, ""]:
-        """max |x|; of x with its columns rotated by the Hadamard transform if `rotated`."""
+    def statistics(self, x: Float[Array, "m k"], *, rotated: bool, sums: bool) -> Statistics:
+        """The statistics of x, m a multiple of 16."""
 
     def quantize(
-        self, x: Float[Array, "m k"], rule: Rule, amax: Array, *, key: Array | None
-    ) -> Operand:
-        """Quantizes x in blocks along k."""
-
-    def quantize_columns(
-        self, x: Float[Array, "m k"], rule: Rule, amax: Array, *, key: Array | None, rotated: bool
-    ) -> Operand:
-        """Quantizes x in blocks along m, after the Hadamard transform if `rotated`."""
+        self, x: Float[Array, "m k"], seen: Statistics, how: Rounding, *, rotated: bool
+    ) -> tuple[Operand, Operand]:
+        """Quantizes x in blocks along k, and in blocks along m, after the Hadamard transform if
+        `rotated`."""
 
     def values(self, a: Operand) -> Array:
-        """The values of a result of `quantize`, bfloat16 [m, k]."""
+        """The values of the first result of `quantize`, bfloat16 [m, k]."""
 
-    def forward(self, x: Operand, packed: NVFP4) -> Float32[Array, "m o"]:
-        """x @ W."""
+    def forward(self, x: Operand, packed: "PackedPair", bias: Array, dtype: Any) -> Array:
+        """x @ W + bias [m, o], rounded once to `dtype`."""
 
-    def backward(self, grad: Operand, packed: NVFP4) -> Float32[Array, "m i"]:
-        """grad @ W^T."""
+    def backward(self, grad: Operand, packed: "PackedPair", dtype: Any) -> Array:
+        """grad @ W^T [m, i], rounded once to `dtype`."""
 
     def outer(self, x: Operand, grad: Operand) -> Float32[Array, "i o"]:
-        """x^T @ grad, for two results of `quantize_columns`."""
+        """x^T @ grad, for two second results of `quantize`."""
 
 
 def arithmetic(implementation: Implementation) -> Arithmetic:
     """The arithmetic of an implementation on the current default device."""
-    chosen = select_implementation("matmul", implementation=implementation)
-    blackwell = capability().startswith("10.")
-    return (
-        SimulatedArithmetic()
-        if chosen == "xla" and not blackwell
-        else PackedArithmetic(implementation)
-    )
+    if is_simulated(implementation):
+        return SimulatedArithmetic()
+    return PackedArithmetic(linear_implementation(implementation, trains=True))
+
+
+def is_simulated(implementation: Implementation) -> bool:
+    """Whether NVFP4 values are multiplied in bfloat16 on the current default device."""
+    chosen = linear_implementation(implementation, trains=True)
+    return chosen == "xla" and not capability().startswith("10.")
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedArithmetic:
-    """4-bit arrays throughout; W is transposed by `transpose_tiles` rather than packed twice.
+    """4-bit arrays throughout.
 
     Attributes:
-      implementation: implementation of quantize, dequantize and matmul.
+      implementation: implementation of statistics, quantize, dequantize and matmul.
     """
 
     implementation: Implementation = "auto"
 
-    def max_abs(self, x, rotated):
-        return max_abs(rotate(x.T) if rotated else x)
+    def statistics(self, x, *, rotated, sums):
+        how: Any = {"hadamard": rotated, "sums": sums, "implementation": self.implementation}
+        return Statistics(*statistics(x, **how))
 
-    def quantize(self, x, rule, amax, *, key):
-        return quantize(x, rule=rule, amax=amax, key=key, implementation=self.implementation)
-
-    def quantize_columns(self, x, rule, amax, *, key, rotated):
-        return quantize(
+    def quantize(self, x, seen, how, *, rotated):
+        return quantize_both(
             x,
-            rule=rule,
-            amax=amax,
-            key=key,
-            transpose=True,
+            seen.amax,
+            seen.amax_columns,
+            rule=how.rule,
+            keys=how.keys,
+            stochastic=how.stochastic,
             hadamard=rotated,
             implementation=self.implementation,
         )
@@ -107,48 +138,70 @@ class PackedArithmetic:
     def values(self, a):
         return dequantize(a, jnp.bfloat16, implementation=self.implementation)
 
-    def forward(self, x, packed):
-        return self._times(x, packed)
+    def forward(self, x, packed, bias, dtype):
+        return matmul(
+            x, packed.weight, bias=bias, out_dtype=dtype, implementation=self.implementation
+        )
 
-    def backward(self, grad, packed):
-        return self._times(grad, transpose_tiles(packed))
+    def backward(self, grad, packed, dtype):
+        transposed = packed.transposed
+        if transposed is None:
+            transposed = transpose_tiles(packed.weight)
+        return matmul(grad, transposed, out_dtype=dtype, implementation=self.implementation)
 
     def outer(self, x, grad):
-        return self._times(x, grad)
-
-    def _times(self, a: NVFP4, b: NVFP4) -> Array:
-        return matmul(a, b, out_dtype=jnp.float32, implementation=self.implementation)
+        return matmul(x, grad, out_dtype=jnp.float32, implementation=self.implementation)
 
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedArithmetic:
     """NVFP4 values in bfloat16, in the layout of the operands; only W is packed and transposed."""
 
-    def max_abs(self, x, rotated):
-        return max_abs(rotate_rows(x) if rotated else x)
+    def statistics(self, x, *, rotated, sums):
+        return Statistics(*statistics(x, hadamard=rotated, sums=sums, implementation="xla"))
 
-    def quantize(self, x, rule, amax, *, key):
-        return simulate(x, rule=rule, amax=amax, key=key)
-
-    def quantize_columns(self, x, rule, amax, *, key, rotated):
-        operand = rotate_rows(x) if rotated else x
-        return simulate(operand, rule=rule, amax=amax, key=key, axis=0)
+    def quantize(self, x, seen, how, *, rotated):
+        settings = {"rule": how.rule, "stochastic": how.stochastic}
+        columns = rotate_rows(x) if rotated else x
+        along = simulate(x, amax=seen.amax, key=how.keys[0], **settings)
+        return along, simulate(columns, amax=seen.amax_columns, key=how.keys[1], axis=0, **settings)
 
     def values(self, a: SimulatedNVFP4):
         return a.values.astype(jnp.bfloat16)
 
-    def forward(self, x, packed):
-        return contract(x, from_packed(packed), (1, 1))
+    def forward(self, x, packed, bias, dtype):
+        sums = contract(x, from_packed(packed.weight), (1, 1))
+        return (sums + bias.astype(jnp.float32)).astype(dtype)
 
-    def backward(self, grad, packed):
-        return contract(grad, from_packed(packed), (1, 0))
+    def backward(self, grad, packed, dtype):
+        return contract(grad, from_packed(packed.weight), (1, 0)).astype(dtype)
 
     def outer(self, x, grad):
         return contract(x, grad, (0, 0))
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "transposed"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class PackedPair:
+    """A packed W^T [*layers, o, i] in tiles of 16 x 16, and its transpose where products read it.
+
+    Attributes:
+      weight: the packed matrix.
+      transposed: `transpose_tiles(weight)`, computed once an update; None where products transpose
+        values (simulated) or do not keep it.
+    """
+
+    weight: NVFP4
+    transposed: NVFP4 | None = None
+
+
 def transpose_tiles(a: NVFP4) -> NVFP4:
     """Transposes the last two axes of a matrix in tiles of 16 x 16, exactly."""
-    scales = jnp.swapaxes(a.scales[..., ::BLOCK, :], -1, -2)
+    scales = jnp.swapaxes(a.row_scales[..., ::BLOCK, :], -1, -2)
     scales = jnp.repeat(scales, BLOCK, axis=-2)
-    return dataclasses.replace(a, codes=jnp.swapaxes(a.codes, -1, -2), scales=scales)
+    rows = dataclasses.replace(
+        a, codes=jnp.swapaxes(a.codes, -1, -2), scales=scales, scale_layout="rows"
+    )
+    return with_scale_layout(rows, a.scale_layout)

@@ -57,6 +57,28 @@ def matmul_rows(
     return scaled.astype(out_dtype)
 
 
+@jax.custom_vjp
+def _frozen_product(
+    x: Float[Array, "m i"], codes: Array, scales: Float32[Array, "o"]
+) -> Float[Array, "m o"]:
+    """`x @ W` in the dtype of `x`, from quantized `x`."""
+    return matmul_rows(*quantize_rows(x), codes, scales, out_dtype=x.dtype)
+
+
+def _frozen_forward(x, codes, scales):
+    return _frozen_product(x, codes, scales), (codes, scales)
+
+
+def _frozen_backward(saved, grad):
+    codes, scales = saved
+    values = dequantize_rows(codes, scales).astype(grad.dtype)
+    dx = jnp.matmul(grad, values, preferred_element_type=jnp.float32).astype(grad.dtype)
+    return dx, None, None
+
+
+_frozen_product.defvjp(_frozen_forward, _frozen_backward)
+
+
 @partial(
     jax.tree_util.register_dataclass, data_fields=["codes", "scales", "branch"], meta_fields=[]
 )
@@ -86,9 +108,13 @@ class Fp8Kernel:
         return self.codes.size + 4 * self.scales.size
 
     def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
-        """`x @ kernel + bias` in the dtype of `x`; the scale of each token is computed here."""
+        """`x @ kernel + bias` in the dtype of `x`; the scale of each token is computed here.
+
+        The gradient is that of the dequantized matrix at unquantized activations: dx = dy W^T. The
+        matrix is frozen and has none.
+        """
         rows = x.reshape(-1, x.shape[-1])
-        y = matmul_rows(*quantize_rows(rows), self.codes, self.scales, out_dtype=x.dtype)
+        y = _frozen_product(rows, self.codes, self.scales)
         if self.branch is not None:
             y = y + self.branch(rows)
         return (y + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)

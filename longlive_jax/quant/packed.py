@@ -20,9 +20,18 @@ from jax.typing import DTypeLike
 from longlive_jax.quant.fp8 import Fp8Kernel, pack_fp8
 from longlive_jax.quant.low_rank import LowRank
 from longlive_jax.quant.policy import Format, QuantPolicy, kernel_path
+from longlive_jax.quant.traffic import traffic_note
 from longlive_jax.typing import Array, Float, Params
-from pallas_kernels.dispatch import Implementation
-from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, matmul, quantize, select_implementation
+from pallas_kernels.dispatch import Implementation, capability
+from pallas_kernels.nvfp4 import (
+    NVFP4,
+    Rule,
+    ScaleLayout,
+    dequantize,
+    linear_implementation,
+    matmul,
+    quantize,
+)
 
 __all__ = [
     "Fp8Kernel",
@@ -31,6 +40,7 @@ __all__ = [
     "pack_kernel",
     "quantize_params",
     "resident_bytes",
+    "scale_layout",
 ]
 
 
@@ -71,16 +81,15 @@ class PackedKernel:
 
         Branch and bias are added before the rounding (the reference rounds to bfloat16 first). With
         float32 activations the branch cannot use tensor cores and is added separately.
+
+        The gradient is that of the dequantized matrix at unquantized activations: dx = dy W^T. The
+        packed matrix is frozen and has none; the branch and the bias have theirs.
         """
         rows, branch = x.reshape(-1, x.shape[-1]), self.branch
         fused = branch is not None and x.dtype == jnp.bfloat16
-        y = matmul(
-            quantize(rows, rule=self.activations, implementation=self.implementation),
-            self.weight,
-            bias=bias,
-            low_rank=(branch.down(rows), branch.b) if branch is not None and fused else None,
-            out_dtype=x.dtype,
-            implementation=self.implementation,
+        low_rank = (branch.down(rows), branch.b) if branch is not None and fused else None
+        y = _frozen_product(
+            self.activations, self.implementation, rows, self.weight, bias, low_rank
         )
         if branch is not None and not fused:
             y = y + branch(rows)
@@ -89,6 +98,57 @@ class PackedKernel:
     def dequantized(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers i o"]:
         """The kernel as an array, without its branch."""
         return jnp.swapaxes(dequantize(self.weight, jnp.dtype(dtype)), -1, -2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _frozen_product(
+    rule: Rule,
+    implementation: Implementation,
+    x: Float[Array, "m i"],
+    weight: NVFP4,
+    bias: Float[Array, "o"],
+    low_rank: tuple[Array, Array] | None,
+) -> Float[Array, "m o"]:
+    """`x @ W + bias + low-rank product` in the dtype of `x`, from quantized `x`."""
+    implementation = linear_implementation(implementation, trains=False)
+    layout = scale_layout(implementation)
+    quantized = quantize(x, rule=rule, scale_layout=layout, implementation=implementation)
+    return matmul(
+        quantized,
+        weight,
+        bias=bias,
+        low_rank=low_rank,
+        out_dtype=x.dtype,
+        implementation=implementation,
+    )
+
+
+def _frozen_forward(rule, implementation, x, weight, bias, low_rank):
+    like = tuple(jnp.zeros((0,), a.dtype) for a in (x, bias))
+    y = _frozen_product(rule, implementation, x, weight, bias, low_rank)
+    return y, (weight, low_rank, like)
+
+
+def _frozen_backward(_rule, implementation, saved, grad):
+    weight, low_rank, like = saved
+    values = dequantize(weight, grad.dtype, implementation=implementation)
+    dx = jnp.matmul(grad, values, preferred_element_type=jnp.float32).astype(like[0].dtype)
+    dbias = jnp.sum(grad, axis=0, dtype=jnp.float32).astype(like[1].dtype)
+    if low_rank is None:
+        return dx, None, dbias, None
+    down, up = low_rank
+    ddown = jnp.matmul(grad, up.T.astype(grad.dtype), preferred_element_type=jnp.float32)
+    dup = jnp.matmul(down.T, grad.astype(down.dtype), preferred_element_type=jnp.float32)
+    return dx, None, dbias, (ddown.astype(down.dtype), dup.astype(up.dtype))
+
+
+_frozen_product.defvjp(_frozen_forward, _frozen_backward)
+
+
+def scale_layout(implementation: Implementation) -> ScaleLayout:
+    """The order in which this implementation's product reads scales."""
+    chosen = linear_implementation(implementation, trains=False)
+    return "tiles" if chosen == "mosaic" else "rows"
 
 
 @functools.partial(jax.jit, static_argnames=("form", "implementation"))
@@ -105,6 +165,7 @@ def pack_kernel(
             rule=form.weights,
             block_rows=form.tile,
             transpose=True,
+            scale_layout=scale_layout(implementation),
             implementation=implementation,
         )
 
@@ -164,11 +225,9 @@ def _kind(node: PackedKernel | Fp8Kernel) -> str:
     if isinstance(node, Fp8Kernel):
         return f"FP8 E4M3{lora}; quantize: xla, matmul: xla"
     rules = f"weights {node.weight.rule}, activations {node.activations}"
-    implementations = (
-        f"{op}: {select_implementation(op, implementation=node.implementation)}"
-        for op in ("quantize", "matmul")
-    )
-    return f"NVFP4 ({rules}){lora}; {', '.join(implementations)}"
+    chosen = linear_implementation(node.implementation, trains=False)
+    note = traffic_note(chosen, trains=False) if capability().startswith("10.") else ""
+    return f"NVFP4 ({rules}){lora}; quantize: {chosen}, matmul: {chosen}{note}"
 
 
 def resident_bytes(params: Params) -> dict[str, int]:

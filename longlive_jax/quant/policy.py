@@ -17,7 +17,7 @@ import jax
 from longlive_jax.spec import nearest
 from longlive_jax.typing import Params
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.nvfp4 import BLOCK, Rule
+from pallas_kernels.nvfp4 import BLOCK, Rule, StochasticRounding
 
 __all__ = ["POLICIES", "Format", "QuantPolicy", "QuantSpec", "Recipe", "kernel_path", "named"]
 
@@ -28,14 +28,15 @@ class Recipe:
 
     Attributes:
       gradients: scale rule of the output gradient.
-      stochastic: round the output gradient stochastically, so that it is unbiased; else to nearest.
+      stochastic: how the output gradient is rounded stochastically: "unbiased", or "reference" as
+        published, with a bias of 1 to 2 %; None rounds to nearest.
       hadamard: rotate both operands of the weight gradient over groups of 16 tokens (RHT).
       twice: compute the weight gradient from the activations of the forward product, quantized a
         second time (as the reference does); else quantize the original activations.
     """
 
     gradients: Rule = "mse"
-    stochastic: bool = True
+    stochastic: StochasticRounding | None = "unbiased"
     hadamard: bool = True
     twice: bool = False
 
@@ -68,7 +69,8 @@ class Format:
         parts = [f"weights {self.weights} in {self.tile}x{BLOCK} blocks"]
         parts.append(f"activations {self.activations}")
         if (recipe := self.recipe) is not None:
-            rounding = "stochastic" if recipe.stochastic else "to nearest"
+            kind = recipe.stochastic
+            rounding = "to nearest" if kind is None else f"stochastic rounding ({kind})"
             parts.append(f"gradients {recipe.gradients}, {rounding}")
             parts += ["Hadamard over tokens for the weight gradient"] * recipe.hadamard
             parts += ["activations quantized twice"] * recipe.twice
@@ -166,7 +168,14 @@ _POLICIES = (
     QuantPolicy("nvfp4_train", ((LINEARS, Format(weights="static_6", tile=16, recipe=Recipe())),)),
     QuantPolicy(
         "nvfp4_train_reference",
-        ((LINEARS, Format(weights="static_6", tile=16, recipe=Recipe(twice=True))),),
+        (
+            (
+                LINEARS,
+                Format(
+                    weights="static_6", tile=16, recipe=Recipe(stochastic="reference", twice=True)
+                ),
+            ),
+        ),
     ),
 )
 POLICIES: Mapping[str, QuantPolicy] = {policy.name: policy for policy in _POLICIES}
@@ -187,7 +196,8 @@ class QuantSpec:
 
     Attributes:
       policy: "none"; "nvfp4" or "fp8" to sample; "nvfp4_train" to train, or
-        "nvfp4_train_reference" with activations quantized twice, as in the reference.
+        "nvfp4_train_reference" with activations quantized twice and the stochastic rounding of the
+        reference.
       implementation: implementation of quantize and matmul; "auto" selects one that has been tested
         on the device.
     """

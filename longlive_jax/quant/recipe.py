@@ -18,18 +18,33 @@ draws other noise from the same distribution.
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from longlive_jax.quant.arithmetic import Operand, arithmetic
+from longlive_jax.quant.arithmetic import Operand, PackedPair, Rounding, arithmetic
 from longlive_jax.quant.policy import Format, Recipe
 from longlive_jax.typing import Array, Float, Float32
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.nvfp4 import BLOCK, NVFP4, Rule
+from pallas_kernels.nvfp4 import BLOCK, Rule
 
 __all__ = ["ProductConfig", "TrainingKernel", "product"]
+
+
+class Quantized(NamedTuple):
+    """A matrix x [m, k] quantized for two products.
+
+    Attributes:
+      along: x in blocks along k.
+      across: x in blocks along m, perhaps rotated.
+      sums: sums of x over m, float32, or None.
+    """
+
+    along: Operand
+    across: Operand
+    sums: Float32[Array, "k"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +67,23 @@ class ProductConfig:
         assert self.form.recipe is not None
         return self.form.recipe
 
-    def quantize(self, x: Float[Array, "m k"], rule: Rule, key: Array | None = None) -> Operand:
-        """Quantizes `x` in blocks along k."""
-        ops = arithmetic(self.implementation)
-        return ops.quantize(x, rule, self._global_max(ops.max_abs(x, False)), key=key)
+    def quantize(self, x: Float[Array, "m k"], rule: Rule, key: Array | None = None) -> Quantized:
+        """Quantizes `x` in blocks along k and, rotated if the recipe says so, along m.
 
-    def quantize_columns(
-        self, x: Float[Array, "m k"], rule: Rule, key: Array | None = None
-    ) -> Operand:
-        """Quantizes `x` in blocks along m, rotated if the recipe says so.
-
-        Raises ValueError on a mesh if m is not a multiple of 16.
+        With a key, both are rounded stochastically and the sums over m are returned too. The first
+        result has m rounded up to a multiple of 16. Raises ValueError on a mesh if m is not one.
         """
         ops, rotated = arithmetic(self.implementation), self.recipe.hadamard
+        stochastic = self.recipe.stochastic if key is not None else None
         x = self._pad_groups(x)
-        amax = self._global_max(ops.max_abs(x, rotated))
-        return ops.quantize_columns(x, rule, amax, key=key, rotated=rotated)
+        seen = ops.statistics(x, rotated=rotated, sums=key is not None)
+        how = Rounding(rule)
+        if key is not None and stochastic is not None:
+            how = Rounding(rule, _keys(self.axes, key, seen.sums), stochastic)
+        maxima = seen._replace(
+            amax=self._global_max(seen.amax), amax_columns=self._global_max(seen.amax_columns)
+        )
+        return Quantized(*ops.quantize(x, maxima, how, rotated=rotated), seen.sums)
 
     def _global_max(self, amax: Array) -> Array:
         return lax.pmax(amax, self.axes) if self.axes else amax
@@ -88,7 +104,7 @@ def product(
     config: ProductConfig,
     x: Float[Array, "... i"],
     master: Float[Array, "i o"],
-    packed: NVFP4,
+    packed: PackedPair,
     bias: Float[Array, "o"],
     key: Array,
 ) -> Float[Array, "... o"]:
@@ -101,25 +117,26 @@ def product(
 
 
 def _forward(
-    config: ProductConfig, x: Array, master: Array, packed: NVFP4, bias: Array, key: Array
+    config: ProductConfig, x: Array, master: Array, packed: PackedPair, bias: Array, key: Array
 ):
     ops, rule = arithmetic(config.implementation), config.form.activations
     rows = x.reshape(-1, x.shape[-1])
-    quantized = config.quantize(rows, rule)
-    y = ops.forward(quantized, packed) + bias.astype(jnp.float32)
-    residual = config.quantize_columns(ops.values(quantized) if config.recipe.twice else rows, rule)
+    along, across, _ = config.quantize(rows, rule)
+    y = ops.forward(along, packed, bias, x.dtype)[: rows.shape[0]]
+    if config.recipe.twice:
+        across = config.quantize(ops.values(along), rule).across
     like = tuple(jnp.zeros((0,), a.dtype) for a in (x, master, bias))
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1), (residual, packed, key, like)
+    return y.reshape(*x.shape[:-1], -1), (across, packed, key, like)
 
 
 def _backward(config: ProductConfig, saved, grad: Array):
     residual, packed, key, like = saved
     ops, recipe = arithmetic(config.implementation), config.recipe
     rows = grad.reshape(-1, grad.shape[-1])
-    keys = _keys(config, key, rows) if recipe.stochastic else (None, None)
-    dx = ops.backward(config.quantize(rows, recipe.gradients, keys[0]), packed)
-    dw = ops.outer(residual, config.quantize_columns(rows, recipe.gradients, keys[1]))
-    db = jnp.sum(rows.astype(jnp.float32), axis=0)
+    along, across, db = config.quantize(rows, recipe.gradients, key)
+    dx = ops.backward(along, packed, like[0].dtype)[: rows.shape[0]]
+    dw = ops.outer(residual, across)
+    assert db is not None  # there is a key
     gradients = (dx.reshape(*grad.shape[:-1], -1), dw, db)
     dx, dw, db = (g.astype(a.dtype) for g, a in zip(gradients, like, strict=True))
     return dx, dw, None, db, None
@@ -128,16 +145,20 @@ def _backward(config: ProductConfig, saved, grad: Array):
 product.defvjp(_forward, _backward)
 
 
-def _keys(config: ProductConfig, key: Array, rows: Float[Array, "m k"]) -> Array:
-    """Two keys, one for each quantization of the output gradient.
+def _keys(
+    axes: tuple[str, ...], key: Array, sums: Float32[Array, "k"] | None
+) -> tuple[Array, Array]:
+    """Two keys, one for each quantization of the output gradient with these sums over tokens.
 
     They differ between devices and between chunks of tokens with the same key (a feed-forward layer
     may process its tokens in chunks).
     """
-    for axis in config.axes:
+    assert sums is not None
+    for axis in axes:
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    total = jnp.sum(rows, dtype=jnp.float32)
-    return jax.random.split(jax.random.fold_in(key, lax.bitcast_convert_type(total, jnp.uint32)))
+    bits = lax.bitcast_convert_type(jnp.sum(sums), jnp.uint32)
+    first, second = jax.random.split(jax.random.fold_in(key, bits))
+    return first, second
 
 
 @partial(
@@ -151,13 +172,13 @@ class TrainingKernel:
 
     Attributes:
       master: float32 `[*layers, i, o]`, receives the gradient.
-      packed: quantized transpose `[*layers, o, i]` in tiles, recomputed at every update.
+      packed: quantized transpose `[*layers, o, i]` in tiles, recomputed once an update.
       key: `[*layers]` PRNG keys of stochastic rounding.
       config: settings of the product.
     """
 
     master: Float32[Array, "*layers i o"]
-    packed: NVFP4
+    packed: PackedPair
     key: Array
     config: ProductConfig
 

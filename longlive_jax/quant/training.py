@@ -9,21 +9,25 @@ is sharded like its master, and devices all-gather the packed form: 4.5 bits per
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from longlive_jax.quant.arithmetic import PackedPair, is_simulated, transpose_tiles
 from longlive_jax.quant.policy import Format, QuantPolicy, QuantSpec, kernel_path, named
 from longlive_jax.quant.recipe import ProductConfig, TrainingKernel
+from longlive_jax.quant.traffic import traffic_note
 from longlive_jax.typing import Array, Params
-from pallas_kernels.dispatch import Implementation, capability
-from pallas_kernels.nvfp4 import BLOCK, NVFP4, quantize, select_implementation
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.nvfp4 import BLOCK, NVFP4, ScaleLayout, linear_implementation, quantize
 
 __all__ = ["QuantizedTraining"]
 
+TILE = 128
+"""Shards of this many rows and columns split into scale tiles of a matrix and of its transpose."""
 _ROUNDING = 0x4E56
 """Folded into a key, so that rounding noise is independent of the loss's use of the same key."""
 
@@ -36,11 +40,14 @@ class QuantizedTraining:
       policy: selects the matrices and their formats; every format has a recipe.
       axes: mesh axes over which tokens are sharded; () outside of `shard_map`.
       implementation: implementation of quantize and matmul.
+      untiled: paths of matrices whose shards do not split into scale tiles; the kernel's product
+        reorders their scales at every call.
     """
 
     policy: QuantPolicy
     axes: tuple[str, ...] = ()
     implementation: Implementation = "auto"
+    untiled: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, spec: QuantSpec, axes: tuple[str, ...] = ()) -> "QuantizedTraining":
@@ -55,7 +62,7 @@ class QuantizedTraining:
                 f"quant.policy {policy.name} is for inference; 'nvfp4_train' trains, or 'none'"
             )
         if policy.rules:
-            select_implementation("matmul", implementation=spec.implementation)
+            linear_implementation(spec.implementation, trains=True)
         return cls(policy, axes, spec.implementation)
 
     def prepare(self, params: Params) -> Callable[[Params, Array], Params]:
@@ -65,7 +72,7 @@ class QuantizedTraining:
         `TrainingKernel` of its master, its packed form and a key for rounding.
         """
         formats = self.policy.formats(params)
-        packed = _select(params, formats, lambda path, x: self._packed(x, formats[path]))
+        packed = _select(params, formats, lambda path, x: self._packed(path, x, formats[path]))
 
         def quantize_for_loss(params: Params, key: Array) -> Params:
             key = jax.random.fold_in(key, _ROUNDING)
@@ -84,14 +91,39 @@ class QuantizedTraining:
     def specs(self, specs: Any, params: Params) -> Any:
         """PartitionSpecs of the quantized parameters, from those and the shapes of the masters."""
         formats = self.policy.formats(params)
+        shapes = _select(params, formats, lambda _path, x: x.shape)
 
         def training_kernel(path: str, spec: P) -> TrainingKernel:
             form = formats[path]
             transposed = _transposed(spec, path)
-            packed: Any = NVFP4(transposed, transposed, P(), form.weights)  # type: ignore[arg-type]
-            return TrainingKernel(spec, packed, P(), self._config(form))  # type: ignore[arg-type]
+            layout = self._layout(path, shapes[path])
+
+            def packed(spec: P) -> Any:
+                scales = P(*spec, None, None) if layout == "tiles" else spec
+                return NVFP4(spec, scales, P(), form.weights, layout)  # type: ignore[arg-type]
+
+            _, outputs, inputs = transposed
+            second = packed(P(None, inputs, outputs)) if self._keeps_transpose else None
+            pair = PackedPair(packed(transposed), second)
+            return TrainingKernel(spec, pair, P(), self._config(form))  # type: ignore[arg-type]
 
         return _replace(specs, _select(specs, formats, training_kernel))
+
+    def for_shards(self, specs: Any, params: Params, sizes: Any) -> "QuantizedTraining":
+        """This quantization on a mesh whose axes have these sizes.
+
+        Raises ValueError if the shards of a matrix do not split into blocks.
+        """
+        self.check_shards(specs, params, sizes)
+        shapes = _select(params, self.policy.formats(params), lambda _path, x: x.shape)
+        by_path = _select(specs, shapes, lambda _path, spec: spec)
+        untiled = {
+            path
+            for path, shape in shapes.items()
+            for size, names in zip(shape[-2:], _matrix_axes(by_path[path], len(shape)), strict=True)
+            if size % (TILE * _num_shards(sizes, names))
+        }
+        return dataclasses.replace(self, untiled=frozenset(untiled))
 
     def check_shards(self, specs: Any, params: Params, sizes: Any) -> None:
         """Raises ValueError if the shards of a matrix do not split into blocks.
@@ -117,34 +149,40 @@ class QuantizedTraining:
         text = self.policy.describe(params)
         if not self.policy.rules:
             return text
-        names = {
-            op: select_implementation(op, implementation=self.implementation)
-            for op in ("quantize", "matmul")
-        }
-        if names["matmul"] == "xla" and not capability().startswith("10."):
-            method = "xla, NVFP4 values multiplied in bfloat16"
-        else:
-            method = ", ".join(f"{op} {name}" for op, name in names.items())
-        return f"{text}; computed by {method}"
+        if is_simulated(self.implementation):
+            return f"{text}; computed by xla, NVFP4 values multiplied in bfloat16"
+        chosen = linear_implementation(self.implementation, trains=True)
+        return f"{text}; computed by {chosen}{traffic_note(chosen, trains=True)}"
 
     def _config(self, form: Format) -> ProductConfig:
         return ProductConfig(form, self.axes, self.implementation)
 
-    def _packed(self, master: Array, form: Format) -> NVFP4:
+    @property
+    def _keeps_transpose(self) -> bool:
+        """Whether W is packed for both products; simulated products transpose values instead."""
+        return bool(self.policy.rules) and not is_simulated(self.implementation)
+
+    def _layout(self, path: str, shape: tuple[int, ...]) -> ScaleLayout:
+        """The layout of a matrix's scales: tiles if a kernel reads them."""
+        kernel = linear_implementation(self.implementation, trains=True) == "mosaic"
+        divides = not any(size % TILE for size in shape[-2:]) and path not in self.untiled
+        return "tiles" if kernel and divides else "rows"
+
+    def _packed(self, path: str, master: Array, form: Format) -> PackedPair:
         # Tiles are the same in both directions, but the array's layout is fixed here.
-        return quantize(
+        weight = quantize(
             jax.lax.stop_gradient(master).astype(jnp.float32),
             rule=form.weights,
             block_rows=form.tile,
             lead=master.ndim - 2,
             transpose=True,
-            implementation=self.implementation,
+            scale_layout=self._layout(path, master.shape),
+            implementation=linear_implementation(self.implementation, trains=True),
         )
+        return PackedPair(weight, transpose_tiles(weight) if self._keeps_transpose else None)
 
 
-def _select[T](
-    tree: Any, formats: dict[str, Format], convert: Callable[[str, Any], T]
-) -> dict[str, T]:
+def _select[T](tree: Any, formats: Iterable[str], convert: Callable[[str, Any], T]) -> dict[str, T]:
     """`convert(path, leaf)` for the leaves that have a format, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, P))
     by_path = {kernel_path(keys): leaf for keys, leaf in leaves}
@@ -158,6 +196,12 @@ def _replace(tree: Any, others: dict[str, Any]) -> Any:
         tree,
         is_leaf=lambda x: isinstance(x, P),
     )
+
+
+def _matrix_axes(spec: P, ndim: int) -> tuple[Any, Any]:
+    """The mesh axes of the last two of `ndim` axes."""
+    inputs, outputs = (*spec, *(None,) * ndim)[ndim - 2 : ndim]
+    return inputs, outputs
 
 
 def _transposed(spec: P, path: str) -> P:

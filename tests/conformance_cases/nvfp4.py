@@ -122,7 +122,7 @@ def _stochastic(golden: Golden, name: str) -> Case:
         x = jnp.asarray(golden["stochastic_x"])
         names = [k for k in sorted(golden.arrays) if k.startswith(f"{key}/draw")]
         first, last = (jnp.asarray(golden[k]).reshape(x.shape) for k in (names[0], names[-1]))
-        a = quantize_with_noise(x, rule=rule, noise=(first, last))
+        a = quantize_with_noise(x, rule=rule, noise=(first, last), stochastic="reference")
         return _differing(golden, key, a, np.zeros(a.scales.shape, bool))
 
     return Case(key, EXACT, measure)

@@ -16,6 +16,7 @@ import numpy as np
 
 from conformance_cases.golden import Golden
 from conformance_cases.rows import TIGHT, Case, compared
+from longlive_jax.quant.arithmetic import PackedPair
 from longlive_jax.quant.policy import Format, Recipe
 from longlive_jax.quant.recipe import ProductConfig, product
 from pallas_kernels.nvfp4 import quantize
@@ -42,7 +43,7 @@ def format_of(rules: Mapping[str, Any]) -> Format:
         tile=16,
         activations=rules.get("activation_scale_rule", common),
         recipe=Recipe(
-            gradients=rules.get("gradient_scale_rule", common), stochastic=False, twice=True
+            gradients=rules.get("gradient_scale_rule", common), stochastic=None, twice=True
         ),
     )
 
@@ -72,7 +73,7 @@ def _results(golden: Golden, form: Format) -> dict[str, Any]:
     @jax.jit
     def run(x, kernel, b, dy):
         options: dict[str, Any] = {"implementation": "reference", "transpose": True}
-        packed = quantize(kernel, rule=form.weights, block_rows=form.tile, **options)
+        packed = PackedPair(quantize(kernel, rule=form.weights, block_rows=form.tile, **options))
         key = jax.random.key(0)
         y, back = jax.vjp(lambda x, k, b: product(config, x, k, packed, b, key), x, kernel, b)
         return y, *back(dy)

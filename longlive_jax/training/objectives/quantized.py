@@ -31,7 +31,7 @@ def quantized(
     try:
         quant = QuantizedTraining.of(spec, AXES if mesh.size > 1 else ())
         quant.describe(shapes)  # raises if the policy does not fit the model
-        quant.check_shards(specs, shapes, mesh.shape)
+        quant = quant.for_shards(specs, shapes, mesh.shape)
     except (ValueError, Unsupported) as error:
         raise UserError(f"config.{error}") from error
     if quant.policy.rules and mesh.size > 1:

@@ -20,8 +20,9 @@ FLAGS = {
     "balanced": "--sp --chunks --chunk --size --dim --layers --repeats",
     "nvfp4": (
         "--rows --inputs --outputs --slots --tokens --heads --width --calls --repeats --product "
-        "--copy"
+        "--copy --bytes --chip"
     ),
+    "kernels": "--kernel",
     "kv": "--checkpoint --chunks --tokens --heads --width --outliers",
 }
 

@@ -1,5 +1,7 @@
 """Packed NVFP4 kernels: exact products, in a model, and with a LoRA."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longlive_jax.io.packed_kernels import packed_arrays
 from longlive_jax.layout import grid
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
@@ -20,7 +23,7 @@ from longlive_jax.quant.packed import (
 )
 from longlive_jax.quant.policy import Format, QuantPolicy, named
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.nvfp4 import dequantize, quantize
+from pallas_kernels.nvfp4 import dequantize, quantize, with_scale_layout
 from tests.random_dit import random_dit
 
 LAYERS, INPUTS, OUTPUTS, RANK = 2, 48, 24, 4
@@ -185,3 +188,41 @@ def test_the_5b_takes_three_gigabytes():
     assert sum(sizes.values()) == pytest.approx(2.76e9 + 0.19e9, rel=0.01)
     (line,) = describe_kernels(packed)
     assert line.startswith("300 matrices in NVFP4")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_are_those_of_the_dequantized_product(kind, rank, dtype):
+    """Also with a LoRA whose second matrix is zero, as at the start of its training."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, grad = (jax.random.normal(key, (24, 64)).astype(dtype) for key in keys[:2])
+    kernel, bias = jax.random.normal(keys[2], (64, 64)), jnp.ones(64)
+    packed = pack_kernel(kernel, Format(kind=kind))
+    values = packed.dequantized(dtype).astype(jnp.float32)
+    branch = None
+    if rank:
+        branch = LowRank(jax.random.normal(keys[3], (64, rank)), jnp.zeros((rank, 64)), 0.5)
+
+    def product(x, branch, bias):
+        return dataclasses.replace(packed, branch=branch).product(x, bias)
+
+    def dequantized(x, branch, bias):
+        y = x.astype(jnp.float32) @ values + bias
+        return y if branch is None else y + (x.astype(jnp.float32) @ branch.a) @ branch.b * 0.5
+
+    got = jax.vjp(product, x, branch, bias)[1](grad)
+    want = jax.vjp(dequantized, x.astype(jnp.float32), branch, bias)[1](grad.astype(jnp.float32))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = float(jnp.max(jnp.abs(b)))
+        assert float(jnp.max(jnp.abs(a.astype(jnp.float32) - b))) <= tolerance * scale
+    assert float(jnp.linalg.norm(want[0])) > 1
+
+
+def test_a_packed_matrix_is_stored_row_by_row_in_any_layout():
+    kernel = pack_kernel(jax.random.normal(jax.random.key(0), (2, 128, 192)), Format())
+    tiled = dataclasses.replace(kernel, weight=with_scale_layout(kernel.weight, "tiles"))
+    assert tiled.weight.scales.shape == (2, 2, 2, 32, 16)
+    for name, array in packed_arrays(kernel).items():
+        np.testing.assert_array_equal(packed_arrays(tiled)[name], array)

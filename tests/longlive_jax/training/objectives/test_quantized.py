@@ -47,7 +47,7 @@ NEAREST = QuantPolicy(
     (
         (
             r"blocks/(ffn/(up|down)|cross_attn/k)/kernel",
-            Format(weights="static_6", tile=16, recipe=Recipe(stochastic=False)),
+            Format(weights="static_6", tile=16, recipe=Recipe(stochastic=None)),
         ),
     ),
 )
