@@ -6,6 +6,7 @@ kernel has run on a GPU is read from recorded results.
 """
 
 import collections
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,46 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from longlive_jax.bench.kernels_compile import PREFIX
-from longlive_jax.planning import deviceless
+from longlive_jax.planning import deviceless, kernel_model
+from longlive_jax.planning.kernel_laws import violations
 from longlive_jax.spec import Failure, UserError, nearest
 
 ARCHITECTURES = {"sm_100a": "gb200", "sm_90a": "h200"}
 """Architecture -> a chip of it in `planning.chips`."""
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results")
+CYCLES = (
+    "tensor_cycles", "smem_cycles", "softmax_cycles", "issue_cycles", "stall_cycles",
+    "step_cycles",
+)  # fmt: skip
+"""Keys of a row that `kernel_model.step_cycles` fills."""
 TIMEOUT = 1800
 """Seconds after which a process is killed."""
 
-_ATTENTION = (
-    "tests/pallas_kernels/test_attention_mosaic.py"
-    "::test_values_and_gradients_are_those_of_the_oracle[window and sinks-"
-)
-_MATMUL = "tests/pallas_kernels/nvfp4/test_matmul_mosaic.py::test_it_equals_the_oracle["
-_QUANTIZE = "tests/pallas_kernels/nvfp4/test_mosaic_quantize.py::test_it_equals_the_oracle["
-_BOTH = "tests/pallas_kernels/nvfp4/test_mosaic_quantize.py::test_both_in_one_pass["
-_DEQUANTIZE = "tests/pallas_kernels/nvfp4/test_mosaic_dequantize.py::test_"
-INTERPRETED_BY = {
-    "attention_forward_hopper": f"{_ATTENTION}Hopper]",
-    "attention_gradients_hopper": f"{_ATTENTION}Hopper]",
-    "attention_forward_blackwell": f"{_ATTENTION}Blackwell]",
-    "attention_gradients_blackwell": f"{_ATTENTION}Blackwell]",
-    "attention_packed": (
-        "tests/pallas_kernels/test_attention_packed.py::test_the_kernel_equals_the_oracle"
-    ),
-    "nvfp4_quantize": f"{_QUANTIZE}mse]",
-    "nvfp4_quantize_static": f"{_QUANTIZE}static_6]",
-    "nvfp4_quantize_stochastic": f"{_QUANTIZE}stochastic]",
-    "nvfp4_quantize_rotated": f"{_QUANTIZE}rotated]",
-    "nvfp4_quantize_transposed": f"{_QUANTIZE}transposed]",
-    "nvfp4_quantize_both": f"{_BOTH}nearest]",
-    "nvfp4_quantize_both_stochastic": f"{_BOTH}stochastic]",
-    "nvfp4_quantize_squares": f"{_QUANTIZE}squares]",
-    "nvfp4_dequantize": f"{_DEQUANTIZE}it_equals_the_oracle[bfloat16]",
-    "nvfp4_dequantize_slots": f"{_DEQUANTIZE}only_listed_slots_are_read",
-    "nvfp4_matmul": f"{_MATMUL}more steps than stages, shared columns]",
-}
-"""Kernel -> the test that compares it with its reference in the interpreter and detects races.
-The interpreter does not support pairs of multiprocessors, so kernels that use pairs have none."""
+TEST = "tests/pallas_kernels/test_records.py::test_it_equals_its_oracle_without_races"
+"""The test that runs the cases of a kernel's record in the interpreter."""
 
 Tick = Callable[[int, int], None]
 """Progress callback, called with (done, total)."""
@@ -66,9 +45,15 @@ def check(
 ) -> list[dict[str, Any]]:
     """Checks the kernels of a chip ("sm_100a"), or only the named ones; returns one row each.
 
-    A row has the keys kernel, chip, instructions (name -> count), spill_bytes, registers,
-    smem_bytes, tensor_columns, interpreted (None if not requested or if the tests are missing),
-    compiled, executed_on (name of a device, or None) and failures (messages).
+    A row has the keys
+    kernel, chip, instructions (name -> count), spill_bytes, registers, smem_bytes, tensor_columns:
+      counted by the compilers;
+    register_pool, registers_asked: registers of a block at launch, and those that its warpgroups
+      ask for;
+    tensor_cycles, smem_cycles, softmax_cycles, issue_cycles, stall_cycles, step_cycles: cycles of a
+      step, and model_share, the share of the chip's limit (`planning.kernel_model`);
+    interpreted (None if it did not run), not_run (why, or None), compiled, executed_on (name of a
+      device, or None), failures (messages).
 
     Args:
       chip: architecture, a key of `ARCHITECTURES`.
@@ -93,10 +78,11 @@ def check(
     # 2. Compile and interpret.
     begin = ticks or (lambda text: lambda done, total: None)
     compiled = compile_kernels(target, chosen, begin("compiling"))
-    tests = run_interpreter_tests(chosen, begin("interpreting")) if interpret else {}
+    tests: dict[str, bool | str] = dict.fromkeys(chosen, "not requested")
+    if interpret:
+        tests = run_interpreter_tests(chosen, begin("interpreting"))
     return [
-        _row(name, chip, compiled[name], tests.get(name), executed_on(name, chip))
-        for name in chosen
+        _row(name, chip, compiled[name], tests[name], executed_on(name, chip)) for name in chosen
     ]
 
 
@@ -107,8 +93,11 @@ def _target(chip: str) -> str:
     return ARCHITECTURES[chip]
 
 
-def _row(name: str, chip: str, report: dict, interpreted: bool | None, device: str | None) -> dict:
-    """One row for the kernels that a catalog entry launches: sums, or maxima."""
+def _row(name: str, chip: str, report: dict, ran: bool | str, device: str | None) -> dict:
+    """One row for the kernels that a catalog entry launches: sums, or maxima.
+
+    `ran` is whether the test in the interpreter passed, or the reason why it did not run.
+    """
     kernels = report.get("compiled", [])
     counts: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
@@ -126,29 +115,47 @@ def _row(name: str, chip: str, report: dict, interpreted: bool | None, device: s
         "registers": most("registers"),
         "smem_bytes": most("shared_bytes"),
         "tensor_columns": most("tensor_columns"),
-        "interpreted": interpreted,
+        **_counted(name, chip, [kernel.get("facts") for kernel in kernels]),
+        "interpreted": None if isinstance(ran, str) else ran,
+        "not_run": ran if isinstance(ran, str) else None,
         "compiled": bool(kernels) and all(k["architecture"] == chip for k in kernels),
         "executed_on": device,
     }
     return row | {"failures": _failures(row, report, kernels)}
 
 
+def _counted(name: str, chip: str, facts: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Registers, and cycles of a step by cause; None where nothing was counted or modelled.
+
+    The registers are those of the kernel that comes closest to its pool; of several, the one that
+    asks for most. Cycles are sums over the kernels that the share refers to.
+    """
+    known = [x for x in facts if x is not None]
+    tightest = max(
+        known,
+        key=lambda x: (x["registers_asked"] - x["register_pool"], x["registers_asked"]),
+        default=None,
+    )
+    registers = {key: tightest and tightest[key] for key in ("register_pool", "registers_asked")}
+    least = 3 if name.startswith(kernel_model.GRADIENTS) else 2
+    steps = [
+        kernel_model.step_cycles(x, chip, products=least)
+        for x in kernel_model.modelled(name, facts)
+        if kernel_model.has_products(x)
+    ]
+    cycles = {key: round(sum(s[key] for s in steps)) if steps else None for key in CYCLES}
+    share = kernel_model.model_share(name, facts, chip)
+    return registers | cycles | {"model_share": None if share is None else round(share, 3)}
+
+
 def _failures(row: dict[str, Any], report: dict[str, Any], kernels: list[dict]) -> list[str]:
-    if not row["compiled"]:
-        built = ", ".join(kernel["architecture"] for kernel in kernels)
-        return [report.get("failure") or f"compiled for {built or 'nothing'}"]
-    failures = []
-    if row["spill_bytes"]:
-        failures.append(f"{row['spill_bytes']} bytes of registers spill")
-    if lacking := sorted({pattern for kernel in kernels for pattern in kernel["lacking"]}):
-        failures.append(f"instructions it is written for are missing: {', '.join(lacking)}")
-    if row["smem_bytes"] > deviceless.SHARED_MEMORY:
-        failures.append(f"{row['smem_bytes']} bytes of shared memory")
-    if row["tensor_columns"] > deviceless.TENSOR_COLUMNS:
-        failures.append(f"{row['tensor_columns']} columns of tensor memory")
-    if row["interpreted"] is False and row["kernel"] in INTERPRETED_BY:
-        failures.append("its test in the interpreter fails")
-    return failures
+    """Why a kernel is not fit to run, in words. What was not run is no failure."""
+    if not kernels:
+        return [report.get("failure") or "compiled for nothing"]
+    problems = {text: None for k in kernels for text in violations(row["kernel"], k, row["chip"])}
+    if row["interpreted"] is False:
+        problems["its test in the interpreter fails"] = None
+    return list(problems)
 
 
 def compile_kernels(target: str, names: list[str], tick: Tick) -> dict[str, dict[str, Any]]:
@@ -164,21 +171,53 @@ def compile_kernels(target: str, names: list[str], tick: Tick) -> dict[str, dict
     return reports
 
 
-def run_interpreter_tests(names: list[str], tick: Tick) -> dict[str, bool | None]:
-    """Whether each kernel's test passes; None if the tests are not installed, False without one."""
-    tests = sorted({INTERPRETED_BY[name] for name in names if name in INTERPRETED_BY})
-    if not all((ROOT / test.partition("::")[0]).is_file() for test in tests):
-        return dict.fromkeys(names)
+def interpreter_tests() -> dict[str, str]:
+    """Kernel -> its test, for kernels that the interpreter can run."""
+    from pallas_kernels.catalog import catalog
+
+    return {x.name: f"{TEST}[{x.name}]" for x in catalog().values() if x.not_interpreted is None}
+
+
+def run_interpreter_tests(names: list[str], tick: Tick) -> dict[str, bool | str]:
+    """Whether each kernel's test passes, or the reason in words why it did not run."""
+    # 1. Leave out what cannot run.
+    from pallas_kernels.catalog import catalog
+
+    known = interpreter_tests()
+    results: dict[str, bool | str] = {
+        name: f"the interpreter cannot run it: {catalog()[name].not_interpreted}"
+        for name in names
+        if name not in known
+    }
+    tests = sorted({known[name] for name in names if name in known})
+    if (why := _no_tests(tests)) is not None:
+        return results | {name: why for name in names if name in known}
+    # 2. Run the others.
     command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider"]
-    passed, done = set(), 0
+    outcomes: dict[str, str] = {}
     tick(0, len(tests))
     for line in process_lines([*command, *tests], ROOT) if tests else ():
-        ended = next((test for test in tests if line.startswith(f"{test} ")), None)
-        if ended is not None:
-            done += 1
-            tick(done, len(tests))
-            passed |= {ended} if " PASSED" in line else set()
-    return {name: INTERPRETED_BY.get(name) in passed for name in names}
+        test = next((test for test in tests if line.startswith(f"{test} ")), None)
+        if test is not None:
+            outcomes[test] = line.removeprefix(test).split()[0]
+            tick(len(outcomes), len(tests))
+    return results | {name: _verdict(outcomes.get(known[name])) for name in names if name in known}
+
+
+def _no_tests(tests: Sequence[str]) -> str | None:
+    """Why no test can run here, or None if they can."""
+    if importlib.util.find_spec("pytest") is None:
+        return "pytest is not installed"
+    if not all((ROOT / test.partition("::")[0]).is_file() for test in tests):
+        return "the tests are not part of this installation"
+    return None
+
+
+def _verdict(outcome: str | None) -> bool | str:
+    """A test passed or failed; any other outcome is no verdict."""
+    if outcome in ("PASSED", "FAILED"):
+        return outcome == "PASSED"
+    return "pytest could not collect it" if outcome is None else f"pytest: {outcome.lower()}"
 
 
 def process_lines(command: list[str], folder: Path) -> Iterator[str]:

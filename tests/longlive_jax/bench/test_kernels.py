@@ -30,7 +30,7 @@ def compiled(monkeypatch):
     """Replaces the compilers and the interpreter by a given report on one kernel."""
     monkeypatch.setattr(deviceless, "refusal", lambda: None)
 
-    def returns(report, *, passes=True):
+    def returns(report, *, passes: bool | str = True):
         result = report if "failure" in report else {"compiled": [report]}
         monkeypatch.setattr(kernels, "compile_kernels", lambda target, names, tick: {NAME: result})
         monkeypatch.setattr(kernels, "run_interpreter_tests", lambda names, tick: {NAME: passes})
@@ -55,14 +55,21 @@ def test_a_good_kernel(compiled, capsys):
         "registers": 48,
         "smem_bytes": 1024,
         "tensor_columns": 0,
+        "register_pool": None,
+        "registers_asked": None,
+        **dict.fromkeys(kernels.CYCLES),
+        "model_share": None,
         "interpreted": True,
+        "not_run": None,
         "compiled": True,
         "executed_on": None,
         "failures": [],
     }
-    assert check(capsys, "--no-interpret")[1]["interpreted"] is None
+    code, row_without = check(capsys, "--no-interpret")
+    assert code == 0 and row_without["interpreted"] is None
+    assert row_without["not_run"] == "not requested"
     assert run(["kernels", "check", "--chip=sm_100a", f"--kernel={NAME}"]) == 0
-    assert "interpreted," in capsys.readouterr().out
+    assert "interpreted" in capsys.readouterr().out
     assert state(row) == "interpreted, compiled for sm_100a"
 
 
@@ -122,26 +129,49 @@ def test_without_a_compiler(monkeypatch):
 
 
 def test_interpreted_is_the_result_of_the_tests(monkeypatch):
-    tests = kernels.INTERPRETED_BY
+    tests = kernels.interpreter_tests()
     passed, failed = tests["nvfp4_quantize"], tests["nvfp4_dequantize"]
     lines = ["collecting", f"{failed} FAILED  [50%]", f"{passed} PASSED [100%]", "=== 1 failed"]
     monkeypatch.setattr(kernels, "process_lines", lambda command, folder: iter(lines))
     names = ["nvfp4_quantize", "nvfp4_dequantize", "nvfp4_matmul_2cta"]
     results = kernels.run_interpreter_tests(names, lambda done, total: None)
-    assert results == dict(zip(names, (True, False, False), strict=True))
-    monkeypatch.setattr(kernels, "ROOT", kernels.ROOT / "nowhere")
-    assert kernels.run_interpreter_tests(names, lambda done, total: None) == dict.fromkeys(names)
+    assert [results[name] for name in names[:2]] == [True, False]
+    assert str(results[names[2]]).startswith("the interpreter cannot run it: ")
+
+
+def run_two(monkeypatch, lines=()):
+    monkeypatch.setattr(kernels, "process_lines", lambda command, folder: iter(lines))
+    names = ["nvfp4_quantize", "nvfp4_dequantize"]
+    return kernels.run_interpreter_tests(names, lambda done, total: None)
+
+
+def test_what_does_not_run_is_no_failure(monkeypatch, compiled, capsys):
+    tests = kernels.interpreter_tests()
+    errors = [f"{tests['nvfp4_quantize']} ERROR [100%]", f"ERROR {tests['nvfp4_dequantize']}"]
+    assert run_two(monkeypatch, errors) == {
+        "nvfp4_quantize": "pytest: error",
+        "nvfp4_dequantize": "pytest could not collect it",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "ROOT", kernels.ROOT / "nowhere")
+        assert set(run_two(patch).values()) == {"the tests are not part of this installation"}
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+        assert set(run_two(patch).values()) == {"pytest is not installed"}
+    compiled(GOOD, passes="pytest is not installed")
+    code, row = check(capsys)
+    assert code == 0 and row["failures"] == []
+    assert (row["interpreted"], row["not_run"]) == (None, "pytest is not installed")
+    assert run(["kernels", "check", "--chip=sm_100a", f"--kernel={NAME}"]) == 0
+    assert "not interpreted: pytest is not installed" in capsys.readouterr().out
 
 
 def test_all_interpreter_tests_exist():
-    assert kernels.INTERPRETED_BY.keys() <= catalog().keys()
-    for node in set(kernels.INTERPRETED_BY.values()):
-        file, _, name = node.partition("::")
-        function, _, case = name.removesuffix("]").partition("[")
-        text = (kernels.ROOT / file).read_text()
-        functions = [x.name for x in ast.walk(ast.parse(text)) if isinstance(x, ast.FunctionDef)]
-        assert function in functions, node
-        assert not case or f'"{case.rpartition("-")[0] or case}"' in text, node
+    tests = kernels.interpreter_tests()
+    assert tests.keys() <= catalog().keys() and len(tests) > 10
+    file, _, function = kernels.TEST.partition("::")
+    tree = ast.parse((kernels.ROOT / file).read_text())
+    assert function in [x.name for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
 
 
 def test_runs_are_read_from_recorded_results(tmp_path):
@@ -156,7 +186,7 @@ def test_runs_are_read_from_recorded_results(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [
-        ["nvfp4_quantize_static", "nvfp4_dequantize_slots"],
+        ["nvfp4_quantize_static", "nvfp4_dequantize"],
         pytest.param(None, marks=pytest.mark.slow),
     ],
 )
