@@ -17,6 +17,7 @@ from typing import Any
 
 TIMEOUT = 1800
 """Seconds after which the process is killed."""
+FLEX = "flex_attention"
 PREFIX = "FLEX "
 
 

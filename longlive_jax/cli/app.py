@@ -34,7 +34,7 @@ VERBS = {
     "quantize": "quantize a checkpoint to NVFP4 or FP8, for inference in a quarter of the memory",
     "export": "export a checkpoint to safetensors, with original or diffusers names",
     "bench": "measure speed and memory by stage",
-    "kernels": "check the code and the results of every GPU kernel",
+    "kernels": "check the code of every GPU kernel, and prove and time it on this machine's GPU",
     "plan": "estimate memory and compute of training on other GPUs, and whether it fits",
     "settings": "list settings with type, default and meaning, of a verb or a recipe",
     "env": "print versions, devices, memory and caches, for a bug report",
@@ -44,8 +44,8 @@ VERBS = {
 
 SUBVERBS = {
     "data": ("check", "encode"),
-    "kernels": ("check",),
-    "bench": ("sampler", "encode", "attention", "balanced", "nvfp4", "kv"),
+    "kernels": ("check", "prove"),
+    "bench": ("sampler", "encode", "attention", "balanced", "nvfp4", "kernels", "kv"),
 }
 """Verbs whose first argument is a verb as well, and these."""
 
