@@ -6,7 +6,8 @@
 
 The argument is the clip length, and `nvfp4` (`:64s,nvfp4`) to train in NVFP4 (section 2.2). The
 mesh is for 32 GPUs (64s, 32s) or 8 (16s); several hosts add `--hosts` (launch/slurm.sh).
-Cost: not measured, no GPU has run it; `longlive plan` estimates 119 GiB per GB200 for 64s.
+Cost: not measured, no GPU has run it; `longlive plan` estimated 119 GiB per GB200 for 64s,
+whose remat is everything: attention_saved runs attention forward once, but needs more memory.
 Result: not measured.
 """
 
@@ -36,7 +37,7 @@ def get_config(arg: str = "64s") -> ConfigDict:
             # Precision and memory.
             dtype="bfloat16",
             quant=dict(policy="nvfp4_train" if "nvfp4" in options else "none"),
-            remat=True,
+            remat="everything" if length == "64s" else "attention_saved",
             ffn_chunks=8,
             save_dtype="bfloat16",
             # Loss and optimization.

@@ -14,6 +14,7 @@ from pallas_kernels.tokens import EMPTY, Tokens, concat, make
 __all__ = [
     "Tokens",
     "concat",
+    "full_history",
     "grid",
     "shot_sinks",
     "teacher_forcing",
@@ -94,6 +95,18 @@ def teacher_forcing(
         for noisy in (False, True)
     )
     return concat(*halves)
+
+
+def full_history(chunks: int) -> dict[str, np.ndarray]:
+    """Mask columns [chunks], int32, of a clip in which every chunk attends to its whole past.
+
+    They are the same for all clips of a length, so that the mask of a batch is known when tracing.
+    """
+    return {
+        "chunk_index": np.arange(chunks, dtype=np.int32),
+        "window_start": np.zeros(chunks, np.int32),
+        "sink": np.full(chunks, EMPTY, np.int32),
+    }
 
 
 def shot_sinks(cuts: Bool[Array, "*b s"]) -> Int[Array, "*b s"]:

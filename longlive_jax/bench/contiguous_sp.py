@@ -8,6 +8,7 @@ its slice of the sequence without the frames of others.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from longlive_jax.training.objectives.batch import (
     Draws,
@@ -74,5 +75,9 @@ def _arrange(
     return contiguous_layout(target_batch, draws)[0], *contiguous_layout(model_batch, draws)
 
 
-CONTIGUOUS = SequenceLayout(_arrange, without_context)
+def _order(context: np.ndarray, target: np.ndarray, _num_shards: int) -> np.ndarray:
+    return np.concatenate([context, target])
+
+
+CONTIGUOUS = SequenceLayout(_arrange, _order, without_context)
 """[all clean; all noisy] cut into equal slices."""

@@ -94,7 +94,7 @@ def table(report: dict[str, Any]) -> str:
         ("devices", f"{report['devices']} x {report['device']}, {_mesh(report['mesh'])}"),
         ("model", f"{report['model']}, {report['parameters'] / 1e9:.2f} B parameters"),
         ("precision", report["precision"]),
-        ("attention", _attention(report)),
+        ("attention", report["attention"]),
         ("batch", _batch(report)),
         ("recomputation", _remat_policy(report)),
         ("compute", _compute(report)),
@@ -124,17 +124,6 @@ def verdict(report: dict[str, Any]) -> str:
     return f"{report['peak_bytes_per_device'] / GIB:.1f} GiB per device: {result} ({limit})"
 
 
-def _attention(report: dict[str, Any]) -> str:
-    from longlive_jax.planning.step import STAND_IN
-
-    if report["attention"] != STAND_IN:
-        return report["attention"]
-    return (
-        f"{STAND_IN}. Training uses XLA's unless --config.attention=mosaic is set; "
-        "--config.attention=xla plans for it"
-    )
-
-
 def _batch(report: dict[str, Any]) -> str:
     height, width, channels = report["size"]
     accumulate = report["accumulate"]
@@ -146,8 +135,16 @@ def _batch(report: dict[str, Any]) -> str:
     )
 
 
+REMAT = {
+    "none": "none",
+    "attention_saved": "every layer except attention",
+    "everything": "every layer",
+}
+"""What every rematerialization policy recomputes."""
+
+
 def _remat_policy(report: dict[str, Any]) -> str:
-    layers = "every layer" if report["remat"] else "none"
+    layers = REMAT[report["remat"]]
     chunks = report["ffn_parts"]
     return layers + (f", feed-forward in {chunks} chunks of the tokens" if chunks > 1 else "")
 

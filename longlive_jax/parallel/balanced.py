@@ -6,7 +6,9 @@ and attention gathers them in device order: clean_0, noisy_0, clean_1, ... (pape
 appendix C).
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from longlive_jax.typing import Array
 
@@ -15,10 +17,12 @@ def interleave_shards(context: Array, target: Array, num_shards: int, *, axis: i
     """Reorders [all context; all target] along `axis` to [context_0; target_0; context_1; ...].
 
     Context and target are each split into `num_shards` equal shards. If `axis` is already sharded
-    that way, no data moves between devices. Raises ValueError if either does not split evenly.
+    that way, no data moves between devices. NumPy arrays stay NumPy. Raises ValueError if either
+    does not split evenly.
     """
     shards = [_split(x, num_shards, axis) for x in (context, target)]
-    joined = jnp.concatenate(shards, axis=axis + 1)
+    xp = jnp if any(isinstance(x, jax.Array) for x in shards) else np
+    joined = xp.concatenate(shards, axis=axis + 1)
     return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
 
 

@@ -41,6 +41,11 @@ class Chip:
     bf16_flops: float
     gpus_per_host: int
 
+    @property
+    def compute_capability(self) -> str:
+        """The compute capability as JAX's devices have it, such as "9.0"."""
+        return ".".join(map(str, self.capability))
+
     def topology(self, devices: int) -> str:
         """XLA's topology string, `slices x hosts x GPUs per host`, for `devices` GPUs."""
         per_host = math.gcd(devices, self.gpus_per_host)

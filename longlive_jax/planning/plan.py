@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,21 @@ from longlive_jax.io.checkpoint import CHECKPOINT_MANIFEST, read_manifest
 from longlive_jax.models.vae import VAEConfig
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy
+from longlive_jax.models.wan.remat import Remat
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import AXES, MeshSpec
 from longlive_jax.planning import compile as plan_compile
 from longlive_jax.planning.chips import Chip, get_chip
 from longlive_jax.planning.step import (
-    COMPILED_ATTENTION,
-    STAND_IN,
     Clip,
     PlannedStep,
     num_parameters,
 )
 from longlive_jax.spec import UserError, build
 from longlive_jax.training.stages.clip_batches import CLIP_BATCH_SPECS
-from longlive_jax.training.stages.flops import clip_update_cost, forward_flops
+from longlive_jax.training.stages.flops import clip_update_cost, forward_flops, recomputed_flops
 from longlive_jax.training.stages.wan_ar import WanARStage
+from pallas_kernels.dispatch import assumed_device
 
 __all__ = ["PlanSpec", "check_settings", "clip_of", "estimate", "model_of", "scale_to_mesh"]
 
@@ -204,7 +204,9 @@ def estimate(
     steps = [PlannedStep(candidate, model, spec.clip) for candidate in stages]
     step, measured, rejected = _first_that_fits(steps, spec, log)
     chip = get_chip(spec.chip)
-    report = _settings(step, spec, chip, origin) | _compute(step, chip) | _memory(step) | measured
+    with assumed_device("gpu", chip.compute_capability):
+        settings = _settings(step, spec, chip, origin)
+    report = settings | _compute(step, chip) | _memory(step) | measured
     return report | ({"does_not_fit": rejected} if spec.fastest else {})
 
 
@@ -231,8 +233,11 @@ def remat_policies(stage: WanARStage, clip: Clip) -> list[WanARStage]:
     candidates = {1, stage.ffn_chunks if stage.ffn_chunks > 1 else 8}
     tokens = stage.device_tokens(clip.chunks, clip.chunk_tokens)
     ffn_chunks = sorted(n for n in candidates if tokens % n == 0)
-    policies = [(remat, n) for remat in (False, True) for n in ffn_chunks]
-    return [dataclasses.replace(stage, remat=remat, ffn_chunks=n) for remat, n in policies]
+    return [
+        dataclasses.replace(stage, remat=remat, ffn_chunks=n)
+        for remat in get_args(Remat)
+        for n in ffn_chunks
+    ]
 
 
 def usable_bytes(chip: Chip) -> int:
@@ -243,13 +248,16 @@ def usable_bytes(chip: Chip) -> int:
 def min_bytes_per_device(step: PlannedStep) -> int:
     """Lower bound of a device's peak memory, reached at the end of the forward pass.
 
-    It counts the state and every layer's input. Without rematerialization it also counts what each
-    layer saves for the backward pass: the inputs of its three norms and of its matrix products.
+    It counts the state and every layer's input, and the output and log-sum-exp of attention where
+    they are saved. Without rematerialization it also counts what each layer saves for the backward
+    pass: the inputs of its three norms and of its matrix products.
     """
     model = step.model
     stream = jnp.dtype(model.stream_dtype).itemsize
     saved = stream * model.dim
-    if not step.stage.remat:
+    if step.stage.remat == "attention_saved":
+        saved += jnp.dtype(model.dtype).itemsize * model.dim + 4 * model.heads
+    if step.stage.remat == "none":
         # Inputs of the linears, rotated q and k, and v; q and output again for cross-attention.
         inputs = 9 * model.dim + (2 * model.ffn_dim if step.stage.ffn_chunks == 1 else 0)
         saved = (stream + 2 * 4) * model.dim + jnp.dtype(model.dtype).itemsize * inputs
@@ -279,7 +287,7 @@ def _settings(step: PlannedStep, spec: PlanSpec, chip: Chip, origin: str) -> dic
         "accumulate": stage.loop.accumulate,
         "dtype": stage.dtype,
         "stream_dtype": stage.stream_dtype,
-        "attention": stage.attention if stage.attention in COMPILED_ATTENTION else STAND_IN,
+        "attention": step.attention(),
         **_remat_policy(stage),
     }
 
@@ -291,7 +299,9 @@ def _compute(step: PlannedStep, chip: Chip) -> dict[str, Any]:
     work = clip_update_cost(model, batch=stage.batch, **sizes)
     forward = forward_flops(model, **sizes)
     by_kind = {k: 3 * stage.batch * x for k, x in dataclasses.asdict(forward).items()}
-    recomputed = stage.batch * forward.total if stage.remat else 0.0
+    recomputed = stage.batch * recomputed_flops(
+        model, forward, stage.remat, tokens=work.tokens // stage.batch
+    )
     if stage.ffn_chunks > 1:  # the hidden activations once more
         recomputed += 2.0 * model.layers * work.tokens * model.dim * model.ffn_dim
     return {
@@ -310,7 +320,8 @@ def _memory(step: PlannedStep) -> dict[str, Any]:
     width, stream = (jnp.dtype(x).itemsize for x in (model.dtype, model.stream_dtype))
     rows = stage.batch // stage.loop.accumulate // stage.mesh.samples
     prompts = 2 * rows * clip.chunks // stage.mesh.sp
-    layers = 1 if stage.remat else model.layers  # layers whose text K and V exist at the same time
+    # Layers whose keys and values of texts exist at the same time.
+    layers = model.layers if stage.remat == "none" else 1
     cache = 2 * CachePolicy().slots * clip.chunk_tokens * model.dim * model.layers * width
     return {
         "state_bytes_per_device": _state_bytes(step),

@@ -1,11 +1,8 @@
 """The train step of stage `clips` for the planner: the real step, over any devices, unallocated.
 
-Only attention is replaced, unless the config names an implementation in `COMPILED_ATTENTION`. The
-stand-in reads, writes and saves the arrays of a fused kernel (queries, keys, values, output and
-log-sum-exp, never [queries, keys]), but does not compute attention. Memory and communication are
-those of the step with such a kernel: compiled with the Mosaic kernels
-(`--config.attention=mosaic`), the 5B model's peak is the same to 0.1 GiB, 58.2 at 128 latent frames
-over 4 H200 without error buffers.
+Nothing is replaced: attention is what the run selects on the chip. XLA compiles cuDNN's calls
+without the library, whose workspace is therefore not counted. (cuDNN's own rule for it is not
+public; a float32 copy of a call's query gradient would be 0.04 GiB for the 5B model.)
 """
 
 import dataclasses
@@ -14,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,22 +24,13 @@ from longlive_jax.training.stages.clip_batches import CLIP_BATCH_SPECS
 from longlive_jax.training.stages.wan_ar import WanARStage
 from longlive_jax.training.state import TrainState, abstract_state
 from longlive_jax.training.update import Group, LossFn, Trainer, stateless
-from longlive_jax.typing import Array, Float
 
 __all__ = [
-    "COMPILED_ATTENTION",
-    "STAND_IN",
     "Clip",
     "PlannedStep",
-    "fused_stand_in",
     "lower",
     "num_parameters",
 ]
-
-COMPILED_ATTENTION = ("mosaic", "xla")
-"""Attention implementations that are compiled as they are if the config names them."""
-STAND_IN = "any fused kernel (a stand-in)"
-"""Name of the stand-in in a report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +107,15 @@ class PlannedStep:
         }
         return {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
 
+    def attention(self) -> str:
+        """How self-attention runs on the device that is selected, as `describe` calls it."""
+        return self.stage.attention_path(self.model, self.clip.chunks, self.clip.chunk_tokens)
+
     def jit_on(self, mesh: Mesh) -> tuple[Any, tuple[TrainState, dict[str, Any], dict[str, Any]]]:
         """The jitted step on a mesh, and its arguments as shapes with shardings."""
-        # 1. Setup. Cross-attention on a GPU uses cuDNN, which a plan should not need.
+        # 1. Loss and update, as the stage builds them.
         stage, clip = self.stage, self.clip
         setup = stage.setup(self.model, clip.chunk_frames, clip.chunks)
-        setup = dataclasses.replace(setup, attend_text=fused_stand_in)
-        if stage.attention not in COMPILED_ATTENTION:
-            setup = dataclasses.replace(setup, attention_for=lambda _tokens: fused_stand_in)
-
-        # 2. Loss and update, as the stage builds them.
         params = abstract(lambda: DiT(self.model, rngs=nnx.Rngs(0)))[1]
         specs = rules.specs_for(rules.DIT, params)
         rows = clip.chunks * clip.chunk_tokens, clip.chunks * self.model.text_len
@@ -137,7 +123,7 @@ class PlannedStep:
         loss = stage.teacher_forcing_loss(setup, mesh, quant.specs(specs, params))
         trainer = self._trainer(mesh, loss, prepare=quant.prepare)
 
-        # 3. Arguments: state, frozen parameters (none) and batch.
+        # 2. Arguments: state, frozen parameters (none) and batch.
         batch = self.batch()
         shardings = {
             k: NamedSharding(mesh, P(*CLIP_BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()
@@ -146,48 +132,18 @@ class PlannedStep:
         return trainer.program(("dit",)), arguments
 
 
-def lower(step: PlannedStep, mesh: Mesh) -> jax.stages.Lowered:
-    """Traces and lowers the step for a mesh, whose devices need not be present."""
+def lower(step: PlannedStep, mesh: Mesh, *, platform: str | None = None) -> jax.stages.Lowered:
+    """Traces and lowers the step for a mesh, whose devices need not be present.
+
+    `platform` lowers for another kind of device than the mesh has, to read the program.
+    """
     with jax.default_device(mesh.devices.flat[0]):  # kernels read their chip from it
         jitted, arguments = step.jit_on(mesh)
-        return jitted.lower(*arguments)
+        platforms = None if platform is None else (platform,)
+        return jitted.trace(*arguments).lower(lowering_platforms=platforms)
 
 
 def num_parameters(model: DiTConfig) -> int:
     """Number of parameters of the model."""
     _, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
     return sum(x.size for x in jax.tree.leaves(shapes))
-
-
-def fused_stand_in(
-    q: Float[Array, "b q n d"], k: Float[Array, "b k n d"], v: Float[Array, "b k n d"], *_: Any
-) -> Float[Array, "b q n d"]:
-    """Has the inputs, output and residuals of a fused attention kernel, but not its values."""
-    return _fused(q, k, v)
-
-
-@jax.custom_vjp
-def _fused(q: Array, k: Array, v: Array) -> Array:
-    return _forward(q, k, v)[0]
-
-
-def _forward(q: Array, k: Array, v: Array):
-    # Barriers mark the kernel's boundary: what crosses one is an array in memory.
-    q, k, v = lax.optimization_barrier((q, k, v))
-    mean = jnp.mean(k * v, axis=1, keepdims=True, dtype=jnp.float32)
-    out = (q * mean).astype(v.dtype)
-    lse = jnp.sum(q, axis=-1, dtype=jnp.float32)
-    out, lse = lax.optimization_barrier((out, lse))
-    return out, (q, k, v, out, lse)
-
-
-def _backward(residuals: tuple[Array, ...], grad: Array):
-    q, k, v, out, lse = residuals
-    delta = jnp.sum((out * grad).astype(jnp.float32), axis=-1)
-    q, k, v, grad, lse, delta = lax.optimization_barrier((q, k, v, grad, lse, delta))
-    scale = jnp.mean(lse * delta)
-    grads = [(x * scale).astype(x.dtype) for x in (q + grad, k, v)]
-    return lax.optimization_barrier(tuple(grads))
-
-
-_fused.defvjp(_forward, _backward)

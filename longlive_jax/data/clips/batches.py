@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.data.clips.latents import ClipLatents
-from longlive_jax.layout import windows
+from longlive_jax.layout import full_history, windows
 from longlive_jax.typing import Bool, Float, Int
-from pallas_kernels.tokens import EMPTY
 
 __all__ = ["batch_from_clip", "collate", "token_columns"]
 
@@ -51,15 +50,12 @@ def token_columns(
       global_sinks: chunks at the beginning that every chunk attends to, given `window`.
     """
     chunks = len(cut)
-    window_start, sink = np.zeros(chunks, np.int32), np.full(chunks, EMPTY, np.int32)
+    mask = full_history(chunks)
     if window is not None:
         bounds = windows(jnp.asarray(cut), window=window, global_sinks=global_sinks)
-        window_start, sink = map(np.asarray, bounds)
-    columns = {
-        "chunk_index": np.arange(chunks),
+        mask["window_start"], mask["sink"] = map(np.asarray, bounds)
+    columns = mask | {
         "start": latents // chunks * np.arange(chunks) + shot_rope_offset * shot,
-        "window_start": window_start,
-        "sink": sink,
         "prompt": prompt,
     }
     return {name: np.tile(column, 2).astype(np.int32) for name, column in columns.items()}

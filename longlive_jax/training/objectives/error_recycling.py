@@ -177,6 +177,19 @@ def buffer_bytes(
     return total // shards
 
 
+def buffer_notes(
+    spec: RecyclingSpec | None, chunk_shape: tuple[int, ...], mesh: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Memory of the buffers in a line; groups that do not divide over the mesh are replicated."""
+    if spec is None:
+        return ()
+    gib = buffer_bytes(spec, chunk_shape, mesh) / 2**30
+    groups, ranks = spec.buffer.groups, math.prod(mesh.get(axis, 1) for axis in BATCH)
+    replicated = groups > 1 and groups % ranks != 0
+    reason = f", replicated: {groups} groups do not divide over data * fsdp = {ranks}"
+    return (f"error buffers: {gib:.3g} GiB per device{reason * replicated}",)
+
+
 def draw_recycling_for(
     key: Key[Array, ""], batch: TeacherForcingBatch, *, chunk_frames: int
 ) -> RecyclingDraws:

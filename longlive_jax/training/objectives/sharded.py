@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -25,6 +26,7 @@ from longlive_jax.training.objectives.batch import Draws, TeacherForcingBatch, d
 from longlive_jax.training.objectives.teacher_forcing import (
     ARSetup,
     LossOutput,
+    Shards,
     TextFeatures,
     flow_loss,
     predict,
@@ -51,6 +53,7 @@ class SequenceLayout:
     Attributes:
       arrange: (target batch, model batch, draws, number of shards) -> the same three in the order
         of the shards; frames may be added in front of the targets.
+      order: (context, target, number of shards) -> a column of both in the order of the shards.
       on_shard: (model batch, draws) -> the same two, on a shard's own frames inside `shard_map`.
     """
 
@@ -58,6 +61,7 @@ class SequenceLayout:
         [TeacherForcingBatch, TeacherForcingBatch, Draws, int],
         tuple[TeacherForcingBatch, TeacherForcingBatch, Draws],
     ]
+    order: Callable[[Any, Any, int], Any]
     on_shard: Callable[[TeacherForcingBatch, Draws], tuple[TeacherForcingBatch, Draws]] = (
         lambda *own: own
     )
@@ -88,7 +92,8 @@ BALANCED = SequenceLayout(
         target_batch,
         balanced(model_batch, num_shards),
         draws,
-    )
+    ),
+    order=partial(interleave_shards, axis=0),
 )
 """Every device has the clean and the noisy frames of the same times (paper, section 2.1)."""
 
@@ -188,13 +193,27 @@ def _forward_on_shard(
         model_batch,
         draws,
         text_features,
-        gather_tokens=all_gather_tokens,
-        wrap_attention=partial(ulysses, exchange=sharded.exchange),
+        shards=_shards(sharded),
         materialize=gather,
     )
     target_batch = dataclasses.replace(model_batch, target=target)
     reduce_sums = partial(lax.psum, axis_name=AXES)
     return *flow_loss(velocity, target_batch, draws, reduce_sums=reduce_sums), velocity
+
+
+def _shards(sharded: ShardedLoss) -> Shards:
+    count = sharded.mesh.shape[SP]
+
+    def order(column: np.ndarray) -> np.ndarray:
+        context, target = np.split(column, 2)
+        return sharded.layout.order(context, target, count)
+
+    return Shards(
+        count,
+        order=order,
+        gather_tokens=all_gather_tokens,
+        wrap_attention=partial(ulysses, exchange=sharded.exchange),
+    )
 
 
 def _draw_specs() -> Any:

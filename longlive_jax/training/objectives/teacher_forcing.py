@@ -15,11 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from longlive_jax.diffusion.flow import corrupt, velocity_target
+from longlive_jax.layout import full_history
 from longlive_jax.models.params import with_params
 from longlive_jax.models.wan.dit import DiT, Materialize, identity
+from longlive_jax.models.wan.remat import Remat
 from longlive_jax.training.objectives.batch import ARLossSpec, Draws, TeacherForcingBatch, draw
 from longlive_jax.training.objectives.error_recycling import (
     RecyclingSpec,
@@ -68,8 +71,10 @@ class ARSetup:
       spec: settings of the loss.
       attention_for: tokens -> self-attention over sequences of them; called once per step.
       attend_text: attention to the text.
+      full_history: whether all batches are full clips whose chunks attend to their whole past, with
+        the mask columns of `layout.full_history`. The mask is then known when tracing.
       unroll: layers in one step of the scan over layers.
-      remat: whether to recompute each layer in the backward pass, keeping only its input.
+      remat: what the backward pass recomputes of each layer.
       ffn_chunks: number of chunks in which the sequence passes the feed-forward, one by one.
     """
 
@@ -79,9 +84,28 @@ class ARSetup:
     spec: ARLossSpec
     attention_for: Callable[[Tokens], AttentionFn] = self_attention
     attend_text: AttentionFn = attention
+    full_history: bool = False
     unroll: int = 1
-    remat: bool = False
+    remat: Remat = "none"
     ffn_chunks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How devices divide a sequence; by default there is one device.
+
+    Attributes:
+      count: number of shards.
+      order: a column [2k] of all context chunks, then all target chunks -> the same in the order of
+        the shards.
+      gather_tokens: tokens of a shard -> tokens of all shards.
+      wrap_attention: turns attention over the whole sequence into one that takes shards.
+    """
+
+    count: int = 1
+    order: Callable[[np.ndarray], np.ndarray] = lambda column: column
+    gather_tokens: Callable[[Tokens], Tokens] = lambda tokens: tokens
+    wrap_attention: Callable[[AttentionFn], AttentionFn] = lambda attend: attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +208,12 @@ def predict(
     draws: Draws,
     text_features: TextFeatures,
     *,
-    gather_tokens: Callable[[Tokens], Tokens] = lambda tokens: tokens,
-    wrap_attention: Callable[[AttentionFn], AttentionFn] = lambda attend: attend,
+    shards: Shards = Shards(),
     materialize: Materialize = identity,
 ) -> Float[Array, "b km h w c"]:
     """Velocity of the corrupted target frames, given their context.
 
-    With a sharded sequence, `batch` and `draws` are those of one shard, `gather_tokens` gathers the
-    tokens of all shards, and `wrap_attention` turns attention over the whole sequence into one that
-    takes shards.
+    With a sharded sequence, `batch` and `draws` are those of one shard.
     """
     # 1. Targets at their noise levels, and every chunk's prompt.
     noisy = corrupt(batch.target, draws.noise, draws.sigma)
@@ -203,8 +224,8 @@ def predict(
     tokens = sequence_tokens(batch, setup.chunk_frames, setup.spec.global_sinks)
     tokens_per_chunk = len(tokens) // prompts.shape[1]
     packing = Packing(batch.context.shape[0], context_chunks * tokens_per_chunk)
-    all_tokens = gather_tokens(tokens)
-    attend = wrap_attention(setup.attention_for(all_tokens))
+    all_tokens = _tokens_of_all(setup, shards, tokens, tokens_per_chunk)
+    attend = shards.wrap_attention(setup.attention_for(all_tokens))
 
     # 3. The model.
     velocity, _ = dit(
@@ -222,6 +243,14 @@ def predict(
     )
     assert velocity is not None  # only a call with output=False returns None
     return velocity.reshape(noisy.shape)
+
+
+def _tokens_of_all(setup: ARSetup, shards: Shards, tokens: Tokens, per_chunk: int) -> Tokens:
+    """Tokens of all shards for attention: known when tracing, or gathered."""
+    if not setup.full_history:
+        return shards.gather_tokens(tokens)
+    chunks = shards.count * len(tokens) // per_chunk // 2
+    return full_history_tokens(chunks, per_chunk, order=shards.order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +328,22 @@ def flow_loss(
     means = {k: x / jnp.maximum(count, 1) for k, (x, count) in sums.items()}
     levels = {k: jnp.where(sums[k][1] > 0, means[k], jnp.nan) for k in means if k in _LEVELS}
     return means.pop("loss"), means | levels
+
+
+def full_history_tokens(
+    chunks: int,
+    chunk_tokens: int,
+    *,
+    order: Callable[[np.ndarray], np.ndarray] = lambda column: column,
+) -> Tokens:
+    """Tokens of `chunks` context and as many target chunks, in NumPy, for attention only.
+
+    Positions are zeros. `order` is that of `Shards`.
+    """
+    columns = {k: np.tile(x, 2) for k, x in full_history(chunks).items()}
+    columns["noisy"] = np.arange(2 * chunks) >= chunks
+    per_token: Any = {k: np.repeat(order(x), chunk_tokens) for k, x in columns.items()}
+    return make(np.zeros((2 * chunks * chunk_tokens, 3), np.int32), **per_token)
 
 
 def sequence_tokens(batch: TeacherForcingBatch, chunk_frames: int, global_sinks: int) -> Tokens:

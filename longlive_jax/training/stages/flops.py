@@ -3,6 +3,7 @@
 import dataclasses
 
 from longlive_jax.models.wan import DiTConfig
+from longlive_jax.models.wan.remat import Remat
 from longlive_jax.training.task import StepCost
 
 
@@ -65,6 +66,16 @@ def _forward(
         attention=4.0 * cfg.layers * cfg.dim * (visible_pairs + tokens * cfg.text_len),
         text=2.0 * num_text_rows * per_text_row,
     )
+
+
+def recomputed_flops(cfg: DiTConfig, forward: Flops, remat: Remat, *, tokens: int) -> float:
+    """FLOPs of a forward pass over `tokens` tokens that the backward pass repeats."""
+    if remat == "none":
+        return 0.0
+    if remat == "everything":
+        return forward.total
+    attention_to_text = 4.0 * cfg.layers * cfg.dim * tokens * cfg.text_len
+    return forward.total - (forward.attention - attention_to_text)
 
 
 def clip_update_cost(

@@ -20,6 +20,7 @@ from longlive_jax.io.checkpoint import load_component
 from longlive_jax.io.completeness import require_components
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.models.wan.remat import Remat
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.fsdp import Gather
 from longlive_jax.parallel.mesh import check_fits
@@ -30,7 +31,7 @@ from longlive_jax.training.metrics import mean_metrics
 from longlive_jax.training.objectives.batch import ARLossSpec, num_loss_frames
 from longlive_jax.training.objectives.error_recycling import (
     RecyclingSpec,
-    buffer_bytes,
+    buffer_notes,
     buffer_state,
     check_recycling,
 )
@@ -41,6 +42,7 @@ from longlive_jax.training.objectives.teacher_forcing import (
     TeacherForcingLoss,
     self_attention,
 )
+from longlive_jax.training.stages.attention_path import attention_note, attention_path
 from longlive_jax.training.stages.base_checkpoint import BaseCheckpoint
 from longlive_jax.training.stages.clip_batches import (
     ClipBatchSpec,
@@ -54,7 +56,7 @@ from longlive_jax.training.stages.preview import Preview, PreviewSpec
 from longlive_jax.training.stages.sample_defaults import SampleDefaults, autoregressive
 from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatch_size
 from longlive_jax.training.stages.video_clips import CutSpec, clip_notes, encoded_videos
-from longlive_jax.training.task import About, Task
+from longlive_jax.training.task import About, StepCost, Task
 from longlive_jax.training.update import Group
 from longlive_jax.typing import Array, Params
 from pallas_kernels.dispatch import Implementation
@@ -86,7 +88,7 @@ class WanARStage(RunSpec):
       loss: teacher-forcing loss settings.
       recycling: error recycling (appendix C), or None to disable.
       attention: implementation of self-attention; "auto" is the best one proven on the device.
-      remat: whether to recompute each layer in the backward pass.
+      remat: what the backward pass recomputes of each layer; "attention_saved": not attention.
       ffn_chunks: number of chunks in which a device's tokens pass the feed-forward, one by one.
       dtype: dtype of matrix products and of all-gathered parameters.
       stream_dtype: dtype of the residual stream between layers, which remat keeps for every layer.
@@ -109,7 +111,7 @@ class WanARStage(RunSpec):
     loss: ARLossSpec = dataclasses.field(default_factory=ARLossSpec)
     recycling: RecyclingSpec | None = None
     attention: Implementation = "auto"
-    remat: bool = True
+    remat: Remat = "everything"
     ffn_chunks: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     stream_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -158,10 +160,10 @@ class WanARStage(RunSpec):
         loss = self.teacher_forcing_loss(setup, mesh, quant.specs(specs, shapes))
         group = self.group(model, loss, quant, restore=lambda: self._restored(mesh, specs))
         buffers = buffer_state(self.recycling, data.chunk_shape, self.mesh)
+        attention = self.attention_path(model, data.chunks, tokens)
+        note = attention_note(attention, 2 * data.chunks * tokens, self.dtype)
+        notes = self._notes((quant.describe(shapes), note), data, mesh, clips)
         batches = self._batch_spec(self.loop.seed)
-        cost = clip_update_cost(
-            model, batch=self.batch, chunks=data.chunks, chunk_tokens=tokens, window=self.window
-        )
         return Task(
             trainer=self.trainer({"dit": group}, mesh, buffers),
             batches=collated_batches(
@@ -170,8 +172,8 @@ class WanARStage(RunSpec):
             evaluate=self._evaluation(
                 loss.without_recycling(), mesh, quant, self._sample_settings(base, clips)
             ),
-            export=functools.partial(self._export, model, clips, base),
-            about=About(self._origin(clips), self._notes(data, quant, shapes, mesh, clips), cost),
+            export=functools.partial(self._export, model, clips, base, attention),
+            about=About(self._origin(clips), notes, self._cost(model, data)),
         )
 
     @property
@@ -209,6 +211,10 @@ class WanARStage(RunSpec):
             **options,
         )
 
+    def _cost(self, model: DiTConfig, data: ClipData) -> StepCost:
+        sizes: Any = {"chunks": data.chunks, "chunk_tokens": data.chunk_tokens}
+        return clip_update_cost(model, batch=self.batch, window=self.window, **sizes)
+
     def _origin(self, clips: EncodedClips) -> dict[str, Any]:
         return {
             "batch": self.batch,
@@ -217,33 +223,11 @@ class WanARStage(RunSpec):
         }
 
     def _notes(
-        self,
-        data: ClipData,
-        quant: QuantizedTraining,
-        shapes: Params,
-        mesh: Mesh,
-        clips: EncodedClips,
+        self, first: tuple[str, ...], data: ClipData, mesh: Mesh, clips: EncodedClips
     ) -> tuple[str, ...]:
-        """Lines printed before the first step: precision, attention, error buffers, data."""
-        attention = f"attention: {self.attention}"
-        if self.attention == "auto":  # clips need a mask per sample, which cuDNN does not support
-            attention = (
-                "attention: xla, block by block; config.attention=mosaic selects the sparse "
-                "kernels for Hopper and Blackwell, compiled but not run on a chip yet"
-            )
-        buffers = self._buffer_notes(data.chunk_shape, mesh)
-        notes = clip_notes(clips, self.base)
-        return (quant.describe(shapes), attention, *buffers, *data.notes, *notes)
-
-    def _buffer_notes(self, chunk_shape: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
-        """Memory of the error buffers; groups that do not divide over the mesh are replicated."""
-        if self.recycling is None:
-            return ()
-        gib = buffer_bytes(self.recycling, chunk_shape, mesh.shape) / 2**30
-        groups, ranks = self.recycling.buffer.groups, self.mesh.samples
-        replicated = groups > 1 and groups % ranks != 0
-        reason = f", replicated: {groups} groups do not divide over data * fsdp = {ranks}"
-        return (f"error buffers: {gib:.3g} GiB per device{reason * replicated}",)
+        """Lines printed before the first step: these, and on error buffers and data."""
+        buffers = buffer_notes(self.recycling, data.chunk_shape, mesh.shape)
+        return (*first, *buffers, *data.notes, *clip_notes(clips, self.base))
 
     def model(self) -> DiTConfig:
         """Configuration of the checkpoint's DiT, with the run's dtypes."""
@@ -263,8 +247,20 @@ class WanARStage(RunSpec):
             empty_prompt=num_prompts,
             spec=self.loss,
             attention_for=functools.partial(self_attention, implementation=self.attention),
+            full_history=self.window is None,
             remat=self.remat,
             ffn_chunks=self.ffn_chunks,
+        )
+
+    def attention_path(self, model: DiTConfig, chunks: int, chunk_tokens: int) -> str:
+        """How self-attention of such clips runs on the current device."""
+        rows = self.batch // self.loop.accumulate // self.mesh.samples
+        shape = rows, 2 * chunks * chunk_tokens, model.heads // self.mesh.sp, model.head_dim
+        return attention_path(
+            jax.ShapeDtypeStruct(shape, model.dtype),
+            chunks=chunks,
+            full_history=self.window is None,
+            implementation=self.attention,
         )
 
     def precision(
@@ -390,11 +386,11 @@ class WanARStage(RunSpec):
         model: DiTConfig,
         clips: EncodedClips,
         base: BaseCheckpoint,
+        attention: str,
         weights: Mapping[str, Params],
         directory: Path,
     ) -> tuple[str, ...]:
-        provenance = self.provenance("clips") | {"clips": clips.manifest.identity["dataset"]}
-        sampling = self._sample_settings(base, clips)
-        return base.export(
-            directory, weights["dit"], model, provenance=provenance, sampling=sampling
-        )
+        dataset = clips.manifest.identity["dataset"]
+        provenance = self.provenance("clips") | {"clips": dataset, "attention": attention}
+        settings = {"provenance": provenance, "sampling": self._sample_settings(base, clips)}
+        return base.export(directory, weights["dit"], model, **settings)

@@ -17,7 +17,7 @@ from tests.longlive_jax.training.processes import finish, free_port, longlive, w
 from tests.longlive_jax.training.stages.test_wan_ar import RECYCLING, command, records
 
 STEPS, TIMEOUT = 12, 600
-SETTINGS = ("mesh.data=2,mesh.fsdp=1,mesh.sp=2", f"loop.steps={STEPS}", "remat=false",
+SETTINGS = ("mesh.data=2,mesh.fsdp=1,mesh.sp=2", f"loop.steps={STEPS}", "remat=none",
             "ffn_chunks=1", *RECYCLING)  # fmt: skip
 
 

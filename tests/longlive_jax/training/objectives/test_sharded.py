@@ -25,9 +25,12 @@ from longlive_jax.training.objectives.sharded import (
 )
 from longlive_jax.training.objectives.teacher_forcing import (
     ARSetup,
+    self_attention,
     teacher_forcing_loss,
 )
+from pallas_kernels.attention import api, attention
 from pallas_kernels.tokens import EMPTY
+from tests.pallas_kernels.fused_kernel import DENSE
 from tests.tiny import activate_outputs
 
 CFG = DiTConfig(
@@ -77,7 +80,9 @@ def loss_spec(image_to_video: bool) -> ARLossSpec:
 
 def make_setup(image_to_video, **more):
     graphdef = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[0]
-    return ARSetup(graphdef, CHUNK, PROMPTS - 1, loss_spec(image_to_video), remat=True, **more)
+    return ARSetup(
+        graphdef, CHUNK, PROMPTS - 1, loss_spec(image_to_video), remat="everything", **more
+    )
 
 
 @functools.cache
@@ -138,6 +143,66 @@ def test_balanced_loss_and_gradients_equal_one_device(shape, prompt_per_chunk, i
     assert all(error < 1e-4 for error in jax.tree.leaves(errors)), errors
     for grad, param in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
         assert grad.sharding.is_equivalent_to(param.sharding, grad.ndim)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Attention chosen automatically is cuDNN's, in plain operations; segments are counted."""
+    monkeypatch.setattr(api.cudnn, "refusal", lambda *_: None)
+    monkeypatch.setattr(api, "CUDNN", DENSE)
+    seen = []
+    original = api.attend_batched
+
+    def attend(kernel, pieces, q, k, v):
+        seen.append(len(pieces))
+        return original(kernel, pieces, q, k, v)
+
+    monkeypatch.setattr(api, "attend_batched", attend)
+    return seen
+
+
+def without_text_mask(q, k, v, *_):
+    return attention(q, k, v, implementation="reference")
+
+
+@pytest.mark.parametrize("sp", [1, 2, 4, 8])
+def test_static_columns_in_balanced_order_equal_the_traced_mask(sp, fused):
+    """Fused attention over segments, against masks from the columns of the batch."""
+    # 1. Loss and gradients of a full-history setup over the mesh.
+    mesh = make_mesh(MeshSpec(sp=sp), jax.devices()[:sp])
+    params, specs = rules.init_sharded(init, jax.random.key(1), mesh, rules.DIT)
+    setup = make_setup(False, full_history=True, attend_text=without_text_mask)
+
+    @jax.jit
+    def loss_and_grads(params, batch):
+        def loss(params):
+            return sharded_teacher_forcing_loss(
+                setup, ShardedLoss(mesh, specs), params, batch, jax.random.key(7), prompt_table()
+            )
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, _), grads = loss_and_grads(params, make_batch(True))
+    assert set(fused) == {2 * CHUNKS}
+
+    # 2. The same with the mask of every token, on one device.
+    (want, _), want_grads = masked_reference()
+    assert relative_error(loss, want) < 1e-5
+    errors = jax.tree.map(relative_error, grads, want_grads)
+    assert all(error < 1e-4 for error in jax.tree.leaves(errors)), errors
+
+
+@functools.cache
+def masked_reference():
+    """Loss and gradients with reference attention on one device."""
+    attend = functools.partial(self_attention, implementation="reference")
+    setup = make_setup(False, attention_for=attend, attend_text=without_text_mask)
+
+    def loss(params, batch):
+        return teacher_forcing_loss(setup, params, batch, jax.random.key(7), prompt_table())
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return gradient(init(jax.random.key(1)), make_batch(True))
 
 
 def test_contiguous_sp_gives_the_same_loss_and_is_unbalanced():
