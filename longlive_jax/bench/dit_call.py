@@ -16,10 +16,13 @@ from flax import nnx
 from longlive_jax.bench.timing import Compilations, machine, peak_memory, repeated, report_settings
 from longlive_jax.diffusion import solvers
 from longlive_jax.models.params import params_of, with_params
+from longlive_jax.models.per_layer import unstack
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy, KVCache, empty_cache
 from longlive_jax.models.wan.dit import TextKV
 from longlive_jax.sampling.chunk import ChunkRequest, sample_chunk
+from longlive_jax.sampling.drivers import COMPILER_OPTIONS
+from longlive_jax.sampling.load import PLATFORMS_WITH_LAYERS_APART, layers_apart
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +72,16 @@ def bench_call(spec: CallSpec) -> dict[str, Any]:
     model = DiT(spec.model, rngs=nnx.Rngs(0))
     graphdef, params = nnx.graphdef(model), params_of(model)
     cache, text = full_cache(spec), prompt(spec)
+    if jax.default_backend() in PLATFORMS_WITH_LAYERS_APART:
+        params = layers_apart(params, consume=True)
+        k, v = unstack((cache.k, cache.v), consume=True)
+        cache = dataclasses.replace(cache, k=k, v=v)
     latents = jax.random.normal(
         jax.random.key(1), (1, spec.chunk_frames, *spec.latent, spec.model.in_channels)
     )
     level = jnp.full((1, spec.chunk_frames), 500.0)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def denoising_call(params, cache: KVCache, latents, text: TextKV):
         tokens = cache.upcoming(noisy=True)
         return with_params(graphdef, params)(latents, level, text, tokens, cache)[0]
@@ -102,7 +109,7 @@ def _chunk(spec: CallSpec, graphdef, params, cache: KVCache, text: TextKV) -> Ca
     shape = (1, spec.chunk_frames, *spec.latent, spec.model.in_channels)
     solver = solvers.unipc(spec.steps)
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=COMPILER_OPTIONS)
     def chunk_step(params, cache: KVCache, request: ChunkRequest):
         return sample_chunk(with_params(graphdef, params), cache, request, solver)
 

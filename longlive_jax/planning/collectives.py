@@ -11,21 +11,16 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+
+from longlive_jax.planning.hlo import callees, computations, size
 
 __all__ = ["KINDS", "Traffic", "traffic"]
 
 KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "collective-permute")
 """Collective operations that are counted."""
 
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f4e2m1fn": 4}
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CALLS = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
@@ -54,7 +49,7 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
     Raises ValueError if a loop that contains a collective has no known trip count, or if a line
     cannot be parsed.
     """
-    bodies, entry = _computations(hlo)
+    bodies, entry = computations(hlo)
 
     @functools.cache
     def traffic_of(name: str) -> Mapping[str, Traffic]:
@@ -62,7 +57,7 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
         sent: dict[str, float] = collections.defaultdict(float)
         for line in bodies.get(name, ()):
             # Computations that this instruction calls.
-            for trips, callee in _callees(line):
+            for trips, callee in callees(line):
                 for kind, inner in traffic_of(callee).items():
                     if trips is None:
                         raise ValueError(f"a loop of unknown length contains an {kind}: {callee}")
@@ -79,40 +74,12 @@ def traffic(hlo: str, devices: int) -> dict[str, Traffic]:
     return {kind: total.get(kind, Traffic()) for kind in KINDS}
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of every computation by its name, and the name of the entry computation."""
-    bodies: dict[str, list[str]] = {}
-    entry, body = "", None
-    for line in hlo.splitlines():
-        if not line.startswith(" "):
-            header = _COMPUTATION.match(line)
-            body = None if header is None else bodies.setdefault(header[1], [])
-            if header is not None and line.startswith("ENTRY"):
-                entry = header[1]
-        elif body is not None:
-            body.append(line)
-    return bodies, entry
-
-
-def _callees(line: str) -> Iterator[tuple[int | None, str]]:
-    """(number of runs, name) of the computations an instruction calls; None: unknown number."""
-    if (loop := _WHILE.search(line)) is not None:
-        trips = _TRIPS.search(line)
-        yield (None if trips is None else int(trips[1])), loop[1]
-        return
-    for name in _CALLS.findall(line):
-        yield 1, name
-    for names in _BRANCHES.findall(line):
-        for name in names.split(","):
-            yield 1, name.strip().lstrip("%")
-
-
 def _bytes_sent(kind: str, result: str, is_start: bool, line: str, devices: int) -> float:
     """Bytes that a device sends for one operation with the result type `result`."""
     if kind == "collective-permute":
-        return _size(_results(result) if is_start else result)
+        return size(_results(result) if is_start else result)
     group = _group_size(line, devices)
-    full = float(_size(_results(result) if is_start else result))
+    full = float(size(_results(result) if is_start else result))
     if kind == "reduce-scatter":
         full *= group
     return full * (group - 1) / group * (2 if kind == "all-reduce" else 1)
@@ -127,24 +94,6 @@ def _results(text: str) -> str:
             items.append(text[begin:i])
             begin = i + 1
     return items[1] if len(items) > 1 and text.startswith("((") else text
-
-
-def _size(text: str) -> int:
-    """Total bytes of the arrays in a type."""
-    return sum(
-        _bits(name) * math.prod(int(n) for n in shape.split(",") if n) // 8
-        for name, shape in _ARRAY.findall(text)
-    )
-
-
-def _bits(name: str) -> int:
-    """Bits of one element of an HLO type."""
-    if name in _BITS:
-        return _BITS[name]
-    width = re.match(r"(?:f8|[a-z]+(\d+))", name)
-    if width is None:
-        raise ValueError(f"unknown type {name!r} in HLO")
-    return int(width[1] or 8)
 
 
 def _group_size(line: str, devices: int) -> int:

@@ -15,8 +15,9 @@ from jax import lax
 from longlive_jax.diffusion import solvers
 from longlive_jax.diffusion.guidance import doubled, guided
 from longlive_jax.diffusion.solvers import Solver
-from longlive_jax.models.wan.cache import KVCache
+from longlive_jax.models.wan.cache import KVCache, insert_layer
 from longlive_jax.models.wan.dit import DiT, TextKV
+from longlive_jax.models.wan.layer_kv import LayerKV
 from longlive_jax.typing import Array, Bool, Float, Int, Key
 from pallas_kernels.attention import AttentionFn, attention
 
@@ -109,18 +110,24 @@ def write_context(
     repeat = _identity if guidance is None else doubled
     cut, shot_rope_offset = repeat(request.cut), repeat(request.shot_rope_offset)
     cache = cache.before_write(cut)
-    _, packed = dit(
+    after, slot = cache.reserve(cut=cut, shot_rope_offset=shot_rope_offset)
+
+    may_drop = cache.policy.may_drop
+
+    def write(stored: LayerKV, layer: Array | int, k: Array, v: Array) -> LayerKV:
+        return insert_layer(stored, cache.pack(k, v), layer, slot, may_drop=may_drop)
+
+    stored = dit.write_kv(
         repeat(latents),
         jnp.zeros((cache.num_chunks.shape[0], latents.shape[1])),
         request.text_kv,
         cache.upcoming(shot_rope_offset, noisy=False),
         cache,
+        write,
         attend=attend,
-        output=False,
-        store=cache.pack,
         relative_rope=cache.policy.relative_rope,
     )
-    return cache.insert(packed, cut=cut, shot_rope_offset=shot_rope_offset)
+    return after.with_layer_kv(stored)
 
 
 def chunk_noise(

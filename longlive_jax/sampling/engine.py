@@ -28,6 +28,7 @@ from longlive_jax.io.completeness import require_components
 from longlive_jax.io.models import load_model
 from longlive_jax.io.pictures import read_image
 from longlive_jax.models.params import params_of, with_params
+from longlive_jax.models.per_layer import is_unstacked
 from longlive_jax.models.umt5 import UMT5
 from longlive_jax.models.umt5.tokenizer import Tokenizer
 from longlive_jax.models.vae import VAE
@@ -35,7 +36,7 @@ from longlive_jax.models.wan import DiT, TextKV
 from longlive_jax.models.wan.cache import KVCache, empty_cache
 from longlive_jax.models.wan.packed_cache import PackedTensor
 from longlive_jax.sampling.drivers import ChunkInputs, Sampler, VideoConditioning
-from longlive_jax.sampling.load import load_dit
+from longlive_jax.sampling.load import PLATFORMS_WITH_LAYERS_APART, layers_apart, load_dit
 from longlive_jax.sampling.prompt_cache import PromptCache, PromptEncoder
 from longlive_jax.sampling.script import ShotScript, check_size
 from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, precision, spec_for
@@ -125,7 +126,10 @@ class Engine:
         target = device if mesh is None else NamedSharding(mesh, REPLICATED)
         if target is not None:
             dit, umt5, vae = (_committed(model, target) for model in (dit, umt5, vae))
-        return cls(dit, vae, umt5, tokenizer, spec, mesh=mesh)
+        engine = cls(dit, vae, umt5, tokenizer, spec, mesh=mesh)
+        if engine.device.platform in PLATFORMS_WITH_LAYERS_APART:
+            engine.params = layers_apart(engine.params, consume=True)
+        return engine
 
     def with_settings(self, **changes: Any) -> "Engine":
         """An engine with the same parameters, compiled functions and prompts but other settings.
@@ -304,7 +308,10 @@ class Engine:
         copies = 1 if self.spec.guidance == 1 else 2
         shape = (self.spec.chunk_frames, rows, columns)
         with jax.default_device(self.device):
-            cache = empty_cache(self.cfg, copies * batch, shape, self.spec.policy)
+            cache = empty_cache(
+                self.cfg, copies * batch, shape, self.spec.policy,
+                per_layer=is_unstacked(self.params["blocks"]),
+            )  # fmt: skip
         return cache if self.mesh is None else shard_cache(self.mesh, cache)
 
     def start(self, conditioning: VideoConditioning) -> tuple[KVCache, DecoderState]:

@@ -21,14 +21,20 @@ from longlive_jax.io.packed_kernels import (
     read_quantization,
 )
 from longlive_jax.models.params import params_of, with_params
+from longlive_jax.models.per_layer import unstack
 from longlive_jax.models.wan import DiT
 from longlive_jax.quant.packed import quantize_params
 from longlive_jax.quant.policy import Format, QuantSpec, named
 from longlive_jax.spec import UserError
+from longlive_jax.typing import Params
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import select_implementation
 
-__all__ = ["load_dit"]
+__all__ = ["PLATFORMS_WITH_LAYERS_APART", "layers_apart", "load_dit"]
+
+PLATFORMS_WITH_LAYERS_APART = ("gpu", "cuda")
+"""Where loaded parameters and caches have an array per layer. A loop over stacks copies them, which
+costs more there than the longer compilation of an unrolled loop."""
 
 
 def load_dit(
@@ -62,6 +68,15 @@ def load_dit(
         dtype=jnp.dtype(param_dtype),
     )
     return with_params(dit, packed)
+
+
+def layers_apart(params: Params, *, consume: bool = False) -> Params:
+    """Parameters of a DiT whose layers have arrays of their own; see `models.per_layer`.
+
+    A cache for them is `empty_cache(..., per_layer=True)`. With `consume` the stacks are deleted
+    one by one.
+    """
+    return params | {"blocks": unstack(params["blocks"], consume=consume)}
 
 
 def _formats(folder: str | os.PathLike, quant: QuantSpec) -> dict[str, Format]:

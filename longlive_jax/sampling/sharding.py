@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from longlive_jax.models.per_layer import is_unstacked
 from longlive_jax.models.wan.cache import KVCache
 from longlive_jax.parallel.mesh import DATA
 from longlive_jax.spec import UserError
@@ -51,7 +52,7 @@ def check_divides(mesh: Mesh | None, videos: int) -> None:
 def shard_cache(mesh: Mesh, cache: KVCache) -> KVCache:
     """The cache with each video's rows on its device."""
     specs = cache_specs(cache)
-    k, v = (jax.device_put(x, NamedSharding(mesh, LAYERS_VIDEOS)) for x in (cache.k, cache.v))
+    k, v = (jax.device_put(x, NamedSharding(mesh, specs.k)) for x in (cache.k, cache.v))
     rest = {
         name: jax.device_put(getattr(cache, name), NamedSharding(mesh, VIDEOS)) for name in _ROWS
     }
@@ -61,7 +62,8 @@ def shard_cache(mesh: Mesh, cache: KVCache) -> KVCache:
 def cache_specs(cache: KVCache) -> Any:
     """Partition specs of a cache, as a prefix of it."""
     rows: dict[str, Any] = dict.fromkeys(_ROWS, VIDEOS)
-    return dataclasses.replace(cache, k=LAYERS_VIDEOS, v=LAYERS_VIDEOS, **rows)
+    slots = VIDEOS if is_unstacked(cache.k) else LAYERS_VIDEOS
+    return dataclasses.replace(cache, k=slots, v=slots, **rows)
 
 
 _ROWS = ("slot_chunk", "start", "sink_start", "sink_length", "num_chunks")

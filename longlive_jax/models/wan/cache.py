@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.typing import DTypeLike
 
+from longlive_jax.models.per_layer import PerLayer, is_per_layer, is_unstacked, take_layer
 from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.models.wan.layer_kv import DenseLayerKV, LayerKV, PackedLayerKV
 from longlive_jax.models.wan.packed_cache import KVFormat, empty_packed, pack_keys, pack_values
@@ -68,13 +70,19 @@ class CachePolicy:
         """Number of stored chunks."""
         return self.window - 1
 
+    @property
+    def may_drop(self) -> bool:
+        """Whether sinks can fill every slot, so that a finished chunk is not stored."""
+        return self.slots <= self.global_sinks + self.shot_sinks
+
 
 @struct.dataclass
 class KVCache:
     """Keys and values of past chunks, and their bookkeeping.
 
     Attributes:
-      k: keys `[layers, b, slots, m, n, d]`: an array, or a `PackedTensor` in NVFP4.
+      k: keys `[layers, b, slots, m, n, d]`: an array, or a `PackedTensor` in NVFP4. Each array is a
+        stack, or a `PerLayer`.
       v: values, stored as the keys are.
       slot_chunk: index of the chunk in each slot; -1 in an empty slot.
       start: temporal position of the first frame of each slot's chunk.
@@ -119,11 +127,15 @@ class KVCache:
         return 2 * (self.k.size + self.v.size) / self.nbytes
 
     def tokens(self, queries: Tokens | None = None, /) -> Tokens:
-        """Metadata of the cached keys, `[b, slots * m]` in slot order; empty slots are masked."""
+        """Metadata of the cached keys, `[b, slots * m]` in slot order; empty slots are masked.
+
+        Slots are filled in order and emptied only behind the global sinks, which fill the first
+        ones, so that empty slots come last (`Tokens.leading`).
+        """
         start = self._ordered() if self.policy.relative_rope else self.start
         pos = start[..., None, None] * _FRAME + _grid(self.size)
         chunk = jnp.repeat(self.slot_chunk, _volume(self.size), axis=-1)
-        return make(pos.reshape(*chunk.shape, 3), chunk, False)
+        return make(pos.reshape(*chunk.shape, 3), chunk, False, leading=True)
 
     def upcoming(self, shot_rope_offset: Int[Array, "b"] | int = 0, *, noisy: bool) -> Tokens:
         """Metadata of the next chunk's tokens, `[b, m]`; `noisy` unless in the context pass.
@@ -177,21 +189,41 @@ class KVCache:
         `packed` are keys and values of all layers from `pack`. The update is in place when the
         cache is donated. If sinks fill every slot, the chunk is not stored.
         """
+        cache, slot = self.reserve(cut=cut, shot_rope_offset=shot_rope_offset)
+        layers, stored = range(self.k.shape[0]), cache.layer_kv
+        if is_unstacked(stored):
+            for i in layers:
+                chunk = take_layer(packed, i)
+                stored = insert_layer(stored, chunk, i, slot, may_drop=self.policy.may_drop)
+            return cache.with_layer_kv(stored)
+        k, v = jax.tree.map(lambda x, new: insert_slot(x, new, slot), (self.k, self.v), packed)
+        return dataclasses.replace(cache, k=k, v=v)
+
+    def reserve(
+        self, *, cut: Bool[Array, "b"], shot_rope_offset: Int[Array, "b"] | int = 0
+    ) -> tuple["KVCache", Int[Array, "b"]]:
+        """The cache after `insert` except for keys and values, and the slot that they belong in.
+
+        The slot is `slots` in samples that do not store the chunk.
+        """
         # 1. A cut moves the shot sink, which may free a slot.
         cache = self.set_shot_sink(cut | (self.num_chunks == 0))
         slot = cache.free_slot()
-        # 2. Write keys, values and bookkeeping of that slot.
+        # 2. Bookkeeping of that slot.
         is_written = jnp.arange(self.slot_chunk.shape[1]) == slot[:, None]
         start = self._next_start(shot_rope_offset)[:, None]
-        k, v = jax.tree.map(lambda x, new: insert_slot(x, new, slot), (self.k, self.v), packed)
-        return dataclasses.replace(
+        cache = dataclasses.replace(
             cache,
-            k=k,
-            v=v,
             slot_chunk=jnp.where(is_written, self.num_chunks[:, None], self.slot_chunk),
             start=jnp.where(is_written, start, self.start),
             num_chunks=self.num_chunks + 1,
         )
+        return cache, slot
+
+    def with_layer_kv(self, stored: LayerKV) -> "KVCache":
+        """The cache with the keys and values of `stored`, which is like `layer_kv`."""
+        assert isinstance(stored, DenseLayerKV | PackedLayerKV)
+        return dataclasses.replace(self, k=stored.k, v=stored.v)
 
     def set_shot_sink(self, cut: Bool[Array, "b"]) -> "KVCache":
         """Points the shot sink at the next chunk where `cut`, which releases the previous sink."""
@@ -241,19 +273,21 @@ def empty_cache(
     policy: CachePolicy,
     *,
     dtype: DTypeLike | None = None,
+    per_layer: bool = False,
 ) -> KVCache:
     """An empty cache for chunks of `size` (frames, rows, columns) in tokens.
 
     It has 2 * layers * slots * tokens * dim values per sample, in `dtype` (default: the model's)
-    or packed, as the policy's format says. Raises UserError for heads that cannot be packed.
+    or packed, as the policy's format says; stacked, or `per_layer` for the unrolled loop over
+    layers. Raises UserError for heads that cannot be packed.
     """
     shape = (cfg.layers, batch, policy.slots, _volume(size), cfg.heads, cfg.head_dim)
     dtype = cfg.dtype if dtype is None else dtype
     policy.format.check(cfg.head_dim)
-    k: Any = jnp.zeros(shape, dtype)
-    v: Any = jnp.zeros(shape, dtype)
-    if policy.format.packed:
-        k, v = empty_packed(shape, policy.format)
+    stack: Any = jax.ShapeDtypeStruct(shape, dtype)
+    form = policy.format
+    shapes = jax.eval_shape(lambda: empty_packed(shape, form)) if form.packed else (stack, stack)
+    k, v = jax.tree.map(lambda x: _zeros(x, per_layer=per_layer), shapes)
     # Every array has a buffer of its own: a donated buffer may not appear twice.
     return KVCache(
         k=k,
@@ -266,6 +300,57 @@ def empty_cache(
         size=size,
         policy=policy,
     )
+
+
+def _zeros(stack: jax.ShapeDtypeStruct, *, per_layer: bool) -> Array | PerLayer:
+    if not per_layer:
+        return jnp.zeros(stack.shape, stack.dtype)
+    layers, *shape = stack.shape
+    return PerLayer(tuple(jnp.zeros(shape, stack.dtype) for _ in range(layers)))
+
+
+def insert_layer(
+    stored: LayerKV,
+    packed: tuple[Any, Any],
+    layer: Array | int,
+    slot: Int[Array, "b"],
+    *,
+    may_drop: bool,
+) -> LayerKV:
+    """Writes one layer's keys and values of a chunk to index `slot` of every sample of `stored`.
+
+    `stored` is a cache's `layer_kv`. One update per sample, in place and without a bounds check:
+    an index past the last slot needs `may_drop`, with which a slot is read before it is written.
+    """
+    assert isinstance(stored, DenseLayerKV | PackedLayerKV)
+
+    def write(slots: Array | PerLayer, chunk: Array) -> Array | PerLayer:
+        if isinstance(slots, PerLayer):
+            assert isinstance(layer, int)
+            written = _write_slots(slots.arrays[layer], (), chunk, slot, may_drop)
+            return slots.replace_layer(layer, written)
+        return _write_slots(slots, (layer,), chunk, slot, may_drop)
+
+    k, v = jax.tree.map(write, (stored.k, stored.v), packed, is_leaf=is_per_layer)
+    return dataclasses.replace(stored, k=k, v=v)
+
+
+def _write_slots(
+    slots: Shaped[Array, "*stack"],
+    layer: tuple[Array | int, ...],
+    chunk: Shaped[Array, "b *rest"],
+    slot: Int[Array, "b"],
+    may_drop: bool,
+) -> Shaped[Array, "*stack"]:
+    lead = (1,) * (len(layer) + 2)
+    for sample in range(len(chunk)):
+        start = (*layer, sample, slot[sample], *(0 for _ in chunk.shape[1:]))
+        new = chunk[sample].astype(slots.dtype).reshape(*lead, *chunk.shape[1:])
+        if may_drop:
+            old = lax.dynamic_slice(slots, start, new.shape)
+            new = jnp.where(slot[sample] < slots.shape[len(layer) + 1], new, old)
+        slots = lax.dynamic_update_slice(slots, new, start)
+    return slots
 
 
 def insert_slot(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from longlive_jax.models.per_layer import scan_layers, take_layer, update_layers
 from longlive_jax.models.wan.attention import (
     Cache,
     CrossAttention,
@@ -35,6 +36,7 @@ from longlive_jax.models.wan.layers import (
     time_dtype,
 )
 from longlive_jax.models.wan.positions import rope_rotation
+from longlive_jax.models.wan.remat import Remat, checkpointed
 from longlive_jax.typing import Array, Float, typechecked
 from pallas_kernels.attention import AttentionFn, attention
 from pallas_kernels.tokens import Tokens, concat
@@ -49,6 +51,10 @@ Materialize = Callable[..., Any]
 def identity[M: nnx.Module](module: M, *_path: str) -> M:
     """The module itself."""
     return module
+
+
+WriteLayer = Callable[[LayerKV, Any, Array, Array], LayerKV]
+"""`(stored, layer, k, v) -> stored` with that layer's keys and values written to it."""
 
 
 def keep_kv(k: Array, v: Array) -> KV:
@@ -169,7 +175,7 @@ class DiT(nnx.Module):
         def layer(_, attn):
             return None, materialize(attn, "blocks", "cross_attn").keys_values(features)
 
-        _, (k, v) = lax.scan(layer, None, self.blocks.cross_attn)
+        _, (k, v) = scan_layers(layer, None, self.blocks.cross_attn)
         return TextKV(k, v, streams=streams)
 
     @typechecked
@@ -200,7 +206,7 @@ class DiT(nnx.Module):
         return_kv: bool = False,
         store: Callable[[Array, Array], Any] = keep_kv,
         relative_rope: bool = False,
-        remat: bool = False,
+        remat: Remat = "none",
         unroll: int = 1,
         ffn_chunks: int = 1,
         materialize: Materialize = identity,
@@ -216,6 +222,7 @@ class DiT(nnx.Module):
           return_kv: whether keys and values are returned; None otherwise.
           store: converts a layer's k and v (in `cfg.dtype`) before the layers are stacked.
           relative_rope: whether the cache stores unrotated keys, positioned by `cache.tokens`.
+          remat: what the gradient recomputes of a layer.
           ffn_chunks: sequence chunks of the feed-forward, run one by one and rematerialised.
         """
         x = self._embed(latents, timestep, tokens, text)
@@ -227,8 +234,7 @@ class DiT(nnx.Module):
         layers = self._scan_inputs(text, cache)
         if not output:
             return None, self._context_pass(layer, x, layers)
-        body = jax.checkpoint(layer.step, prevent_cse=False) if remat else layer.step
-        x, kv = lax.scan(body, x, layers, unroll=unroll)
+        x, kv = scan_layers(checkpointed(layer.step, remat), x, layers, unroll=unroll)
         return self._velocity(x.astype(jnp.float32), time, latents.shape, noisy_from), kv
 
     def _scan_inputs(self, text: TextKV | EmbeddedText, cache: Cache | None):
@@ -242,14 +248,38 @@ class DiT(nnx.Module):
 
     def _context_pass(self, layer: "LayerScan", x: Array, layers) -> Any:
         """Keys and values of all layers; only those are computed of the last layer."""
-
-        def at(i):
-            return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), layers)
-
         last = self.cfg.layers - 1
-        x, kv = lax.scan(lambda x, i: layer.step(x, at(i)), x, jnp.arange(last))
-        final = layer.kv(x, at(last))
+        x, kv = lax.scan(lambda x, i: layer.step(x, take_layer(layers, i)), x, jnp.arange(last))
+        final = layer.kv(x, take_layer(layers, last))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, final)
+
+    def write_kv(
+        self,
+        latents: Float[Array, "b f h w c"],
+        timestep: Float[Array, "b g"],
+        text: TextKV,
+        tokens: Tokens,
+        cache: Cache,
+        write: WriteLayer,
+        *,
+        attend: AttentionFn = attention,
+        attend_text: AttentionFn = attention,
+        relative_rope: bool = False,
+        materialize: Materialize = identity,
+    ) -> LayerKV:
+        """`cache.layer_kv` with the keys and values of `latents`, which `write` stores by layer.
+
+        Every layer attends its cache as it was before. Of the last layer only keys and values are
+        computed. The other arguments are those of `__call__`.
+        """
+        x = self._embed(latents, timestep, tokens, text)
+        modulation = self._time(timestep)[1]
+        context = attention_context(tokens, cache, self.cfg, relative_rope)
+        options = {"attend": attend, "attend_text": attend_text}
+        layer = LayerScan(text, modulation, context, keep_kv, materialize, options)
+        inputs, last = (self.blocks, (text.k, text.v)), self.cfg.layers - 1
+        x, stored = update_layers(layer.step, write, x, inputs, cache.layer_kv, layers=last)
+        return write(stored, last, *layer.kv(x, (*take_layer(inputs, last), None)))
 
     def _time(self, timestep: Array) -> tuple[Array, Array]:
         """Time embedding [b, g, e] and block modulation [b, g, 6, e], both in float32."""
@@ -330,7 +360,11 @@ def attention_context(
     tokens: Tokens, cache: Cache | None, cfg: DiTConfig, relative: bool
 ) -> AttentionContext:
     """Metadata and rotations for queries at `tokens`, and keys at `tokens` and in the cache."""
-    keys = tokens if cache is None else concat(tokens, cache.tokens(tokens))
+    keys = tokens
+    if cache is not None:
+        cached = cache.tokens(tokens)
+        leading = tokens.uniform_mask and cached.leading  # own keys are all visible, and come first
+        keys = dataclasses.replace(concat(tokens, cached), leading=leading)
     q_rotation = rope_rotation(tokens.pos, cfg.head_dim)
     k_rotation = rope_rotation(keys.pos, cfg.head_dim) if relative else q_rotation
     return AttentionContext(tokens, keys, q_rotation, k_rotation, relative=relative)

@@ -1,13 +1,17 @@
 """Cached keys and values of one layer, and attention over them and a call's own.
 
-A layer's cache attends for itself, because a packed one may be read by a kernel of its own. The
-call's own keys and values come dense or packed: an exchange between devices (sequence parallelism)
-can stand between `SelfAttention.compute_kv` and `attend` and send 4.5 bits per value.
+A layer's cache attends for itself, because a packed one may be read by a kernel of its own. Own and
+cached keys are attended one after the other and merged by their log-sum-exp: joining them would
+copy the cache in every call. The call's own keys and values come dense or packed: an exchange
+between devices (sequence parallelism) can stand between `SelfAttention.compute_kv` and `attend` and
+send 4.5 bits per value.
 """
 
-from typing import Protocol, cast
+import dataclasses
+from typing import Protocol
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -16,7 +20,8 @@ from longlive_jax.models.wan.positions import apply_rope
 from longlive_jax.typing import Array, Float
 from pallas_kernels.attention import AttentionFn
 from pallas_kernels.attention.packed_kv import attention_packed
-from pallas_kernels.tokens import Tokens
+from pallas_kernels.attention.parts import attend_parts, with_lse
+from pallas_kernels.tokens import VISIBILITY_COLUMNS, Tokens
 
 KV = tuple[Array, Array]
 """Keys and values of one layer, each `[b, l, n, d]`."""
@@ -49,6 +54,20 @@ class AttentionContext:
         """All keys with their rotation: unchanged unless positions are relative."""
         return apply_rope(k, self.k_rotation) if self.relative else k
 
+    def split(self, own: int) -> tuple["AttentionContext", "AttentionContext"]:
+        """The context of the `own` first keys alone, and that of the cached ones."""
+        return self._of_keys(slice(0, own)), self._of_keys(slice(own, None))
+
+    def _of_keys(self, keys: slice) -> "AttentionContext":
+        tokens = self.k_tokens
+        pos = tokens.pos[..., keys, :]
+        columns = {name: getattr(tokens, name)[..., keys] for name in VISIBILITY_COLUMNS}
+        rotation = self.k_rotation
+        if self.relative:
+            rotation = jax.tree.map(lambda x: x[..., keys, :], rotation)
+        tokens = dataclasses.replace(tokens, pos=pos, **columns)
+        return dataclasses.replace(self, k_tokens=tokens, k_rotation=rotation)
+
 
 class LayerKV(Protocol):
     """Cached keys and values of one layer: a pytree."""
@@ -74,8 +93,7 @@ class DenseLayerKV:
     ) -> Array:
         """See `LayerKV`."""
         cached = join_slots(self.k), join_slots(self.v)
-        k, v = _concatenate(dense_kv(own, q.dtype), cached)
-        return attend(q, context.rotate_keys(k), v, context.q_tokens, context.k_tokens)
+        return _attend(q, dense_kv(own, q.dtype), cached, context, attend)
 
 
 @flax.struct.dataclass
@@ -102,13 +120,9 @@ class PackedLayerKV:
         own = dense_kv(own, q.dtype)
         if self.form.reader == "mosaic":
             return self._attend_packed(q, own, context)
-        cached = (join_slots(x.dequantize(own[0].dtype)) for x in (self.k, self.v))
-        k, v = _concatenate(own, cast(KV, tuple(cached)))
-        k = context.rotate_keys(k)
-        if self.form.smoothing == "reference":
-            length = q.shape[1]
-            k = jnp.concatenate([without_mean(k[:, :length]), k[:, length:]], axis=1)
-        return attend(q, k, v, context.q_tokens, context.k_tokens)
+        k, v = (join_slots(x.dequantize(own[0].dtype)) for x in (self.k, self.v))
+        centered = self.form.smoothing == "reference"
+        return _attend(q, own, (k, v), context, attend, centered=centered)
 
     def _attend_packed(self, q: Array, own: KV, context: AttentionContext) -> Array:
         """The kernel that reads packed slots; it takes own keys and values dense."""
@@ -137,6 +151,31 @@ def without_mean(k: Array) -> Array:
     return (k - k.astype(jnp.float32).mean(-1, keepdims=True)).astype(k.dtype)
 
 
-def _concatenate(own: KV, cached: KV) -> KV:
-    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, cached, strict=True))
-    return k, v
+def _attend(
+    q: Array,
+    own: KV,
+    cached: KV,
+    context: AttentionContext,
+    attend: AttentionFn,
+    *,
+    centered: bool = False,
+) -> Array:
+    """Attention to own and cached keys; own ones lose their mean if `centered`."""
+    # 1. Keys as they are attended.
+    length = own[0].shape[1]
+    mine, past = context.split(length)
+    k, past_k = mine.rotate_keys(own[0]), past.rotate_keys(cached[0])
+    k = without_mean(k) if centered else k
+    # 2. A function without log-sum-exp needs one sequence of keys.
+    run = with_lse(attend)
+    if run is None:
+        keys, values = (
+            jnp.concatenate(pair, axis=1) for pair in ((k, past_k), (own[1], cached[1]))
+        )
+        return attend(q, keys, values, context.q_tokens, context.k_tokens)
+    # 3. Otherwise each part where it is. Tokens of one chunk, all noisy or all clean, see each
+    # other, so that their part needs no mask.
+    tokens = (context.q_tokens, mine.k_tokens)
+    own_tokens = (None, None) if context.q_tokens.uniform_mask else tokens
+    parts = [(k, own[1], *own_tokens), (past_k, cached[1], context.q_tokens, past.k_tokens)]
+    return attend_parts(run, q, parts)

@@ -111,10 +111,7 @@ class PackedTensor:
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*rows d"]:
         """The values with the offset added back, rounded once from float32 to `dtype`."""
-        if self.offset is None:
-            return dequantize(self.array, jnp.dtype(dtype))
-        values = dequantize(self.array, jnp.dtype(jnp.float32))
-        return (values + self.offset.astype(jnp.float32)).astype(dtype)
+        return dequantize(self.array, jnp.dtype(dtype), offset=self.offset)
 
 
 def pack_keys(k: Float[Array, "*lead m n d"], form: KVFormat) -> PackedTensor:

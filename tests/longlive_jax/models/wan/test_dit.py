@@ -145,7 +145,7 @@ def test_rematerialised_and_unrolled_layers_and_text_kv_within_them_change_nothi
         return jnp.mean(velocity**2)
 
     want = jax.jit(jax.value_and_grad(loss))(model[1])
-    for flags in ({"remat": True, "embed": "embed_text"}, {"unroll": 3}):
+    for flags in ({"remat": "everything", "embed": "embed_text"}, {"unroll": 3}):
         got = jax.jit(jax.value_and_grad(lambda p, flags=flags: loss(p, **flags)))(model[1])
         chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
@@ -202,7 +202,7 @@ def test_a_bfloat16_stream_is_rounded_between_layers_only(model, batch):
     half = {"stream_dtype": jnp.bfloat16}
 
     def loss(graphdef, params):
-        velocity, _ = forced((graphdef,), params, batch, remat=True)
+        velocity, _ = forced((graphdef,), params, batch, remat="everything")
         return (velocity**2).mean(), velocity
 
     def result(call, **settings):
