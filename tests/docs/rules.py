@@ -123,6 +123,11 @@ def check_conformance(words: list[str]) -> None:
     assert (REPOSITORY / "tests" / "test_conformance.py").is_file()
 
 
+def check_module(words: list[str]) -> None:
+    """The module exists."""
+    assert (REPOSITORY / f"{words[2].replace('.', '/')}.py").is_file()
+
+
 def check_tool(words: list[str]) -> None:
     """The tool belongs to the development environment."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -140,6 +145,18 @@ NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     ),
     "needs Slurm": ("sbatch", check_slurm),
     "needs a Kubernetes cluster": ("kubectl apply", check_kubernetes),
+    "compiles all kernels; tests/longlive_jax/bench/test_kernels_page.py": (
+        "python -m longlive_jax.bench.kernels_page",
+        check_module,
+    ),
+    "needs tokamax; tests/longlive_jax/planning/test_kernel_model.py reads its counts": (
+        "python -m longlive_jax.bench.calibration",
+        check_module,
+    ),
+    "compiles 30 layers; tests/longlive_jax/planning/test_sampling_step.py compiles two": (
+        "python -m longlive_jax.planning.sampling",
+        check_module,
+    ),
     "serves until it is stopped; test_site builds the site": (".venv/bin/mkdocs serve", check_tool),
     "all stages, hours; its commands are on the page of the small world": (
         "./launch/small_world.sh",
