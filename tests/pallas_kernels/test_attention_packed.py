@@ -135,4 +135,4 @@ def test_the_kernel_refuses_unsupported_arguments(capability, change, message, m
 def test_auto_does_not_select_an_unproven_kernel():
     arguments, offset, _ = problem()
     with assumed_device("gpu", "10.0", "NVIDIA GB200 of the tests"):
-        assert select_packed_implementation(arguments[0], arguments[3], offset) == "xla"
+        assert select_packed_implementation(arguments[0], arguments[3], offset) == "cudnn"
