@@ -87,8 +87,27 @@ def launch(
     )  # fmt: skip
 
 
-def assign_roles(load_tiles: Callable, issue: Callable, compute: Callable) -> None:
-    """Runs `load_tiles()` and `issue()` in one warp each, `compute(parity)` in both warpgroups."""
+def block_position(size: BackwardTiles, start, stop, full, count, order):
+    """(head, sample, rows, tile ranges, steps) of this thread block; longest rows first."""
+    head, place, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
+    row = order[batch, place]
+    ranges = tuple(x.at[batch, row] for x in (start, stop, full))
+    return head, batch, pl.ds(row * size.rows, size.rows), ranges, count[batch, row]
+
+
+def load_tiles(
+    size: BackwardTiles, position, own, streamed, *, own_s, own_here, targets, here, used, **_
+) -> None:
+    """Loads the block's rows of the arrays `own`, then those of `streamed` step by step."""
+    head, batch, rows, ranges, steps = position
+    for source, target in zip(own, own_s, strict=True):
+        plgpu.copy_gmem_to_smem(source.at[batch, rows, head], target, own_here)
+    sources = tuple((lambda part, x=x: x.at[batch, part, head],) for x in streamed)
+    produce(ranges, steps, size.step, sources, targets, here, used)
+
+
+def assign_roles(load: Callable, issue: Callable, compute: Callable) -> None:
+    """Runs `load()` and `issue()` in one warp each, `compute(parity)` in both warpgroups."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == CONTROL)
@@ -97,7 +116,7 @@ def assign_roles(load_tiles: Callable, issue: Callable, compute: Callable) -> No
 
         @plgpu.warp_map
         def _warps(warp):
-            pl.when(warp == LOADER)(load_tiles)
+            pl.when(warp == LOADER)(load)
             pl.when(warp == ISSUER)(issue)
 
     @pl.when(warpgroup != CONTROL)

@@ -18,11 +18,12 @@ from pallas_kernels.attention.mosaic.blackwell_backward import (
     BackwardTiles,
     along_columns,
     assign_roles,
+    block_position,
     column_values,
     launch,
     load,
+    load_tiles,
     own_columns,
-    produce,
     row_values,
     slot_of,
     softmax_weights,
@@ -83,20 +84,13 @@ def _body(size: BackwardTiles):
         q, k, v, grad, lse, delta, query, key, start, stop, full, count, order, dk, dv, **buffers
     ):
         # 1. The rows of this thread block.
-        head, place, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
-        row = order[batch, place]
-        rows = pl.ds(row * size.rows, size.rows)
-        ranges = tuple(x.at[batch, row] for x in (start, stop, full))
-        steps = count[batch, row]
+        position = block_position(size, start, stop, full, count, order)
+        head, batch, rows, ranges, steps = position
         own_s = buffers["own_s"]
 
         # 2. Roles.
-        def load_tiles():
-            for source, target in zip((k, v), own_s, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[batch, rows, head], target, buffers["own_here"])
-            sources = tuple((lambda part, x=x: x.at[batch, part, head],) for x in (q, grad))
-            staged = (buffers[name] for name in ("targets", "here", "used"))
-            produce(ranges, steps, size.step, sources, *staged)
+        def load():
+            load_tiles(size, position, (k, v), (q, grad), **buffers)
 
         def compute(parity):
             code = row_values(key.at[batch, rows])
@@ -112,7 +106,7 @@ def _body(size: BackwardTiles):
                 def _result(i=i, out=out, scale=scale):
                     write(steps, buffers["sums_t"][i], own_s[i], out.at[batch, rows, head], scale)
 
-        assign_roles(load_tiles, lambda: _products(size, steps, **buffers), compute)
+        assign_roles(load, lambda: _products(size, steps, **buffers), compute)
 
     return body
 

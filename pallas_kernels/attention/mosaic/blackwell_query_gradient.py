@@ -19,11 +19,12 @@ from pallas_kernels.attention.mosaic.blackwell_backward import (
     BackwardTiles,
     along_columns,
     assign_roles,
+    block_position,
     column_values,
     launch,
     load,
+    load_tiles,
     own_columns,
-    produce,
     row_values,
     slot_of,
     softmax_weights,
@@ -76,20 +77,13 @@ def _scratch(size: BackwardTiles, width: int, dtype):
 def _body(size: BackwardTiles):
     def body(q, k, v, grad, lse, delta, query, key, start, stop, full, count, order, dq, **buffers):
         # 1. The rows of this thread block.
-        head, place, batch = (lax.axis_index(name) for name in ("head", "row", "batch"))
-        row = order[batch, place]
-        rows = pl.ds(row * size.rows, size.rows)
-        ranges = tuple(x.at[batch, row] for x in (start, stop, full))
-        steps = count[batch, row]
+        position = block_position(size, start, stop, full, count, order)
+        head, batch, rows, ranges, steps = position
         own_s = buffers["own_s"]
 
         # 2. Roles.
-        def load_tiles():
-            for source, target in zip((q, grad), own_s, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[batch, rows, head], target, buffers["own_here"])
-            sources = tuple((lambda part, x=x: x.at[batch, part, head],) for x in (k, v))
-            staged = (buffers[name] for name in ("targets", "here", "used"))
-            produce(ranges, steps, size.step, sources, *staged)
+        def load():
+            load_tiles(size, position, (q, grad), (k, v), **buffers)
 
         def compute(parity):
             _keep_gradient(parity, **buffers)
@@ -108,7 +102,7 @@ def _body(size: BackwardTiles):
                 scale = q.shape[-1] ** -0.5
                 write(steps, buffers["sum_t"], own_s[0], dq.at[batch, rows, head], scale)
 
-        assign_roles(load_tiles, lambda: _products(size, steps, **buffers), compute)
+        assign_roles(load, lambda: _products(size, steps, **buffers), compute)
 
     return body
 
