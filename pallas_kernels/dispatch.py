@@ -97,7 +97,7 @@ def proven(op: str, *arguments: Any, **options: Any) -> bool:
     source, tile sizes and version of JAX, and must have been faster there than what "auto" takes
     otherwise. Only the records of `longlive kernels prove` say so; no setting overrules them.
     """
-    if platform() != "gpu" or not (kind := device_kind()):
+    if platform() not in ("gpu", "cuda") or not (kind := device_kind()):
         return False
     if not (tuned.PROVEN / tuned.file_name(kind)).is_file():
         return False

@@ -31,7 +31,7 @@ CYCLES = (
 )  # fmt: skip
 """Keys of a row that `kernel_model.step_cycles` fills."""
 TIMEOUT = 1800
-"""Seconds after which a process is killed."""
+"""Seconds after which a process is killed by default."""
 
 TEST = "tests/pallas_kernels/test_records.py::test_it_equals_its_oracle_without_races"
 """The test that runs the cases of a kernel's record in the interpreter."""
@@ -41,7 +41,12 @@ Tick = Callable[[int, int], None]
 
 
 def check(
-    chip: str, names: Sequence[str] | None = None, *, interpret: bool = True, ticks: Any = None
+    chip: str,
+    names: Sequence[str] | None = None,
+    *,
+    interpret: bool = True,
+    ticks: Any = None,
+    timeout: float = TIMEOUT,
 ) -> list[dict[str, Any]]:
     """Checks the kernels of a chip ("sm_100a"), or only the named ones; returns one row each.
 
@@ -60,6 +65,7 @@ def check(
       names: kernels to check; None for all of the chip.
       interpret: whether to run the interpreter tests.
       ticks: `ticks(text)` returns a progress callback (done, total) for a phase of the work.
+      timeout: seconds after which a process is killed.
 
     Raises UserError for unknown chips and kernels and if nothing can be compiled, and Failure if a
     process does not finish.
@@ -68,19 +74,13 @@ def check(
     target = _target(chip)
     if (why := deviceless.refusal()) is not None:
         raise UserError(f"kernels check: {why}")
-    from pallas_kernels.catalog import catalog
-
-    known = {name: x for name, x in catalog().items() if chip in x.chips}
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"kernels check: no kernel {name!r} for {chip}{nearest(name, known)}")
-    chosen = list(names or known)
+    chosen = _chosen(chip, names)
     # 2. Compile and interpret.
     begin = ticks or (lambda text: lambda done, total: None)
-    compiled = compile_kernels(target, chosen, begin("compiling"))
+    compiled = compile_kernels(target, chosen, begin("compiling"), timeout)
     tests: dict[str, bool | str] = dict.fromkeys(chosen, "not requested")
     if interpret:
-        tests = run_interpreter_tests(chosen, begin("interpreting"))
+        tests = run_interpreter_tests(chosen, begin("interpreting"), timeout)
     return [
         _row(name, chip, compiled[name], tests[name], executed_on(name, chip)) for name in chosen
     ]
@@ -91,6 +91,16 @@ def _target(chip: str) -> str:
         known = " or ".join(ARCHITECTURES)
         raise UserError(f"--chip: {chip!r}; choose {known}{nearest(chip, ARCHITECTURES)}")
     return ARCHITECTURES[chip]
+
+
+def _chosen(chip: str, names: Sequence[str] | None) -> list[str]:
+    from pallas_kernels.catalog import catalog
+
+    known = {name: x for name, x in catalog().items() if chip in x.chips}
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"kernels check: no kernel {name!r} for {chip}{nearest(name, known)}")
+    return list(names or known)
 
 
 def _row(name: str, chip: str, report: dict, ran: bool | str, device: str | None) -> dict:
@@ -158,13 +168,15 @@ def _failures(row: dict[str, Any], report: dict[str, Any], kernels: list[dict]) 
     return list(problems)
 
 
-def compile_kernels(target: str, names: list[str], tick: Tick) -> dict[str, dict[str, Any]]:
+def compile_kernels(
+    target: str, names: list[str], tick: Tick, timeout: float = TIMEOUT
+) -> dict[str, dict[str, Any]]:
     """The compilers' report on each kernel, or {"failure": message}."""
     command = [sys.executable, "-m", "longlive_jax.bench.kernels_compile", target]
     reports = {name: {"failure": "the compiler exited without a message"} for name in names}
     tick(0, len(names))
     for done, name in enumerate(names, 1):
-        for line in process_lines([*command, name], ROOT):
+        for line in process_lines([*command, name], ROOT, timeout):
             if line.startswith(PREFIX):
                 reports[name] = json.loads(line.removeprefix(PREFIX))
         tick(done, len(names))
@@ -178,7 +190,9 @@ def interpreter_tests() -> dict[str, str]:
     return {x.name: f"{TEST}[{x.name}]" for x in catalog().values() if x.not_interpreted is None}
 
 
-def run_interpreter_tests(names: list[str], tick: Tick) -> dict[str, bool | str]:
+def run_interpreter_tests(
+    names: list[str], tick: Tick, timeout: float = TIMEOUT
+) -> dict[str, bool | str]:
     """Whether each kernel's test passes, or the reason in words why it did not run."""
     # 1. Leave out what cannot run.
     from pallas_kernels.catalog import catalog
@@ -196,7 +210,7 @@ def run_interpreter_tests(names: list[str], tick: Tick) -> dict[str, bool | str]
     command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider"]
     outcomes: dict[str, str] = {}
     tick(0, len(tests))
-    for line in process_lines([*command, *tests], ROOT) if tests else ():
+    for line in process_lines([*command, *tests], ROOT, timeout) if tests else ():
         test = next((test for test in tests if line.startswith(f"{test} ")), None)
         if test is not None:
             outcomes[test] = line.removeprefix(test).split()[0]
@@ -220,7 +234,7 @@ def _verdict(outcome: str | None) -> bool | str:
     return "pytest could not collect it" if outcome is None else f"pytest: {outcome.lower()}"
 
 
-def process_lines(command: list[str], folder: Path) -> Iterator[str]:
+def process_lines(command: list[str], folder: Path, timeout: float = TIMEOUT) -> Iterator[str]:
     """Yields the output lines of a process; raises Failure if it is killed or takes too long."""
     process = subprocess.Popen(
         command,
@@ -230,13 +244,13 @@ def process_lines(command: list[str], folder: Path) -> Iterator[str]:
         cwd=folder,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
-    late = threading.Timer(TIMEOUT, process.kill)
+    late = threading.Timer(timeout, process.kill)
     late.start()
     try:
         assert process.stdout is not None
         yield from process.stdout
         if process.wait() < 0:
-            raise Failure(f"kernels check: a process was killed (the timeout is {TIMEOUT} s)")
+            raise Failure(f"kernels check: a process was killed (the timeout is {timeout:.0f} s)")
     finally:
         late.cancel()
         process.kill()

@@ -47,14 +47,15 @@ class Device:
       chip: architecture of its kernels ("sm_90a").
       command: the command line that proves a kernel, given its name and whether to search tiles.
       answers: whether the device still answers.
-      laws: failures of the static laws of a kernel, or a reason in words why they were not checked.
+      laws: failures of the static laws of a kernel, given its name and seconds, or a reason in
+        words why they were not checked.
     """
 
     kind: str
     chip: str
     command: Callable[[str, bool], list[str]]
     answers: Callable[[], bool]
-    laws: Callable[[str], list[str] | str]
+    laws: Callable[[str, float], list[str] | str]
 
 
 def find_device() -> Device:
@@ -80,15 +81,18 @@ def find_device() -> Device:
     def answers() -> bool:
         return any(line.get("platform") == "gpu" for line in _lines(list(COMMAND), QUERY))
 
-    return Device(findings["device"], chip, command, answers, lambda name: static_laws(name, chip))
+    def laws(name: str, timeout: float) -> list[str] | str:
+        return static_laws(name, chip, timeout)
+
+    return Device(findings["device"], chip, command, answers, laws)
 
 
-def static_laws(name: str, chip: str) -> list[str] | str:
+def static_laws(name: str, chip: str, timeout: float) -> list[str] | str:
     """What `kernels check` says of a kernel's machine code, or why it could not be checked."""
     from longlive_jax.bench.kernels import check
 
     try:
-        return list(check(chip, [name], interpret=False)[0]["failures"])
+        return list(check(chip, [name], interpret=False, timeout=timeout)[0]["failures"])
     except (UserError, Failure) as reason:
         return str(reason)
 
@@ -181,11 +185,13 @@ def run_kernel(device: Device, name: str, timeout: float, *, tune: bool) -> dict
     """What the static laws and the process of a kernel found, merged; `end` says how it ended."""
     findings: dict[str, Any] = {}
     begin = time.monotonic()
-    laws = device.laws(name)
+    laws = device.laws(name, timeout)
     findings["laws"] = laws
     if laws and not isinstance(laws, str):
         return findings | {"end": "laws", "failure": laws[0]}
     left = timeout - (time.monotonic() - begin)
+    if left <= 0:
+        return findings | {"end": "laws", "failure": f"checking them took all of {timeout:.0f} s"}
     for line in _lines(device.command(name, tune), left):
         findings |= line
     return findings

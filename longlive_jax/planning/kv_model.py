@@ -6,11 +6,12 @@ reach it are slower by their modelled share. Linears take the sustained rate in 
 
 import math
 
+from longlive_jax.models.wan.config import DiTConfig
 from longlive_jax.planning.chips import Chip
 from longlive_jax.planning.kernel_model import SUSTAINED
 from longlive_jax.planning.sampling import SIZE, STEPS
 
-LAYERS, DIM, FFN, TEXT = 30, 3072, 14336, 512
+MODEL = DiTConfig()
 PACKED = 9 / 16
 """Bytes of a value in NVFP4 with its share of a scale."""
 
@@ -20,7 +21,7 @@ def kv_seconds(chip: Chip, *, slots: int, quantize_share: float) -> dict[str, fl
 
     `quantize_share` is the modelled share of bandwidth of the quantize kernel on bfloat16 values.
     """
-    values = LAYERS * math.prod(SIZE) * DIM
+    values = MODEL.layers * math.prod(SIZE) * MODEL.dim
     search = 2 * values * (2 + PACKED) / quantize_share
     # Keys: mean, centring into float32 and amax of it. Values: amax. Both: write into the cache.
     passes = values * (2 + (2 + 4) + 4 + 2 + 2 * 2 * PACKED)
@@ -34,7 +35,7 @@ def kv_seconds(chip: Chip, *, slots: int, quantize_share: float) -> dict[str, fl
 def chunk_seconds(chip: Chip, *, slots: int, attention_share: float) -> float:
     """Seconds of a chunk's model calls without the cache's work."""
     tokens = math.prod(SIZE)
-    linears = 2 * tokens * (6 * DIM**2 + 2 * DIM * FFN)
-    attention = 4 * tokens * (tokens * (slots + 1) + TEXT) * DIM
+    linears = 2 * tokens * (6 * MODEL.dim**2 + 2 * MODEL.dim * MODEL.ffn_dim)
+    attention = 4 * tokens * (tokens * (slots + 1) + MODEL.text_len) * MODEL.dim
     seconds = linears / SUSTAINED + attention / attention_share
-    return (STEPS + 1) * LAYERS * seconds / chip.bf16_flops
+    return (STEPS + 1) * MODEL.layers * seconds / chip.bf16_flops

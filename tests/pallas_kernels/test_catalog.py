@@ -65,7 +65,7 @@ def test_check_and_the_test_body_see_it(with_fake, monkeypatch):
     monkeypatch.setattr(deviceless, "refusal", lambda: None)
     compiled: list[str] = []
 
-    def compile_kernels(target, names, tick):
+    def compile_kernels(target, names, tick, timeout):
         compiled.extend(names)
         return {name: {"failure": "no compiler here"} for name in names}
 

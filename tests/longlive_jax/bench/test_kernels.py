@@ -32,8 +32,8 @@ def compiled(monkeypatch):
 
     def returns(report, *, passes: bool | str = True):
         result = report if "failure" in report else {"compiled": [report]}
-        monkeypatch.setattr(kernels, "compile_kernels", lambda target, names, tick: {NAME: result})
-        monkeypatch.setattr(kernels, "run_interpreter_tests", lambda names, tick: {NAME: passes})
+        monkeypatch.setattr(kernels, "compile_kernels", lambda *arguments: {NAME: result})
+        monkeypatch.setattr(kernels, "run_interpreter_tests", lambda *arguments: {NAME: passes})
 
     return returns
 
@@ -132,7 +132,7 @@ def test_interpreted_is_the_result_of_the_tests(monkeypatch):
     tests = kernels.interpreter_tests()
     passed, failed = tests["nvfp4_quantize"], tests["nvfp4_dequantize"]
     lines = ["collecting", f"{failed} FAILED  [50%]", f"{passed} PASSED [100%]", "=== 1 failed"]
-    monkeypatch.setattr(kernels, "process_lines", lambda command, folder: iter(lines))
+    monkeypatch.setattr(kernels, "process_lines", lambda command, folder, timeout: iter(lines))
     names = ["nvfp4_quantize", "nvfp4_dequantize", "nvfp4_matmul_2cta"]
     results = kernels.run_interpreter_tests(names, lambda done, total: None)
     assert [results[name] for name in names[:2]] == [True, False]
@@ -140,7 +140,7 @@ def test_interpreted_is_the_result_of_the_tests(monkeypatch):
 
 
 def run_two(monkeypatch, lines=()):
-    monkeypatch.setattr(kernels, "process_lines", lambda command, folder: iter(lines))
+    monkeypatch.setattr(kernels, "process_lines", lambda command, folder, timeout: iter(lines))
     names = ["nvfp4_quantize", "nvfp4_dequantize"]
     return kernels.run_interpreter_tests(names, lambda done, total: None)
 

@@ -52,6 +52,14 @@ def test_the_numbers_that_a_run_prints_are_the_counted_ones(report):
             assert COUNTED[path][kind] == round(phases[kind] / 1e6), (path, kind)
 
 
+@pytest.mark.slow
+def test_the_numbers_of_the_xla_path_are_the_counted_ones():
+    if (why := deviceless.refusal()) is not None:
+        pytest.skip(why)
+    counted = nvfp4_bytes.count("gb200", paths=("xla",))["bytes"]["xla"]
+    assert COUNTED["xla"] == {kind: round(counted[kind] / 1e6) for kind in COUNTED["xla"]}
+
+
 def test_a_run_says_where_packing_does_not_save_time():
     note = traffic_note("xla", trains=True)
     assert "saves memory, not time" in note and "(counted for a GB200)" in note

@@ -47,7 +47,11 @@ def fake_device(folder: Path, behaviours: dict[str, str], laws=()) -> Device:
         return [sys.executable, str(FAKE), name, behaviours[name], str(folder), DIGEST]
 
     return Device(
-        KIND, "sm_90a", command, lambda: not (folder / "gone").exists(), lambda name: list(laws)
+        KIND,
+        "sm_90a",
+        command,
+        lambda: not (folder / "gone").exists(),
+        lambda name, timeout: list(laws),
     )
 
 
@@ -101,6 +105,13 @@ def test_a_device_that_disappears_leaves_what_ran_before(folders):
     assert rows["late"]["state"] == "not run" and not (folders / "late").exists()
     assert rows["late"]["failure"] == "the device does not answer any more"
     assert len(messages) == 2
+
+
+def test_laws_that_take_all_the_time_start_nothing(folders):
+    device = fake_device(folders, {"good": "good"})
+    slow = dataclasses.replace(device, laws=lambda name, timeout: time.sleep(timeout) or [])
+    findings = prove.run_kernel(slow, "good", 0.01, tune=False)
+    assert findings["end"] == "laws" and findings["failure"] == "checking them took all of 0 s"
 
 
 def test_broken_laws_start_nothing(folders):
