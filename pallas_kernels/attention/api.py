@@ -10,7 +10,7 @@ from pallas_kernels.attention import cudnn, cudnn_call, reference, xla
 from pallas_kernels.attention.segmented import FusedKernel, attend_batched, batches
 from pallas_kernels.attention.segments import attend_segments, segments
 from pallas_kernels.dispatch import Implementation, Unsupported, platform, proven
-from pallas_kernels.tokens import Tokens
+from pallas_kernels.tokens import Tokens, is_static
 
 AttentionFn = Callable[..., Array]
 """`(q, k, v, q_tokens, k_tokens) -> out`, the signature of `attention`.
@@ -105,14 +105,16 @@ def select_implementation(
     """The name of the implementation that `attention` uses for these arguments.
 
     "auto" selects "mosaic" where its kernels were proven and found faster on this kind of device
-    (`dispatch.proven`), else "cudnn" where it can run (a GPU, 16-bit arguments, and a mask that
-    splits into `segments` or is a number of leading keys per sample), else "xla". The device's
-    compute capability selects the kernels. Raises ValueError for an unknown name and `Unsupported`
-    if the named implementation cannot run.
+    (`dispatch.proven`), unless the mask is traced and cuDNN can run it; else "cudnn" where it can
+    run (a GPU, 16-bit arguments, and a mask that splits into `segments` or is a number of leading
+    keys per sample), else "xla". The device's compute capability selects the kernels. Raises
+    ValueError for an unknown name and `Unsupported` if the named implementation cannot run.
     """
     why = cudnn.refusal(q, q_tokens, k_tokens, segments(q_tokens, k_tokens))
     if implementation == "auto":
-        if proven("attention", q):
+        # Kernels were proven with a mask known when tracing; a traced one costs tile maps, and
+        # cuDNN only a count of keys.
+        if proven("attention", q) and (why is not None or _is_known(q_tokens, k_tokens)):
             return "mosaic"
         return "xla" if why else "cudnn"
     if implementation not in _RUN:
@@ -125,6 +127,11 @@ def select_implementation(
         if why := op.refusal(q):
             raise Unsupported(f"mosaic attention on {platform()}: {why}")
     return implementation
+
+
+def _is_known(q_tokens: Tokens | None, k_tokens: Tokens | None) -> bool:
+    """Whether the mask is known when tracing."""
+    return q_tokens is None or k_tokens is None or is_static(q_tokens, k_tokens)
 
 
 def describe(

@@ -109,6 +109,18 @@ def test_a_mask_row_must_be_a_number_of_leading_keys(on_gpu):
         select(unknown.replace(leading=True), unknown)
 
 
+def test_proven_kernels_leave_traced_masks_to_cudnn(on_gpu, monkeypatch):
+    """A chunk's mask over the cache is data; the kernels would compute tile maps in every layer."""
+    monkeypatch.setattr(api, "proven", lambda op, q: True)
+    q, k, v = shapes(queries=6, keys=12, width=8)
+    own, slots = cached([0, 1], [0, EMPTY])
+    traced = jax.tree.map(jnp.asarray, slots)
+    assert select_implementation(q, k, v, own, traced.replace(leading=True)) == "cudnn"
+    assert select_implementation(q, k, v, own, traced) == "mosaic"
+    assert select_implementation(q, k, v, own, slots) == "mosaic"
+    assert select_implementation(q, k, v) == "mosaic"
+
+
 def padded_dense(q, k, v, lengths=None):
     """`cudnn_call.forward` in plain operations."""
     logits = jnp.einsum("bqnd,bknd->bnqk", q, k) * q.shape[-1] ** -0.5
