@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -78,10 +78,25 @@ def kernel_refusal(op: str, capability: str, *arguments: Any, **options: Any) ->
     """The reason why no kernel of `op` runs these arguments on a GPU of a capability, or None."""
     kernels = kernels_of(op, capability)
     if not kernels:
-        here = capability or "?"
-        return f"there are kernels for {chips_of(op)}, not for compute capability {here}"
+        here = f"compute capability {capability}" if capability else "no NVIDIA GPU"
+        return f"there are kernels for {chips_of(op)}; this is {here}"
     reasons = [kernel.refusal(*arguments, **options) for kernel in kernels]
     return None if None in reasons else reasons[0]
+
+
+def kernel_of(op: str) -> Kernel:
+    """The record of the general form of `op` on the current device; `Unsupported` without one."""
+    kernels = kernels_of(op, capability())
+    if not kernels:
+        raise Unsupported(f"{op}: {kernel_refusal(op, capability())}")
+    return kernels[0]
+
+
+def launch_of(op: str) -> Callable[..., Any]:
+    """The function that runs the kernel of `op` on the current device."""
+    launch = kernel_of(op).launch
+    assert launch is not None, f"the records of {op} have no launch"
+    return launch
 
 
 def chips_of(op: str) -> str:

@@ -86,7 +86,9 @@ class Kernel:
       launches: kernels that a call launches.
       not_interpreted: the reason why the interpreter cannot run it, or None.
       covers: whether a proof of this form holds for arguments of the operation.
-      target: what the operation's launch must know about the chip; None if nothing.
+      launch: what the operation's function calls, with arguments of its own, to run the kernel.
+        All forms of an operation on a chip have the same; attention has `target` instead.
+      target: the kernels and tile sizes of a chip, for attention; None for other operations.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Kernel:
     launches: int = 1
     not_interpreted: str | None = None
     covers: Callable[..., bool] = _always
+    launch: Callable | None = None
     target: Any = None
 
 

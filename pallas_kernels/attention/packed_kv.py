@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import (
     Unsupported,
     capability,
     kernel_refusal,
+    launch_of,
     platform,
     proven,
 )
@@ -56,11 +57,11 @@ def attention_packed(
         q, past_k, offset, q_tokens, implementation=implementation
     )
     if chosen == "mosaic":
-        from pallas_kernels.attention.mosaic import packed_op
-
         length = own_k.shape[1] + past_k.shape[1] * past_k.shape[2]
         check_tokens(q, jax.ShapeDtypeStruct((q.shape[0], length), q.dtype), q_tokens, k_tokens)
-        return packed_op.attend(q, own_k, own_v, past_k, past_v, q_tokens, k_tokens, offset)
+        return launch_of("attention_packed")(
+            q, own_k, own_v, past_k, past_v, q_tokens, k_tokens, offset
+        )
     dtypes = (jnp.float32,) * 2 if chosen == "reference" else (own_k.dtype, own_v.dtype)
     past = dequantize_kv(past_k, offset, dtypes[0]), dequantize_kv(past_v, None, dtypes[1])
     own = (x.astype(dtype) for x, dtype in zip((own_k, own_v), dtypes, strict=True))

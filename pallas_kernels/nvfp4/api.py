@@ -1,6 +1,5 @@
 """`quantize`, `dequantize` and `matmul`: argument checks and choice of implementation."""
 
-import importlib
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from pallas_kernels.dispatch import (
     Unsupported,
     capability,
     chips_of,
+    launch_of,
     platform,
     proven,
 )
@@ -83,7 +83,7 @@ def quantize(
     if chosen == "mosaic":
         if amax is None:
             amax = reference.max_abs(reference.transpose_and_rotate(x, transpose, hadamard), lead)
-        return _mosaic("quantize").quantize(x, amax, key=key, **options)
+        return launch_of("quantize")(x, amax, key=key, **options)
     run = _fused if chosen == "xla" else _stepwise
     return run(x, amax, key, lead=lead, **options)
 
@@ -129,7 +129,7 @@ def quantize_both(
     options: dict[str, Any] = {"rule": rule, "stochastic": stochastic}
     if chosen == "mosaic":
         rotated = (False, hadamard)
-        run = _mosaic("quantize").quantize_both
+        run = launch_of("quantize_both")
         return run(x, amax, amax_transposed, keys=keys, hadamard=rotated, **options)
     options |= {"implementation": implementation}
     plain = quantize(x, amax=amax, key=keys[0], **options)
@@ -148,7 +148,7 @@ def statistics(
     if x.ndim != 2 or x.shape[0] % BLOCK:
         raise ValueError(f"x must be a matrix of a multiple of {BLOCK} rows, got {x.shape}")
     if select_implementation("statistics", x, implementation=implementation) == "mosaic":
-        return _mosaic("statistics").statistics(x, hadamard=hadamard, sums=sums)
+        return launch_of("statistics")(x, hadamard=hadamard, sums=sums)
     amax = reference.max_abs(x)
     rotated = reference.max_abs(reference.transpose_and_rotate(x, True, True)) if hadamard else amax
     return amax, rotated, jnp.sum(x.astype(jnp.float32), axis=0) if sums else None
@@ -178,7 +178,7 @@ def dequantize(
     """
     chosen = select_implementation("dequantize", a, implementation=implementation, offset=offset)
     if chosen == "mosaic":
-        return _mosaic("dequantize").dequantize(with_scale_layout(a, "rows"), dtype, offset)
+        return launch_of("dequantize")(with_scale_layout(a, "rows"), dtype, offset)
     return (_dequantized if chosen == "xla" else _with_offset)(a, dtype, offset)
 
 
@@ -209,7 +209,7 @@ def matmul(
     options: dict[str, Any] = {"bias": bias, "low_rank": low_rank, "out_dtype": out_dtype}
     chosen = select_implementation("matmul", a, b, implementation=implementation, **options)
     if chosen == "mosaic":
-        return _mosaic("matmul").matmul(a, b, **options)
+        return launch_of("matmul")(a, b, **options)
     return (products.xla if chosen == "xla" else products.reference)(a, b, **options)
 
 
@@ -264,11 +264,6 @@ def _refuse_gradient(x: Array) -> Any:
 
 
 _without_gradient.defvjp(_refuse_gradient, lambda _saved, grad: (grad,))
-
-
-def _mosaic(op: str) -> Any:
-    """The module of an operation's kernel; it takes 0.5 s to import, so CPUs skip it."""
-    return importlib.import_module(f"pallas_kernels.nvfp4.mosaic.{op}")
 
 
 def check_quantize(

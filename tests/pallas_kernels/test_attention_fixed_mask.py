@@ -20,6 +20,7 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.attention.mosaic import op
 from pallas_kernels.attention.mosaic.targets import HOPPER
+from pallas_kernels.catalog import catalog
 from pallas_kernels.dispatch import Unsupported
 
 LAYERS = 3
@@ -60,7 +61,7 @@ def test_mosaic_without_kernels_is_refused():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
     tokens = grid(2, 1, 5, chunk_frames=1)
-    with pytest.raises(Unsupported, match="no attention kernels"):
+    with pytest.raises(Unsupported, match="there are kernels for .*this is no NVIDIA GPU"):
         make_attention(tokens, tokens, implementation="mosaic")
 
 
@@ -96,7 +97,8 @@ def executed(monkeypatch):
     # 2. A Hopper GPU with these kernels.
     kernels = (forward, query_gradient, key_value_gradient)
     target = dataclasses.replace(HOPPER, **{kernel.__name__: kernel for kernel in kernels})
-    monkeypatch.setitem(op.TARGETS, "9.0", target)
+    record = dataclasses.replace(catalog()["attention_forward_hopper"], target=target)
+    monkeypatch.setattr(op, "kernel_of", lambda name: record)
     monkeypatch.setattr(op, "tile_map", tile_map)
     monkeypatch.setattr(op, "platform", lambda: "gpu")
     monkeypatch.setattr(op, "capability", lambda: "9.0")

@@ -16,7 +16,7 @@ from longlive_jax.layout import grid, teacher_forcing, windowed
 from pallas_kernels.attention import attention, reference
 from pallas_kernels.attention.mosaic import op
 from pallas_kernels.attention.mosaic.columns import MaskColumns, code_mask, mask_columns
-from pallas_kernels.attention.mosaic.targets import BLACKWELL, HOPPER, TARGETS, Target
+from pallas_kernels.attention.mosaic.targets import BLACKWELL, HOPPER, Target
 from pallas_kernels.attention.tilemap import pad_tokens
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tokens import EMPTY, concat, make, visible
@@ -76,7 +76,7 @@ def distance(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize("target", (HOPPER, BLACKWELL), ids=lambda target: target.name)
 @pytest.mark.parametrize(
     "name",
     [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS | SMALL],
@@ -117,7 +117,7 @@ def check_against_the_oracle(
     assert [distance(a, b) < 5e-3 for a, b in zip(got, want, strict=True)] == [True] * 5
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize("target", (HOPPER, BLACKWELL), ids=lambda target: target.name)
 def test_odd_and_unequal_lengths_and_fully_masked_queries(target):
     keys = grid(3, 7, 9, chunk_frames=1)
     masked = make(np.zeros((5, 3), np.int32), EMPTY, False)
@@ -138,7 +138,7 @@ def test_odd_and_unequal_lengths_and_fully_masked_queries(target):
     assert not np.asarray(out[0, -5:]).any() and np.isneginf(lse[0, -5:]).all()
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize("target", (HOPPER, BLACKWELL), ids=lambda target: target.name)
 def test_a_tile_of_queries_that_sees_no_key_is_zero(target):
     chunk = np.repeat([0, EMPTY], target.rows)
     queries = make(np.zeros((len(chunk), 3), np.int32), chunk, False)
@@ -169,7 +169,7 @@ def test_the_device_selects_the_kernels(capability, target, monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "dtype", "width", "message"),
     [
-        ("8.0", "bfloat16", 64, "not for compute capability 8.0"),
+        ("8.0", "bfloat16", 64, "this is compute capability 8.0"),
         ("9.0", "float32", 64, "arguments must be bfloat16, got float32"),
         ("10.0", "bfloat16", 96, "the head width must be 64 or 128, got 96"),
     ],

@@ -23,6 +23,7 @@ from pallas_kernels.tokens import make
 from tests.pallas_kernels.test_records import failures
 
 PACKED = quantize(jnp.ones((2, 32)), implementation="reference")
+LAUNCHED = jnp.zeros(())
 FAKE = Kernel(
     "nvfp4_dequantize_hopper",
     op="dequantize",
@@ -38,6 +39,7 @@ FAKE = Kernel(
     production=lambda: (PACKED,),
     modules=("nvfp4.format",),
     launches=0,
+    launch=lambda a, dtype, offset: LAUNCHED,
 )
 
 
@@ -91,6 +93,7 @@ def test_dispatch_sees_it(with_fake, monkeypatch, tmp_path):
     path.write_text(json.dumps({with_fake: proof | {"proven": True, "faster": True}}))
     tuned.forget()
     assert select_implementation("dequantize", PACKED) == "mosaic"
+    assert dequantize(PACKED) is LAUNCHED
     tuned.forget()
 
 

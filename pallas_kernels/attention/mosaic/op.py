@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import tuned
 from pallas_kernels.attention.mosaic.columns import MaskColumns, mask_columns
 from pallas_kernels.attention.mosaic.primitives import LOG2_E, MASKED, BackwardInputs
-from pallas_kernels.attention.mosaic.targets import TARGETS, Target
+from pallas_kernels.attention.mosaic.targets import Target
 from pallas_kernels.attention.saved import name_saved
 from pallas_kernels.attention.tilemap import (
     TileMap,
@@ -24,9 +24,9 @@ from pallas_kernels.attention.tilemap import (
     tile_map,
 )
 from pallas_kernels.dispatch import (
-    Unsupported,
     capability,
     device_kind,
+    kernel_of,
     kernel_refusal,
     platform,
 )
@@ -196,9 +196,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _current_target() -> Target:
-    if capability() not in TARGETS:
-        raise Unsupported(f"no attention kernels for compute capability {capability() or '?'}")
-    return with_tuned_tiles(TARGETS[capability()], device_kind())
+    return with_tuned_tiles(kernel_of("attention").target, device_kind())
 
 
 def with_tuned_tiles(target: Target, device: str) -> Target:

@@ -254,6 +254,7 @@ KERNELS = (
         build=packed_op.example_call,
         refusal=lambda q, *rest, **options: packed_op.refusal(q),
         run=packed,
+        launch=packed_op.attend,
         oracle=packed_oracle,
         cases=packed_cases(),
         tiles={},

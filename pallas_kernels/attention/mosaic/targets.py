@@ -1,4 +1,4 @@
-"""The kernels of each chip, by compute capability."""
+"""The attention kernels of each chip."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,6 @@ class Target:
 
     Attributes:
       name: name of the architecture.
-      capability: CUDA compute capability, "9.0".
       forward: forward kernel, with the signature of `hopper_forward.forward`.
       query_gradient: dq kernel, with the signature of `hopper_backward.query_gradient`.
       key_value_gradient: dk and dv kernel, with the signature of
@@ -30,7 +29,6 @@ class Target:
     """
 
     name: str
-    capability: str
     forward: Callable
     query_gradient: Callable
     key_value_gradient: Callable
@@ -45,7 +43,6 @@ class Target:
 
 HOPPER = Target(
     "Hopper",
-    "9.0",
     hopper_forward.forward,
     hopper_backward.query_gradient,
     hopper_backward.key_value_gradient,
@@ -54,11 +51,9 @@ HOPPER = Target(
 )
 BLACKWELL = Target(
     "Blackwell",
-    "10.0",
     blackwell_forward.forward,
     blackwell_query_gradient.query_gradient,
     blackwell_key_value_gradient.key_value_gradient,
     blackwell_forward.ForwardTiles(),
     blackwell_backward.BackwardTiles(),
 )
-TARGETS = {target.capability: target for target in (HOPPER, BLACKWELL)}

@@ -162,6 +162,7 @@ def _quantize(
         instructions=TO_E2M1,
         production=functools.partial(cases.quantize_production, rows, stochastic, dtype, **options),
         modules=("nvfp4.mosaic.quantize",),
+        launch=quantize,
         device_tolerance=CHIP_ROUNDING,
         covers=_covers(options, stochastic),
     )
@@ -193,6 +194,7 @@ def _quantize_both(form: str, *, stochastic: bool) -> Kernel:
         instructions=TO_E2M1,
         production=functools.partial(cases.both_production, stochastic),
         modules=("nvfp4.mosaic.quantize",),
+        launch=quantize_both,
         device_tolerance=CHIP_ROUNDING,
         covers=lambda *arguments, keys=(None, None), **_: (keys[0] is not None) == stochastic,
     )
@@ -263,6 +265,7 @@ def _product(
         instructions=pattern,
         production=functools.partial(cases.product_production, *size, rank),
         modules=("nvfp4.mosaic.matmul",),
+        launch=matmul.matmul,
         tolerance=0.0,
         device_tolerance=5e-3,
         not_interpreted="the interpreter does not support pairs of multiprocessors"
@@ -299,6 +302,7 @@ KERNELS = (
         instructions=(r"FMNMX|VIMNMX|IMNMX",),
         production=cases.statistics_production,
         modules=("nvfp4.mosaic.statistics",),
+        launch=statistics,
         tolerance=1e-6,
         device_tolerance=1e-5,
     ),
@@ -317,6 +321,7 @@ KERNELS = (
         instructions=FROM_E2M1,
         production=cases.dequantize_production,
         modules=("nvfp4.mosaic.dequantize",),
+        launch=dequantize,
         covers=lambda *arguments, offset=None, **_: offset is None,
     ),
     Kernel(
@@ -333,6 +338,7 @@ KERNELS = (
         instructions=FROM_E2M1,
         production=cases.offset_production,
         modules=("nvfp4.mosaic.dequantize",),
+        launch=dequantize,
         device_tolerance=CHIP_ROUNDING,
         covers=lambda *arguments, offset=None, **_: offset is not None,
     ),
