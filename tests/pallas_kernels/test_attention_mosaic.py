@@ -18,7 +18,7 @@ from pallas_kernels.attention.mosaic import op
 from pallas_kernels.attention.mosaic.columns import MaskColumns, code_mask, mask_columns
 from pallas_kernels.attention.mosaic.targets import BLACKWELL, HOPPER, Target
 from pallas_kernels.attention.tilemap import pad_tokens
-from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.dispatch import Unsupported, assumed_device
 from pallas_kernels.tokens import EMPTY, concat, make, visible
 from tests.pallas_kernels import deviceless
 from tests.pallas_kernels.interpreter import SIMULATED, no_races
@@ -158,12 +158,11 @@ def test_a_tile_of_queries_that_sees_no_key_is_zero(target):
 
 
 @pytest.mark.parametrize(("capability", "target"), [("9.0", HOPPER), ("10.0", BLACKWELL)])
-def test_the_device_selects_the_kernels(capability, target, monkeypatch):
-    monkeypatch.setattr(op, "platform", lambda: "gpu")
-    monkeypatch.setattr(op, "capability", lambda: capability)
+def test_the_device_selects_the_kernels(capability, target):
     tokens = grid(1, 8, 8, chunk_frames=1)
-    assert op.make_mask(tokens, tokens).target is target
-    assert op.refusal(jax.ShapeDtypeStruct((1, 64, 1, 128), jnp.bfloat16)) is None
+    with assumed_device("gpu", capability):
+        assert op.make_mask(tokens, tokens).target is target
+        assert op.refusal(jax.ShapeDtypeStruct((1, 64, 1, 128), jnp.bfloat16)) is None
 
 
 @pytest.mark.parametrize(
@@ -174,13 +173,9 @@ def test_the_device_selects_the_kernels(capability, target, monkeypatch):
         ("10.0", "bfloat16", 96, "the head width must be 64 or 128, got 96"),
     ],
 )
-def test_unsupported_arguments_are_refused_with_a_reason(
-    capability, dtype, width, message, monkeypatch
-):
-    monkeypatch.setattr(op, "platform", lambda: "gpu")
-    monkeypatch.setattr(op, "capability", lambda: capability)
+def test_unsupported_arguments_are_refused_with_a_reason(capability, dtype, width, message):
     x = jnp.ones((1, 64, 1, width), dtype)
-    with pytest.raises(Unsupported, match=message):
+    with assumed_device("gpu", capability), pytest.raises(Unsupported, match=message):
         attention(x, x, x, implementation="mosaic")
 
 
