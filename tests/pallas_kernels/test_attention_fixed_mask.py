@@ -61,7 +61,7 @@ def test_mosaic_without_kernels_is_refused():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
     tokens = grid(2, 1, 5, chunk_frames=1)
-    with pytest.raises(Unsupported, match="there are kernels for .*this is no NVIDIA GPU"):
+    with pytest.raises(Unsupported, match="this is no NVIDIA GPU"):
         make_attention(tokens, tokens, implementation="mosaic")
 
 
