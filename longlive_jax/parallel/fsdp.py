@@ -6,6 +6,7 @@ one layer is gathered at a time.
 """
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from longlive_jax.parallel.rules import Specs
+from longlive_jax.parallel.rules import Specs, path_of
 from longlive_jax.typing import Array
 from pallas_kernels.nvfp4 import pack, unpack
 
 type Axes = str | tuple[str, ...]
+
+FACTORS = re.compile(r"(.*/)?branch/[ab]")
+"""Paths of the factors of low-rank branches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Gather:
     Attributes:
       specs: PartitionSpecs of all parameters, as nested dictionaries.
       dtype: dtype in which the parameters of layers are communicated; None keeps their own dtype.
-        Gradients are communicated in float32, packed numbers of a byte or less unchanged.
+        Gradients are communicated in float32, packed numbers of a byte or less unchanged. Factors
+        of low-rank branches keep their dtype, so that their gradients are not rounded.
     """
 
     specs: Specs
@@ -53,13 +58,14 @@ class Gather:
     ) -> Any:
         """Gathers a tree of sharded arrays, communicated in `dtype` or in their own dtype."""
 
-        def gather(x: Array, spec: P) -> Array:
+        def gather(keys: tuple, x: Array, spec: P) -> Array:
+            sent = None if FACTORS.fullmatch(path_of(keys)) else dtype
             for axis, names in enumerate(spec[1:] if stacked else spec):
                 if names is not None:
-                    x = gather_shards(x, names, axis, dtype)
+                    x = gather_shards(x, names, axis, sent)
             return x
 
-        return jax.tree.map(gather, params, specs)
+        return jax.tree_util.tree_map_with_path(gather, params, specs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

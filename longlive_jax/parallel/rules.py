@@ -26,6 +26,14 @@ DIT: tuple[tuple[str, P], ...] = (
 )
 """Rules for the DiT: matrices are sharded over fsdp and sp, vectors (0.1 % of it) replicated."""
 
+ADAPTER: tuple[tuple[str, P], ...] = (
+    (r"blocks/.*/a", P(None, SHARDS)),
+    (r"blocks/.*/b", P(None, None, SHARDS)),
+    (r".*/[ab]", P()),
+)
+"""Rules for a LoRA of the DiT: sharded along the widths of the model, which a mesh for `DIT`
+divides, and never along the rank."""
+
 
 def specs_for(rules: Rules, tree: Any) -> Specs:
     """PartitionSpec for every leaf, from the first rule whose pattern matches its full path.

@@ -22,6 +22,7 @@ from pallas_kernels.nvfp4 import (
     dequantize,
     linear_implementation,
     matmul,
+    quantize,
     quantize_both,
     statistics,
     with_scale_layout,
@@ -83,11 +84,24 @@ class Arithmetic(Protocol):
         """Quantizes x in blocks along k, and in blocks along m, after the Hadamard transform if
         `rotated`."""
 
+    def quantize_rows(self, x: Float[Array, "m k"], amax: Array, how: Rounding) -> Operand:
+        """Quantizes x in blocks along k only, with the first of the two keys."""
+
     def values(self, a: Operand) -> Array:
         """The values of the first result of `quantize`, bfloat16 [m, k]."""
 
-    def forward(self, x: Operand, packed: "PackedPair", bias: Array, dtype: Any) -> Array:
-        """x @ W + bias [m, o], rounded once to `dtype`."""
+    def forward(
+        self,
+        x: Operand,
+        packed: "PackedPair",
+        bias: Array,
+        dtype: Any,
+        low_rank: tuple[Array, Array] | None = None,
+    ) -> Array:
+        """x @ W + bias [m, o], rounded once to `dtype`.
+
+        `low_rank` is a pair [m, r], [r, o] whose product in bfloat16 is added before the rounding.
+        """
 
     def backward(self, grad: Operand, packed: "PackedPair", dtype: Any) -> Array:
         """grad @ W^T [m, i], rounded once to `dtype`."""
@@ -96,16 +110,19 @@ class Arithmetic(Protocol):
         """x^T @ grad, for two second results of `quantize`."""
 
 
-def arithmetic(implementation: Implementation) -> Arithmetic:
-    """The arithmetic of an implementation on the current default device."""
-    if is_simulated(implementation):
+def arithmetic(implementation: Implementation, *, trains: bool = True) -> Arithmetic:
+    """The arithmetic of an implementation on the current default device.
+
+    Without `trains` it is for frozen matrices: it quantizes in one direction only.
+    """
+    if is_simulated(implementation, trains=trains):
         return SimulatedArithmetic()
-    return PackedArithmetic(linear_implementation(implementation, trains=True))
+    return PackedArithmetic(linear_implementation(implementation, trains=trains))
 
 
-def is_simulated(implementation: Implementation) -> bool:
+def is_simulated(implementation: Implementation, *, trains: bool = True) -> bool:
     """Whether NVFP4 values are multiplied in bfloat16 on the current default device."""
-    chosen = linear_implementation(implementation, trains=True)
+    chosen = linear_implementation(implementation, trains=trains)
     return chosen == "xla" and not capability().startswith("10.")
 
 
@@ -135,12 +152,28 @@ class PackedArithmetic:
             implementation=self.implementation,
         )
 
+    def quantize_rows(self, x, amax, how):
+        return quantize(
+            x,
+            rule=how.rule,
+            amax=amax,
+            key=how.keys[0],
+            stochastic=how.stochastic,
+            scale_layout="tiles" if self.implementation == "mosaic" else "rows",
+            implementation=self.implementation,
+        )
+
     def values(self, a):
         return dequantize(a, jnp.bfloat16, implementation=self.implementation)
 
-    def forward(self, x, packed, bias, dtype):
+    def forward(self, x, packed, bias, dtype, low_rank=None):
         return matmul(
-            x, packed.weight, bias=bias, out_dtype=dtype, implementation=self.implementation
+            x,
+            packed.weight,
+            bias=bias,
+            low_rank=low_rank,
+            out_dtype=dtype,
+            implementation=self.implementation,
         )
 
     def backward(self, grad, packed, dtype):
@@ -166,11 +199,17 @@ class SimulatedArithmetic:
         along = simulate(x, amax=seen.amax, key=how.keys[0], **settings)
         return along, simulate(columns, amax=seen.amax_columns, key=how.keys[1], axis=0, **settings)
 
+    def quantize_rows(self, x, amax, how):
+        return simulate(x, rule=how.rule, amax=amax, key=how.keys[0], stochastic=how.stochastic)
+
     def values(self, a: SimulatedNVFP4):
         return a.values.astype(jnp.bfloat16)
 
-    def forward(self, x, packed, bias, dtype):
+    def forward(self, x, packed, bias, dtype, low_rank=None):
         sums = contract(x, from_packed(packed.weight), (1, 1))
+        if low_rank is not None:
+            down, up = (part.astype(jnp.bfloat16) for part in low_rank)
+            sums += jnp.matmul(down, up, preferred_element_type=jnp.float32)
         return (sums + bias.astype(jnp.float32)).astype(dtype)
 
     def backward(self, grad, packed, dtype):

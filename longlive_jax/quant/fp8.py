@@ -57,30 +57,37 @@ def matmul_rows(
     return scaled.astype(out_dtype)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen_product(
-    x: Float[Array, "m i"], codes: Array, scales: Float32[Array, "o"]
+    quantize_gradient: bool, x: Float[Array, "m i"], codes: Array, scales: Float32[Array, "o"]
 ) -> Float[Array, "m o"]:
     """`x @ W` in the dtype of `x`, from quantized `x`."""
     return matmul_rows(*quantize_rows(x), codes, scales, out_dtype=x.dtype)
 
 
-def _frozen_forward(x, codes, scales):
-    return _frozen_product(x, codes, scales), (codes, scales)
+def _frozen_forward(quantize_gradient, x, codes, scales):
+    return _frozen_product(quantize_gradient, x, codes, scales), (codes, scales)
 
 
-def _frozen_backward(saved, grad):
+def _frozen_backward(quantize_gradient, saved, grad):
     codes, scales = saved
-    values = dequantize_rows(codes, scales).astype(grad.dtype)
-    dx = jnp.matmul(grad, values, preferred_element_type=jnp.float32).astype(grad.dtype)
-    return dx, None, None
+    if not quantize_gradient:
+        values = dequantize_rows(codes, scales).astype(grad.dtype)
+        dx = jnp.matmul(grad, values, preferred_element_type=jnp.float32)
+        return dx.astype(grad.dtype), None, None
+    # The scales of W's rows are along this product's contraction, so they belong to dy.
+    rows = quantize_rows(grad.astype(jnp.float32) * scales)
+    ones = jnp.ones(codes.shape[1], jnp.float32)
+    return matmul_rows(*rows, codes.T, ones, out_dtype=grad.dtype), None, None
 
 
 _frozen_product.defvjp(_frozen_forward, _frozen_backward)
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scales", "branch"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "branch"],
+    meta_fields=["quantize_gradient"],
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Kernel:
@@ -90,11 +97,13 @@ class Fp8Kernel:
       codes: float8_e4m3fn `[*layers, o, i]`.
       scales: float32 `[*layers, o]`.
       branch: unmerged LoRA in high precision, or None.
+      quantize_gradient: whether dx is an FP8 product too.
     """
 
     codes: Array
     scales: Float32[Array, "*layers o"]
     branch: LowRank | None = None
+    quantize_gradient: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,11 +119,12 @@ class Fp8Kernel:
     def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
         """`x @ kernel + bias` in the dtype of `x`; the scale of each token is computed here.
 
-        The gradient is that of the dequantized matrix at unquantized activations: dx = dy W^T. The
-        matrix is frozen and has none.
+        The gradient is that of the dequantized matrix at unquantized activations: dx = dy W^T. With
+        `quantize_gradient` dy, times the scales of W's rows, is rounded to E4M3 with one scale per
+        token, to nearest; W is transposed where it is used. The matrix is frozen and has none.
         """
         rows = x.reshape(-1, x.shape[-1])
-        y = _frozen_product(rows, self.codes, self.scales)
+        y = _frozen_product(self.quantize_gradient, rows, self.codes, self.scales)
         if self.branch is not None:
             y = y + self.branch(rows)
         return (y + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)

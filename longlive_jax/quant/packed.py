@@ -17,19 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from longlive_jax.quant.arithmetic import PackedPair
 from longlive_jax.quant.fp8 import Fp8Kernel, pack_fp8
 from longlive_jax.quant.low_rank import LowRank
-from longlive_jax.quant.policy import Format, QuantPolicy, kernel_path
+from longlive_jax.quant.packed_product import FrozenConfig, frozen_product, scale_layout
+from longlive_jax.quant.policy import Format, QuantPolicy, Recipe, kernel_path
 from longlive_jax.quant.traffic import traffic_note
 from longlive_jax.typing import Array, Float, Params
 from pallas_kernels.dispatch import Implementation, capability
 from pallas_kernels.nvfp4 import (
     NVFP4,
     Rule,
-    ScaleLayout,
     dequantize,
     linear_implementation,
-    matmul,
     quantize,
 )
 
@@ -43,11 +43,14 @@ __all__ = [
     "scale_layout",
 ]
 
+FUSED_RANK = 128
+"""Largest rank of a branch that kernels multiply in the pass of the product."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weight", "branch"],
-    meta_fields=["activations", "implementation"],
+    data_fields=["weight", "branch", "transposed", "key"],
+    meta_fields=["activations", "implementation", "recipe", "axes"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedKernel:
@@ -58,12 +61,21 @@ class PackedKernel:
       branch: unmerged LoRA in high precision, or None.
       activations: scale rule of the activations.
       implementation: implementation of quantize and matmul.
+      transposed: `transpose_tiles(weight)` for the gradient of the activations, or None where
+        products transpose values (simulated) or have no recipe.
+      key: `[*layers]` PRNG keys of stochastic rounding, or None.
+      recipe: how the output gradient is quantized; None: not at all.
+      axes: mesh axes over which tokens are sharded; () outside of `shard_map`.
     """
 
     weight: NVFP4
     branch: LowRank | None = None
     activations: Rule = "mse"
     implementation: Implementation = "auto"
+    transposed: NVFP4 | None = None
+    key: Array | None = None
+    recipe: Recipe | None = None
+    axes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,24 +85,27 @@ class PackedKernel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed matrix on the device."""
-        return self.weight.nbytes
+        """Bytes of the packed matrix and its transposed copy on the device."""
+        return self.weight.nbytes + (0 if self.transposed is None else self.transposed.nbytes)
 
     def product(self, x: Float[Array, "... i"], bias: Float[Array, "o"]) -> Float[Array, "... o"]:
         """`x @ kernel + bias` in the dtype of `x`.
 
         Branch and bias are added before the rounding (the reference rounds to bfloat16 first). With
-        float32 activations the branch cannot use tensor cores and is added separately.
+        float32 activations the branch cannot use tensor cores and is added separately, and so is
+        one of a rank above `FUSED_RANK`.
 
-        The gradient is that of the dequantized matrix at unquantized activations: dx = dy W^T. The
-        packed matrix is frozen and has none; the branch and the bias have theirs.
+        The gradient is that of the dequantized matrix at unquantized activations, dx = dy W^T, with
+        dy quantized if there is a recipe. The packed matrix is frozen and has none; the branch and
+        the bias have theirs. Differentiating raises ValueError if the recipe needs a key and there
+        is none.
         """
         rows, branch = x.reshape(-1, x.shape[-1]), self.branch
-        fused = branch is not None and x.dtype == jnp.bfloat16
+        fused = branch is not None and x.dtype == jnp.bfloat16 and branch.b.shape[-2] <= FUSED_RANK
         low_rank = (branch.down(rows), branch.b) if branch is not None and fused else None
-        y = _frozen_product(
-            self.activations, self.implementation, rows, self.weight, bias, low_rank
-        )
+        config = FrozenConfig(self.activations, self.implementation, self.recipe, self.axes)
+        pair = PackedPair(self.weight, self.transposed)
+        y = frozen_product(config, rows, pair, bias, low_rank, self.key)
         if branch is not None and not fused:
             y = y + branch(rows)
         return y.reshape(*x.shape[:-1], -1)
@@ -98,57 +113,6 @@ class PackedKernel:
     def dequantized(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers i o"]:
         """The kernel as an array, without its branch."""
         return jnp.swapaxes(dequantize(self.weight, jnp.dtype(dtype)), -1, -2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _frozen_product(
-    rule: Rule,
-    implementation: Implementation,
-    x: Float[Array, "m i"],
-    weight: NVFP4,
-    bias: Float[Array, "o"],
-    low_rank: tuple[Array, Array] | None,
-) -> Float[Array, "m o"]:
-    """`x @ W + bias + low-rank product` in the dtype of `x`, from quantized `x`."""
-    implementation = linear_implementation(implementation, trains=False)
-    layout = scale_layout(implementation)
-    quantized = quantize(x, rule=rule, scale_layout=layout, implementation=implementation)
-    return matmul(
-        quantized,
-        weight,
-        bias=bias,
-        low_rank=low_rank,
-        out_dtype=x.dtype,
-        implementation=implementation,
-    )
-
-
-def _frozen_forward(rule, implementation, x, weight, bias, low_rank):
-    like = tuple(jnp.zeros((0,), a.dtype) for a in (x, bias))
-    y = _frozen_product(rule, implementation, x, weight, bias, low_rank)
-    return y, (weight, low_rank, like)
-
-
-def _frozen_backward(_rule, implementation, saved, grad):
-    weight, low_rank, like = saved
-    values = dequantize(weight, grad.dtype, implementation=implementation)
-    dx = jnp.matmul(grad, values, preferred_element_type=jnp.float32).astype(like[0].dtype)
-    dbias = jnp.sum(grad, axis=0, dtype=jnp.float32).astype(like[1].dtype)
-    if low_rank is None:
-        return dx, None, dbias, None
-    down, up = low_rank
-    ddown = jnp.matmul(grad, up.T.astype(grad.dtype), preferred_element_type=jnp.float32)
-    dup = jnp.matmul(down.T, grad.astype(down.dtype), preferred_element_type=jnp.float32)
-    return dx, None, dbias, (ddown.astype(down.dtype), dup.astype(up.dtype))
-
-
-_frozen_product.defvjp(_frozen_forward, _frozen_backward)
-
-
-def scale_layout(implementation: Implementation) -> ScaleLayout:
-    """The order in which this implementation's product reads scales."""
-    chosen = linear_implementation(implementation, trains=False)
-    return "tiles" if chosen == "mosaic" else "rows"
 
 
 @functools.partial(jax.jit, static_argnames=("form", "implementation"))
@@ -225,6 +189,8 @@ def _kind(node: PackedKernel | Fp8Kernel) -> str:
     if isinstance(node, Fp8Kernel):
         return f"FP8 E4M3{lora}; quantize: xla, matmul: xla"
     rules = f"weights {node.weight.rule}, activations {node.activations}"
+    if node.recipe is not None:
+        rules += f", gradients {node.recipe.gradients}"
     chosen = linear_implementation(node.implementation, trains=False)
     note = traffic_note(chosen, trains=False) if capability().startswith("10.") else ""
     return f"NVFP4 ({rules}){lora}; quantize: {chosen}, matmul: {chosen}{note}"

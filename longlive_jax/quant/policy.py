@@ -19,12 +19,15 @@ from longlive_jax.typing import Params
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.nvfp4 import BLOCK, Rule, StochasticRounding
 
-__all__ = ["POLICIES", "Format", "QuantPolicy", "QuantSpec", "Recipe", "kernel_path", "named"]
+__all__ = ["LINEARS", "POLICIES", "Format", "QuantPolicy", "QuantSpec", "Recipe", "kernel_path"]
+__all__ += ["named"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Training recipe of an NVFP4 matrix (paper, section 2.2).
+
+    `hadamard` and `twice` are about the weight gradient, which a frozen matrix has not.
 
     Attributes:
       gradients: scale rule of the output gradient.
@@ -33,12 +36,14 @@ class Recipe:
       hadamard: rotate both operands of the weight gradient over groups of 16 tokens (RHT).
       twice: compute the weight gradient from the activations of the forward product, quantized a
         second time (as the reference does); else quantize the original activations.
+      frozen: the matrix is not trained; only the activations have a gradient.
     """
 
     gradients: Rule = "mse"
     stochastic: StochasticRounding | None = "unbiased"
     hadamard: bool = True
     twice: bool = False
+    frozen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Format:
             kind = recipe.stochastic
             rounding = "to nearest" if kind is None else f"stochastic rounding ({kind})"
             parts.append(f"gradients {recipe.gradients}, {rounding}")
+            if recipe.frozen:
+                return f"NVFP4: {', '.join(parts)}, frozen"
             parts += ["Hadamard over tokens for the weight gradient"] * recipe.hadamard
             parts += ["activations quantized twice"] * recipe.twice
         return f"NVFP4: {', '.join(parts)}"
@@ -93,8 +100,9 @@ class QuantPolicy:
 
     @property
     def trains(self) -> bool:
-        """Whether every format has a training recipe."""
-        return all(form.recipe is not None for _, form in self.rules)
+        """Whether every format has a training recipe, and no matrix is frozen."""
+        recipes = [form.recipe for _, form in self.rules]
+        return all(recipe is not None and not recipe.frozen for recipe in recipes)
 
     def formats(self, params: Params) -> dict[str, Format]:
         """The formats of the selected kernels, by path.
@@ -177,10 +185,11 @@ _POLICIES = (
             ),
         ),
     ),
+    QuantPolicy("nvfp4_frozen", ((LINEARS, Format(tile=16, recipe=Recipe(frozen=True))),)),
 )
 POLICIES: Mapping[str, QuantPolicy] = {policy.name: policy for policy in _POLICIES}
 """Policies by name. Scale rules are the reference's: `nvfp4` uses those of its packed checkpoints,
-`nvfp4_train` those of its AR training."""
+`nvfp4_train` those of its AR training, `nvfp4_frozen` those of its distillation."""
 
 
 def named(name: str) -> QuantPolicy:
@@ -197,7 +206,7 @@ class QuantSpec:
     Attributes:
       policy: "none"; "nvfp4" or "fp8" to sample; "nvfp4_train" to train, or
         "nvfp4_train_reference" with activations quantized twice and the stochastic rounding of the
-        reference.
+        reference; "nvfp4_frozen" or "fp8" below a LoRA that is trained.
       implementation: implementation of quantize and matmul; "auto" selects one that has been tested
         on the device.
     """

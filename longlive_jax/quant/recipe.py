@@ -30,7 +30,7 @@ from longlive_jax.typing import Array, Float, Float32
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.nvfp4 import BLOCK, Rule
 
-__all__ = ["ProductConfig", "TrainingKernel", "product"]
+__all__ = ["ProductConfig", "TrainingKernel", "noise_key", "product"]
 
 
 class Quantized(NamedTuple):
@@ -79,7 +79,10 @@ class ProductConfig:
         seen = ops.statistics(x, rotated=rotated, sums=key is not None)
         how = Rounding(rule)
         if key is not None and stochastic is not None:
-            how = Rounding(rule, _keys(self.axes, key, seen.sums), stochastic)
+            assert seen.sums is not None
+            own = noise_key(self.axes, key, jnp.sum(seen.sums))
+            first, second = jax.random.split(own)
+            how = Rounding(rule, (first, second), stochastic)
         maxima = seen._replace(
             amax=self._global_max(seen.amax), amax_columns=self._global_max(seen.amax_columns)
         )
@@ -145,20 +148,15 @@ def _backward(config: ProductConfig, saved, grad: Array):
 product.defvjp(_forward, _backward)
 
 
-def _keys(
-    axes: tuple[str, ...], key: Array, sums: Float32[Array, "k"] | None
-) -> tuple[Array, Array]:
-    """Two keys, one for each quantization of the output gradient with these sums over tokens.
+def noise_key(axes: tuple[str, ...], key: Array, total: Float32[Array, ""]) -> Array:
+    """The key of rounding an output gradient whose values sum to `total`.
 
-    They differ between devices and between chunks of tokens with the same key (a feed-forward layer
+    It differs between devices and between chunks of tokens with the same key (a feed-forward layer
     may process its tokens in chunks).
     """
-    assert sums is not None
     for axis in axes:
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    bits = lax.bitcast_convert_type(jnp.sum(sums), jnp.uint32)
-    first, second = jax.random.split(jax.random.fold_in(key, bits))
-    return first, second
+    return jax.random.fold_in(key, lax.bitcast_convert_type(total, jnp.uint32))
 
 
 @partial(

@@ -10,6 +10,7 @@ is sharded like its master, and devices all-gather the packed form: 4.5 bits per
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,15 +20,20 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax.quant.arithmetic import PackedPair, is_simulated, transpose_tiles
 from longlive_jax.quant.policy import Format, QuantPolicy, QuantSpec, kernel_path, named
 from longlive_jax.quant.recipe import ProductConfig, TrainingKernel
+from longlive_jax.quant.shards import (
+    TILE,
+    check_blocks,
+    nvfp4_spec,
+    splits_into_tiles,
+    transposed,
+)
 from longlive_jax.quant.traffic import traffic_note
 from longlive_jax.typing import Array, Params
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.nvfp4 import BLOCK, NVFP4, ScaleLayout, linear_implementation, quantize
+from pallas_kernels.nvfp4 import ScaleLayout, linear_implementation, quantize
 
 __all__ = ["QuantizedTraining"]
 
-TILE = 128
-"""Shards of this many rows and columns split into scale tiles of a matrix and of its transpose."""
 _ROUNDING = 0x4E56
 """Folded into a key, so that rounding noise is independent of the loss's use of the same key."""
 
@@ -53,13 +59,15 @@ class QuantizedTraining:
     def of(cls, spec: QuantSpec, axes: tuple[str, ...] = ()) -> "QuantizedTraining":
         """Builds it from the settings of a run.
 
-        Raises ValueError if the policy is for inference only, and `Unsupported` if the
+        Raises ValueError if the policy does not train matrices, and `Unsupported` if the
         implementation cannot run on this machine.
         """
         policy = named(spec.policy)
         if not policy.trains:
+            frozen = any(form.recipe is not None for _, form in policy.rules)
+            use = "freezes its matrices" if frozen else "is for inference"
             raise ValueError(
-                f"quant.policy {policy.name} is for inference; 'nvfp4_train' trains, or 'none'"
+                f"quant.policy {policy.name} {use}; 'nvfp4_train' trains them, or 'none'"
             )
         if policy.rules:
             linear_implementation(spec.implementation, trains=True)
@@ -95,16 +103,10 @@ class QuantizedTraining:
 
         def training_kernel(path: str, spec: P) -> TrainingKernel:
             form = formats[path]
-            transposed = _transposed(spec, path)
-            layout = self._layout(path, shapes[path])
-
-            def packed(spec: P) -> Any:
-                scales = P(*spec, None, None) if layout == "tiles" else spec
-                return NVFP4(spec, scales, P(), form.weights, layout)  # type: ignore[arg-type]
-
-            _, outputs, inputs = transposed
-            second = packed(P(None, inputs, outputs)) if self._keeps_transpose else None
-            pair = PackedPair(packed(transposed), second)
+            first = transposed(spec, path)
+            packed = partial(nvfp4_spec, rule=form.weights, layout=self._layout(path, shapes[path]))
+            second = packed(transposed(first, path)) if self._keeps_transpose else None
+            pair = PackedPair(packed(first), second)
             return TrainingKernel(spec, pair, P(), self._config(form))  # type: ignore[arg-type]
 
         return _replace(specs, _select(specs, formats, training_kernel))
@@ -120,8 +122,7 @@ class QuantizedTraining:
         untiled = {
             path
             for path, shape in shapes.items()
-            for size, names in zip(shape[-2:], _matrix_axes(by_path[path], len(shape)), strict=True)
-            if size % (TILE * _num_shards(sizes, names))
+            if not splits_into_tiles(shape, by_path[path], sizes)
         }
         return dataclasses.replace(self, untiled=frozenset(untiled))
 
@@ -133,16 +134,7 @@ class QuantizedTraining:
         formats = self.policy.formats(params)
         shapes = _select(params, formats, lambda _path, x: x.shape)
 
-        def check(path: str, spec: P) -> None:
-            for size, names in zip(shapes[path], spec, strict=False):
-                shards = _num_shards(sizes, names)
-                if shards > 1 and size % (BLOCK * shards):
-                    raise ValueError(
-                        f"{path} {shapes[path]}: {size} over {shards} devices must be a multiple "
-                        f"of {BLOCK} each; choose fewer devices along {names}, or quant.policy none"
-                    )
-
-        _select(specs, formats, check)
+        _select(specs, formats, lambda path, spec: check_blocks(path, shapes[path], spec, sizes))
 
     def describe(self, params: Params) -> str:
         """One line: what is quantized, and which implementation computes it."""
@@ -196,26 +188,3 @@ def _replace(tree: Any, others: dict[str, Any]) -> Any:
         tree,
         is_leaf=lambda x: isinstance(x, P),
     )
-
-
-def _matrix_axes(spec: P, ndim: int) -> tuple[Any, Any]:
-    """The mesh axes of the last two of `ndim` axes."""
-    inputs, outputs = (*spec, *(None,) * ndim)[ndim - 2 : ndim]
-    return inputs, outputs
-
-
-def _transposed(spec: P, path: str) -> P:
-    """The spec of `[layers, o, i]` from that of `[layers, i, o]`; layers must not be sharded."""
-    layers, inputs, outputs = (*spec, None, None, None)[:3]
-    if layers is not None:
-        raise ValueError(
-            f"{path}: layers are sharded over {layers}; quantized layers must be replicated"
-        )
-    return P(None, outputs, inputs)
-
-
-def _num_shards(sizes: Any, names: Any) -> int:
-    shards = 1
-    for name in (names,) if isinstance(names, str) else names or ():
-        shards *= sizes[name]
-    return shards

@@ -37,6 +37,7 @@ from longlive_jax.spec import UserError
 from longlive_jax.typing import Array, Float, UInt8
 from pallas_kernels.nvfp4 import NVFP4, Rule, dequantize, quantize
 from pallas_kernels.nvfp4.format import BLOCK, SCALE_DTYPE, pack, unpack
+from pallas_kernels.nvfp4.reference import max_abs
 
 Smoothing = Literal["none", "reference", "token_mean", "channel_mean"]
 Storage = Literal["model", "nvfp4"]
@@ -114,17 +115,25 @@ class PackedTensor:
         return dequantize(self.array, jnp.dtype(dtype), offset=self.offset)
 
 
-def pack_keys(k: Float[Array, "*lead m n d"], form: KVFormat) -> PackedTensor:
-    """Keys of one chunk in NVFP4, smoothed as `form` says; one `amax` per leading index."""
+def pack_keys(
+    k: Float[Array, "*lead m n d"], form: KVFormat, *, axes: tuple[str, ...] = ()
+) -> PackedTensor:
+    """Keys of one chunk in NVFP4, smoothed as `form` says; one `amax` per leading index.
+
+    `axes` are mesh axes over which the heads are divided, inside `shard_map`; `amax` is that of
+    all heads.
+    """
     offset = _mean(k, form.smoothing)
     if offset is not None:
         k = k.astype(jnp.float32) - offset.astype(jnp.float32)
-    return _pack(k, offset, form)
+    return _pack(k, offset, form, axes)
 
 
-def pack_values(v: Float[Array, "*lead m n d"], form: KVFormat) -> PackedTensor:
-    """Values of one chunk in NVFP4; one `amax` per leading index."""
-    return _pack(v, None, form)
+def pack_values(
+    v: Float[Array, "*lead m n d"], form: KVFormat, *, axes: tuple[str, ...] = ()
+) -> PackedTensor:
+    """Values of one chunk in NVFP4; one `amax` per leading index. `axes`: see `pack_keys`."""
+    return _pack(v, None, form, axes)
 
 
 def empty_packed(shape: tuple[int, ...], form: KVFormat) -> tuple[PackedTensor, PackedTensor]:
@@ -143,7 +152,9 @@ def _mean(k: Array, smoothing: Smoothing) -> Array | None:
     return k.astype(jnp.float32).mean(axis, keepdims=True).astype(jnp.bfloat16)
 
 
-def _pack(x: Array, offset: Array | None, form: KVFormat) -> PackedTensor:
-    array = quantize(x, rule=form.rule, lead=x.ndim - 3)
+def _pack(x: Array, offset: Array | None, form: KVFormat, axes: tuple[str, ...]) -> PackedTensor:
+    lead = x.ndim - 3
+    amax = lax.pmax(max_abs(x, lead), axes) if axes else None
+    array = quantize(x, rule=form.rule, lead=lead, amax=amax)
     scales = lax.bitcast_convert_type(array.scales, jnp.uint8)
     return PackedTensor(pack(array.codes), scales, array.amax, offset, form.rule)

@@ -43,6 +43,10 @@ def test_training_rules_are_those_of_the_reference():
     form = named("nvfp4_train").rules[0][1]
     assert (form.weights, form.tile, form.activations) == ("static_6", 16, "mse")
     assert form.recipe == Recipe(gradients="mse", stochastic="unbiased", hadamard=True, twice=False)
+    form = named("nvfp4_frozen").rules[0][1]
+    assert (form.weights, form.tile, form.activations) == ("mse", 16, "mse")
+    assert form.recipe == Recipe(gradients="mse", stochastic="unbiased", frozen=True)
+    assert str(form).endswith("gradients mse, stochastic rounding (unbiased), frozen")
     assert named("nvfp4_train").trains and not named("nvfp4").trains and not named("fp8").trains
 
 
