@@ -33,7 +33,7 @@ RUN_FIELDS = ("dtype", "stream_dtype", "param_dtype", "reference_bf16")
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One component of a checkpoint: "dit", "vae", "umt5" or "lora".
+    """One component of a checkpoint: "dit", "vae", "umt5", "lora" or "critic_lora".
 
     Attributes:
       name: name of the component.
@@ -219,5 +219,6 @@ COMPONENTS: dict[str, Component] = {
             lambda cfg: UMT5(cfg, rngs=nnx.Rngs(0)),
         ),
         Component("lora", {"original": lambda _: keys_lora.PEFT}, _lora, None),
+        Component("critic_lora", {"original": lambda _: keys_lora.PEFT}, _lora, None),
     )
 }

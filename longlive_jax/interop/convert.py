@@ -24,17 +24,16 @@ from longlive_jax.interop.components import (
     saved_settings,
 )
 from longlive_jax.interop.finite import check_finite
-from longlive_jax.interop.keys_lora import PEFT_PREFIX
-from longlive_jax.interop.keytable import KeyReport, KeyTable, Leaf, TableMatch
-from longlive_jax.interop.sources import Source, find_sources, find_tokenizer
-from longlive_jax.interop.tensors import LazyTensor
-from longlive_jax.io.arrays import ArraySpec, Shape, TreePath
+from longlive_jax.interop.keytable import KeyTable, Leaf, TableMatch
+from longlive_jax.interop.lora_file import LoraFile, component_of, lora_config
+from longlive_jax.interop.sources import Source, find_sources, find_tokenizer, with_critics
+from longlive_jax.io.arrays import ArraySpec, TreePath
 from longlive_jax.io.checkpoint import TOKENIZER, CheckpointWriter, is_packed_array
 from longlive_jax.io.packed_kernels import QuantizationRecord, dense_shapes, with_packed_shapes
 from longlive_jax.io.progress import ProgressCallback, no_progress
 from longlive_jax.spec import UserError
 
-__all__ = ["Adapters", "ConvertedComponent", "convert"]
+__all__ = ["ConvertedComponent", "convert"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +99,7 @@ def convert(
     dtype: DTypeLike | None = None,
     merge_lora: Path | None = None,
     lora_alpha: float | None = None,
+    role: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> list[ConvertedComponent]:
@@ -111,7 +111,8 @@ def convert(
       text_len: text tokens of the DiT; from config.json, or 512, if None.
       dtype: floating-point dtype to store; that of the source if None.
       merge_lora: LoRA file; the stored kernels are W + B A alpha / r, summed in float32.
-      lora_alpha: alpha of that file, or of a LoRA that is converted itself; its rank if None.
+      lora_alpha: alpha of the LoRA that is merged or converted; its own, or its rank, if None.
+      role: "critic" takes `critic_lora` alone of a file with two adapters; None takes both.
       overwrite: replace components that `out` already has.
       progress: callback after every array.
 
@@ -121,32 +122,38 @@ def convert(
     # 1. Check names and shapes.
     options = {"heads": heads, "text_len": text_len, "lora_alpha": lora_alpha}
     hints = {name: value for name, value in options.items() if value is not None}
-    plans = [_plan(state, hints, dtype) for state in find_sources(source, use_ema=use_ema)]
+    states = _sources(source, use_ema, role)
+    plans = [_plan(state, hints, dtype) for state in states]
     _check_distinct(plans)
-    adapters = None
-    if merge_lora is not None:
-        adapters = Adapters.open(merge_lora, alpha=lora_alpha)
-        adapters.check(_mergeable_shapes(plans))
+    adapter = None if merge_lora is None else _mergeable(merge_lora, lora_alpha, plans)
     # 2. Write.
     tokenizer = find_tokenizer(source) if source.is_dir() else None
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        _write_components(writer, plans, adapters, progress)
+        _write_components(writer, plans, adapter, progress)
         if tokenizer is not None and (overwrite or not (out / TOKENIZER).exists()):
             writer.add_tokenizer(tokenizer)
         writer.commit()
     return [_report(plan) for plan in plans]
 
 
-def _mergeable_shapes(plans: Sequence[_Plan]) -> dict[TreePath, Shape]:
-    """Shapes of the DiT's parameters, for merging a LoRA; raises UserError if they are packed."""
+def _sources(source: Path, use_ema: bool, role: str | None) -> list[Source]:
+    """What is converted: without a role both adapters of a file."""
+    states = find_sources(source, use_ema=use_ema, role=role)
+    return with_critics(states) if role is None else states
+
+
+def _mergeable(path: Path, alpha: float | None, plans: Sequence[_Plan]) -> LoraFile:
+    """A LoRA that fits the DiT; raises UserError if it does not, or if the DiT is packed."""
+    adapter = LoraFile.open(path, alpha=alpha)
     dit = next((plan for plan in plans if plan.component.name == "dit"), None)
     if dit is not None and dit.quantization is not None:
         raise UserError(
             f"{dit.source.path}: a LoRA cannot be merged into packed weights; merge it into the "
             "bfloat16 checkpoint and pack that with `longlive quantize`, or add it as a branch: "
-            "`longlive quantize --lora=FILE --lora_mode=branch`"
+            "`longlive quantize --adapter=FILE --adapter_mode=branch`"
         )
-    return {leaf.path: leaf.shape for leaf in dit.leaves} if dit is not None else {}
+    adapter.check({leaf.path: leaf.shape for leaf in dit.leaves} if dit is not None else {})
+    return adapter
 
 
 def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> _Plan:
@@ -154,6 +161,8 @@ def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> 
     # 1. Component, parameters and config.
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     component, table = identify(shapes, str(source.path))
+    if source.lora is not None:
+        component = COMPONENTS[component_of(source.lora.role)]
     match = table.match_keys(shapes)
     match.report.add(source.report)
     try:
@@ -179,6 +188,8 @@ def _plan(source: Source, hints: Mapping[str, Any], dtype: DTypeLike | None) -> 
     if source.quantization is not None:
         kernels = [path[:-1] for path in specs if is_packed_array(path) and path[-1] == "codes"]
         record = source.quantization.record(["/".join(kernel) for kernel in kernels])
+    if source.lora is not None:
+        config = lora_config(config, source.lora)
     return _Plan(component, table.name, source, leaves, config, specs, record)
 
 
@@ -222,26 +233,28 @@ def _check_distinct(plans: Sequence[_Plan]) -> None:
 def _write_components(
     writer: CheckpointWriter,
     plans: Sequence[_Plan],
-    adapters: "Adapters | None",
+    adapter: LoraFile | None,
     progress: ProgressCallback,
 ) -> None:
     done, total = 0, sum(plan.nbytes for plan in plans)
     for plan in plans:
         name = plan.component.name
-        for size in _write(writer, plan, adapters if name == "dit" else None):
+        for size in _write(writer, plan, adapter if name == "dit" else None):
             done += size
             progress(name, done, total)
 
 
-def _write(writer: CheckpointWriter, plan: _Plan, adapters: "Adapters | None") -> Iterator[int]:
+def _write(writer: CheckpointWriter, plan: _Plan, adapter: LoraFile | None) -> Iterator[int]:
     """Writes a component, and yields the size in bytes of every array that was written."""
-    provenance = {
+    provenance: dict[str, Any] = {
         "source": plan.source.path.name,
         "part": plan.source.entry,
         "naming": plan.naming,
         "converted_by": f"longlive-jax {__version__}",
-        "merged_lora": adapters.path.name if adapters else "",
+        "merged_lora": adapter.path.name if adapter else "",
     }
+    if plan.source.lora is not None and plan.source.lora.provenance:
+        provenance["from"] = plan.source.lora.values()["provenance"]
     array_writer = writer.add_component(
         plan.component.name,
         plan.specs,
@@ -250,18 +263,18 @@ def _write(writer: CheckpointWriter, plan: _Plan, adapters: "Adapters | None") -
         quantization=plan.quantization,
     )
     for leaf in plan.leaves:
-        array_writer.write(leaf.path, _slices(plan, leaf, adapters), stacked=leaf.rule.stacked)
+        array_writer.write(leaf.path, _slices(plan, leaf, adapter), stacked=leaf.rule.stacked)
         yield sum(plan.source.tensors[key].nbytes for key in leaf.keys)
 
 
-def _slices(plan: _Plan, leaf: Leaf, adapters: "Adapters | None") -> Iterator[np.ndarray]:
+def _slices(plan: _Plan, leaf: Leaf, adapter: LoraFile | None) -> Iterator[np.ndarray]:
     """The layers of a parameter, or all of it if it is not stacked."""
     dtype = plan.specs[leaf.path].dtype
     for layer, key in enumerate(leaf.keys):
         tensor = check_finite(plan.source.tensors[key].read(), key, str(plan.source.path))
         value = leaf.to_param(tensor)
-        if adapters is not None:
-            value = adapters.merged(leaf.path, layer, value)
+        if adapter is not None:
+            value = adapter.merged(leaf.path, layer, value)
         yield value.astype(dtype, copy=False)
 
 
@@ -277,80 +290,3 @@ def _report(plan: _Plan) -> ConvertedComponent:
         entry=plan.source.entry,
         is_packed=plan.quantization is not None,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapters:
-    """A LoRA file, ready to be merged into kernels.
-
-    Attributes:
-      path: LoRA file.
-      leaves: adapter factors by path, `(..., "a")` and `(..., "b")`.
-      tensors: tensors of the file by key.
-      scale: alpha / r.
-    """
-
-    path: Path
-    leaves: Mapping[TreePath, Leaf]
-    tensors: Mapping[str, LazyTensor]
-    scale: float
-
-    @classmethod
-    def open(cls, path: Path, *, alpha: float | None = None) -> "Adapters":
-        """Opens and checks a LoRA file; raises UserError if it is not one.
-
-        `alpha` defaults to `lora_alpha` of a config.json in the same folder, or else to the rank.
-        """
-        sources = find_sources(path)
-        hints = {} if alpha is None else {"lora_alpha": alpha}
-        plan = _plan(sources[0], {**_peft_alpha(sources[0]), **hints}, None)
-        if len(sources) != 1 or plan.component is not COMPONENTS["lora"]:
-            raise UserError(
-                f"{path}: is not a LoRA file (its keys must start with {PEFT_PREFIX}blocks.)"
-            )
-        leaves = {leaf.path: leaf for leaf in plan.leaves}
-        scale = plan.config["alpha"] / plan.config["rank"]
-        return cls(path, leaves, plan.source.tensors, scale)
-
-    def check(self, shapes: Mapping[TreePath, Shape]) -> None:
-        """Raises UserError unless every adapter fits a kernel among a DiT's parameter shapes."""
-        report = KeyReport()
-        for path, leaf in self.leaves.items():
-            kernel = shapes.get((*path[:-1], "kernel"))
-            width = None if kernel is None else kernel[1 if path[-1] == "a" else 2]
-            if kernel is None:
-                report.extra.append(leaf.keys[0])
-            elif (leaf.shape[0], leaf.shape[1 if path[-1] == "a" else 2]) != (kernel[0], width):
-                report.misshapen.append(f"{leaf.keys[0]} {leaf.shape} for kernel {kernel}")
-        report.check(f"{self.path}: LoRA for this DiT")
-
-    def merged(self, path: TreePath, layer: int, kernel: np.ndarray) -> np.ndarray:
-        """`kernel + a @ b * alpha / r`, summed in float32; the kernel itself if it has no adapter.
-
-        Args:
-          path: path of the array.
-          layer: index of the layer.
-          kernel: values of this layer `[i, o]`.
-        """
-        factors = [self.leaves.get((*path[:-1], name)) for name in "ab"]
-        if path[-1] != "kernel" or factors[0] is None or factors[1] is None:
-            return kernel
-        a, b = (self.layer(leaf, layer) for leaf in factors if leaf)
-        update = a.astype(np.float32) @ b.astype(np.float32)
-        return (kernel.astype(np.float32) + update * self.scale).astype(kernel.dtype)
-
-    def layer(self, leaf: Leaf, layer: int) -> np.ndarray:
-        """One factor, `[i, r]` or `[r, o]`, of one adapter."""
-        key = leaf.keys[layer]
-        return leaf.to_param(check_finite(self.tensors[key].read(), key, str(self.path)))
-
-    def layers(self, path: TreePath) -> Iterator[np.ndarray]:
-        """The factor `(..., "a")` or `(..., "b")` in all layers."""
-        leaf = self.leaves[path]
-        return (self.layer(leaf, layer) for layer in range(len(leaf.keys)))
-
-
-def _peft_alpha(source: Source) -> dict[str, Any]:
-    """`lora_alpha` of the config.json next to a LoRA file, if there is one."""
-    alpha = source.hints.get("lora_alpha")
-    return {} if alpha is None else {"lora_alpha": alpha}

@@ -172,14 +172,9 @@ def _umt5(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"lora_rank": config["rank"], "lora_alpha": config["alpha"]}
-
-
 CONFIGS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "dit": _dit,
     "vae": _vae,
     "umt5": _umt5,
-    "lora": _lora,
 }
 """config.json of a component, from its settings in our manifest."""

@@ -18,6 +18,8 @@ from longlive_jax.interop import diffusers_folder, keys_vae, released
 from longlive_jax.interop.components import COMPONENTS
 from longlive_jax.interop.finite import check_finite
 from longlive_jax.interop.keytable import KeyTable, Leaf
+from longlive_jax.interop.lora_file import lora_info
+from longlive_jax.interop.lora_writer import lora_metadata, write_peft_config
 from longlive_jax.interop.safetensors_file import (
     DEFAULT_SHARD_BYTES,
     OutputTensor,
@@ -31,7 +33,7 @@ from longlive_jax.io.parts import MODELS_FILE, SETTINGS_FILE
 from longlive_jax.io.progress import ProgressCallback, no_progress
 from longlive_jax.spec import UserError
 
-__all__ = ["NAMINGS", "RELEASED_FILE", "export", "slice_shape"]
+__all__ = ["NAMINGS", "RELEASED_FILE", "atomic_folder", "export", "slice_shape"]
 
 NAMINGS = ("original", "diffusers")
 RELEASED_FILE = "model_4o6.pt"
@@ -40,13 +42,15 @@ FILES = {
         "dit": (".", "diffusion_pytorch_model"),
         "vae": (".", "Wan2.2_VAE"),
         "umt5": (".", "models_t5_umt5-xxl-enc"),
-        "lora": ("lora", "longlive_lora"),
+        "lora": ("lora", "adapter_model"),
+        "critic_lora": ("critic_lora", "adapter_model"),
     },
     "diffusers": {
         "dit": ("transformer", "diffusion_pytorch_model"),
         "vae": ("vae", "diffusion_pytorch_model"),
         "umt5": ("text_encoder", "model"),
         "lora": ("lora", "adapter_model"),
+        "critic_lora": ("critic_lora", "adapter_model"),
     },
 }
 """Folder and file stem of each component, by naming."""
@@ -101,17 +105,19 @@ def export(
     opened = {name: open_component(source, name) for name in names}
     components = {name: _output_tensors(name, naming, *opened[name]) for name in names}
     # 2. Write.
-    with _atomic_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         for name, (_, config) in opened.items():
             _write_config(temporary / FILES[naming][name][0], naming, name, config)
-        written = _write_weights(temporary, naming, components, record, shard_bytes, progress)
+        written = _write_weights(
+            temporary, naming, components, record, _metadata(source, opened), shard_bytes, progress
+        )
         _copy_tokenizer(source, temporary / TOKENIZER_FILE[naming])
         _write_settings(source, temporary, naming, {n: config for n, (_, config) in opened.items()})
     return [out / path.relative_to(temporary) for path in written]
 
 
 @contextlib.contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `out`, or removed if the block fails."""
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     try:
@@ -132,10 +138,14 @@ def _write_weights(
     naming: str,
     components: Mapping[str, Mapping[str, OutputTensor]],
     record: QuantizationRecord | None,
+    metadata: Mapping[str, Mapping[str, str]],
     shard_bytes: int,
     progress: ProgressCallback,
 ) -> list[Path]:
-    """Writes the tensors of every component and returns the files; `record`: of a packed DiT."""
+    """Writes the tensors of every component and returns the files.
+
+    `record` is that of a packed DiT, `metadata` the metadata of files by component.
+    """
     total = sum(tensor.nbytes for tensors in components.values() for tensor in tensors.values())
     count, written = _byte_counter(total, progress), []
     for name, tensors in components.items():
@@ -146,9 +156,26 @@ def _write_weights(
             write_torch(written[-1], released.checkpoint_dict(tensors, record), progress=report)
         else:
             written += write_safetensors(
-                out / folder, stem, tensors, shard_bytes=shard_bytes, progress=report
+                out / folder,
+                stem,
+                tensors,
+                shard_bytes=shard_bytes,
+                metadata=metadata.get(name),
+                progress=report,
             )
     return written
+
+
+def _metadata(
+    source: Path, opened: Mapping[str, tuple[ArrayReader, Mapping[str, Any]]]
+) -> dict[str, dict[str, str]]:
+    """Metadata of the files of adapters, by component."""
+    provenance = read_manifest(source)["provenance"]
+    return {
+        name: lora_metadata(lora_info(config, provenance.get(name, {}), str(source)))
+        for name, (_, config) in opened.items()
+        if name.endswith("lora")
+    }
 
 
 def _check_releasable(source: Path, record: QuantizationRecord, naming: str) -> None:
@@ -277,10 +304,14 @@ def _table(name: str, naming: str, config: Mapping[str, Any]) -> KeyTable:
 def _write_config(folder: Path, naming: str, name: str, config: Mapping[str, Any]) -> None:
     """Creates the folder of a component and writes its config.json.
 
-    In the original naming, VAE and UMT5 have no config.json: the folder's is the DiT's.
+    In the original naming, VAE and UMT5 have no config.json: the folder's is the DiT's. Adapters
+    have PEFT's adapter_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if naming == "original" and name != "lora":
+    if name.endswith("lora"):
+        write_peft_config(folder, config)
+        return
+    if naming == "original":
         fields = _original_dit(config) if name == "dit" else {}
     else:
         fields = diffusers_folder.CONFIGS[name](config)

@@ -9,15 +9,16 @@ import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax import __version__
-from longlive_jax.interop.convert import Adapters
 from longlive_jax.interop.finite import check_finite
+from longlive_jax.interop.lora_file import merged
+from longlive_jax.interop.lora_spec import LoraSpec, LoraStack
 from longlive_jax.io.arrays import ArraySpec, ArrayWriter, Shape, TreePath, nest
 from longlive_jax.io.checkpoint import (
     QUANTIZATION_KEY,
@@ -58,22 +59,6 @@ class ArraySource(Protocol):
 
     def layers(self, path: TreePath) -> Iterator[np.ndarray]:
         """The slices of an array along its leading axis."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraSpec:
-    """A LoRA file and how to apply it.
-
-    Attributes:
-      path: LoRA file.
-      mode: "merge" it into the kernels before packing, or store it as a "branch" next to the
-        packed kernels, in high precision.
-      alpha: alpha of the LoRA; its rank if None.
-    """
-
-    path: Path
-    mode: Literal["merge", "branch"] = "merge"
-    alpha: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +157,7 @@ class _Plan:
 
     weights: ArraySource
     formats: Mapping[TreePath, Format]
-    adapters: Adapters | None
+    adapters: LoraStack | None
     merge: bool
     specs: Mapping[TreePath, ArraySpec]
     record: QuantizationRecord
@@ -201,7 +186,7 @@ class _Plan:
             for layer, kernel in enumerate(self.weights.layers(path)):
                 check_finite(kernel, ".".join(path), self.origin)
                 if self.merge and self.adapters is not None:
-                    kernel = self.adapters.merged(path, layer, kernel)
+                    kernel = merged(self.adapters.files, path, layer, kernel)
                 for name, value in _pack(jnp.asarray(kernel), form).items():
                     layers.setdefault(name, []).append(np.asarray(value))
                 yield layers["codes"].pop()
@@ -215,10 +200,11 @@ class _Plan:
         """Writes both factors of every LoRA branch."""
         if self.adapters is None or self.merge:
             return
-        for path in self.adapters.leaves:
+        for path in self.adapters.shapes():
             target = (*path[:-1], "kernel", path[-1])
-            layers = (x.astype(self.specs[target].dtype) for x in self.adapters.layers(path))
-            writer.write(target, layers, stacked=True)
+            spec = self.specs[target]
+            layers = (self.adapters.layer(path, index) for index in range(spec.shape[0]))
+            writer.write(target, (x.astype(spec.dtype) for x in layers), stacked=True)
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -245,10 +231,11 @@ def _plan(
         record, formats = current, {}
     # 2. LoRA.
     merge = lora is not None and lora.mode == "merge"
-    adapters = None if lora is None else Adapters.open(lora.path, alpha=lora.alpha)
-    if adapters is not None and lora is not None:
-        adapters.check(shapes)
-        name = lora.path.name
+    adapters = None if lora is None else lora.open()
+    if adapters is not None:
+        for file, _ in adapters.files:
+            file.check(shapes)
+        name = adapters.name
         record = (
             dataclasses.replace(record, merged_lora=name)
             if merge
@@ -257,7 +244,7 @@ def _plan(
     # 3. Arrays to be written.
     specs = _specs(weights, formats, dtype)
     if adapters is not None and not merge:
-        specs |= _branch_specs(adapters, record, dtype)
+        specs |= _branch_specs(adapters, record, shapes, dtype)
     return _Plan(weights, formats, adapters, merge, specs, record, str(source))
 
 
@@ -290,7 +277,7 @@ def _check_repack(
     if lora is None or lora.mode != "branch" or current.branch_lora:
         raise UserError(
             f"{source} is packed already ({current.describe()}); only one LoRA branch can be added "
-            "to it (--lora=FILE --lora_mode=branch)"
+            "to it (--adapter=PATH --adapter_mode=branch)"
         )
 
 
@@ -310,16 +297,19 @@ def _specs(
 
 
 def _branch_specs(
-    adapters: Adapters, record: QuantizationRecord, dtype: np.dtype
+    adapters: LoraStack,
+    record: QuantizationRecord,
+    shapes: Mapping[TreePath, Shape],
+    dtype: np.dtype,
 ) -> dict[TreePath, ArraySpec]:
     """Specs of the LoRA branches; UserError for an adapter of a kernel that is not packed."""
     specs = {}
-    for path, leaf in adapters.leaves.items():
+    for path, shape in adapters.shapes().items():
         kernel = (*path[:-1], "kernel")
         if "/".join(kernel) not in record.kernels:
             raise UserError(
-                f"{adapters.path}: adapts {'/'.join(kernel)}, which the policy does not pack; "
-                "merge it (--lora_mode=merge)"
+                f"{adapters.name}: adapts {'/'.join(kernel)}, which the policy does not pack; "
+                "merge it (--adapter_mode=merge)"
             )
-        specs[(*kernel, path[-1])] = ArraySpec(leaf.shape, dtype)
+        specs[(*kernel, path[-1])] = ArraySpec((shapes[kernel][0], *shape[1:]), dtype)
     return specs

@@ -23,7 +23,7 @@ import safetensors
 from longlive_jax.interop.tensors import LazyTensor, pread
 from longlive_jax.spec import UserError
 
-__all__ = ["OutputTensor", "read_index", "read_safetensors", "write_safetensors"]
+__all__ = ["OutputTensor", "read_index", "read_metadata", "read_safetensors", "write_safetensors"]
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -70,6 +70,17 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
             "again"
         )
     return {name: _lazy(path, 8 + length, name, entry) for name, entry in header.items()}
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of one file; raises UserError if the file is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: damaged safetensors file ({error}); copy or download it again"
+        ) from error
 
 
 def _header(text: bytearray, path: Path) -> tuple[dict, list[str]]:
@@ -191,6 +202,7 @@ def write_safetensors(
     tensors: Mapping[str, OutputTensor],
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> list[Path]:
     """Writes `stem.safetensors`, or numbered shards and an index if one file would be too large.
@@ -202,28 +214,24 @@ def write_safetensors(
       stem: file name without shard number and suffix.
       tensors: tensors by name.
       shard_bytes: largest total size of a shard's tensors; a larger tensor gets its own shard.
+      metadata: texts by name, for the header of every file.
       progress: called with the size in bytes of each tensor once it is written.
 
     Returns:
       The files that contain tensors, without the index.
     """
     # 1. Assign tensors to shards.
-    shards: list[dict[str, OutputTensor]] = [{}]
-    for name, tensor in tensors.items():
-        is_full = sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes
-        if is_full and shards[-1]:
-            shards.append({})
-        shards[-1][name] = tensor
+    shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
         path = folder / f"{stem}.safetensors"
-        _write_file(path, shards[0], progress)
+        _write_file(path, shards[0], metadata or {}, progress)
         return [path]
     # 2. Write the shards and the index.
     paths: list[Path] = []
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         path = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(path, shard, progress)
+        _write_file(path, shard, metadata or {}, progress)
         paths.append(path)
         weight_map |= dict.fromkeys(shard, path.name)
     total = sum(t.nbytes for t in tensors.values())
@@ -232,10 +240,24 @@ def write_safetensors(
     return paths
 
 
+def _shards(tensors: Mapping[str, OutputTensor], shard_bytes: int) -> list[dict[str, OutputTensor]]:
+    """The tensors in order, in groups of at most `shard_bytes`."""
+    shards: list[dict[str, OutputTensor]] = [{}]
+    for name, tensor in tensors.items():
+        is_full = sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes
+        if is_full and shards[-1]:
+            shards.append({})
+        shards[-1][name] = tensor
+    return shards
+
+
 def _write_file(
-    path: Path, tensors: Mapping[str, OutputTensor], progress: Callable[[int], None]
+    path: Path,
+    tensors: Mapping[str, OutputTensor],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None],
 ) -> None:
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for name, tensor in tensors.items():
         span = [begin, begin + tensor.nbytes]

@@ -9,7 +9,14 @@ from typing import Any
 from longlive_jax.interop import released
 from longlive_jax.interop.keys_lora import PEFT_PREFIX
 from longlive_jax.interop.keytable import KeyReport
-from longlive_jax.interop.safetensors_file import read_index, read_safetensors
+from longlive_jax.interop.lora_dialects import (
+    INFO_KEY,
+    LoraInfo,
+    is_lora,
+    lora_key,
+    normalise_lora,
+)
+from longlive_jax.interop.safetensors_file import read_index, read_metadata, read_safetensors
 from longlive_jax.interop.tensors import LazyTensor
 from longlive_jax.interop.torch_file import read_torch
 from longlive_jax.io.json_files import read_json_object
@@ -44,6 +51,7 @@ class Source:
       entry: name of the state dict in a file of several, such as "generator_ema", or "".
       report: keys that collide and values that are not tensors.
       quantization: metadata of packed NVFP4 kernels, or None if there are none.
+      lora: what the file of an adapter says besides its factors, or None for other files.
     """
 
     path: Path
@@ -53,18 +61,20 @@ class Source:
     entry: str
     report: KeyReport
     quantization: released.ReleasedHeader | None = None
+    lora: LoraInfo | None = None
 
 
-def find_sources(path: Path, *, use_ema: bool = False) -> list[Source]:
+def find_sources(path: Path, *, use_ema: bool = False, role: str | None = None) -> list[Source]:
     """The state dicts in a file, a folder, or a folder in diffusers' layout.
 
-    `use_ema` takes the EMA weights of PyTorch files (`generator_ema`). Raises UserError if there
-    are no weights, or if a file cannot be read.
+    `use_ema` takes the EMA weights of PyTorch files (`generator_ema`), `role` "critic" their
+    adapter of the critic (`critic_lora`). Raises UserError if there are no weights, or if a file
+    cannot be read.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_file():
-        return [open_file(_index_or_file(path), use_ema=use_ema)]
+        return [open_file(_index_or_file(path), use_ema=use_ema, role=role)]
     folders = [path / name for name in SUBFOLDERS if (path / name).is_dir()] or [path]
     files = [file for folder in folders for file in _files(folder)]
     if not files:
@@ -72,7 +82,26 @@ def find_sources(path: Path, *, use_ema: bool = False) -> list[Source]:
             f"{path}: contains no weights; expected safetensors (with or without an index), .pt or "
             f".pth files, or the folders {', '.join(SUBFOLDERS)}"
         )
-    return [open_file(file, use_ema=use_ema and file.suffix in TORCH_SUFFIXES) for file in files]
+    return [
+        open_file(file, use_ema=use_ema and file.suffix in TORCH_SUFFIXES, role=role)
+        for file in files
+    ]
+
+
+def with_critics(sources: list[Source]) -> list[Source]:
+    """The sources, and the critic's adapter of every file that has it beside the generator's."""
+    critics = [
+        open_file(source.path, role="critic")
+        for source in sources
+        if source.entry == "generator_lora" and has_critic(source.path)
+    ]
+    return sources + critics
+
+
+def has_critic(path: Path) -> bool:
+    """Whether a file of PyTorch has the adapter of a critic."""
+    contents = read_torch(path)
+    return isinstance(contents, dict) and isinstance(contents.get("critic_lora"), dict)
 
 
 def find_tokenizer(path: Path) -> Path | None:
@@ -96,24 +125,25 @@ def _files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def open_file(path: Path, *, use_ema: bool = False) -> Source:
+def open_file(path: Path, *, use_ema: bool = False, role: str | None = None) -> Source:
     """A file, or the index of a sharded checkpoint, as a state dict with normalised keys.
 
-    Raises UserError for an unreadable file, for `use_ema` without EMA weights, and for packed
-    weights in another format than LongLive's.
+    Raises UserError for an unreadable file, for `use_ema` without EMA weights, for `role` without
+    its adapter, and for packed weights in another format than LongLive's.
     """
     # 1. The state dict.
     state: Mapping[str, Any]
     contents: Any = None
+    metadata: Mapping[str, str] = {}
     try:
         _check_downloaded(path)
         if path.name.endswith(INDEX_SUFFIX):
             state, entry = read_index(path), ""
         elif path.suffix == ".safetensors":
-            state, entry = read_safetensors(path), ""
+            state, entry, metadata = read_safetensors(path), "", read_metadata(path)
         else:
             contents = read_torch(path)
-            state, entry = _unwrap(contents, path, use_ema)
+            state, entry = _unwrap(contents, path, use_ema, role)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); check the file and its permissions"
@@ -126,7 +156,24 @@ def open_file(path: Path, *, use_ema: bool = False) -> Source:
     if header is not None:
         tensors = released.from_released(tensors, str(path))
     hints, exported = read_json_object(path.parent / "config.json") or {}, _exported(path.parent)
-    return Source(path, tensors, hints, exported, entry, report, header)
+    # 3. Adapters.
+    lora = None
+    if is_lora(state):
+        tensors, lora = normalise_lora(tensors, path, metadata, _info(contents, entry))
+        hints = hints if lora.alpha is None else {**hints, "lora_alpha": lora.alpha}
+    return Source(path, tensors, hints, exported, entry, report, header, lora)
+
+
+def _info(contents: Any, entry: str) -> Any:
+    """What a .pt file says about one of its adapters, or None."""
+    if not isinstance(contents, Mapping):
+        return None
+    known = contents.get(INFO_KEY)
+    role = entry.removesuffix("_lora") if entry.endswith("_lora") else "adapter"
+    info = known.get(entry) if isinstance(known, Mapping) else None
+    step = contents.get("step")
+    provenance = {"step": step} if isinstance(step, int) else {}
+    return {"role": role, "provenance": provenance} if info is None else info
 
 
 def _check_downloaded(path: Path) -> None:
@@ -139,10 +186,14 @@ def _check_downloaded(path: Path) -> None:
         )
 
 
-def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], str]:
+def _unwrap(
+    value: Any, path: Path, use_ema: bool, role: str | None
+) -> tuple[Mapping[str, Any], str]:
     """The state dict inside the dictionaries that training code saves, and its key there."""
     generators = ("generator_ema",) if use_ema else ("generator_lora", "generator")
     names = (*generators, "model", "state_dict", "gen_model")
+    if role == "critic":
+        names = ("critic_lora",)
     entry = ""
     for _ in range(4):
         if not isinstance(value, dict):
@@ -157,15 +208,18 @@ def _unwrap(value: Any, path: Path, use_ema: bool) -> tuple[Mapping[str, Any], s
     contents = (
         ", ".join(map(str, list(value)[:8])) if isinstance(value, dict) else type(value).__name__
     )
-    hint = "; pass --use_ema" if isinstance(value, dict) and "generator_ema" in value else ""
+    options = {"generator_ema": "--use_ema", "critic_lora": "--role=critic"}
+    other = next((o for k, o in options.items() if isinstance(value, dict) and k in value), None)
+    hint = "" if other is None or role == "critic" else f"; pass {other}"
     raise UserError(f"{path}: no weights under {', '.join(names)}; it contains {contents}{hint}")
 
 
 def _normalise_keys(state: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], KeyReport]:
     tensors: dict[str, LazyTensor] = {}
     report = KeyReport(duplicate=list(getattr(state, "duplicates", [])))
+    rename = lora_key if is_lora(state) else _without_prefixes
     for key, value in state.items():
-        name = _normalise_key(str(key))
+        name = rename(_WRAPPERS.sub("", str(key)))
         if not isinstance(value, LazyTensor):
             report.extra.append(f"{key} (not a tensor)")
         elif name in tensors:
@@ -175,12 +229,8 @@ def _normalise_keys(state: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], Ke
     return tensors, report
 
 
-def _normalise_key(key: str) -> str:
-    """A key without wrapper modules and prefixes; adapters keep PEFT's prefix."""
-    key = _WRAPPERS.sub("", key)
-    is_adapter = ".lora_A." in key or ".lora_B." in key
-    name = key.removeprefix(PEFT_PREFIX).removeprefix("model.")
-    return PEFT_PREFIX + name.replace(".default.weight", ".weight") if is_adapter else name
+def _without_prefixes(key: str) -> str:
+    return key.removeprefix(PEFT_PREFIX).removeprefix("model.")
 
 
 def _exported(folder: Path) -> dict[str, dict[str, Any]]:

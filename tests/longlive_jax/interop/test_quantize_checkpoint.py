@@ -109,11 +109,11 @@ def test_only_packed_kernels_and_their_formats_are_stored(packed):
 
 
 def test_a_lora_is_merged_before_packing(dense, lora, tmp_path):
-    from longlive_jax.interop.convert import Adapters
+    from longlive_jax.interop.lora_file import LoraFile
 
     out = tmp_path / "ck"
     quantize_checkpoint(dense, out, NVFP4, lora=LoraSpec(lora, "merge", 4.0), dtype="float32")
-    params, adapters = params_of(load_model(dense, "dit")), Adapters.open(lora, alpha=4.0)
+    params, adapters = params_of(load_model(dense, "dit")), LoraFile.open(lora, alpha=4.0)
     for names in (("self_attn", "q"), ("ffn", "down")):
         linear = params["blocks"][names[0]][names[1]]
         path = ("blocks", *names, "kernel")
