@@ -16,14 +16,16 @@ FLOORS = {
     **{f"longlive_jax.{n}": 2 for n in ("layout", "diffusion", "parallel", "quant")},
     "longlive_jax.models": 3,
     "longlive_jax.io": 4,
-    **{f"longlive_jax.{n}": 5 for n in ("interop", "sampling", "data")},
-    "longlive_jax.training": 6,
-    **{f"longlive_jax.{n}": 7 for n in ("planning", "small_world")},
-    "longlive_jax.bench": 8,
-    **{f"longlive_jax.{n}": 9 for n in ("cli", "__main__")},
+    **{f"longlive_jax.{n}": 5 for n in ("interop", "data")},
+    "longlive_jax.adapters": 6,
+    "longlive_jax.sampling": 7,
+    "longlive_jax.training": 8,
+    **{f"longlive_jax.{n}": 9 for n in ("planning", "small_world")},
+    "longlive_jax.bench": 10,
+    **{f"longlive_jax.{n}": 11 for n in ("cli", "__main__")},
 }
 KERNEL_IMPORTS = {"jax", "numpy", "ml_dtypes", "jaxtyping", "flax", "pallas_kernels"}
-TOP = 9
+TOP = 11
 READS_ENVIRONMENT = ("longlive_jax.cli", "longlive_jax.bench", "longlive_jax.planning")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 45
 
