@@ -1,6 +1,7 @@
 """`longlive convert --source=PATH --out=DIR`: converts weights of other libraries."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
             dtype=args.dtype,
             merge_lora=args.merge_lora,
             lora_alpha=args.lora_alpha,
+            role=args.role,
             overwrite=args.overwrite,
             progress=progress,
         )
@@ -72,6 +74,7 @@ def _report(
     args: Any, converted: "Sequence[ConvertedComponent]", exported: dict[str, Any] | None
 ) -> None:
     """Prints what was written and what the checkpoint still lacks; stores sampling settings."""
+    from longlive_jax.adapters import is_adapter
     from longlive_jax.interop import keys_vae
     from longlive_jax.io.completeness import describe_missing
     from longlive_jax.io.parts import MODELS_FILE
@@ -86,7 +89,9 @@ def _report(
             )
     print(_write_settings(args, converted, exported))
     print(f"wrote {args.out}")
-    if missing := describe_missing(args.out):
+    if is_adapter(args.out):
+        print(f"plug it in: longlive sample --adapter={shlex.quote(str(args.out))} --script=SCRIPT")
+    elif missing := describe_missing(args.out):
         print(f"{args.out} {missing}")
 
 
@@ -96,9 +101,13 @@ def _write_settings(
     """Stores sampling settings that suit a converted DiT, and describes them in one line."""
     from longlive_jax.io.checkpoint import read_manifest
     from longlive_jax.sampling.kinds import describe, kind_of, settings_of
-    from longlive_jax.sampling.settings import save_settings
+    from longlive_jax.sampling.settings import changed, save_settings
 
     dit = next((item for item in converted if item.component == "dit"), None)
+    made_for = _adapter_settings(args, converted)
+    if dit is None and made_for:
+        texts = ", ".join(f"{name} {value}" for name, value in made_for.items())
+        return f"sampling settings of the adapter: {texts}"
     if dit is None and (args.kind is None or "dit" not in read_manifest(args.out)["components"]):
         return "sampling settings: unchanged, as no DiT was converted"
     if exported is not None and args.kind is None:
@@ -108,10 +117,20 @@ def _write_settings(
     if kind is None and dit is not None:
         kind = kind_of(dit.source, entry=dit.entry, is_packed=dit.is_packed)
         reason = "detected; change it with --kind"
-    settings = settings_of(kind)
+    settings = changed(settings_of(kind), made_for)
     save_settings(args.out, settings)
     note = "; train it with --config=ar_5b before sampling long videos" * (kind == "base")
     return f"sampling settings: {kind} ({describe(settings)}), {reason}{note}"
+
+
+def _adapter_settings(args: Any, converted: "Sequence[ConvertedComponent]") -> dict[str, Any]:
+    """The sampling settings of the adapter that was merged or converted."""
+    from longlive_jax.interop.lora_file import LoraFile
+
+    if args.merge_lora is not None:
+        return dict(LoraFile.open(args.merge_lora).info.settings)
+    adapter = next((item for item in converted if item.component.endswith("lora")), None)
+    return {} if adapter is None else dict(adapter.config["settings"])
 
 
 def _parser() -> Parser:
@@ -142,8 +161,17 @@ def _parser() -> Parser:
         "steps, guidance 5), ar (before distillation: 50 steps, guidance 3), distilled (4 steps) "
         "or two_step (2 steps); default: as far as the source tells",
     )
-    parser.add_argument("--merge_lora", type=Path, help="LoRA file to merge into the DiT's kernels")
-    parser.add_argument("--lora_alpha", type=float, help="alpha of the LoRA (default: its rank)")
+    parser.add_argument("--merge_lora", type=Path, help="adapter to merge into the DiT's kernels")
+    parser.add_argument(
+        "--lora_alpha",
+        type=float,
+        help="alpha of the adapter that is merged or converted (default: its own, or its rank)",
+    )
+    parser.add_argument(
+        "--role",
+        choices=("generator", "critic"),
+        help="the adapter of a .pt file with two that is converted (default: both)",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace components that --out already has"
     )

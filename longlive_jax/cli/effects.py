@@ -25,6 +25,7 @@ PARTS_OF_SETTINGS = {
     "evaluate.returning": ("sinks",),
     "evaluate.compared": ("compared",),
     "evaluate.comparison": ("compared",),
+    "evaluate.runs": ("compared",),
 }
 """Setting -> the parts of an evaluation that use it."""
 
@@ -110,6 +111,8 @@ def note_train(given: Mapping[str, str], stage: Any) -> None:
 
 def note_evaluate(given: Mapping[str, str], spec: Any, parts: Sequence[str]) -> None:
     """Prints notes on settings of an evaluation without effect."""
+    if {table.name for table in spec.tables} & set(parts):  # their rows are those of `compared`
+        parts = [*parts, "compared"]
     rules = [
         Rule((name,), functools.partial(_unused, users, parts))
         for name, users in PARTS_OF_SETTINGS.items()
@@ -200,7 +203,7 @@ TRAIN_RULES = (
     Rule(
         ("ema.decay",),
         _if(
-            lambda stage: stage.ema.start >= stage.loop.steps,
+            lambda stage: stage.ema is not None and stage.ema.start >= stage.loop.steps,
             "the EMA starts at step {run.ema.start} of {run.loop.steps}",
         ),
     ),
@@ -236,7 +239,7 @@ EVALUATE_RULES = (
         _if(lambda spec: not spec.fewer_steps, "evaluate.fewer_steps is empty"),
     ),
     Rule(
-        ("evaluate.comparison",),
+        ("evaluate.comparison", "evaluate.runs"),
         _if(lambda spec: not spec.compared, "evaluate.compared is empty"),
     ),
 )

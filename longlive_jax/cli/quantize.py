@@ -1,10 +1,10 @@
-"""`longlive quantize --checkpoint=DIR --out=DIR2 [--policy=nvfp4|fp8] [--lora=FILE]`.
+"""`longlive quantize --checkpoint=DIR --out=DIR2 [--policy=nvfp4|fp8] [--adapter=PATH[:SCALE]]`.
 
 Packs the DiT of a checkpoint directory for inference, layer by layer: NVFP4 (W4A4), or FP8 for
 GPUs without FP4 tensor cores. `longlive sample --checkpoint=DIR2` samples from the result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ def main(argv: Sequence[str]) -> int:
         policy = named(args.policy)
     except ValueError as error:
         raise UserError(str(error).replace("quant.policy", "--policy")) from error
-    checkpoint = _checkpoint(args)
+    checkpoint, lora = _checkpoint(args), _lora(args)
     with byte_progress() as progress:
         report = quantize_checkpoint(
             checkpoint,
             args.out,
             policy,
             weights=_weights(args, checkpoint),
-            lora=_lora(args),
+            lora=lora,
             dtype=args.dtype,
             overwrite=args.overwrite,
             progress=progress,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         f"{len(report.record.kernels)} kernels packed (each with all its layers); "
         f"dit: {before:,.1f} MB before, {after:,.1f} MB after"
     )
-    print(_write_settings(args))
+    print(_write_settings(args, {} if lora is None else lora.open().settings))
     print(f"wrote {args.out}")
     if missing := describe_missing(args.out):
         print(f"{args.out} {missing}")
@@ -65,13 +65,17 @@ def _checkpoint(args: Any) -> Path:
     return checkpoint
 
 
-def _write_settings(args: Any) -> str:
-    """Stores the sampling settings of the packed checkpoint, and describes them in one line."""
+def _write_settings(args: Any, made_for: Mapping[str, Any]) -> str:
+    """Stores the sampling settings of the packed checkpoint, and describes them in one line.
+
+    `made_for` are the settings of its adapters.
+    """
     from longlive_jax.sampling.kinds import describe, settings_of
-    from longlive_jax.sampling.settings import checkpoint_settings, save_settings
+    from longlive_jax.sampling.settings import changed, checkpoint_settings, save_settings
 
     own = checkpoint_settings(args.out)
-    settings = own | (settings_of(args.kind) if args.kind else {})
+    settings = changed(own, made_for)
+    settings = changed(settings, settings_of(args.kind) if args.kind else {})
     if args.kv is not None:
         settings["kv"] = args.kv
     if settings != own:
@@ -97,14 +101,20 @@ def _weights(args: Any, checkpoint: Path) -> Any:
 
 
 def _lora(args: Any) -> Any:
-    """The LoRA to apply, or None."""
+    """The adapters to apply, or None."""
+    from longlive_jax.adapters import parse_strength
     from longlive_jax.interop.quantize_checkpoint import LoraSpec
 
+    if args.lora_alpha is not None and args.lora is None:
+        raise UserError("--lora_alpha needs a LoRA; pass --lora=FILE")
+    if args.lora is not None and args.adapter:
+        raise UserError("--lora and --adapter are two names for one option; give --adapter alone")
     if args.lora is not None:
         return LoraSpec(args.lora, args.lora_mode, args.lora_alpha)
-    if args.lora_alpha is not None:
-        raise UserError("--lora_alpha needs a LoRA; pass --lora=FILE")
-    return None
+    if not args.adapter:
+        return None
+    first, *more = ((Path(path), scale) for path, scale in map(parse_strength, args.adapter))
+    return LoraSpec(first[0], args.adapter_mode, strength=first[1], more=tuple(more))
 
 
 def _parser() -> Parser:
@@ -122,16 +132,7 @@ def _parser() -> Parser:
         "--source", choices=SOURCES, help="weights of that run: params, or ema (their EMA)"
     )
     _add_settings(parser)
-    # LoRA.
-    parser.add_argument("--lora", type=Path, help="LoRA file for the DiT")
-    parser.add_argument(
-        "--lora_mode",
-        choices=("merge", "branch"),
-        default="merge",
-        help="merge: add the LoRA to the kernels before packing (default); branch: store it next "
-        "to the packed kernels, in high precision",
-    )
-    parser.add_argument("--lora_alpha", type=float, help="alpha of the LoRA (default: its rank)")
+    _add_adapters(parser)
     # Everything else.
     parser.add_argument(
         "--dtype",
@@ -143,6 +144,30 @@ def _parser() -> Parser:
         "--overwrite", action="store_true", help="replace components that --out already has"
     )
     return parser
+
+
+def _add_adapters(parser: Parser) -> None:
+    """Options for adapters."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="adapter to apply; its sampling settings are stored; may be given several times",
+    )
+    parser.add_argument(
+        "--adapter_mode",
+        choices=("merge", "branch"),
+        default="merge",
+        help="merge: add adapters to the kernels before packing (default); branch: store them next "
+        "to the packed kernels, in high precision",
+    )
+    parser.add_argument("--lora", type=Path, help="the same for one LoRA file")
+    parser.add_argument(
+        "--lora_mode", choices=("merge", "branch"), default="merge", help="mode of --lora"
+    )
+    parser.add_argument(
+        "--lora_alpha", type=float, help="alpha of --lora (default: the file's own, or its rank)"
+    )
 
 
 def _add_settings(parser: Parser) -> None:

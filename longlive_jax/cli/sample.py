@@ -8,10 +8,11 @@ import contextlib
 import dataclasses
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longlive_jax.cli.adapters import adapted_pipeline, read_adapters, stated_settings
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.effects import SampleRun, note_sample
 from longlive_jax.cli.interruption import Interruption
@@ -52,6 +53,13 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--checkpoint", help="override the config's checkpoint; may be a quantized one"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="adapter to plug in: a directory of ours, PEFT's folder, a safetensors or .pt file; "
+        "may be given several times",
     )
     parser.add_argument("--out", default="out/sample", type=Path, help="folder for the files")
     parser.add_argument("--seed", type=int, help="override the script's seed")
@@ -100,28 +108,20 @@ def _run(
 ) -> None:
     """Loads the model and samples one batch after the other."""
     # 1. Arguments and scripts.
-    from longlive_jax.io.builtin import find_checkpoint
     from longlive_jax.io.paths import check_writable
     from longlive_jax.io.video import parse_formats
-    from longlive_jax.sampling.pipeline import Pipeline
-    from longlive_jax.sampling.record import differences, read_record, recorded_settings, run_record
+    from longlive_jax.sampling.record import differences, read_record, run_record
     from longlive_jax.sampling.recorder import check_files
 
-    args, settings = command.args, command.settings
+    args = command.args
     check_scale(args.scale)
     cuts = _video_cuts(args)
     formats = parse_formats(args.format)
     scripts = _scripts(args)
     out = check_writable(args.out)
     record = read_record(args.script)
-    # 2. The model, with the settings of a record unless the command line has others.
-    sample, checkpoint = settings.get("sample") or {}, settings.get("checkpoint")
-    if record is not None:
-        sample = recorded_settings(record) | sample
-        recorded = record.get("checkpoint", {}).get("path")
-        checkpoint = checkpoint if has_recipe else recorded
-    folder = find_checkpoint(args.checkpoint or checkpoint)
-    pipe = Pipeline.from_checkpoint(folder, **sample)
+    # 2. The model.
+    pipe, folder = _load(command, record, has_recipe=has_recipe)
     note_sample(command.given, SampleRun(pipe.spec, scripts, args))
     for line in pipe.describe_kernels():
         print(f"dit: {line}")
@@ -129,7 +129,8 @@ def _run(
     if cuts:
         past["video_cuts"] = cuts
     continues = {"path": args.video, "cuts": list(cuts)} if args.video else None
-    run = run_record(pipe.spec, folder, command=words, source=args.script, continues=continues)
+    facts = {"source": args.script, "continues": continues, "adapters": pipe.adapters.plugged}
+    run = run_record(pipe.spec, folder, command=words, **facts)
     print_notes(() if record is None else differences(record, run))
     # 3. One batch after the other; sizes are checked before anything compiles.
     batches = [scripts[i : i + args.batch] for i in range(0, len(scripts), args.batch)]
@@ -139,6 +140,29 @@ def _run(
         first, many = i * args.batch, len(scripts) > 1
         batch_run = _Batch(batch, out, formats, run, first=first, many=many, past=past)
         _sample_batch(pipe, batch_run, args, interruption)
+
+
+def _load(
+    command: Command, record: Mapping[str, Any] | None, *, has_recipe: bool
+) -> tuple["Pipeline", Path]:
+    """The pipeline with its adapters, and the checkpoint directory.
+
+    Settings are those of the command line, of its adapters, of the record, of the recipe, and of
+    the checkpoint, the first that there is; adapters of the record come with its settings.
+    """
+    from longlive_jax.io.builtin import find_checkpoint
+    from longlive_jax.sampling.record import recorded_settings
+
+    args, settings = command.args, command.settings
+    sample, checkpoint = settings.get("sample") or {}, settings.get("checkpoint")
+    chosen: Collection[str] = stated_settings(command)
+    if record is not None:
+        sample = recorded_settings(record) | sample
+        recorded = record.get("checkpoint", {}).get("path")
+        checkpoint = checkpoint if has_recipe else recorded
+        chosen = chosen if args.adapter is not None else set(sample)
+    folder = find_checkpoint(args.checkpoint or checkpoint)
+    return adapted_pipeline(folder, sample, read_adapters(args.adapter, record), chosen), folder
 
 
 def _scripts(args: Any) -> list["ShotScript"]:

@@ -17,12 +17,18 @@ each step, so early errors decay instead of persisting. This helps with many ste
 is inaccurate at high noise; UniPC is meant for few steps.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from longlive_jax.diffusion.flow import TIMESTEPS, shifted, x0_from_velocity
 from longlive_jax.typing import Array, Float
+
+ROUNDING = 1e-4
+"""Added to the timestep of a given level before it is truncated: 0.57 in float32 is 569.99999."""
 
 
 @struct.dataclass
@@ -111,9 +117,27 @@ def levels(steps: int, *, shift: float = 5.0) -> np.ndarray:
     return np.append(shifted(even, shift), 0.0)
 
 
-def unipc(steps: int, *, shift: float = 5.0) -> Solver:
+def check_levels(given: Sequence[float], steps: int) -> None:
+    """Raises ValueError unless `given` are `steps` descending noise levels in (0, 1]."""
+    if len(given) != steps:
+        raise ValueError(f"levels must be {steps} numbers, one per step, got {len(given)}")
+    if not all(0 < level <= 1 for level in given):
+        raise ValueError(f"levels must be in (0, 1], got {tuple(given)}")
+    if any(after >= before for before, after in itertools.pairwise(given)):
+        raise ValueError(f"levels must descend, got {tuple(given)}")
+
+
+def _sigma(steps: int, shift: float, given: Sequence[float] | None) -> np.ndarray:
+    """The noise levels `given`, or else those of steps and shift; float64, ending at 0."""
+    if given is None:
+        return levels(steps, shift=shift)
+    check_levels(given, steps)
+    return np.append(np.asarray(given, np.float64), 0.0)
+
+
+def unipc(steps: int, *, shift: float = 5.0, levels: Sequence[float] | None = None) -> Solver:
     """UniPC of order 2 for any number of steps; with one or two steps it equals Euler."""
-    sigma = levels(steps, shift=shift)
+    sigma = _sigma(steps, shift, levels)
     correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
     correct[0, 0] = 1.0
     for k in range(steps):
@@ -121,41 +145,45 @@ def unipc(steps: int, *, shift: float = 5.0) -> Solver:
         predict[k] = _predictor(sigma, k, second=second)
         if k > 0:
             correct[k] = _corrector(sigma, k, second=k > 1)
-    return _table(sigma, correct, predict)
+    return _table(sigma, levels, correct, predict)
 
 
-def euler(steps: int, *, shift: float = 5.0) -> Solver:
+def euler(steps: int, *, shift: float = 5.0, levels: Sequence[float] | None = None) -> Solver:
     """Euler: first-order steps along the velocity, on the same noise levels."""
-    sigma = levels(steps, shift=shift)
+    sigma = _sigma(steps, shift, levels)
     correct = np.zeros((steps, 5))
     correct[:, 0] = 1.0
     predict = np.stack([_predictor(sigma, k, second=False) for k in range(steps)])
-    return _table(sigma, correct, predict)
+    return _table(sigma, levels, correct, predict)
 
 
-def sde(steps: int, *, shift: float = 5.0) -> Solver:
+def sde(steps: int, *, shift: float = 5.0, levels: Sequence[float] | None = None) -> Solver:
     """SDE-DPM-Solver++(2M) on the same noise levels; the last step adds no noise."""
-    sigma = levels(steps, shift=shift)
+    sigma = _sigma(steps, shift, levels)
     correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
     correct[:, 0] = 1.0
     for k in range(steps):
         predict[k] = _predictor(sigma, k, second=0 < k < steps - 1, fresh=True)
     remaining = predict[:, 0] * sigma[:-1]  # standard deviation of the old noise after the step
-    return _table(sigma, correct, predict, np.sqrt(sigma[1:] ** 2 - remaining**2))
+    return _table(sigma, levels, correct, predict, np.sqrt(sigma[1:] ** 2 - remaining**2))
 
 
 SOLVERS = {"unipc": unipc, "euler": euler, "sde": sde}
-"""Maps a solver's name to its constructor, which takes a number of steps and a shift."""
+"""Maps a solver's name to its constructor, which takes a number of steps and a shift, or the exact
+noise levels of the steps in place of the shift: `steps` descending numbers in (0, 1]."""
 
 
-def _table(sigma: np.ndarray, *columns: np.ndarray) -> Solver:
-    timestep = np.trunc(TIMESTEPS * sigma[:-1])
+def _table(sigma: np.ndarray, given: Sequence[float] | None, *columns: np.ndarray) -> Solver:
+    """The table of a solver; `given` are the exact levels, if they do not follow from a shift."""
+    timestep = np.trunc(TIMESTEPS * sigma[:-1] + (0.0 if given is None else ROUNDING))
     return Solver(*(leaf.astype(np.float32) for leaf in (sigma[:-1], timestep, *columns)))
 
 
 def _log_snr(sigma: float) -> float:
-    """log(alpha / sigma), half the log signal-to-noise ratio; infinite for sigma = 0."""
-    return np.inf if sigma == 0 else float(np.log1p(-sigma) - np.log(sigma))
+    """log(alpha / sigma), half the log signal-to-noise ratio; infinite for sigma = 0 and 1."""
+    if sigma in (0, 1):
+        return np.inf if sigma == 0 else -np.inf
+    return float(np.log1p(-sigma) - np.log(sigma))
 
 
 def _predictor(sigma: np.ndarray, k: int, *, second: bool, fresh: bool = False) -> np.ndarray:
@@ -188,8 +216,10 @@ def _corrector(sigma: np.ndarray, k: int, *, second: bool) -> np.ndarray:
         ratio = (_log_snr(sigma[k - 2]) - _log_snr(before)) / h
         phi2 = b / -h - 1.0
         phi3 = phi2 / -h - 0.5
-        rho_past, rho_now = np.linalg.solve(
-            np.array([[1.0, 1.0], [ratio, 1.0]]), np.array([phi2 / b, 2.0 * phi3 / b])
-        )
+        rho_now = phi2 / b  # the limit for a first level of 1, where the ratio is infinite
+        if np.isfinite(ratio):
+            rho_past, rho_now = np.linalg.solve(
+                np.array([[1.0, 1.0], [ratio, 1.0]]), np.array([phi2 / b, 2.0 * phi3 / b])
+            )
     past = rho_past / ratio
     return np.array([0.0, now / before, gain * rho_now, gain * (1.0 - rho_now - past), gain * past])

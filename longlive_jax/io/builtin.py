@@ -1,4 +1,4 @@
-"""The checkpoint that ships with the package."""
+"""The checkpoint and the adapter that ship with the package."""
 
 import os
 from importlib import resources
@@ -9,6 +9,9 @@ from longlive_jax.spec import UserError
 
 BUILTIN = "small_world"
 """Name of the built-in checkpoint."""
+
+BUILTIN_ADAPTER = "small_world_4_steps"
+"""Name of the built-in adapter, which distils the built-in checkpoint to 4 steps."""
 
 
 def find_checkpoint(name: str | os.PathLike | None = None) -> Path:
@@ -30,6 +33,13 @@ def find_checkpoint(name: str | os.PathLike | None = None) -> Path:
         f"checkpoint {str(name)!r} is not a directory; choose one written by `longlive convert` or "
         f"`longlive train`, or {BUILTIN!r}, the built-in one"
     )
+
+
+def find_adapter(path: str | os.PathLike) -> Path:
+    """The path of an adapter, or that of the built-in one by its name."""
+    if str(path) == BUILTIN_ADAPTER and not Path(path).exists():
+        return builtin_checkpoint(BUILTIN_ADAPTER)
+    return Path(path)
 
 
 def builtin_checkpoint(name: str = BUILTIN) -> Path:

@@ -39,7 +39,7 @@ from longlive_jax.sampling.drivers import ChunkInputs, Sampler, VideoConditionin
 from longlive_jax.sampling.load import PLATFORMS_WITH_LAYERS_APART, layers_apart, load_dit
 from longlive_jax.sampling.prompt_cache import PromptCache, PromptEncoder
 from longlive_jax.sampling.script import ShotScript, check_size
-from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, precision, spec_for
+from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, changed, precision, spec_for
 from longlive_jax.sampling.sharding import REPLICATED, rows_by_device, shard_cache
 from longlive_jax.sampling.streaming_vae import DecoderState, StreamingVAE
 from longlive_jax.sampling.timeline import Timeline, make_timeline
@@ -139,7 +139,8 @@ class Engine:
         if fixed := LOADED_WITH & set(changes):
             raise UserError(f"{', '.join(sorted(fixed))} cannot change after loading; load again")
         engine = copy.copy(self)
-        engine.spec = build(SampleSpec, dataclasses.asdict(self.spec) | changes, path="sample")
+        settings = changed(dataclasses.asdict(self.spec), changes)
+        engine.spec = build(SampleSpec, settings, path="sample")
         return engine
 
     def with_params(self, params: Params) -> "Engine":
@@ -295,7 +296,7 @@ class Engine:
         images = [script.image for script in scripts]
         frames = [empty if image is None else self._image(image, size) for image in images]
         return VideoConditioning(
-            solver=SOLVERS[spec.solver](spec.steps, shift=spec.shift),
+            solver=SOLVERS[spec.solver](spec.steps, shift=spec.shift, levels=spec.levels),
             keys=jnp.stack([jax.random.key(script.seed) for script in scripts]),
             conditioning_frame=jnp.concatenate(frames),
             has_conditioning_frame=np.array([image is not None for image in images]),

@@ -30,7 +30,7 @@ from longlive_jax.typing import Params
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.nvfp4 import select_implementation
 
-__all__ = ["PLATFORMS_WITH_LAYERS_APART", "layers_apart", "load_dit"]
+__all__ = ["PLATFORMS_WITH_LAYERS_APART", "check_quantization", "layers_apart", "load_dit"]
 
 PLATFORMS_WITH_LAYERS_APART = ("gpu", "cuda")
 """Where loaded parameters and caches have an array per layer. A loop over stacks copies them, which
@@ -51,12 +51,8 @@ def load_dit(
 
     Raises UserError for a policy or an implementation that cannot work.
     """
-    formats, record = _formats(folder, quant), read_quantization(folder)
-    if record is not None:
-        _check_same(folder, record, formats, quant)
-        formats = {name: kernel.form for name, kernel in record.kernels.items()}
-    _check_available(formats, quant)
-    if record is not None or not formats:
+    is_packed, formats = check_quantization(folder, quant)
+    if is_packed or not formats:
         return load_model(
             folder, "dit", param_dtype=param_dtype, dtype=dtype, implementation=quant.implementation
         )
@@ -68,6 +64,21 @@ def load_dit(
         dtype=jnp.dtype(param_dtype),
     )
     return with_params(dit, packed)
+
+
+def check_quantization(
+    folder: str | os.PathLike, quant: QuantSpec
+) -> tuple[bool, dict[str, Format]]:
+    """Whether a checkpoint is quantized, and the formats of its kernels under `quant`.
+
+    Reads no weights. Raises UserError for a policy or an implementation that cannot work.
+    """
+    formats, record = _formats(folder, quant), read_quantization(folder)
+    if record is not None:
+        _check_same(folder, record, formats, quant)
+        formats = {name: kernel.form for name, kernel in record.kernels.items()}
+    _check_available(formats, quant)
+    return record is not None, formats
 
 
 def layers_apart(params: Params, *, consume: bool = False) -> Params:

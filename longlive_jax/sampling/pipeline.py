@@ -7,9 +7,10 @@ or `for chunk in pipe.stream(script): ...`, to get each chunk as soon as it is g
 """
 
 import contextlib
+import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -32,13 +33,15 @@ from longlive_jax.sampling.inputs import (
     find_device,
     reject_arguments,
 )
+from longlive_jax.sampling.plugged import Adapters, AdapterSource, as_adapters
 from longlive_jax.sampling.progress import Progress, progress_after
 from longlive_jax.sampling.script import ShotScript
 from longlive_jax.sampling.settings import SampleSpec, SolverName
 from longlive_jax.sampling.sharding import check_divides, data_mesh
 from longlive_jax.sampling.stream import PACKAGE, Stream
+from longlive_jax.sampling.timeline import Timeline
 from longlive_jax.spec import UserError
-from longlive_jax.typing import Array, Float, Shaped
+from longlive_jax.typing import Array, Float, Params, Shaped
 
 
 class PastOptions(TypedDict, total=False):
@@ -90,12 +93,15 @@ class Pipeline:
 
     Attributes:
       engine: the model and its compiled functions.
+      adapters: the adapters that are plugged in.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, *, chosen: Iterable[str] = ()):
+        """`chosen` names settings of the engine that plugging an adapter in leaves as they are."""
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}")
         self.engine = engine
+        self.adapters = Adapters(engine, chosen=frozenset(chosen))
 
     @classmethod
     def from_checkpoint(
@@ -120,7 +126,8 @@ class Pipeline:
         target, devices = find_device(device), None if mesh is None else data_mesh(mesh)
         if devices is not None and (target is not None or settings.get("vae_device") is not None):
             raise UserError("mesh says where all models are; leave device and vae_device out")
-        return cls(Engine.from_checkpoint(folder, device=target, mesh=devices, **settings))
+        engine = Engine.from_checkpoint(folder, device=target, mesh=devices, **settings)
+        return cls(engine, chosen=settings)
 
     def __repr__(self) -> str:
         spec, device, mesh = self.spec, self.engine.device, self.engine.mesh
@@ -143,7 +150,61 @@ class Pipeline:
         Raises UserError for settings that apply when weights are loaded: precision, the VAE's
         device, quantization.
         """
-        return Pipeline(self.engine.with_settings(**changes))
+        adapters = dataclasses.replace(
+            self.adapters,
+            plain=self.adapters.plain.with_settings(**changes),
+            chosen=self.adapters.chosen | set(changes),
+        )
+        return self._with(adapters, self.engine.params)
+
+    def with_adapter(
+        self,
+        adapter: AdapterSource | Sequence[AdapterSource],
+        scale: float | Sequence[float] = 1.0,
+        *,
+        rank: int | None = None,
+    ) -> "Pipeline":
+        """The pipeline with an adapter plugged in, or with several; calls add up.
+
+        The adapter's own sampling settings are set, except those given to `from_checkpoint` or
+        `with_settings`. Nothing compiles again as long as the ranks of all adapters fit into the
+        branches, whose rank is a power of two and never shrinks. A fused pipeline stays fused.
+
+        Args:
+          adapter: adapter, its path, or a list of these.
+          scale: what its own scale is multiplied by; one for each of a list, or one for all.
+          rank: total rank to make room for, if more adapters will follow.
+
+        Raises UserError for a missing or damaged file, an adapter of another model, and values that
+        are not finite.
+        """
+        return self._plugged(self.adapters.added(as_adapters(adapter, scale), rank))
+
+    def without_adapters(self) -> "Pipeline":
+        """The pipeline with its own weights and settings."""
+        return self._plugged(dataclasses.replace(self.adapters, plugged=(), fused=False))
+
+    def fuse_adapters(self) -> "Pipeline":
+        """The pipeline with the adapters merged into its kernels, as fast as without any.
+
+        The unmerged kernels stay in memory for `unfuse_adapters`. Raises UserError if nothing is
+        plugged in, or the kernels are packed.
+        """
+        if not self.adapters.plugged:
+            raise UserError("there is no adapter to fuse; plug one in with with_adapter")
+        return self._plugged(dataclasses.replace(self.adapters, fused=True))
+
+    def unfuse_adapters(self) -> "Pipeline":
+        """The pipeline with the same adapters as branches again; kernels are exactly as before."""
+        return self._plugged(dataclasses.replace(self.adapters, fused=False))
+
+    def _plugged(self, adapters: Adapters) -> "Pipeline":
+        return self._with(adapters, adapters.params())
+
+    def _with(self, adapters: Adapters, params: Params) -> "Pipeline":
+        pipe = Pipeline(adapters.engine(params, self.engine))
+        pipe.adapters = adapters
+        return pipe
 
     def describe_kernels(self) -> tuple[str, ...]:
         """One line per kind of packed matrix of the DiT, with what multiplies it."""
@@ -198,8 +259,8 @@ class Pipeline:
     ) -> Stream:
         """An iterator of decoded chunks that can be steered; see `StreamOptions`, `PastOptions`.
 
-        A stream that continues a video begins after its last frame. Raises TypeError or UserError
-        for arguments that do not fit, before anything compiles.
+        One that continues a video begins after its last frame. Raises TypeError or UserError for
+        arguments that do not fit, before anything compiles.
         """
         # 1. Arguments.
         check_output(output)
@@ -211,7 +272,7 @@ class Pipeline:
         video = _past(engine, batch, size, past)
         timeline = engine.timeline(batch, past_shots=0 if video is None else video.num_shots)
         # 2. Notes.
-        remarks = _prompt_notes(engine, batch, timeline.distinct_prompts()[0])
+        remarks = self._remarks(engine, batch, timeline)
         notes = (*timeline.notes, *remarks, *engine.cache_notes(len(batch), size))
         for note in remarks:
             warnings.warn(note, skip_file_prefixes=PACKAGE)
@@ -224,7 +285,7 @@ class Pipeline:
             past=video,
             endless=endless,
             output=output,
-            notes=notes if video is None else (*notes, *video.notes),
+            notes=(*notes, *(() if video is None else video.notes)),
         )
 
     def latents(self, scripts: Scripts) -> Float[Array, "b f h w c"]:
@@ -270,6 +331,13 @@ class Pipeline:
             text for prompt in given for text in (prompt, prefix + prompt.removeprefix(prefix))
         )
         return {text: self.engine.text_features(text)[0] for text in texts}
+
+    def _remarks(
+        self, engine: Engine, batch: Sequence[ShotScript], timeline: Timeline
+    ) -> tuple[str, ...]:
+        """Notes on steps that an adapter was not made for, and on prompts."""
+        prompts = timeline.distinct_prompts()[0]
+        return self.adapters.remarks(engine.spec.steps) + _prompt_notes(engine, batch, prompts)
 
     def _engine_for(self, features: Mapping[str, Any] | None, **settings: Any) -> Engine:
         """The engine with the settings and text features of one call."""

@@ -10,6 +10,7 @@ A record is a JSON object:
     script        shots, seed, size and so on, as in a script file
     settings      every field of `SampleSpec`
     checkpoint    path, and a fingerprint of the weights
+    adapters      path, scale, fingerprint, and fingerprint of its base, of each that is plugged in
     versions      of this package, JAX, numpy, PyAV and Python
     device        platform, kind and number of the devices
     command       the arguments of the program
@@ -32,6 +33,7 @@ from typing import Any
 import jax
 
 import longlive_jax
+from longlive_jax.adapters.branches import Plugged
 from longlive_jax.io.builtin import BUILTIN, builtin_checkpoint
 from longlive_jax.io.checkpoint import weights_fingerprint
 from longlive_jax.sampling.script import Shot, ShotScript
@@ -60,6 +62,7 @@ def run_record(
     command: Sequence[str] = (),
     source: str | None = None,
     continues: Mapping[str, Any] | None = None,
+    adapters: Plugged = (),
 ) -> Record:
     """The part of a record that all videos of a run have in common; see the module's docstring."""
     is_builtin = checkpoint.resolve() == builtin_checkpoint().resolve()
@@ -71,6 +74,15 @@ def run_record(
             "path": BUILTIN if is_builtin else str(checkpoint.resolve()),
             "fingerprint": weights_fingerprint(checkpoint),
         },
+        "adapters": [
+            {
+                "path": _absolute(adapter.name),
+                "scale": scale,
+                "fingerprint": adapter.fingerprint,
+                "base": adapter.base,
+            }
+            for adapter, scale in adapters
+        ],
         "versions": {
             "longlive_jax": longlive_jax.__version__,
             **{name: version(name) for name in ("jax", "jaxlib", "numpy", "av")},
@@ -85,6 +97,11 @@ def run_record(
         "source": source,
         "continues": None if continues is None else dict(continues),
     }
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of an adapter that has been read from one; else its name."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def video_record(
@@ -141,7 +158,9 @@ def _without_folders(record: Mapping[str, Any]) -> Record:
     """A record without the command, and with the names of files instead of their paths."""
     public = {k: v for k, v in record.items() if k != "command"}
     public |= {k: dict(public[k]) for k in ("checkpoint", "script", "continues") if public.get(k)}
+    public["adapters"] = [dict(adapter) for adapter in public.get("adapters", ())]
     for holder, name in (
+        *((adapter, "path") for adapter in public["adapters"]),
         (public, "source"),
         (public.get("continues") or {}, "path"),
         (public.get("checkpoint", {}), "path"),
@@ -179,6 +198,15 @@ def recorded_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.get("settings", {}).items() if k in known}
 
 
+def _adapters(record: Mapping[str, Any]) -> str:
+    """Names, strengths and fingerprints of the adapters of a record."""
+    adapters = (x for x in record.get("adapters", ()) if isinstance(x, dict))
+    return ", ".join(
+        f"{Path(str(x.get('path'))).name}:{x.get('scale')} ({x.get('fingerprint')})"
+        for x in adapters
+    )
+
+
 def differences(record: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, ...]:
     """Remarks on what a run does otherwise than the recorded one, if that may change the video."""
     pairs = []
@@ -189,6 +217,9 @@ def differences(record: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str,
             for name in now
             if name in before and before[name] != now[name] and name not in ("path", "count")
         ]
+    before, now = (_adapters(x) for x in (record, run))
+    if before != now:
+        pairs.append(("adapters", before or "none", now or "none"))
     if record.get("continues") != run.get("continues"):
         pairs.append(("continued video", record.get("continues"), run.get("continues")))
     return tuple(f"{name} is {now}, was {before} in the record" for name, before, now in pairs)

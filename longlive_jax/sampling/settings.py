@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 
 from longlive_jax.captions import CUT_PREFIX
+from longlive_jax.diffusion.solvers import check_levels
 from longlive_jax.io.checkpoint import CheckpointWriter, read_manifest
 from longlive_jax.models.wan.cache import CachePolicy
 from longlive_jax.models.wan.packed_cache import KVFormat, Reader, Smoothing, Storage
@@ -49,6 +50,8 @@ class SampleSpec:
       solver: solver of the flow; "sde" adds noise between its steps and needs many of them.
       steps: model calls per chunk; 2 to 4 for a distilled model, 32 to 50 otherwise.
       shift: shift of the noise levels towards the noisy end.
+      levels: noise level of each step, descending in (0, 1], as an adapter or a distilled model was
+        trained with; None takes those of steps and shift.
       guidance: scale of classifier-free guidance; 1 is off and needs no negative prompts.
       negative_prompt: negative prompt of scripts without one.
       window: chunks in the attention window, the current one and all sinks included.
@@ -77,6 +80,7 @@ class SampleSpec:
     solver: SolverName = "unipc"
     steps: int = 4
     shift: float = 5.0
+    levels: tuple[float, ...] | None = None
     guidance: float = 1.0
     negative_prompt: str = ""
     window: int = 4
@@ -108,6 +112,11 @@ class SampleSpec:
                 raise UserError(f"{name} must be >= {low}, got {value}")
             if value > high:
                 raise UserError(f"{name} must be <= {high}, got {value}")
+        if self.levels is not None:
+            try:
+                check_levels(self.levels, self.steps)
+            except ValueError as error:
+                raise UserError(f"{error}; levels=None takes those of steps and shift") from error
         if self.vae_device is not None and not 0 <= self.vae_device < jax.device_count():
             raise UserError(
                 f"vae_device must be one of devices 0 to {jax.device_count() - 1}, got "
@@ -138,6 +147,16 @@ def precision(choice: Precision) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with `changes`; levels do not outlast a change of the steps or the shift."""
+    result = {**settings, **changes}
+    defaults = {field.name: field.default for field in dataclasses.fields(SampleSpec)}
+    for name in ("steps", "shift"):
+        if result.get(name, defaults[name]) != settings.get(name, defaults[name]):
+            result["levels"] = changes.get("levels")
+    return result
+
+
 def checkpoint_settings(folder: str | os.PathLike) -> dict[str, Any]:
     """The fields of `SampleSpec` that a checkpoint stores as its own defaults."""
     return with_renamed(read_manifest(folder).get(MANIFEST_KEY, {}), RENAMED_SETTINGS)
@@ -146,7 +165,7 @@ def checkpoint_settings(folder: str | os.PathLike) -> dict[str, Any]:
 def spec_for(folder: str | os.PathLike, changes: Mapping[str, Any] | None = None) -> SampleSpec:
     """The checkpoint's own settings, overridden by `changes`; UserError as from `build`."""
     own = checkpoint_settings(folder)
-    return build(SampleSpec, {**own, **(changes or {})}, path="sample")
+    return build(SampleSpec, changed(own, changes or {}), path="sample")
 
 
 def save_settings(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:

@@ -156,3 +156,38 @@ def test_fresh_noise_is_scaled_by_its_std():
 def test_zero_steps_is_an_error():
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         solvers.unipc(0)
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_exact_levels_in_place_of_a_shift(name):
+    """Those of a shift give its table; a first level of 1 is the limit of levels below it."""
+    make = solvers.SOLVERS[name]
+    for same, want in zip(
+        jax.tree.leaves(make(4, levels=solvers.levels(4)[:-1])),
+        jax.tree.leaves(make(4)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(same, want)
+    exact = make(4, levels=(1.0, 0.9375, 0.75, 0.57))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(exact))
+    np.testing.assert_array_equal(exact.timestep, [1000, 937, 750, 570])
+    single = make(4, levels=tuple(map(float, np.float32([1.0, 0.9375, 0.75, 0.57]))))
+    np.testing.assert_array_equal(single.timestep, exact.timestep)
+    near = make(4, levels=(1 - 1e-300**0.05, 0.9375, 0.75, 0.57))
+    for got, want in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
+        np.testing.assert_allclose(got, want, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ((0.9, 0.5), "levels must be 3 numbers, one per step, got 2"),
+        ((0.9, 0.5, 0.5), "levels must descend"),
+        ((0.9, 0.5, 0.0), r"levels must be in \(0, 1\]"),
+        ((1.1, 0.5, 0.2), r"levels must be in \(0, 1\]"),
+        ((float("nan"), 0.5, 0.2), r"levels must be in \(0, 1\]"),
+    ],
+)
+def test_levels_that_cannot_be_are_named(levels, message):
+    with pytest.raises(ValueError, match=message):
+        solvers.unipc(3, levels=levels)

@@ -2,7 +2,12 @@
 
 import pytest
 
-from longlive_jax.io.builtin import builtin_checkpoint, find_checkpoint
+from longlive_jax.io.builtin import (
+    BUILTIN_ADAPTER,
+    builtin_checkpoint,
+    find_adapter,
+    find_checkpoint,
+)
 from longlive_jax.spec import UserError
 
 
@@ -22,3 +27,10 @@ def test_a_folder_takes_precedence_over_a_name(tmp_path, monkeypatch):
 def test_what_is_no_checkpoint_is_refused(name):
     with pytest.raises(UserError, match=rf"{name}"):
         find_checkpoint(name)
+
+
+def test_the_built_in_adapter_needs_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_adapter(BUILTIN_ADAPTER) == builtin_checkpoint(BUILTIN_ADAPTER)
+    (tmp_path / BUILTIN_ADAPTER).mkdir()
+    assert find_adapter(BUILTIN_ADAPTER).resolve() == tmp_path / BUILTIN_ADAPTER
