@@ -1,11 +1,15 @@
 """`longlive data check DIR` and `longlive data encode --source=DIR --checkpoint=DIR --out=DIR`.
 
+`encode --texts_only` stores the captions of the videos as scripts instead of clips, and
+`--scripts=FILE` those of a file, with the negative prompt, for training on prompts alone.
+
 Exit codes of `check`: 0 all samples can be used, 1 some cannot, 2 none can or DIR is not a dataset.
 Exit codes of `encode`: 0 done (skipped samples are named), 1 the disk is full or failed, 2 bad
 input.
 """
 
 import argparse
+import functools
 import io
 import json
 import sys
@@ -19,6 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from longlive_jax.cli.app import Parser
+from longlive_jax.cli.data_scripts import (
+    EncodeJob,
+    add_script_options,
+    check_script_options,
+    find_scripts,
+    script_job,
+)
 from longlive_jax.cli.meshes import parse_mesh
 from longlive_jax.cli.options import parse_size
 from longlive_jax.cli.progress import ProgressBars
@@ -27,7 +38,7 @@ from longlive_jax.spec import UserError, build, nearest
 if TYPE_CHECKING:
     from longlive_jax.data.clips.check import SampleReport
     from longlive_jax.data.clips.dataset import VideoSample
-    from longlive_jax.data.clips.encoding import Encoders, EncodeSpec
+    from longlive_jax.data.clips.encode_spec import Encoders, EncodeSpec
     from longlive_jax.data.clips.store import Manifest
 
 MAX_ROWS = 60
@@ -83,7 +94,7 @@ def check(argv: Sequence[str]) -> int:
 
 
 def encode(argv: Sequence[str]) -> int:
-    """Encodes the clips and prompts that `--out` does not have yet."""
+    """Encodes the clips, or scripts, and prompts that `--out` does not have yet."""
     args = _encode_parser().parse_args(argv)
     from longlive_jax.data.clips.dataset import find_samples, usable
     from longlive_jax.data.clips.encoders import checkpoint_encoders
@@ -91,31 +102,38 @@ def encode(argv: Sequence[str]) -> int:
     from longlive_jax.sampling.settings import precision
 
     # 1. Check the options and the dataset.
+    check_script_options(args)
     args.checkpoint = find_checkpoint(args.checkpoint)
     spec, dtype = _encode_spec(args), precision(args.compute)
     encoders = checkpoint_encoders(args.checkpoint, spec, dtype=dtype)
-    if args.mesh is not None and args.texts_only:
-        raise UserError("--mesh shards clips, but --texts_only encodes none; remove one of them")
     if args.mesh is not None:
         encoders = _shard_encoders(encoders, spec, args, dtype)
-    samples = find_samples(args.source)
-    usable(samples, args.source)
+    if args.texts_only:
+        job: EncodeJob = script_job(args, find_scripts(args, spec.join))
+    else:
+        samples = find_samples(args.source)
+        usable(samples, args.source)
+        job = functools.partial(_encode_clips, samples)
     # 2. Encode.
-    manifest = _encode_with_progress(samples, spec, encoders, args)
+    manifest = _encode_with_progress(job, spec, encoders, args.out)
     # 3. Print what the store contains.
-    clips, texts = (sum(s.records for s in shards) for shards in (manifest.clips, manifest.texts))
     for name, reason in manifest.skipped:
         print(_escape_control(f"skipped {name}: {reason}"), file=sys.stderr)
-    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-    print(f"{args.out}: {clips} clips, {texts} prompts{skipped}")
+    print(f"{args.out}: {manifest.summary()}")
     return 0
 
 
+def _encode_clips(samples: "list[VideoSample]", out: Path, **options: Any) -> "Manifest":
+    from longlive_jax.data.clips.encoding import encode_dataset
+
+    return encode_dataset(samples, out, **options)
+
+
 def _encode_with_progress(
-    samples: "list[VideoSample]", spec: "EncodeSpec", encoders: "Encoders", args: Any
+    job: "EncodeJob", spec: "EncodeSpec", encoders: "Encoders", out: Path
 ) -> "Manifest":
-    """Encodes with one progress bar per stage. Raises Failure if `--out` cannot be written."""
-    from longlive_jax.data.clips.encoding import encode_dataset, resumable
+    """Encodes with one progress bar per stage. Raises Failure if `out` cannot be written."""
+    from longlive_jax.data.clips.encoding import resumable
 
     with ProgressBars() as bars:
         ticks: dict[str, Any] = {}
@@ -125,15 +143,8 @@ def _encode_with_progress(
                 ticks[stage] = bars.begin(stage)
             ticks[stage](done, total)
 
-        with resumable(args.out):
-            return encode_dataset(
-                samples,
-                args.out,
-                spec=spec,
-                encoders=encoders,
-                texts_only=args.texts_only,
-                progress=progress,
-            )
+        with resumable(out):
+            return job(out, spec=spec, encoders=encoders, progress=progress)
 
 
 def _shard_encoders(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: Any) -> "Encoders":
@@ -160,7 +171,7 @@ def _shard_encoders(encoders: "Encoders", spec: "EncodeSpec", args: Any, dtype: 
 
 def _encode_spec(args: Any) -> "EncodeSpec":
     """The options as a spec; missing ones have the values that the checkpoint is sampled with."""
-    from longlive_jax.data.clips.encoding import EncodeSpec
+    from longlive_jax.data.clips.encode_spec import EncodeSpec
     from longlive_jax.io.checkpoint import read_manifest
     from longlive_jax.sampling.settings import spec_for
 
@@ -249,7 +260,7 @@ def _encode_parser() -> Parser:
     parser = Parser("data encode", "Encode a dataset to latents and text features; resumable.")
     add = parser.add_argument
     # Paths.
-    add("--source", type=Path, required=True, help="dataset, as for `data check`")
+    add("--source", type=Path, help="dataset, as for `data check`")
     add(
         "--checkpoint",
         required=True,
@@ -264,11 +275,7 @@ def _encode_parser() -> Parser:
     add("--min_latents", type=int, default=1, help="minimum real (unpadded) latent frames")
     add("--windows", type=int, default=1, help="clips per sample (0 = as many as fit)")
     add("--text_len", type=int, help="text tokens per prompt (default: the checkpoint's)")
-    add(
-        "--texts_only",
-        action="store_true",
-        help="encode no clips, but all prompts a clip could have (for training on videos)",
-    )
+    add_script_options(parser)
     # Storage and computation.
     add("--dtype", default="float16", help="storage dtype of latents: float16 or float32")
     add(

@@ -24,9 +24,9 @@ import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from longlive_jax.data.clips.flat import TABLES, is_flat, read_flat
 from longlive_jax.data.clips.samples import (
@@ -44,7 +44,15 @@ from longlive_jax.data.clips.samples import (
 )
 from longlive_jax.spec import UserError, reject_unknown
 
-__all__ = ["DATASET_MANIFEST", "SourceShot", "Unusable", "VideoSample", "find_samples", "usable"]
+__all__ = [
+    "DATASET_MANIFEST",
+    "SourceShot",
+    "Unusable",
+    "VideoSample",
+    "find_samples",
+    "read_json_lines",
+    "usable",
+]
 
 DATASET_MANIFEST = "manifest.jsonl"
 EXAMPLE = '{"shots": [{"video": "a.mp4", "caption": "a cat runs"}]}'
@@ -161,6 +169,44 @@ def _read_folders(root: Path, name: str) -> VideoSample:
 
 
 def _read_manifest(path: Path) -> list[VideoSample]:
+    def read(values: dict[str, Any], name: str) -> VideoSample:
+        reject_unknown(values, ("name", "shots"), "sample")
+        entries = values.get("shots")
+        if not isinstance(entries, list) or not entries:
+            raise Unusable(f"shots must be a list of at least one shot, as in {EXAMPLE}")
+        shots = tuple(_read_shot(entry, i, path.parent) for i, entry in enumerate(entries))
+        return VideoSample(name, shots)
+
+    return read_json_lines(
+        path, read, lambda name, problem: VideoSample(name, problem=problem), EXAMPLE
+    )
+
+
+class _Named(Protocol):
+    """What has a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def read_json_lines[S: _Named](
+    path: Path,
+    read: Callable[[dict[str, Any], str], S],
+    unusable: Callable[[str, str], S],
+    example: str,
+) -> list[S]:
+    """Every sample of a file in JSON lines, in order.
+
+    Args:
+      path: the file.
+      read: (object of a line, name) -> sample; may raise ValueError. The name is the object's, or
+        that of its line.
+      unusable: (name, problem) -> sample, for lines that cannot be read and names used before.
+      example: a line, for messages.
+
+    Raises UserError for a file that cannot be read, is not in JSON lines, or is empty.
+    """
+    # 1. Read the lines.
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -169,16 +215,20 @@ def _read_manifest(path: Path) -> list[VideoSample]:
     if texts and not any(text.startswith(("{", "[")) for text in texts):
         raise UserError(
             f"{path}: is not a manifest in JSON lines (it starts with {texts[0][:20]!a}); "
-            f"expected lines such as {EXAMPLE}"
+            f"expected lines such as {example}"
         )
-    samples, line_of = [], dict[str, int]()
+    # 2. Turn them into samples.
+    samples, line_of = list[S](), dict[str, int]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        sample = _read_line(line, number, path.parent)
+        try:
+            sample = read(*_named_object(line, f"line {number}"))
+        except (ValueError, RecursionError) as error:  # UserError and Unusable are ValueErrors
+            sample = unusable(f"line {number}", f"line {number}: {one_line(error)}")
         if sample.name in line_of:
             where = f"line {number}: the name {sample.name!r} is already used by line"
-            sample = VideoSample(f"line {number}", problem=f"{where} {line_of[sample.name]}")
+            sample = unusable(f"line {number}", f"{where} {line_of[sample.name]}")
         line_of[sample.name] = number
         samples.append(sample)
     if not samples:
@@ -186,22 +236,14 @@ def _read_manifest(path: Path) -> list[VideoSample]:
     return samples
 
 
-def _read_line(line: str, number: int, folder: Path) -> VideoSample:
-    name = f"line {number}"
-    try:
-        values = json.loads(line)
-        if not isinstance(values, dict):
-            raise Unusable(f"expected an object, got {line.strip()[:40]}")
-        reject_unknown(values, ("name", "shots"), "sample")
-        entries = values.get("shots")
-        if not isinstance(entries, list) or not entries:
-            raise Unusable(f"shots must be a list of at least one shot, as in {EXAMPLE}")
-        shots = tuple(_read_shot(entry, i, folder) for i, entry in enumerate(entries))
-        if not isinstance(values.get("name", ""), str):
-            raise Unusable(f"name must be a string, got {values['name']!r}")
-    except (ValueError, RecursionError) as error:  # UserError and Unusable are ValueErrors
-        return VideoSample(name, problem=f"line {number}: {one_line(error)}")
-    return VideoSample(values.get("name") or name, shots)
+def _named_object(line: str, default: str) -> tuple[dict[str, Any], str]:
+    """The object of a line, and its name or the default one."""
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise Unusable(f"expected an object, got {line.strip()[:40]}")
+    if not isinstance(values.get("name", ""), str):
+        raise Unusable(f"name must be a string, got {values['name']!r}")
+    return values, values.get("name") or default
 
 
 def _read_shot(values: Any, i: int, folder: Path) -> SourceShot:

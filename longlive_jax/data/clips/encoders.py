@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from longlive_jax.data.clips.encoding import Encoders, EncodeSpec
+from longlive_jax.data.clips.encode_spec import Encoders, EncodeSpec
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import TOKENIZER, read_manifest
 from longlive_jax.io.completeness import require_components

@@ -14,90 +14,42 @@ import importlib.metadata
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
-from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import Unusable, VideoSample
+from longlive_jax.data.clips.encode_spec import Encoders, EncodeSpec
 from longlive_jax.data.clips.encoding_plan import (
     ClipJob,
     EncodingPlan,
     EncodingProgress,
     plan_encoding,
-    plan_prompts,
+    plan_scripts,
 )
 from longlive_jax.data.clips.latents import clip_latents
 from longlive_jax.data.clips.records import dtype_of, pack_record, unpack_record
+from longlive_jax.data.clips.script_records import write_scripts
+from longlive_jax.data.clips.scripts import PromptScript
 from longlive_jax.data.clips.source import read_clip
 from longlive_jax.data.clips.store import (
     STORE_MANIFEST,
     Manifest,
     Shard,
     is_complete,
+    with_shard,
     write_file,
     write_shard,
 )
 from longlive_jax.io.paths import check_writable
-from longlive_jax.spec import Failure, UserError, check_minimums
+from longlive_jax.spec import Failure, UserError
 
-__all__ = ["EncodeSpec", "Encoders", "encode_dataset", "resumable"]
+__all__ = ["encode_dataset", "encode_scripts", "resumable"]
 
 PROMPTS_PER_SHARD = 256
 """Prompts per file."""
-
-ReadFrames = Callable[[int, int | None], np.ndarray]
-"""`read(first, last)`: those raw frames of a clip, uint8 [n, h, w, 3]; None for all the rest."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodeSpec:
-    """What is encoded, and how it is stored.
-
-    The field names are stored in manifests (`store.Manifest.identity`).
-
-    Attributes:
-      join: joining rules for shots.
-      size: (height, width) in pixels.
-      windows: clips per sample, one after the other; 0 for as many as fit.
-      text_len: rows of text features per prompt.
-      dtype: storage dtype of the latents.
-      text_dtype: storage dtype of the text features.
-      shard: clips per file.
-    """
-
-    join: JoinSpec
-    size: tuple[int, int]
-    windows: int = 1
-    text_len: int = 512
-    dtype: Literal["float16", "float32"] = "float16"
-    text_dtype: Literal["bfloat16", "float16", "float32"] = "float32"
-    shard: int = 64
-
-    def __post_init__(self) -> None:
-        check_minimums(self, windows=0, text_len=1, shard=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoders:
-    """The models, loaded when they are needed, and what identifies them.
-
-    Attributes:
-      load_text_encoder: loads the function prompt -> features [t, e] without padding.
-      load_vae: loads the function `read_video(...)` -> latents [f, h, w, c].
-      latent_bytes: bytes of one latent frame in float32, for the check of free disk space.
-      identity: fingerprints of the models.
-      read_video: reads the frames that the VAE takes, uint8 [r, h, w, 3]; by default all of
-        the clip.
-    """
-
-    load_text_encoder: Callable[[], Callable[[str], np.ndarray]]
-    load_vae: Callable[[], Callable[[np.ndarray], np.ndarray]]
-    latent_bytes: int
-    identity: Mapping[str, str]
-    read_video: Callable[[ReadFrames], np.ndarray] = lambda read: read(0, None)
 
 
 def encode_dataset(
@@ -106,32 +58,67 @@ def encode_dataset(
     *,
     spec: EncodeSpec,
     encoders: Encoders,
-    texts_only: bool = False,
     progress: EncodingProgress = lambda *_: None,
 ) -> Manifest:
-    """Encodes what `out` does not have yet, and returns its manifest.
+    """Encodes the clips and prompts that `out` does not have yet, and returns its manifest.
 
-    With `texts_only`, encodes no clips, but every prompt that a clip could have, wherever it
-    begins. Raises UserError if there is nothing to encode, if `out` has other files or was encoded
-    with other settings, or if the disk is too small; OSError if writing fails.
+    Raises UserError if there is nothing to encode, if `out` has other files or was encoded with
+    other settings, or if the disk is too small; OSError if writing fails.
     """
-    # 1. Plan the contents, and find what is missing.
-    if texts_only:
-        plan = plan_prompts(samples, spec.join)
-    else:
-        plan = plan_encoding(samples, spec.join, spec.windows, progress)
-    manifest = _open_manifest(out, plan, spec, encoders)
+    plan = plan_encoding(samples, spec.join, spec.windows, progress)
+    return _encode(plan, out, {}, spec=spec, encoders=encoders, progress=progress)
+
+
+def encode_scripts(
+    scripts: Sequence[PromptScript],
+    out: Path,
+    *,
+    spec: EncodeSpec,
+    encoders: Encoders,
+    negative_prompt: str = "",
+    first_images: bool = False,
+    progress: EncodingProgress = lambda *_: None,
+) -> Manifest:
+    """Encodes scripts and their prompts instead of clips; otherwise as `encode_dataset`.
+
+    Every prompt that a clip of the scripts could have, wherever it begins, is encoded, and the
+    negative prompt. With `first_images`, each script's image becomes one latent frame.
+    """
+    plan = plan_scripts(scripts, spec.join, negative_prompt)
+    identity = {
+        "scripts": len(plan.scripts),
+        "negative_prompt": negative_prompt,
+        "first_images": first_images,
+    }
+    return _encode(plan, out, identity, spec=spec, encoders=encoders, progress=progress)
+
+
+def _encode(
+    plan: EncodingPlan,
+    out: Path,
+    identity: Mapping[str, Any],
+    *,
+    spec: EncodeSpec,
+    encoders: Encoders,
+    progress: EncodingProgress,
+) -> Manifest:
+    """Encodes what `out` lacks of a plan; `identity` has entries for the manifest's."""
+    # 1. Find what is missing.
+    manifest = _open_manifest(out, plan, identity, spec, encoders)
     texts = _missing_shards(out, manifest.texts, len(plan.prompts), PROMPTS_PER_SHARD)
     clips = _missing_shards(out, manifest.clips, len(plan.jobs), spec.shard)
-    if manifest.complete and not texts and not clips:
+    scripts = _missing_shards(out, manifest.scripts, len(plan.scripts), spec.shard)
+    if manifest.complete and not (texts or clips or scripts):
         return manifest
     _check_space(out, clips, spec, encoders)
-    # 2. Encode prompts, then clips.
+    # 2. Encode prompts, then clips or scripts.
     manifest = dataclasses.replace(manifest, complete=False)
     manifest.write(out)
     manifest = _encode_texts(manifest, out, texts, plan.prompts, spec, encoders, progress)
     if plan.jobs:
         manifest = _encode_clips(manifest, out, clips, plan, spec, encoders, progress)
+    if scripts:
+        manifest = write_scripts(manifest, out, scripts, plan, spec, encoders, progress)
     # 3. Mark the store as complete.
     manifest = dataclasses.replace(manifest, complete=True)
     manifest.write(out)
@@ -163,16 +150,17 @@ def _missing_shards(
     return {n: r for n, r in numbered if not (n < len(shards) and is_complete(out, shards[n]))}
 
 
-def _with_shard(shards: tuple[Shard, ...], number: int, shard: Shard) -> tuple[Shard, ...]:
-    """`shards` with the given one at index `number`."""
-    return (*shards[:number], shard, *shards[number + 1 :])
-
-
-def _open_manifest(out: Path, plan: EncodingPlan, spec: EncodeSpec, encoders: Encoders) -> Manifest:
+def _open_manifest(
+    out: Path,
+    plan: EncodingPlan,
+    more: Mapping[str, Any],
+    spec: EncodeSpec,
+    encoders: Encoders,
+) -> Manifest:
     """The manifest in `out` if it belongs to this plan, or a new one if the folder is empty."""
     # 1. Resume.
     identity = json.loads(json.dumps(dataclasses.asdict(spec) | dict(encoders.identity)))
-    identity |= {"clips": len(plan.jobs), "dataset": plan.digest}
+    identity |= {"clips": len(plan.jobs), "dataset": plan.digest} | dict(more)
     if (out / STORE_MANIFEST).is_file():
         manifest = Manifest.read(out)
         differs = [k for k in identity if manifest.identity.get(k) != identity[k]]
@@ -194,6 +182,7 @@ def _open_manifest(out: Path, plan: EncodingPlan, spec: EncodeSpec, encoders: En
         versions={name: importlib.metadata.version(name) for name in libraries},
         unplanned=plan.skipped,
         texts_per_clip=plan.texts_per_clip,
+        shots_per_script=max((len(script.shots) for script in plan.scripts), default=0),
     )
 
 
@@ -220,7 +209,7 @@ def _encode_texts(
 
         file = f"texts-{number:05d}.array_record"
         shard = Shard(file, write_shard(out / file, records()))
-        manifest = dataclasses.replace(manifest, texts=_with_shard(manifest.texts, number, shard))
+        manifest = dataclasses.replace(manifest, texts=with_shard(manifest.texts, number, shard))
         manifest.write(out)
     return manifest
 
@@ -289,7 +278,7 @@ def _close_shard(manifest: Manifest, out: Path, number: int, parts: Sequence[Pat
     file = f"clips-{number:05d}.array_record"
     written = write_shard(out / file, (part.read_bytes() for part in clips))
     shard = Shard(file, written, tuple(skipped))
-    manifest = dataclasses.replace(manifest, clips=_with_shard(manifest.clips, number, shard))
+    manifest = dataclasses.replace(manifest, clips=with_shard(manifest.clips, number, shard))
     manifest.write(out)
     for part in parts:
         part.unlink()

@@ -1,4 +1,4 @@
-"""Plans what `longlive data encode` stores: clips and their prompts, or prompts alone."""
+"""Plans what `longlive data encode` stores: clips and their prompts, or scripts and theirs."""
 
 import concurrent.futures
 import dataclasses
@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 from longlive_jax.data.clips.clip_plan import ClipPlan, JoinSpec, plan_clips
-from longlive_jax.data.clips.dataset import Unusable, VideoSample
+from longlive_jax.data.clips.dataset import SourceShot, Unusable, VideoSample
+from longlive_jax.data.clips.scripts import PromptScript
 from longlive_jax.data.clips.source import shot_lengths
 from longlive_jax.spec import UserError
 
-__all__ = ["ClipJob", "EncodingPlan", "EncodingProgress", "plan_encoding", "plan_prompts"]
+__all__ = ["ClipJob", "EncodingPlan", "EncodingProgress", "plan_encoding", "plan_scripts"]
 
 THREADS = 8
 """Samples whose headers are read at once."""
@@ -42,14 +43,16 @@ class EncodingPlan:
     """The contents of a store.
 
     Attributes:
-      jobs: its clips; empty for a store of prompts alone.
+      jobs: its clips; empty for a store of scripts.
+      scripts: its scripts; empty for a store of clips.
       prompts: distinct prompts in sorted order, so that the empty prompt is first.
       texts_per_clip: largest number of distinct prompts in one clip.
       skipped: samples without a clip, and why.
-      digest: hash of everything that the clips, or the prompts, are derived from.
+      digest: hash of everything that the clips, or the scripts, are derived from.
     """
 
     jobs: tuple[ClipJob, ...]
+    scripts: tuple[PromptScript, ...]
     prompts: tuple[str, ...]
     texts_per_clip: int
     skipped: tuple[tuple[str, str], ...]
@@ -88,6 +91,7 @@ def plan_encoding(
     # 2. Collect their prompts.
     return EncodingPlan(
         jobs=tuple(jobs),
+        scripts=(),
         prompts=_distinct(p for job in jobs for p in job.prompts),
         texts_per_clip=max(len(set(job.prompts)) for job in jobs),
         skipped=tuple(skipped),
@@ -95,23 +99,28 @@ def plan_encoding(
     )
 
 
-def plan_prompts(samples: Sequence[VideoSample], join: JoinSpec) -> EncodingPlan:
-    """Plans every prompt that a clip could have, wherever the clip begins; opens no file.
+def plan_scripts(
+    scripts: Sequence[PromptScript], join: JoinSpec, negative_prompt: str
+) -> EncodingPlan:
+    """Plans scripts, and every prompt that their chunks could have; opens no file.
 
-    Raises UserError if no sample can be used.
+    These are all captions, with and without the cut prefix, and the negative prompt. Raises
+    UserError if no script can be used.
     """
-    good = [sample for sample in samples if not sample.problem]
-    skipped = [(sample.name, sample.problem) for sample in samples if sample.problem]
+    good = [script for script in scripts if not script.problem]
+    skipped = [(script.name, script.problem) for script in scripts if script.problem]
     if not good:
-        raise _none_usable(samples, skipped)
-    captions = {shot.caption for sample in good for shot in sample.shots}
+        raise _none_usable(scripts, skipped)
+    captions = {shot.caption for script in good for shot in script.shots}
+    captions |= {text.removeprefix(join.cut_prefix) for text in captions}
     prompts = _distinct(prefix + text for text in captions for prefix in ("", join.cut_prefix))
     return EncodingPlan(
         jobs=(),
-        prompts=prompts,
-        texts_per_clip=max(1, *(min(join.chunks, 2 * len(sample.shots)) for sample in good)),
+        scripts=tuple(good),
+        prompts=_distinct([*prompts, negative_prompt]),
+        texts_per_clip=max(1, *(min(join.chunks, 2 * len(script.shots)) for script in good)),
         skipped=tuple(skipped),
-        digest=_digest(prompts),
+        digest=_digest([*prompts, *map(_script_provenance, good)]),
     )
 
 
@@ -119,7 +128,9 @@ def _distinct(prompts: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({"", *prompts}))
 
 
-def _none_usable(samples: Sequence[VideoSample], skipped: Sequence[tuple[str, str]]) -> UserError:
+def _none_usable(
+    samples: Sequence[VideoSample | PromptScript], skipped: Sequence[tuple[str, str]]
+) -> UserError:
     first = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
     return UserError(f"none of the {len(samples)} samples can be used ({first})")
 
@@ -134,6 +145,15 @@ def _provenance(job: ClipJob) -> tuple:
         (s.file.name, s.file.stat().st_size, s.caption, s.start, s.end) for s in job.sample.shots
     ]
     return job.sample.name, shots, job.clip.pieces
+
+
+def _script_provenance(script: PromptScript) -> tuple:
+    """Everything that a script is derived from: name, captions, chunks, cuts, and its image."""
+    shots = [(shot.caption, shot.chunks, shot.cut) for shot in script.shots]
+    image = script.image
+    if isinstance(image, SourceShot):
+        return script.name, shots, image.file.name, image.start
+    return script.name, shots, None if image is None else (image.name, image.stat().st_size)
 
 
 def _digest(values: Iterable[object]) -> str:

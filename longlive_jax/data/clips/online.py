@@ -1,6 +1,5 @@
 """Clips that are decoded while a model trains, with the text features of a store."""
 
-import bisect
 import dataclasses
 import functools
 
@@ -58,10 +57,10 @@ class OnlineClips:
         }
 
     def _row(self, prompt: str) -> int:
-        """A prompt's row in the store, by binary search."""
+        """A prompt's row in the store."""
         if prompt not in self._rows:
-            row = bisect.bisect_left(range(self.store.num_prompts), prompt, key=self.store.prompt)
-            if row == self.store.num_prompts or self.store.prompt(row) != prompt:
+            row = self.store.row(prompt)
+            if row is None:
                 raise Unusable(
                     f"{prompt[:60]!r} is not among the prompts of {self.store.folder}; encode them "
                     "with `longlive data encode --texts_only`"

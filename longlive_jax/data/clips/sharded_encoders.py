@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.data.clips.encoding import Encoders, EncodeSpec, ReadFrames
+from longlive_jax.data.clips.encode_spec import Encoders, EncodeSpec, ReadFrames
 from longlive_jax.io.checkpoint import read_manifest
 from longlive_jax.io.models import load_model
 from longlive_jax.models.params import params_of

@@ -2,6 +2,7 @@
 
     DIR/manifest.json                    settings, models, and the list of shards (see `Manifest`)
     DIR/clips-00000.array_record ...     one record per clip
+    DIR/scripts-00000.array_record ...   one record per script, in stores without clips
     DIR/texts-00000.array_record ...     one record per distinct prompt, in sorted order
     DIR/parts/00000012                   clips of shards that are not complete yet
 
@@ -9,6 +10,7 @@ The format of a record is that of `records.pack_record`. A clip refers to its pr
 in the store, so a prompt that many clips have in common is stored once, without padding.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +30,15 @@ from longlive_jax.data.clips.records import unpack_record
 from longlive_jax.spec import UserError, with_renamed
 from longlive_jax.typing import Float
 
-__all__ = ["EncodedClips", "Manifest", "Shard", "is_complete", "write_file", "write_shard"]
+__all__ = [
+    "EncodedClips",
+    "Manifest",
+    "Shard",
+    "is_complete",
+    "with_shard",
+    "write_file",
+    "write_shard",
+]
 
 FORMAT = 1
 """Version of the manifest's format."""
@@ -67,8 +77,10 @@ class Manifest:
       versions: versions of the libraries that encoded the store.
       texts: complete shards of prompts.
       clips: complete shards of clips.
+      scripts: complete shards of scripts.
       unplanned: samples without a clip, and why.
       texts_per_clip: largest number of distinct prompts in one clip.
+      shots_per_script: largest number of shots in one script.
       complete: whether all shards are written.
     """
 
@@ -76,14 +88,26 @@ class Manifest:
     versions: dict[str, str]
     texts: tuple[Shard, ...] = ()
     clips: tuple[Shard, ...] = ()
+    scripts: tuple[Shard, ...] = ()
     unplanned: tuple[tuple[str, str], ...] = ()
     texts_per_clip: int = 1
+    shots_per_script: int = 0
     complete: bool = False
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
         """Samples that lack one or all of their clips, and why."""
-        return [*self.unplanned, *(entry for shard in self.clips for entry in shard.skipped)]
+        shards = (*self.clips, *self.scripts)
+        return [*self.unplanned, *(entry for shard in shards for entry in shard.skipped)]
+
+    def summary(self) -> str:
+        """The numbers of clips or scripts, prompts, and what was skipped."""
+        kinds = {"clips": self.clips, "prompts": self.texts}
+        if "scripts" in self.identity:
+            kinds = {"scripts": self.scripts, "prompts": self.texts}
+        counts = [f"{sum(s.records for s in shards)} {name}" for name, shards in kinds.items()]
+        skipped = [f"{len(self.skipped)} skipped"] * bool(self.skipped)
+        return ", ".join([*counts, *skipped])
 
     def write(self, folder: Path) -> None:
         """Writes the manifest of a store, or replaces it."""
@@ -107,8 +131,8 @@ class Manifest:
                 )
             # Convert JSON lists to tuples, and old field names to new ones.
             values["identity"]["join"] = with_renamed(values["identity"]["join"], RENAMED_FIELDS)
-            for name in ("texts", "clips"):
-                shards = values[name]
+            for name in ("texts", "clips", "scripts"):
+                shards = values.get(name, ())  # earlier versions had no scripts
                 values[name] = tuple(
                     Shard(s["file"], s["records"], _pairs(s["skipped"])) for s in shards
                 )
@@ -116,7 +140,7 @@ class Manifest:
         except FileNotFoundError as error:
             raise UserError(
                 f"{folder}: no encoded clips ({STORE_MANIFEST} is missing); encode them with "
-                f"`longlive data encode --out={folder}`"
+                f"`longlive data encode --out={folder}` (prompts alone: --texts_only or --scripts)"
             ) from error
         except UserError:
             raise
@@ -166,6 +190,11 @@ def write_shard(path: Path, records: Iterable[bytes]) -> int:
     return written
 
 
+def with_shard(shards: tuple[Shard, ...], number: int, shard: Shard) -> tuple[Shard, ...]:
+    """`shards` with the given one at index `number`."""
+    return (*shards[:number], shard, *shards[number + 1 :])
+
+
 def is_complete(folder: Path, shard: Shard) -> bool:
     """Whether a shard's file exists and has all its records, whose contents are not checked."""
     try:
@@ -201,6 +230,7 @@ class EncodedClips:
             raise UserError(f"{folder}: its encoding has not finished; {AGAIN} to resume it")
         self._clips = self._open(self.manifest.clips)
         self._texts = self._open(self.manifest.texts)
+        self._scripts = self._open(self.manifest.scripts)
 
     def _open(self, shards: tuple[Shard, ...]) -> Any:
         """The records of all shards by index; an empty tuple if there are none."""
@@ -249,6 +279,27 @@ class EncodedClips:
         """Number of distinct prompts."""
         return len(self._texts)
 
+    def row(self, prompt: str) -> int | None:
+        """Row of a prompt, by binary search; None if the store does not have it.
+
+        Raises Unusable for a damaged record.
+        """
+        row = bisect.bisect_left(range(self.num_prompts), prompt, key=self.prompt)
+        return row if row < self.num_prompts and self.prompt(row) == prompt else None
+
+    @property
+    def num_scripts(self) -> int:
+        """Number of scripts."""
+        return len(self._scripts)
+
+    def script(self, index: int) -> tuple[dict[str, np.ndarray], str]:
+        """Arrays of a script (see `script_records`), and its name.
+
+        Raises Unusable if its record is damaged.
+        """
+        arrays, meta = self._record(self._scripts, index)
+        return arrays, meta["name"]
+
     @property
     def empty_text_features(self) -> Float[np.ndarray, "t e"]:
         """Text features of the empty prompt, for text dropout and guidance.
@@ -263,6 +314,26 @@ class EncodedClips:
                 f"{file}: the empty prompt is unreadable ({error}); remove that file and {AGAIN} "
                 "to replace it"
             ) from error
+
+    @property
+    def negative_text_features(self) -> Float[np.ndarray, "t e"]:
+        """Text features of the negative prompt.
+
+        Raises UserError for a store without one, or if they are damaged.
+        """
+        prompt = self.manifest.identity.get("negative_prompt")
+        try:
+            row = None if prompt is None else self.row(prompt)
+            if row is not None:
+                return self.text_features(row)
+        except Unusable as reason:
+            raise UserError(
+                f"{self.folder}: its negative prompt is unreadable ({reason})"
+            ) from reason
+        raise UserError(
+            f"{self.folder}: has no negative prompt; encode the prompts into another folder with "
+            "`longlive data encode --texts_only --negative_prompt=TEXT`"
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:

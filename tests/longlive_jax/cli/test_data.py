@@ -168,7 +168,7 @@ def test_encode_of_prompts_alone(good, checkpoint, tmp_path, capsys):
     ]  # fmt: skip
     for _ in range(2):
         assert run(command) == 0
-        assert f"{tmp_path / 'out'}: 0 clips, 7 prompts\n" == capsys.readouterr().out
+        assert f"{tmp_path / 'out'}: 2 scripts, 7 prompts\n" == capsys.readouterr().out
     assert EncodedClips(tmp_path / "out").empty_text_features.shape == (16, 8)
 
 

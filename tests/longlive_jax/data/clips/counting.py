@@ -6,7 +6,9 @@ import numpy as np
 
 from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import find_samples
-from longlive_jax.data.clips.encoding import Encoders, EncodeSpec, encode_dataset
+from longlive_jax.data.clips.encode_spec import Encoders, EncodeSpec
+from longlive_jax.data.clips.encoding import encode_dataset, encode_scripts
+from longlive_jax.data.clips.scripts import sample_scripts
 from tests.longlive_jax.data.clips.videos import cut_short, numbers, write_caption, write_sample
 
 SPEC = EncodeSpec(
@@ -81,7 +83,7 @@ def encode(root, out, encoders, spec=SPEC, **identity):
     return encode_dataset(samples, out, spec=spec, encoders=encoders.encoders(**identity))
 
 
-def encode_texts(root, out, encoders, spec=SPEC):
-    """Encodes all prompts of the dataset in `root`, and no clips."""
-    samples = find_samples(root)
-    return encode_dataset(samples, out, spec=spec, encoders=encoders.encoders(), texts_only=True)
+def encode_texts(root, out, encoders, spec=SPEC, **options):
+    """Encodes the captions of the dataset in `root` as scripts, and no clips."""
+    scripts = sample_scripts(find_samples(root))
+    return encode_scripts(scripts, out, spec=spec, encoders=encoders.encoders(), **options)

@@ -9,8 +9,9 @@ import pytest
 from longlive_jax.data.clips.batches import collate
 from longlive_jax.data.clips.clip_plan import JoinSpec, plan_clip
 from longlive_jax.data.clips.dataset import find_samples
+from longlive_jax.data.clips.encode_spec import EncodeSpec
 from longlive_jax.data.clips.encoders import check_encoded_by, checkpoint_encoders, encode_video
-from longlive_jax.data.clips.encoding import EncodeSpec, encode_dataset
+from longlive_jax.data.clips.encoding import encode_dataset
 from longlive_jax.data.clips.latents import clip_latents
 from longlive_jax.data.clips.loader import ClipFeed, FeedSpec
 from longlive_jax.data.clips.source import VideoClips, read_clip, shot_lengths

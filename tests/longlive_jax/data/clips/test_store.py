@@ -172,9 +172,14 @@ def test_prompts_alone(dataset, reference, tmp_path):
     np.testing.assert_array_equal(
         clips.empty_text_features, EncodedClips(reference[0]).empty_text_features
     )
-    assert {p.name for p in out.iterdir()} == {"manifest.json", "texts-00000.array_record"}
-    with_clips = reference[1].identity
-    assert manifest.identity == with_clips | {"clips": 0, "dataset": manifest.identity["dataset"]}
+    assert {p.name for p in out.iterdir()} == {
+        "manifest.json", "texts-00000.array_record",
+        "scripts-00000.array_record", "scripts-00001.array_record",
+    }  # fmt: skip
+    with_clips, own = reference[1].identity, {"clips": 0, "scripts": 5, "first_images": False}
+    assert manifest.identity == with_clips | own | {
+        "negative_prompt": "", "dataset": manifest.identity["dataset"]
+    }  # fmt: skip
     assert manifest.identity["dataset"] != with_clips["dataset"] and manifest.texts_per_clip == 2
     with pytest.raises(UserError, match="has prompts but no clips"):
         _ = clips.shape
