@@ -13,6 +13,7 @@ KINDS = (
     "ar_training_loss",
     "dit_bidirectional",
     "dit_teacher_forcing",
+    "dmd",
     "error_buffer",
     "facts",
     "flow_schedulers",
@@ -27,8 +28,10 @@ KINDS = (
     "vae22",
     "vae_halo",
 )
-TOO_LARGE = {"vae22"}
+TOO_LARGE = {"dmd", "vae22"}
 """Kinds without a file in tests/goldens, as its README.md says."""
+SLOW = {"dmd"}
+"""Kinds that take minutes."""
 FIELDS = ["file", "case", "error", "tolerance", "status"]
 
 
@@ -86,7 +89,9 @@ def test_a_missing_file_is_skipped_by_name(goldens, tmp_path):
         type(goldens)([tmp_path]) / "vae22.npz"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS]
+)
 def test_goldens_pass(goldens, tmp_path, report, kind):
     shutil.copy(golden_of(goldens, kind), tmp_path)
     code, rows = report(tmp_path)

@@ -66,15 +66,28 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_fits(spec: MeshSpec, *, heads: int, chunks: int, batch: int) -> None:
-    """Raises ValueError if the mesh does not divide the heads, the chunks or the batch size."""
-    for items, count, axis, num_shards in (
-        ("attention heads", heads, "mesh.sp", spec.sp),
-        ("chunks of a sequence", chunks, "mesh.sp", spec.sp),
-        ("samples in a batch", batch, "mesh.data * mesh.fsdp", spec.samples),
-    ):
-        if count % num_shards:
-            raise ValueError(
-                f"{count} {items} do not split over {axis} = {num_shards}; choose a divisor: "
-                f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}"
-            )
+def check_fits(
+    spec: MeshSpec, *, heads: int, chunks: int, batch: int, chunk_frames: int | None = None
+) -> None:
+    """Raises ValueError if the mesh does not divide the heads, the chunks or the batch size.
+
+    `chunk_frames` are the latent frames of a chunk where chunks are split as well.
+    """
+    _check_splits("attention heads", heads, "mesh.sp", spec.sp)
+    _check_splits("chunks of a sequence", chunks, "mesh.sp", spec.sp)
+    check_batch_splits(batch, spec.samples)
+    if chunk_frames is not None:
+        _check_splits("latent frames of a chunk", chunk_frames, "mesh.sp", spec.sp)
+
+
+def check_batch_splits(batch: int, num_shards: int) -> None:
+    """Raises ValueError if a batch does not split over data * fsdp = `num_shards`."""
+    _check_splits("samples in a batch", batch, "mesh.data * mesh.fsdp", num_shards)
+
+
+def _check_splits(items: str, count: int, axis: str, num_shards: int) -> None:
+    if count % num_shards:
+        raise ValueError(
+            f"{count} {items} do not split over {axis} = {num_shards}; choose a divisor: "
+            f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from conformance_cases import (
     dit,
+    dmd,
     facts,
     kvquant,
     lora,
@@ -29,6 +30,7 @@ KINDS: dict[str, Callable[[Golden], Sequence[Case]]] = {
     "ar_training_loss": training.ar_training_loss,
     "dit_bidirectional": dit.bidirectional,
     "dit_teacher_forcing": dit.teacher_forcing,
+    "dmd": dmd.distillation,
     "error_buffer": recycling.error_buffer,
     "flow_schedulers": tables.flow_schedulers,
     "lora": lora.adapted,

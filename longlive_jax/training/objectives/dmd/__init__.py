@@ -1,0 +1,1 @@
+"""Distribution matching distillation: rollout, scores and the losses of generator and critic."""
