@@ -16,6 +16,12 @@ The built-in VAE knows flat coloured shapes only, and other pictures come out bl
     longlive train --config=own_clips --config.checkpoint=checkpoints/own_vae \\
         --config.videos=CLIPS --workdir=runs/own_both --out=checkpoints/own_both
 
+With the argument `lora` only an adapter is trained, over the frozen model:
+
+    longlive train --config=own_clips:lora --config.videos=CLIPS --workdir=runs/own_lora \\
+        --out=checkpoints/own_lora
+    longlive sample --adapter=checkpoints/own_lora --script=shots.yaml --out=out/own_lora
+
 The text encoder stays as it is: captions that differ only in words it does not know look the same
 to the model. For real footage, fine-tune Wan2.2 on a GPU (--config=ar_5b).
 
@@ -25,12 +31,17 @@ Result: a toy, to learn the steps with; quality on real footage is not measured.
 
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("dit", "vae")
+ARGUMENTS = ("dit", "lora", "vae")
 
 
 def get_config(arg: str = "dit") -> ConfigDict:
-    """Fine-tuning of the DiT (`dit`, default) or the VAE; `videos` is set on the command line."""
-    return ConfigDict(_vae() if arg == "vae" else _dit())
+    """Fine-tuning of the DiT (`dit`, default), of a LoRA for it, or of the VAE.
+
+    `videos` is set on the command line.
+    """
+    if arg == "vae":
+        return ConfigDict(_vae())
+    return ConfigDict(_dit() | (_lora() if arg == "lora" else {}))
 
 
 def _dit() -> dict:
@@ -52,6 +63,15 @@ def _dit() -> dict:
         optim=dict(name="adamw", lr=3e-4, b1=0.9, b2=0.98, warmup=20, decay=0.5, clip=1.0),
         ema=dict(decay=0.98, start=50),
         loop=dict(steps=400, log_every=10, save_every=100),
+    )
+
+
+def _lora() -> dict:
+    """What differs when only an adapter is trained."""
+    return dict(
+        lora=dict(rank=16),
+        optim=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.98, warmup=20, decay=0.5, clip=1.0),
+        save_dtype="float32",
     )
 
 

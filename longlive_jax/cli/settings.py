@@ -1,9 +1,9 @@
 """`longlive settings [VERB | STAGE | RECIPE] [--search=WORD] [--json]`.
 
 Lists settings with their values, types and meanings: those of a verb (`sample`, `evaluate`,
-`train`), of a training stage (`vae`, `text`, `ar`, `clips`), or of a recipe (`ar_5b:64s`), whose
-own values are marked. Without a name it lists the groups and the recipes; with --search alone it
-searches all of them. Other verbs have options only, which are listed instead.
+`train`), of a training stage (`vae`, `text`, `ar`, `clips`, `dmd`), or of a recipe (`ar_5b:64s`),
+whose own values are marked. Without a name it lists the groups and the recipes; with --search alone
+it searches all of them. Other verbs have options only, which are listed instead.
 """
 
 import dataclasses

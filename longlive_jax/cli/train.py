@@ -68,9 +68,11 @@ def _train(command: Command) -> int:
     if is_first_process():
         notes = task.export(jax.tree.map(lambda x: x.astype(stage.save_dtype), weights), out)
         minutes = (time.perf_counter() - began) / 60
+        adapts = getattr(stage, "lora", None) is not None  # its notes say how to use it
         done = f"{name}: {int(state.step)} steps, {minutes:.1f} minutes"
-        print(f"{done}; checkpoint in {out}, curves in {workdir}")
-        print("\n".join([*(notes or ()), _next_step(out, describe_missing(out))]))
+        print(f"{done}; {'adapter' if adapts else 'checkpoint'} in {out}, curves in {workdir}")
+        after = () if adapts else _next_step(out, describe_missing(out))
+        print("\n".join([*(notes or ()), *after]))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -79,12 +81,16 @@ def _train(command: Command) -> int:
     return 0
 
 
-def _next_step(out: Path, missing: str) -> str:
-    """The command that uses a checkpoint, or what it still lacks."""
+def _next_step(out: Path, missing: str) -> tuple[str, ...]:
+    """The command that uses a checkpoint, or what it still lacks; nothing for adapters alone."""
+    from longlive_jax.io.completeness import PARTS, missing_parts
+
+    if len(missing_parts(out)) == len(PARTS):
+        return ()
     if missing:
-        return f"{out} {missing}"
+        return (f"{out} {missing}",)
     folder = shlex.quote(str(out))
-    return f"sample from it: longlive sample --checkpoint={folder} --script=SCRIPT"
+    return (f"sample from it: longlive sample --checkpoint={folder} --script=SCRIPT",)
 
 
 def _mesh(spec: Any) -> Any:

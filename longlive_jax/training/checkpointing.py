@@ -31,6 +31,9 @@ STATE, ABOUT = "state", "about"
 LORA = r"(^|/)branch/[ab]$"
 """Paths of low-rank branches (`quant.low_rank.LoRAKernel`) among parameters."""
 
+FROZEN = "frozen"
+"""Key of the origin: digests of the run's frozen parameters, by name."""
+
 type Notify = Callable[[str], None]
 """Prints a line for the user."""
 
@@ -39,7 +42,7 @@ class TrainCheckpoints:
     """The checkpoints of one work directory; a context manager that on exit waits for all of them.
 
     `origin`, ready for JSON, identifies the data and settings of a run. If it has changed when the
-    run resumes, the difference is reported.
+    run resumes, the difference is reported; a run over other frozen parameters is refused.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class TrainCheckpoints:
         reports how this run's origin differs.
 
         Returns None if there is no checkpoint. Raises UserError if the checkpoints are of another
-        model, or if none of them is intact.
+        model, or were trained over other frozen parameters, or if none of them is intact.
         """
         restored, failures = None, []
         for step in self.steps():
@@ -190,6 +193,7 @@ class TrainCheckpoints:
         return jax.tree.unflatten(structure, [arrays[path] for path in paths.values()])
 
     def _compare(self, origin: Mapping[str, Any], step: int, notify: Notify) -> None:
+        self._check_frozen(origin.get(FROZEN, {}), step)
         for name in sorted({*origin, *self._origin}):
             before, now = origin.get(name), self._origin.get(name)
             if before != now:
@@ -197,6 +201,19 @@ class TrainCheckpoints:
                     f"{name} was {before} when step {step} was checkpointed and is {now} now: the "
                     "run does not continue as it would have."
                 )
+
+    def _check_frozen(self, digests: Mapping[str, str], step: int) -> None:
+        """Raises UserError if frozen parameters are not those that the run began with.
+
+        What was trained over them would not fit.
+        """
+        own = self._origin.get(FROZEN, {})
+        if changed := sorted(k for k in {*digests, *own} if digests.get(k) != own.get(k)):
+            raise UserError(
+                f"{self._root}: frozen parameters are not those of step {step}: "
+                f"{', '.join(changed)}. Give the checkpoints and the precision of that run, or "
+                "choose a new --workdir."
+            )
 
     def check_disk_space(self, state: Any) -> None:
         """Raises Failure if the disk lacks space for this process's part of a checkpoint."""

@@ -17,11 +17,12 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longlive_jax.spec import Failure
-from longlive_jax.training.checkpointing import TrainCheckpoints, parameter_digests
+from longlive_jax.training.checkpointing import FROZEN, TrainCheckpoints, parameter_digests
 from longlive_jax.training.feed import Feed, total_skipped
 from longlive_jax.training.metrics import MetricsLog, mean_metrics, peak_gib, plot_curves
 from longlive_jax.training.preemption import Stopped, StopRequest
 from longlive_jax.training.state import TrainState
+from longlive_jax.training.step_times import StepTimes
 from longlive_jax.training.task import Task
 
 
@@ -76,7 +77,7 @@ def train(task: Task, workdir: pathlib.Path, loop: LoopSpec) -> TrainState:
     run = _Run(task, workdir, loop)
     origin = {"seed": loop.seed, "accumulate": loop.accumulate, **task.about.origin}
     if task.frozen:
-        origin["frozen"] = parameter_digests(task.frozen)
+        origin[FROZEN] = parameter_digests(task.frozen)
     with (
         TrainCheckpoints(workdir, keep=loop.keep, origin=origin) as checkpoints,
         run.progress(),
@@ -132,7 +133,8 @@ class _Run:
         try:
             if self._evaluates_at(start) and not log.has_evaluation(start):  # interrupted before it
                 self._evaluate(state, start, log)
-            state = self._steps(state, log, checkpoints, stop)
+            with StepTimes() as times:
+                state = self._steps(state, log, checkpoints, stop, times)
             checkpoints.wait()
             self._plot(log)
         except BaseException as error:
@@ -146,15 +148,22 @@ class _Run:
         return state
 
     def _steps(
-        self, state: TrainState, log: MetricsLog, checkpoints: TrainCheckpoints, stop: StopRequest
+        self,
+        state: TrainState,
+        log: MetricsLog,
+        checkpoints: TrainCheckpoints,
+        stop: StopRequest,
+        times: StepTimes,
     ) -> TrainState:
         """Runs the remaining steps."""
-        task, loop, window = self.task, self.loop, _Window(self)
+        task, loop, window = self.task, self.loop, _Window(self, times)
         for step, batch, feed in self._batches(int(state.step)):
             # 1. Enqueue the update, without waiting for it.
-            update = task.trainer.program(task.updates_at(step - 1))
-            state, metrics = update(state, task.frozen, task.batches.put(batch))
-            window.add(metrics)
+            names = task.updates_at(step - 1)
+            update, batch = task.trainer.program(names), task.batches.put(batch)
+            enqueued = time.perf_counter()
+            state, metrics = update(state, task.frozen, batch)
+            window.add(metrics, names, enqueued)
             last, stopping = step == loop.steps, stop.after(step)
 
             # 2. Log.
@@ -226,7 +235,9 @@ def _diverged(step: int, bad_steps: int, counter: str) -> Diverged:
 class _Window:
     """The steps since the last record, with their metrics and duration."""
 
-    def __init__(self, run: _Run):
+    def __init__(self, run: _Run, times: StepTimes):
+        # Steps of one kind last as long as `steps_per_s` says.
+        self._times = None if run.task.updates is None else times
         self._cost, self._loop = run.task.about.cost, run.loop
         self._first_row = run.task.batches.first_row
         self._devices = run.num_devices
@@ -235,8 +246,11 @@ class _Window:
         self._bad_steps = (0, "")
         self._waited, self._spent, self._began = 0.0, 0.0, time.perf_counter()
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
+    def add(self, metrics: dict[str, jax.Array], names: tuple[str, ...], enqueued: float) -> None:
+        """A step updated the groups `names`; see `StepTimes.add`."""
         self._metrics.append(metrics)
+        if self._times is not None:
+            self._times.add(f"seconds_{'_and_'.join(names)}", enqueued, metrics)
         self._unread.append({key: x for key, x in metrics.items() if key.endswith("bad_steps")})
 
     def bad_steps(self) -> tuple[int, str]:
@@ -273,6 +287,7 @@ class _Window:
         values |= self._speed(rate)
         values["skipped"] = total_skipped(feed.skipped, self._first_row)
         values |= peak_gib()
+        values |= {} if self._times is None else self._times.means()
         self._metrics, self._waited = [], feed.waited
         self._spent, self._began = 0.0, time.perf_counter()
         return values

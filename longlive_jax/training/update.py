@@ -1,6 +1,6 @@
-"""The update: one compiled program `(state, frozen, batch) -> (state, metrics)`.
+"""The update: a compiled program `(state, frozen, batch) -> (state, metrics)` for each group.
 
-For each group that it trains, in order: the gradient of the group's loss, a check that both are
+For each group that a step trains, in order: the gradient of the group's loss, a check that both are
 finite, the optimizer, the EMA. Everything random derives from the seed and `state.step`, so a
 resumed run draws what the uninterrupted one would.
 """
@@ -178,7 +178,7 @@ class Trainer:
             check_divides(mesh, self.specs.groups[name].params, shapes.groups[name].params)
         self._shardings = shardings(mesh, self.specs)
         self.abstract = abstract_state(shapes, self._shardings)
-        self._programs: dict[tuple[str, ...], Update] = {}
+        self._programs: dict[tuple[str, bool], Update] = {}
 
     def init(self) -> TrainState:
         """The state at step 0, created sharded: no device ever holds an unsharded copy."""
@@ -199,37 +199,53 @@ class Trainer:
         return TrainState(jnp.zeros((), jnp.int32), groups, self._loss_state.init())
 
     def program(self, names: tuple[str, ...]) -> Update:
-        """The update of the groups `names`, in this order; compiled once."""
-        if names not in self._programs:
-            self._programs[names] = jax.jit(
-                partial(self._update, names),
+        """The update of the groups `names`, in this order: the programs of `programs` in turn."""
+        programs = self.programs(names)
+        return programs[0] if len(programs) == 1 else partial(_in_turn, programs)
+
+    def programs(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        """The jitted update of each group of `names`; the last one counts the step.
+
+        Each is compiled once. One program for several groups would need more memory: XLA gives
+        large buffers of one group memory before the group before it is done.
+        """
+        return tuple(self._program(name, counts=name == names[-1]) for name in names)
+
+    def _program(self, name: str, *, counts: bool) -> Update:
+        if (name, counts) not in self._programs:
+            self._programs[name, counts] = jax.jit(
+                partial(self._update, name, counts),
                 donate_argnums=0,
                 out_shardings=(self._shardings, None),
             )
-        return self._programs[names]
+        return self._programs[name, counts]
 
     def _update(
-        self, names: tuple[str, ...], state: TrainState, frozen: Mapping[str, Params], batch: Any
+        self,
+        name: str,
+        counts: bool,
+        state: TrainState,
+        frozen: Mapping[str, Params],
+        batch: Any,
     ) -> tuple[TrainState, Metrics]:
-        """One training step. A group sees the new parameters of those before it in `names`."""
-        order = {name: index for index, name in enumerate(self._groups)}
-        step_key = jax.random.fold_in(jax.random.key(self._seed), state.step)
-        groups, loss_state = dict(state.groups), state.loss_state
-        metrics: Metrics = {}
-        for name in names:
-            others = {k: group.params for k, group in groups.items() if k != name}
-            groups[name], loss_state, group_metrics = self._update_group(
-                self._groups[name],
-                groups[name],
-                state.step,
-                batch,
-                _group_key(step_key, order[name]),
-                loss_state,
-                {**frozen, **others},
-            )
-            prefix = f"{name}_" if len(self._groups) > 1 else ""
-            metrics |= {prefix + k: value for k, value in group_metrics.items()}
-        return TrainState(state.step + 1, groups, loss_state), metrics
+        """One group's part of a training step."""
+        key = jax.random.fold_in(jax.random.key(self._seed), state.step)
+        others = {k: group.params for k, group in state.groups.items() if k != name}
+        trained, loss_state, metrics = self._update_group(
+            self._groups[name],
+            state.groups[name],
+            state.step,
+            batch,
+            _group_key(key, list(self._groups).index(name)),
+            state.loss_state,
+            {**frozen, **others},
+        )
+        prefix = f"{name}_" if len(self._groups) > 1 else ""
+        step = state.step + 1 if counts else state.step
+        return (
+            TrainState(step, {**state.groups, name: trained}, loss_state),
+            {prefix + k: value for k, value in metrics.items()},
+        )
 
     def _update_group(
         self,
@@ -273,6 +289,17 @@ class Trainer:
         bad_steps = jnp.where(finite, 0, trained.bad_steps + 1)
         metrics = metrics | {"loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
         return Trained(params, ema, opt_state, bad_steps), loss_state, metrics
+
+
+def _in_turn(
+    programs: tuple[Update, ...], state: TrainState, frozen: Mapping[str, Params], batch: Any
+) -> tuple[TrainState, Metrics]:
+    """Runs the programs one after the other; each sees the new parameters of those before it."""
+    metrics: Metrics = {}
+    for program in programs:
+        state, own = program(state, frozen, batch)
+        metrics |= own
+    return state, metrics
 
 
 def accumulated(grad_fn, num_microbatches: int, weight: MicrobatchWeight):

@@ -53,6 +53,8 @@ class ARLossSpec:
       context_noise: largest noise level of the context. Every chunk's level is uniform in
         [0, context_noise], since the sampler's own context is never quite clean.
       context_noise_told: whether that level is the context's timestep, which is 0 otherwise.
+      one_level: probability that all chunks of a sample have one noise level, as in the training of
+        a bidirectional model; otherwise each chunk has its own.
       text_dropout: probability that all prompts of a sample are replaced by the empty one, for
         classifier-free guidance.
       image_to_video: whether the first latent frame of a video is a conditioning frame: clean, at
@@ -64,6 +66,7 @@ class ARLossSpec:
     global_sinks: int = 1
     context_noise: float = 0.0
     context_noise_told: bool = False
+    one_level: float = 0.0
     text_dropout: float = 0.0
     image_to_video: bool = False
 
@@ -96,18 +99,25 @@ class Draws:
 def draw(
     key: Key[Array, ""], batch: TeacherForcingBatch, *, chunk_frames: int, spec: ARLossSpec
 ) -> Draws:
-    """Draws for a batch: noise, dropout, and one noise level per chunk, uniform over the table."""
+    """Draws for a batch: noise, dropout, and noise levels, uniform over the table.
+
+    Every chunk has its own level, or all chunks of a sample the same (`ARLossSpec.one_level`).
+    """
     keys = jax.random.split(key, 5)
     b, frames = batch.target.shape[:2]
     level_key, noise_key = jax.random.split(keys[2])
     level = jax.random.uniform(level_key, (b, batch.context.shape[1] // chunk_frames))
+    index = FlowSchedule(spec.shift).draw(keys[0], (b, frames // chunk_frames))
+    if spec.one_level:
+        has_one = jax.random.uniform(keys[4], (b, 1)) < spec.one_level
+        index = jnp.where(has_one, index[:, :1], index)
     context_noise = None
     if spec.context_noise:
         context_noise = jax.random.normal(noise_key, batch.context.shape)
     return draws_of(
         batch,
         noise=jax.random.normal(keys[1], batch.target.shape),
-        index=FlowSchedule(spec.shift).draw(keys[0], (b, frames // chunk_frames)),
+        index=index,
         context_level=spec.context_noise * level,
         context_noise=context_noise,
         dropped=jax.random.uniform(keys[3], (b, 1))[:, 0] < spec.text_dropout,

@@ -31,15 +31,19 @@ class BaseCheckpoint:
     parts: tuple[str, ...]
 
     @classmethod
-    def open(cls, name: str, out: Path, component: str = "dit") -> "BaseCheckpoint":
+    def open(
+        cls, name: str, out: Path, component: str = "dit", *, complete: bool = True
+    ) -> "BaseCheckpoint":
         """The checkpoint `name` for a run that trains `component` and exports to `out`.
+
+        Without `complete`, `out` gets none of its parts (an adapter is used with the checkpoint).
 
         Raises UserError if a part is missing or damaged, if its parts do not fit together, or if
         `out` has other versions of them.
         """
         folder = find_checkpoint(name)
         require_components(folder)
-        parts = parts_to_add(folder, out, without=component)
+        parts = parts_to_add(folder, out, without=component) if complete else ()
         if is_first_process():
             check_arrays(folder, *(part for part in parts if part != TOKENIZER))
         return cls(folder, component, parts)

@@ -1,10 +1,15 @@
 """Cost of a teacher-forcing step in closed form: tokens and floating-point operations."""
 
 import dataclasses
+import re
+
+import jax
 
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan.remat import Remat
+from longlive_jax.parallel.rules import path_of
 from longlive_jax.training.task import StepCost
+from longlive_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +84,35 @@ def recomputed_flops(cfg: DiTConfig, forward: Flops, remat: Remat, *, tokens: in
 
 
 def clip_update_cost(
-    cfg: DiTConfig, *, batch: int, chunks: int, chunk_tokens: int, window: int | None = None
+    cfg: DiTConfig,
+    *,
+    batch: int,
+    chunks: int,
+    chunk_tokens: int,
+    window: int | None = None,
+    adapter: Params | None = None,
 ) -> StepCost:
-    """Cost of one update on a batch of full clips."""
+    """Cost of one update on a batch of full clips, of all parameters or of an adapter alone."""
     flops = forward_flops(cfg, chunks=chunks, chunk_tokens=chunk_tokens, window=window)
-    return _update(flops, batch, 2 * chunks * chunk_tokens)
+    tokens = 2 * chunks * chunk_tokens
+    if adapter is None:
+        return _update(flops, batch, tokens)
+    return _adapter_update(flops, batch, tokens, adapter, 2 * chunks * cfg.text_len)
 
 
 def window_update_cost(
-    cfg: DiTConfig, *, batch: int, context: int, target: int, chunk_tokens: int, window: int
+    cfg: DiTConfig,
+    *,
+    batch: int,
+    context: int,
+    target: int,
+    chunk_tokens: int,
+    window: int,
+    adapter: Params | None = None,
 ) -> StepCost:
     """Cost of one update on a batch of windows with `context` clean and `target` noisy chunks.
 
-    Each chunk attends to `window` chunks.
+    Each chunk attends to `window` chunks. The update is of all parameters or of an adapter alone.
     """
     chunks = context + target
     flops = _forward(
@@ -101,10 +122,33 @@ def window_update_cost(
         visible_pairs=chunks * window * chunk_tokens**2,
         num_text_rows=chunks * cfg.text_len,
     )
-    return _update(flops, batch, chunks * chunk_tokens)
+    if adapter is None:
+        return _update(flops, batch, chunks * chunk_tokens)
+    rows = chunks * cfg.text_len
+    return _adapter_update(flops, batch, chunks * chunk_tokens, adapter, rows)
 
 
 def _update(flops: Flops, batch: int, tokens: int) -> StepCost:
     """Cost of an update: a backward pass costs two forward passes; recomputation is not counted."""
     kinds = {kind: 3.0 * batch * value for kind, value in dataclasses.asdict(flops).items()}
     return StepCost(batch * tokens, 3.0 * batch * flops.total, kinds)
+
+
+def _adapter_update(
+    flops: Flops, batch: int, tokens: int, adapter: Params, text_rows: int
+) -> StepCost:
+    """Cost of an update of an adapter: frozen matrices have no gradient, nor has what they compute
+    from the text alone.
+    """
+    branches = 0.0
+    for keys, x in jax.tree_util.tree_flatten_with_path(adapter)[0]:
+        of_text = re.search("cross_attn/[kv]/", path_of(keys)) is not None
+        branches += 2.0 * (text_rows if of_text else tokens) * x.size
+    parts = {
+        "linears": 2.0 * flops.linears,
+        "attention": 3.0 * flops.attention,
+        "text": flops.text,
+        "adapter": 3.0 * branches,
+    }
+    kinds = {kind: batch * value for kind, value in parts.items()}
+    return StepCost(batch * tokens, sum(kinds.values()), kinds)

@@ -1,7 +1,7 @@
 """Preview pictures: at every evaluation the model in training samples a few prompts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,12 @@ class Preview:
         self._settings = settings
         self._engine: Engine | None = None
 
-    def write(self, params: Params, step: int, workdir: Path) -> None:
-        """Writes `sample_<step>.png`, one row per prompt, on the first process."""
+    def write(self, params: Params, step: int, workdir: Path, *, steps: Sequence[int] = ()) -> None:
+        """Writes `sample_<step>.png`, one row per prompt, on the first process.
+
+        With `steps` there is a picture for each of these numbers of model calls per chunk,
+        `sample_<step>_<n>_steps.png`.
+        """
         spec = self._spec
         if not spec.prompts:
             return
@@ -65,9 +69,11 @@ class Preview:
         self._engine = self._engine or self._load(params)
         self._engine = engine = self._engine.with_params(params)
         script = ShotScript.of(*spec.prompts, seconds=spec.seconds, seed=spec.seed)
-        frames = Pipeline(engine).sample(script)[0]
-        shots = np.split(frames, engine.timeline([script]).cut_frames(0))
-        strip(workdir / f"sample_{step:06d}.png", shots, spec.prompts)
+        settings = {f"_{n}_steps": {"steps": n} for n in steps} or {"": {}}
+        for suffix, changes in settings.items():
+            frames = Pipeline(engine.with_settings(**changes)).sample(script)[0]
+            shots = np.split(frames, engine.timeline([script]).cut_frames(0))
+            strip(workdir / f"sample_{step:06d}{suffix}.png", shots, spec.prompts)
 
     def _load(self, params: Params) -> Engine:
         graphdef, _ = abstract(lambda: DiT(self._model, rngs=nnx.Rngs(0)))

@@ -25,14 +25,14 @@ class RunSpec:
     Attributes:
       loop: length of the run and its intervals.
       optim: optimizer.
-      ema: EMA of the parameters.
+      ema: EMA of the trained parameters, or None.
       mesh: number of devices along each axis.
       save_dtype: dtype of the exported parameters.
     """
 
     loop: LoopSpec = dataclasses.field(default_factory=LoopSpec)
     optim: OptimSpec = dataclasses.field(default_factory=OptimSpec)
-    ema: EMASpec = dataclasses.field(default_factory=EMASpec)
+    ema: EMASpec | None = dataclasses.field(default_factory=EMASpec)
     mesh: MeshSpec = dataclasses.field(default_factory=MeshSpec)
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from longlive_jax.data.clips.clip_plan import JoinSpec
 from longlive_jax.data.clips.dataset import find_samples, usable
+from longlive_jax.data.clips.encode_spec import EncodeSpec
 from longlive_jax.data.clips.encoders import checkpoint_encoders
-from longlive_jax.data.clips.encoding import EncodeSpec, encode_dataset, resumable
+from longlive_jax.data.clips.encoding import encode_dataset, resumable
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.io.checkpoint import TOKENIZER, read_manifest
 from longlive_jax.models.umt5 import Tokenizer

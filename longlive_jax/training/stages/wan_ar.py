@@ -2,32 +2,30 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from longlive_jax.data.clips.encoders import check_encoded_by
 from longlive_jax.data.clips.store import EncodedClips
 from longlive_jax.interop.components import RUN_FIELDS
 from longlive_jax.io.builtin import find_checkpoint
-from longlive_jax.io.checkpoint import load_component
 from longlive_jax.io.completeness import require_components
 from longlive_jax.models.params import abstract, params_of
 from longlive_jax.models.wan import DiT, DiTConfig
 from longlive_jax.models.wan.remat import Remat
 from longlive_jax.parallel import rules
 from longlive_jax.parallel.fsdp import Gather
-from longlive_jax.parallel.mesh import check_fits
+from longlive_jax.parallel.mesh import AXES, check_fits
+from longlive_jax.quant.lora import LoRASpec
 from longlive_jax.quant.policy import QuantSpec
-from longlive_jax.quant.training import QuantizedTraining
 from longlive_jax.spec import UserError, build
-from longlive_jax.training.metrics import mean_metrics
 from longlive_jax.training.objectives.batch import ARLossSpec, num_loss_frames
 from longlive_jax.training.objectives.error_recycling import (
     RecyclingSpec,
@@ -42,6 +40,8 @@ from longlive_jax.training.objectives.teacher_forcing import (
     TeacherForcingLoss,
     self_attention,
 )
+from longlive_jax.training.stages.adapted_dit import AdaptedDiT
+from longlive_jax.training.stages.adapter_files import export_adapter
 from longlive_jax.training.stages.attention_path import attention_note, attention_path
 from longlive_jax.training.stages.base_checkpoint import BaseCheckpoint
 from longlive_jax.training.stages.clip_batches import (
@@ -51,6 +51,8 @@ from longlive_jax.training.stages.clip_batches import (
     collated_batches,
     split_inputs,
 )
+from longlive_jax.training.stages.dit_training import DiTTraining, WholeDiT, load_shards
+from longlive_jax.training.stages.evaluation import evaluation
 from longlive_jax.training.stages.flops import clip_update_cost
 from longlive_jax.training.stages.preview import Preview, PreviewSpec
 from longlive_jax.training.stages.sample_defaults import SampleDefaults, autoregressive
@@ -58,7 +60,7 @@ from longlive_jax.training.stages.stage import HELD_OUT_SEED, RunSpec, microbatc
 from longlive_jax.training.stages.video_clips import CutSpec, clip_notes, encoded_videos
 from longlive_jax.training.task import About, StepCost, Task
 from longlive_jax.training.update import Group
-from longlive_jax.typing import Array, Params
+from longlive_jax.typing import Params
 from pallas_kernels.dispatch import Implementation
 
 
@@ -93,6 +95,7 @@ class WanARStage(RunSpec):
       dtype: dtype of matrix products and of all-gathered parameters.
       stream_dtype: dtype of the residual stream between layers, which remat keeps for every layer.
       quant: precision of the blocks' matrix products.
+      lora: trains only an adapter of this form, over the frozen DiT; None: all parameters.
     """
 
     checkpoint: str
@@ -116,6 +119,7 @@ class WanARStage(RunSpec):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     stream_dtype: Literal["float32", "bfloat16"] = "float32"
     quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
+    lora: LoRASpec | None = None
 
     def __post_init__(self) -> None:
         if self.ffn_chunks < 1:
@@ -137,7 +141,7 @@ class WanARStage(RunSpec):
         Raises UserError for clips of another checkpoint, or that do not fit model and mesh.
         """
         # 1. Model and data.
-        base = BaseCheckpoint.open(self.checkpoint, out)
+        base = BaseCheckpoint.open(self.checkpoint, out, complete=self.lora is None)
         model, clips = self.model(), self._clips(workdir)
         check_encoded_by(clips, base.folder)
         data = clip_data(
@@ -148,32 +152,33 @@ class WanARStage(RunSpec):
             anywhere=self.anywhere,
             batch_size=self.batch,
         )
-        shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[1]
-        self._check(model, data, shapes, mesh)
+        self._check(model, data, mesh)
 
         # 2. Loss, precision and updates.
         tokens = data.chunk_tokens
+        trained = self.trained(model, mesh, data.chunks, tokens)
         setup = self.setup(model, data.chunk_shape[0], data.num_prompts)
-        specs = rules.specs_for(rules.DIT, shapes)
-        rows = (data.chunks * tokens, data.chunks * model.text_len)
-        quant = self.precision(shapes, specs, mesh, rows)
-        loss = self.teacher_forcing_loss(setup, mesh, quant.specs(specs, shapes))
-        group = self.group(model, loss, quant, restore=lambda: self._restored(mesh, specs))
+        loss, evaluated = (
+            self.teacher_forcing_loss(setup, mesh, trained.specs(training=training))
+            for training in (True, False)
+        )
+        frozen, group = trained.frozen(), self.group(trained, loss)
         buffers = buffer_state(self.recycling, data.chunk_shape, self.mesh)
         attention = self.attention_path(model, data.chunks, tokens)
         note = attention_note(attention, 2 * data.chunks * tokens, self.dtype)
-        notes = self._notes((quant.describe(shapes), note), data, mesh, clips)
+        notes = self._notes((trained.describe(), note), data, mesh, clips)
         batches = self._batch_spec(self.loop.seed)
+        sampling = self._sample_settings(base, clips)
+        evaluate = self._evaluation(evaluated.without_recycling(), mesh, trained, frozen, sampling)
         return Task(
-            trainer=self.trainer({"dit": group}, mesh, buffers),
+            trainer=self.trainer({trained.name: group}, mesh, buffers),
             batches=collated_batches(
                 data.source, clips.empty_text_features, mesh, batches, data.put
             ),
-            evaluate=self._evaluation(
-                loss.without_recycling(), mesh, quant, self._sample_settings(base, clips)
-            ),
+            evaluate=evaluate,
             export=functools.partial(self._export, model, clips, base, attention),
-            about=About(self._origin(clips), notes, self._cost(model, data)),
+            frozen=frozen,
+            about=About(self._origin(clips), notes, self._cost(model, data, trained)),
         )
 
     @property
@@ -193,27 +198,22 @@ class WanARStage(RunSpec):
             )
         return encoded_videos(self.videos, self.cut, self.base, workdir)
 
-    def group(
-        self, model: DiTConfig, loss: TeacherForcingLoss, quant: QuantizedTraining, **options: Any
-    ) -> Group:
-        """The DiT and how it is trained; `options` are further fields of `Group`."""
+    def group(self, trained: DiTTraining, loss: TeacherForcingLoss) -> Group:
+        """What is trained, and how."""
         chunk_frames = loss.setup.chunk_frames
-        return Group(
-            init=lambda key: params_of(DiT(model, rngs=nnx.Rngs(key))),
-            loss=loss,
+        return trained.group(
+            loss,
             tx=self.optimizer(),
             ema=self.ema,
-            rules=rules.DIT,
-            prepare=quant.prepare,
             microbatch_weight=lambda arrays: num_loss_frames(
                 split_inputs(arrays)[0], chunk_frames, self.loss
             ),
-            **options,
         )
 
-    def _cost(self, model: DiTConfig, data: ClipData) -> StepCost:
+    def _cost(self, model: DiTConfig, data: ClipData, trained: DiTTraining) -> StepCost:
         sizes: Any = {"chunks": data.chunks, "chunk_tokens": data.chunk_tokens}
-        return clip_update_cost(model, batch=self.batch, window=self.window, **sizes)
+        sizes |= {"window": self.window, "adapter": trained.adapter}
+        return clip_update_cost(model, batch=self.batch, **sizes)
 
     def _origin(self, clips: EncodedClips) -> dict[str, Any]:
         return {
@@ -263,15 +263,29 @@ class WanARStage(RunSpec):
             implementation=self.attention,
         )
 
-    def precision(
-        self, shapes: Params, specs: Any, mesh: Mesh, rows: tuple[int, int]
-    ) -> QuantizedTraining:
-        """Quantization of the matrix products.
+    def trained(self, model: DiTConfig, mesh: Mesh, chunks: int, chunk_tokens: int) -> DiTTraining:
+        """What is trained of the model on clips of these chunks and tokens, and its precision.
 
-        `rows` is the number of clean (or noisy) tokens of a clip, and of its rows of text features.
+        Raises UserError for settings that do not fit model, clips and mesh.
         """
-        named = dict(zip(("clean or noisy tokens", "text tokens"), rows, strict=True))
-        return quantized(self.quant, shapes, specs, mesh, named)
+        shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[1]
+        specs = rules.specs_for(rules.DIT, shapes)
+        if self.lora is not None:
+            axes = AXES if mesh.size > 1 else ()
+            return AdaptedDiT(
+                self.lora, self.quant, self.dtype, shapes, mesh, self.checkpoint, axes
+            )
+        rows = {
+            "clean or noisy tokens": chunks * chunk_tokens,
+            "text tokens": chunks * model.text_len,
+        }
+        return WholeDiT(
+            shapes,
+            specs,
+            quantized(self.quant, shapes, specs, mesh, rows),
+            init=lambda key: params_of(DiT(model, rngs=nnx.Rngs(key))),
+            restore=lambda: load_shards(self.base, mesh, specs),
+        )
 
     def teacher_forcing_loss(self, setup: ARSetup, mesh: Mesh, specs: Any) -> TeacherForcingLoss:
         """The loss over the mesh; `specs` are those of its (perhaps quantized) parameters."""
@@ -297,8 +311,9 @@ class WanARStage(RunSpec):
         rows = self.batch // self.loop.accumulate // self.mesh.samples
         return 2 * rows * chunks * chunk_tokens // self.mesh.sp
 
-    def _check(self, model: DiTConfig, data: ClipData, shapes: Params, mesh: Mesh) -> None:
+    def _check(self, model: DiTConfig, data: ClipData, mesh: Mesh) -> None:
         """Raises UserError for clips, or parameters, that do not fit model and mesh."""
+        shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))[1]
         channels = data.shape[-1]
         if channels != model.in_channels:
             raise UserError(
@@ -310,16 +325,6 @@ class WanARStage(RunSpec):
             rules.check_divides(mesh, rules.specs_for(rules.DIT, shapes), shapes)
         except ValueError as error:
             raise UserError(f"config: {error}") from error
-
-    def _restored(self, mesh: Mesh, specs: Any) -> Params:
-        """Float32 parameters; every device reads its own shard, one array at a time."""
-
-        def put(path: tuple[str, ...], value: np.ndarray) -> jax.Array:
-            spec = functools.reduce(lambda tree, key: tree[key], path, specs)
-            sharding = NamedSharding(mesh, spec)
-            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-        return load_component(self.base, "dit", dtype=np.float32, put=put)[0]
 
     def _batch_spec(self, seed: int) -> ClipBatchSpec:
         columns = {
@@ -333,42 +338,29 @@ class WanARStage(RunSpec):
         self,
         loss: TeacherForcingLoss,
         mesh: Mesh,
-        quant: QuantizedTraining,
+        trained: DiTTraining,
+        frozen: Mapping[str, Params],
         sample_settings: Mapping[str, Any],
     ):
-        """A preview, and held-out metrics of the EMA in the run's precision.
-
-        Clips and draws are the same every time.
-        """
+        """A preview, and metrics on the held-out clips, which are the same every time."""
         preview = Preview(self.preview, self.base, self.model(), sample_settings)
-        clips = None if self.held_out is None else EncodedClips(self.held_out)
-        if clips is not None:
-            check_encoded_by(clips, self.base)
-            # Held-out clips may have another number of rows of text features.
-            setup = dataclasses.replace(loss.setup, empty_prompt=clips.manifest.texts_per_clip)
-            batches = collated_batches(
-                clips, clips.empty_text_features, mesh, self._batch_spec(HELD_OUT_SEED)
-            )
-            loss = dataclasses.replace(loss, setup=setup)
+        if self.held_out is None:
+            return evaluation(trained, frozen, loss, preview, lambda: iter(()))
+        clips = EncodedClips(self.held_out)
+        check_encoded_by(clips, self.base)
+        # Held-out clips may have another number of rows of text features.
+        setup = dataclasses.replace(loss.setup, empty_prompt=clips.manifest.texts_per_clip)
+        batches = collated_batches(
+            clips, clips.empty_text_features, mesh, self._batch_spec(HELD_OUT_SEED)
+        )
 
-        @jax.jit
-        def measure(params: Params, batch: dict[str, Array], key: Array):
-            _, (metrics, _) = loss(quant.prepare(params)(params, key), batch, key)
-            return metrics
-
-        def evaluate(weights: Mapping[str, Params], step: int, workdir: Path) -> dict[str, float]:
-            params = weights["dit"]
-            preview.write(params, step, workdir)
-            if clips is None:
-                return {}
+        def held_out() -> Iterator[Any]:
             with batches.feed(0) as feed:
-                metrics = [
-                    measure(params, batches.put(batch), jax.random.key(i))
-                    for i, batch in zip(range(self.held_out_batches), feed, strict=False)
-                ]
-            return {f"held_out_{k}": x for k, x in mean_metrics(metrics).items()}
+                for batch in itertools.islice(feed, self.held_out_batches):
+                    yield batches.put(batch)
 
-        return evaluate
+        loss = dataclasses.replace(loss, setup=setup)
+        return evaluation(trained, frozen, loss, preview, held_out)
 
     def _sample_settings(self, base: BaseCheckpoint, clips: EncodedClips) -> dict[str, Any]:
         """Sampler settings that match the training, stored in the checkpoint as its defaults."""
@@ -392,5 +384,11 @@ class WanARStage(RunSpec):
     ) -> tuple[str, ...]:
         dataset = clips.manifest.identity["dataset"]
         provenance = self.provenance("clips") | {"clips": dataset, "attention": attention}
-        settings = {"provenance": provenance, "sampling": self._sample_settings(base, clips)}
+        settings: Any = {
+            "provenance": provenance,
+            "sampling": self._sample_settings(base, clips),
+        }
+        if self.lora is not None:
+            adapter = weights["adapter"]
+            return export_adapter(directory, adapter, self.lora, base=base.folder, **settings)
         return base.export(directory, weights["dit"], model, **settings)

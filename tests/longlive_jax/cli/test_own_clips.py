@@ -63,6 +63,23 @@ def test_own_clips_train_a_checkpoint_that_samples(clips, tmp_path, capsys):
     assert (out / "video.mp4").stat().st_size > 0
 
 
+def test_an_adapter_trains_on_own_clips_and_samples(clips, tmp_path, capsys):
+    # 1. Train over the built-in model in NVFP4; the folder gets the adapter alone.
+    adapter, options = tmp_path / "ck", [f"--config.videos={clips}", "--config.lora.rank=4"]
+    train = command(tmp_path, *options, "--config.quant.policy=nvfp4_frozen")
+    train[1] = f"{RECIPE}:lora"
+    assert run(train) == 0
+    text = capsys.readouterr().out
+    assert "LoRA of rank 4 on 40 matrices" in text and "frozen, nvfp4_frozen: 40 of 47" in text
+    assert f"adapter in {adapter}" in text and f"--adapter={adapter} --script=SCRIPT" in text
+    assert set(read_manifest(adapter)["components"]) == {"lora"}
+    # 2. Sample with it.
+    script, out = tmp_path / "shots.yaml", tmp_path / "out"
+    script.write_text("shots: [{prompt: a red circle moves left, chunks: 1}]")
+    assert run(["sample", f"--adapter={adapter}", f"--script={script}", f"--out={out}"]) == 0
+    assert (out / "video.mp4").stat().st_size > 0
+
+
 @pytest.fixture
 def no_training(monkeypatch):
     def train(*_, **__):

@@ -209,6 +209,7 @@ def test_the_small_world_trains_in_nvfp4_and_resumes_bit_for_bit(tmp_path, capsy
     ("policy", "rows", "sizes", "message"),
     [
         ("nvfp4", {}, (1, 1, 1), "config.quant.policy nvfp4 is for inference; 'nvfp4_train'"),
+        ("nvfp4_frozen", {}, (1, 1, 1), "nvfp4_frozen freezes its matrices; 'nvfp4_train'"),
         ("nvfp4_train", {"tokens": 96}, (1, 1, 4), "96 tokens of a sample over mesh.sp = 4"),
         ("nvfp4_train", {}, (1, 4, 4), "128 over 16 devices must be a multiple of 16 each"),
     ],

@@ -8,6 +8,7 @@ from flax import nnx
 from longlive_jax.layout import teacher_forcing
 from longlive_jax.models.params import abstract, with_params
 from longlive_jax.models.wan import DiT, DiTConfig
+from longlive_jax.quant.lora import LoRASpec, init_adapter
 from longlive_jax.training.stages.flops import (
     clip_update_cost,
     forward_flops,
@@ -63,6 +64,20 @@ def test_an_update_costs_three_forward_passes_per_clip():
     assert cost.tokens == 4 * 2 * 3 * 10 and cost.flops == 3 * 4 * forward.total
     assert sorted(cost.kinds) == ["attention", "linears", "text"]
     assert cost.kinds["text"] == 12 * forward.text
+    assert sum(cost.kinds.values()) == pytest.approx(cost.flops)
+
+
+def test_an_adapter_saves_the_gradients_of_frozen_matrices():
+    forward = forward_flops(CFG, chunks=3, chunk_tokens=10)
+    shapes = abstract(lambda: DiT(CFG, rngs=nnx.Rngs(0)))[1]
+    spec = LoRASpec(rank=4, targets="blocks/ffn/.*")
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), shapes, spec))
+    cost = clip_update_cost(CFG, batch=4, chunks=3, chunk_tokens=10, adapter=adapter)
+    assert cost.kinds["linears"] == 4 * 2 * forward.linears
+    assert cost.kinds["attention"] == 4 * 3 * forward.attention
+    assert cost.kinds["text"] == 4 * forward.text
+    branches = 2 * (CFG.dim + CFG.ffn_dim) * 4 * CFG.layers
+    assert cost.kinds["adapter"] == 3 * 2.0 * cost.tokens * branches
     assert sum(cost.kinds.values()) == pytest.approx(cost.flops)
 
 
