@@ -2,10 +2,11 @@
 
 Estimates what training needs on GPUs that are not present: parameters, compute, communication
 volume and, from a compile of the real step, peak memory per device and whether it fits. Works for
-stage `clips`. The config's checkpoint and clips need not exist: without the checkpoint the model is
-Wan2.2-TI2V-5B; without the clips and --frames, a clip has one chunk per row of the config's error
-buffers. With --mesh the number of clips per sp group stays that of the config, so the batch scales
-with data * fsdp. Error buffers follow the mesh and the length of the clips.
+stages `clips` and `dmd`. The config's checkpoint and clips need not exist: without the checkpoint
+the model is Wan2.2-TI2V-5B; without the clips and --frames, a clip has one chunk per row of the
+config's error buffers. With --mesh the number of clips per sp group stays that of the config, so
+the batch scales with data * fsdp. Error buffers follow the mesh and the length of the clips. For
+stage `dmd` memory and communication of both updates are estimated, without --mesh on one device.
 """
 
 import dataclasses
@@ -14,22 +15,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from longlive_jax.cli import plan_tables
 from longlive_jax.cli.app import Parser
 from longlive_jax.cli.meshes import parse_mesh
 from longlive_jax.cli.options import add_config_option
 from longlive_jax.cli.recipes import take_config
 from longlive_jax.spec import UserError, build
 
-GIB = 2**30
 FLAGS = {"chunk_frames": "--chunk"}
 """Command-line options whose name differs from their setting."""
-LABELS = {
-    "average": "EMA",
-    "moments": "optimizer moments",
-    "keys_and_values_of_a_layer": "K and V of one layer",
-    "keys_and_values_of_texts": "text K and V",
-}
-"""Names in the table of keys in the report; other keys are shown as they are."""
+STAGES = ("clips", "dmd")
+"""Stages that can be planned."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,31 +33,64 @@ def main(argv: Sequence[str]) -> int:
     # 1. Read the config and the options.
     parser = _parser()
     add_config_option(parser)
-    parser.closing = lambda: "Settings of the recipe: `longlive settings clips`, or of RECIPE."
+    parser.closing = lambda: "Settings of the recipe: `longlive settings RECIPE`, or of its stage."
     config, rest = take_config(argv, verb="train")
     args = parser.parse_args(rest)
-    from longlive_jax.planning.plan import PlanSpec, clip_of, estimate, scale_to_mesh
-    from longlive_jax.training.stages.wan_ar import WanARStage
-
     settings = config.to_dict()
     name = settings.pop("stage", None)
-    if name != "clips":
-        raise UserError(f"config.stage must be 'clips' for a plan, got {name!r}")
+    if name not in STAGES:
+        raise UserError(f"config.stage must be 'clips' or 'dmd' for a plan, got {name!r}")
+    # 2. Estimate.
+    if name == "dmd":
+        report = _distillation(settings, args)
+        text = plan_tables.distillation_table
+    else:
+        report, text = _clips(settings, args), plan_tables.table
+    print(json.dumps(report, indent=1) if args.json else text(report))
+    return 0
+
+
+def _clips(settings: dict[str, Any], args: Any) -> dict[str, Any]:
+    """The report on stage `clips`."""
+    from longlive_jax.planning.plan import clip_of, estimate, scale_to_mesh
+    from longlive_jax.training.stages.wan_ar import WanARStage
+
     stage = build(WanARStage, settings)
-    clip, origin = clip_of(stage)
+    spec, origin = _spec(args, *clip_of(stage))
+    mesh = stage.mesh if args.mesh is None else parse_mesh(args.mesh)
+    stage = scale_to_mesh(stage, mesh, spec.clip)
+    report = estimate(stage, spec, log=_log)
+    return report | {"precision": _precision(stage), "clips_from": origin}
+
+
+def _distillation(settings: dict[str, Any], args: Any) -> dict[str, Any]:
+    """The report on stage `dmd`."""
+    from longlive_jax.parallel.mesh import MeshSpec
+    from longlive_jax.planning.distillation import estimate_distillation, on_mesh, video_of
+    from longlive_jax.training.stages.wan_dmd import WanDMDStage
+
+    if args.fastest:
+        raise UserError("--fastest is for stage 'clips'; set config.remat and config.ffn_chunks")
+    stage = build(WanDMDStage, settings)
+    spec, origin = _spec(args, *video_of(stage))
+    stage = on_mesh(stage, MeshSpec() if args.mesh is None else parse_mesh(args.mesh))
+    return estimate_distillation(stage, spec, log=_log) | {"videos_from": origin}
+
+
+def _spec(args: Any, clip: Any, origin: str) -> tuple[Any, str]:
+    """The `PlanSpec` of these options for a clip or video, and where its size comes from."""
+    from longlive_jax.planning.plan import PlanSpec
+
     request = {"chip": args.chip, "fastest": args.fastest, "compile": not args.no_compile}
     size = None if args.size is None else _numbers("--size", args.size)
     options = {"frames": args.frames, "chunk_frames": args.chunk, "size": size}
     options = {name: value for name, value in options.items() if value is not None}
     spec = build(PlanSpec, dataclasses.asdict(clip) | request | options, path="plan")
-    # 2. Estimate.
-    mesh = stage.mesh if args.mesh is None else parse_mesh(args.mesh)
-    stage = scale_to_mesh(stage, mesh, spec.clip)
-    report = estimate(stage, spec, log=lambda text: print(text, file=sys.stderr))
-    report["precision"] = _precision(stage)
-    report["clips_from"] = ", ".join(FLAGS.get(name, f"--{name}") for name in options) or origin
-    print(json.dumps(report, indent=1) if args.json else table(report))
-    return 0
+    return spec, ", ".join(FLAGS.get(name, f"--{name}") for name in options) or origin
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _precision(stage: Any) -> str:
@@ -86,107 +115,12 @@ def _numbers(option: str, text: str) -> list[int]:
         raise UserError(f"{option}: expected numbers separated by 'x', got {text!r}") from None
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as a text table."""
-    state = report["state_bytes_per_device"]
-    activations = report["activation_bytes_per_device"]
-    rows = [
-        ("devices", f"{report['devices']} x {report['device']}, {_mesh(report['mesh'])}"),
-        ("model", f"{report['model']}, {report['parameters'] / 1e9:.2f} B parameters"),
-        ("precision", report["precision"]),
-        ("attention", report["attention"]),
-        ("batch", _batch(report)),
-        ("recomputation", _remat_policy(report)),
-        ("compute", _compute(report)),
-        ("communication", _communication(report)),
-        ("train state", _sizes(state)),
-        ("activations", _sizes(activations)),
-        ("sampling KV cache", f"{report['kv_cache_bytes'] / GIB:.2f} GiB per video"),
-        ("peak memory", verdict(report)),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
-
-
-def verdict(report: dict[str, Any]) -> str:
-    """Peak memory of a device, and by how much it fits or does not."""
-    total, reserved = report["device_bytes"], report["reserved_bytes"]
-    limit = (
-        f"{(total - reserved) / GIB:.1f} of {total / GIB:.1f} GiB usable, "
-        f"{reserved / GIB:.0f} GiB reserved"
-    )
-    if report["fits"] is None:
-        return f"not compiled; {limit}"
-    spare = (total - reserved - report["peak_bytes_per_device"]) / GIB
-    result = (
-        f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit by {-spare:.1f} GiB"
-    )
-    return f"{report['peak_bytes_per_device'] / GIB:.1f} GiB per device: {result} ({limit})"
-
-
-def _batch(report: dict[str, Any]) -> str:
-    height, width, channels = report["size"]
-    accumulate = report["accumulate"]
-    microbatches = f", gradient accumulation over {accumulate} microbatches" * (accumulate > 1)
-    return (
-        f"{report['batch']} clips of {report['latent_frames']} x {height}x{width}x{channels} "
-        f"({report['seconds_of_video']:.0f} s) in chunks of {report['chunk']}, "
-        f"{report['tokens_per_step']:,} tokens{microbatches} ({report['clips_from']})"
-    )
-
-
-REMAT = {
-    "none": "none",
-    "attention_saved": "every layer except attention",
-    "everything": "every layer",
-}
-"""What every rematerialization policy recomputes."""
-
-
-def _remat_policy(report: dict[str, Any]) -> str:
-    layers = REMAT[report["remat"]]
-    chunks = report["ffn_parts"]
-    return layers + (f", feed-forward in {chunks} chunks of the tokens" if chunks > 1 else "")
-
-
-def _compute(report: dict[str, Any]) -> str:
-    kinds = ", ".join(f"{k} {x / 1e15:.2f}" for k, x in report["flops"].items())
-    recomputed = report["recomputed_flops_per_step"] / 1e15
-    return (
-        f"{report['flops_per_step'] / 1e15:.2f} PFLOP per step ({kinds}) and {recomputed:.2f} "
-        f"recomputed; at least {report['least_seconds_per_step']:.2f} s at peak bf16 FLOP/s"
-    )
-
-
-def _communication(report: dict[str, Any]) -> str:
-    if report["collective_bytes_per_step"] is None:
-        return "not compiled"
-    kinds = report["collectives_per_device"]
-    volumes = ", ".join(
-        f"{name} {kind['bytes'] / GIB:.2f} ({kind['count']})"
-        for name, kind in kinds.items()
-        if kind["count"]
-    )
-    total = sum(kind["bytes"] for kind in kinds.values()) / GIB
-    return f"{total:.1f} GiB sent per device and step" + (f": {volumes}" if volumes else "")
-
-
-def _sizes(values: dict[str, int]) -> str:
-    """Their sum and all that are not zero, in GiB."""
-    total = sum(values.values()) / GIB
-    labels = {k: LABELS.get(k, k.replace("_", " ")) for k in values}
-    sizes = ", ".join(f"{labels[k]} {x / GIB:.2f}" for k, x in values.items() if x)
-    return f"{total:.2f} GiB per device: {sizes}"
-
-
-def _mesh(axes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in axes.items())
-
-
 def _parser() -> Parser:
     parser = Parser("plan", __doc__ or "")
-    parser.add_argument("--chip", required=True, help="gb200, b200, h200 or h100")
-    parser.add_argument("--mesh", help="devices by axis, as data=8,sp=4; default: the config's")
+    parser.add_argument("--chip", required=True, help="gb200, b200, h200, h100, l40s or rtx4090")
+    parser.add_argument(
+        "--mesh", help="devices by axis, as data=8,sp=4; default: the config's (dmd: 1)"
+    )
     parser.add_argument("--frames", type=int, help="latent frames per clip; default: the run's")
     parser.add_argument("--chunk", type=int, help="latent frames per chunk; default: the run's")
     parser.add_argument("--size", help="HEIGHTxWIDTHxCHANNELS of a latent; default: the run's")

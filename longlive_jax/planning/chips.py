@@ -29,6 +29,8 @@ class Chip:
       clock_ghz: clock rate, GHz.
       bf16_flops: dense bfloat16 FLOP/s of the tensor cores.
       gpus_per_host: GPUs per host in the usual systems.
+      shared_bytes: shared memory of a multiprocessor; a block may have 1 KiB less.
+      threads: most threads of a multiprocessor.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Chip:
     clock_ghz: float
     bf16_flops: float
     gpus_per_host: int
+    shared_bytes: int = 233_472
+    threads: int = 2048
 
     @property
     def compute_capability(self) -> str:
@@ -54,15 +58,16 @@ class Chip:
     def description(self) -> str:
         """The text form of XLA's GpuTargetConfigProto."""
         major, minor = self.capability
-        # The limits below are the same for Hopper and Blackwell.
+        features = "feature_extension: ACCELERATED_FEATURES" if self.capability >= (9, 0) else ""
+        # The other limits below are the same for Ada, Hopper and Blackwell.
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048
+  shared_memory_per_core: {self.shared_bytes}
+  shared_memory_per_block_optin: {self.shared_bytes - 1024}
+  threads_per_core_limit: {self.threads}
   core_count: {self.multiprocessors}
   fpus_per_core: 128
   block_dim_limit_x: 2147483647
@@ -82,7 +87,7 @@ gpu_device_info {{
   ecc_enabled: true
   name: "{self.name}"
   cuda_compute_capability {{
-    major: {major} minor: {minor} feature_extension: ACCELERATED_FEATURES
+    major: {major} minor: {minor} {features}
   }}
   driver_version: "13.0.0"
   runtime_version: "13.0.0"
@@ -112,6 +117,14 @@ CHIPS = {
     "h100": Chip(
         "NVIDIA H100", (9, 0), 132, 84_929_347_584, 3_352_320_000_000, 52_428_800, 1.98,
         0.989e15, 8,
+    ),
+    "l40s": Chip(
+        "NVIDIA L40S", (8, 9), 142, 48_305_799_168, 864_000_000_000, 100_663_296, 2.52,
+        0.362e15, 8, 102_400, 1536,
+    ),
+    "rtx4090": Chip(
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 25_757_220_864, 1_008_000_000_000, 75_497_472, 2.52,
+        0.165e15, 1, 102_400, 1536,
     ),
 }  # fmt: skip
 """GPU models by their `--chip` name."""

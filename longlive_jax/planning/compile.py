@@ -120,20 +120,37 @@ def main() -> int:
     return int("failure" in report)
 
 
-def _measure(stage: dict, model: dict, clip: dict, chip: str) -> dict[str, Any]:
-    """Compiles the step of these settings; see `compile_step` for the report."""
+def _step(stage: dict, model: dict, clip: dict, group: str | None) -> Any:
+    """The planned step: of stage `clips`, or with `group` of stage `dmd`."""
+    from longlive_jax.models.wan import DiTConfig
+    from longlive_jax.planning.distillation_step import PlannedDistillation
+    from longlive_jax.planning.step import Clip, PlannedStep
+    from longlive_jax.spec import build
+    from longlive_jax.training.stages.wan_ar import WanARStage
+    from longlive_jax.training.stages.wan_dmd import WanDMDStage
+
+    shapes = build(DiTConfig, model), build(Clip, clip)
+    if group is None:
+        return PlannedStep(build(WanARStage, stage), *shapes)
+    return PlannedDistillation(build(WanDMDStage, stage), *shapes, group)
+
+
+def _measure(
+    stage: dict, model: dict, clip: dict, chip: str, group: str | None = None
+) -> dict[str, Any]:
+    """Compiles the step of these settings; see `compile_step` for the report.
+
+    With `group` it is the update of this group in stage `dmd`, else the step of stage `clips`.
+    """
     from jax.experimental import topologies
 
-    from longlive_jax.models.wan import DiTConfig
     from longlive_jax.parallel.mesh import make_mesh
     from longlive_jax.planning.chips import get_chip
     from longlive_jax.planning.collectives import traffic
-    from longlive_jax.planning.step import Clip, PlannedStep, lower
-    from longlive_jax.spec import build
-    from longlive_jax.training.stages.wan_ar import WanARStage
+    from longlive_jax.planning.step import lower
 
     # 1. Describe the step and the devices.
-    step = PlannedStep(build(WanARStage, stage), build(DiTConfig, model), build(Clip, clip))
+    step = _step(stage, model, clip, group)
     count, target = step.stage.mesh.size, get_chip(chip)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target.description(), topology=target.topology(count)

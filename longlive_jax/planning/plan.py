@@ -7,7 +7,6 @@ GPU is needed. The peak excludes the CUDA context, NCCL's buffers and allocator 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -22,10 +21,10 @@ from longlive_jax.models.vae import VAEConfig
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.models.wan.cache import CachePolicy
 from longlive_jax.models.wan.remat import Remat
-from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import AXES, MeshSpec
 from longlive_jax.planning import compile as plan_compile
 from longlive_jax.planning.chips import Chip, get_chip
+from longlive_jax.planning.memory import bytes_per_device
 from longlive_jax.planning.step import (
     Clip,
     PlannedStep,
@@ -296,9 +295,9 @@ def _compute(step: PlannedStep, chip: Chip) -> dict[str, Any]:
     """FLOPs of one update over all devices; recomputed ones are not part of `flops_per_step`."""
     stage, clip, model = step.stage, step.clip, step.model
     sizes: Any = {"chunks": clip.chunks, "chunk_tokens": clip.chunk_tokens, "window": stage.window}
-    work = clip_update_cost(model, batch=stage.batch, **sizes)
+    adapter = step.trained(step.abstract_mesh).adapter
+    work = clip_update_cost(model, batch=stage.batch, adapter=adapter, **sizes)
     forward = forward_flops(model, **sizes)
-    by_kind = {k: 3 * stage.batch * x for k, x in dataclasses.asdict(forward).items()}
     recomputed = stage.batch * recomputed_flops(
         model, forward, stage.remat, tokens=work.tokens // stage.batch
     )
@@ -307,7 +306,7 @@ def _compute(step: PlannedStep, chip: Chip) -> dict[str, Any]:
     return {
         "tokens_per_step": work.tokens,
         "flops_per_step": work.flops,
-        "flops": by_kind,
+        "flops": dict(work.kinds),
         "recomputed_flops_per_step": recomputed,
         "least_seconds_per_step": (work.flops + recomputed) / (stage.mesh.size * chip.bf16_flops),
     }
@@ -337,26 +336,19 @@ def _memory(step: PlannedStep) -> dict[str, Any]:
 def _state_bytes(step: PlannedStep) -> dict[str, int]:
     """Bytes of a device's shard of the train state, and of one batch."""
     shapes, specs = step.state()
-    trained, trained_specs = shapes.groups["dit"], specs.groups["dit"]
+    (trained,), (trained_specs,) = shapes.groups.values(), specs.groups.values()
     mesh = dict(zip(AXES, step.stage.mesh.shape, strict=True))
     batch = {k: P(*CLIP_BATCH_SPECS[k][: x.ndim]) for k, x in step.batch().items()}
+    frozen = step.trained(step.abstract_mesh).frozen_shapes()
+    frozen_specs = jax.tree.map(lambda x: x.sharding.spec, frozen)
     return {
-        "parameters": _bytes_per_device(trained.params, trained_specs.params, mesh),
-        "average": _bytes_per_device(trained.ema, trained_specs.ema, mesh),
-        "moments": _bytes_per_device(trained.opt_state, trained_specs.opt_state, mesh),
-        "error_buffers": _bytes_per_device(shapes.loss_state, specs.loss_state, mesh),
-        "batch": _bytes_per_device(step.batch(), batch, mesh),
+        "parameters": bytes_per_device(trained.params, trained_specs.params, mesh),
+        "frozen_parameters": bytes_per_device(frozen, frozen_specs, mesh),
+        "average": bytes_per_device(trained.ema, trained_specs.ema, mesh),
+        "moments": bytes_per_device(trained.opt_state, trained_specs.opt_state, mesh),
+        "error_buffers": bytes_per_device(shapes.loss_state, specs.loss_state, mesh),
+        "batch": bytes_per_device(step.batch(), batch, mesh),
     }
-
-
-def _bytes_per_device(shapes: Any, specs: Any, mesh: dict[str, int]) -> int:
-    """Bytes of one device's shards of a tree of arrays; `mesh` has the size of every axis."""
-
-    def shard_bytes(x: jax.ShapeDtypeStruct, spec: P) -> int:
-        num_shards = math.prod(rules.num_shards(mesh, names) for names in spec)
-        return x.size * x.dtype.itemsize // num_shards
-
-    return sum(jax.tree.leaves(jax.tree.map(shard_bytes, shapes, specs)))
 
 
 def _measure(step: PlannedStep, spec: PlanSpec, log: Callable[[str], None]) -> dict[str, Any]:
@@ -372,7 +364,7 @@ def _measure(step: PlannedStep, spec: PlanSpec, log: Callable[[str], None]) -> d
     result = plan_compile.compile_step(
         {
             "stage": dataclasses.asdict(stage),
-            "model": _to_json(step.model),
+            "model": to_json(step.model),
             "clip": dataclasses.asdict(step.clip),
             "chip": spec.chip,
         }
@@ -390,7 +382,7 @@ def _measure(step: PlannedStep, spec: PlanSpec, log: Callable[[str], None]) -> d
     }
 
 
-def _to_json(model: DiTConfig) -> dict[str, Any]:
+def to_json(model: DiTConfig) -> dict[str, Any]:
     """A model's settings, with data types by name."""
     values = dataclasses.asdict(model)
     return values | {k: jnp.dtype(values[k]).name for k in ("dtype", "stream_dtype", "param_dtype")}

@@ -6,7 +6,7 @@ public; a float32 copy of a call's query gradient would be 0.04 GiB for the 5B m
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,23 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.models.params import abstract, params_of
+from longlive_jax.models.params import abstract
 from longlive_jax.models.wan import DiT, DiTConfig
-from longlive_jax.parallel import rules
 from longlive_jax.parallel.mesh import AXES
 from longlive_jax.training.objectives.error_recycling import buffer_state
 from longlive_jax.training.objectives.sharded import CHUNK_COLUMNS
 from longlive_jax.training.stages.clip_batches import CLIP_BATCH_SPECS
+from longlive_jax.training.stages.dit_training import DiTTraining
 from longlive_jax.training.stages.wan_ar import WanARStage
 from longlive_jax.training.state import TrainState, abstract_state
-from longlive_jax.training.update import Group, LossFn, Trainer, stateless
+from longlive_jax.training.update import LossFn, Trainer, stateless
 
 __all__ = [
     "Clip",
+    "Lowerable",
     "PlannedStep",
     "lower",
+    "num_bits",
     "num_parameters",
 ]
 
@@ -74,24 +76,26 @@ class PlannedStep:
 
     def state(self) -> tuple[TrainState, TrainState]:
         """Shapes of the train state, and its PartitionSpecs."""
-        mesh: Any = AbstractMesh(self.stage.mesh.shape, AXES, axis_types=(AxisType.Auto,) * 3)
-        trainer = self._trainer(mesh, stateless(lambda *_: (jnp.zeros(()), {})))
+        mesh = self.abstract_mesh
+        trainer = self._trainer(mesh, self.trained(mesh), stateless(lambda *_: (jnp.zeros(()), {})))
         return trainer.abstract, trainer.specs
 
-    def _trainer(self, mesh: Mesh, loss: LossFn, **options: Any) -> Trainer:
-        """State and updates with a loss; `options` are further fields of `Group`."""
+    @property
+    def abstract_mesh(self) -> Any:
+        """The mesh of the run, without devices."""
+        return AbstractMesh(self.stage.mesh.shape, AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def trained(self, mesh: Mesh) -> DiTTraining:
+        """What is trained, and its precision, as the stage decides."""
+        return self.stage.trained(self.model, mesh, self.clip.chunks, self.clip.chunk_tokens)
+
+    def _trainer(self, mesh: Mesh, trained: DiTTraining, loss: LossFn) -> Trainer:
+        """State and updates with a loss."""
         stage = self.stage
-        group = Group(
-            init=lambda key: params_of(DiT(self.model, rngs=nnx.Rngs(key))),
-            loss=loss,
-            tx=stage.optimizer(),
-            ema=stage.ema,
-            rules=rules.DIT,
-            **options,
-        )
+        group = trained.group(loss, tx=stage.optimizer(), ema=stage.ema)
         chunk_shape = (self.clip.chunk_frames, *self.clip.size)
         buffers = buffer_state(stage.recycling, chunk_shape, stage.mesh)
-        return stage.trainer({"dit": group}, mesh, buffers)
+        return stage.trainer({trained.name: group}, mesh, buffers)
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of one batch, as stage `clips` collates it."""
@@ -114,25 +118,32 @@ class PlannedStep:
     def jit_on(self, mesh: Mesh) -> tuple[Any, tuple[TrainState, dict[str, Any], dict[str, Any]]]:
         """The jitted step on a mesh, and its arguments as shapes with shardings."""
         # 1. Loss and update, as the stage builds them.
-        stage, clip = self.stage, self.clip
-        setup = stage.setup(self.model, clip.chunk_frames, clip.chunks)
-        params = abstract(lambda: DiT(self.model, rngs=nnx.Rngs(0)))[1]
-        specs = rules.specs_for(rules.DIT, params)
-        rows = clip.chunks * clip.chunk_tokens, clip.chunks * self.model.text_len
-        quant = stage.precision(params, specs, mesh, rows)
-        loss = stage.teacher_forcing_loss(setup, mesh, quant.specs(specs, params))
-        trainer = self._trainer(mesh, loss, prepare=quant.prepare)
+        stage, trained = self.stage, self.trained(mesh)
+        setup = stage.setup(self.model, self.clip.chunk_frames, self.clip.chunks)
+        loss = stage.teacher_forcing_loss(setup, mesh, trained.specs(training=True))
+        trainer = self._trainer(mesh, trained, loss)
 
-        # 2. Arguments: state, frozen parameters (none) and batch.
+        # 2. Arguments: state, frozen parameters and batch.
         batch = self.batch()
         shardings = {
             k: NamedSharding(mesh, P(*CLIP_BATCH_SPECS[k][: x.ndim])) for k, x in batch.items()
         }
-        arguments: Any = (trainer.abstract, {}, abstract_state(batch, shardings))
-        return trainer.program(("dit",)), arguments
+        arguments: Any = (
+            trainer.abstract,
+            trained.frozen_shapes(),
+            abstract_state(batch, shardings),
+        )
+        return trainer.program((trained.name,)), arguments
 
 
-def lower(step: PlannedStep, mesh: Mesh, *, platform: str | None = None) -> jax.stages.Lowered:
+class Lowerable(Protocol):
+    """A step that can be compiled."""
+
+    def jit_on(self, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+        """The jitted step on a mesh, and its arguments as shapes with shardings."""
+
+
+def lower(step: Lowerable, mesh: Mesh, *, platform: str | None = None) -> jax.stages.Lowered:
     """Traces and lowers the step for a mesh, whose devices need not be present.
 
     `platform` lowers for another kind of device than the mesh has, to read the program.
@@ -147,3 +158,9 @@ def num_parameters(model: DiTConfig) -> int:
     """Number of parameters of the model."""
     _, shapes = abstract(lambda: DiT(model, rngs=nnx.Rngs(0)))
     return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def num_bits(dtype: Any) -> int:
+    """Bits of a number on a device, where two of 4 bits share a byte."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return (jnp.finfo if floating else jnp.iinfo)(dtype).bits

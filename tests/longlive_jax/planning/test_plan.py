@@ -25,6 +25,8 @@ from longlive_jax.planning.plan import (
     scale_to_mesh,
 )
 from longlive_jax.planning.step import Clip, PlannedStep, lower
+from longlive_jax.quant.lora import LoRASpec
+from longlive_jax.quant.policy import QuantSpec
 from longlive_jax.training.objectives.error_buffer import BufferSpec
 from longlive_jax.training.objectives.error_recycling import RecyclingSpec
 from longlive_jax.training.stages.wan_ar import WanARStage
@@ -104,6 +106,45 @@ def test_sizes_and_flops_of_the_5b_model():
     assert report["peak_bytes_per_device"] is report["fits"] is None
 
 
+@pytest.mark.parametrize(
+    ("policy", "bytes_per_weight"), [("none", 2), ("fp8", 1), ("nvfp4_frozen", 4.5 / 8)]
+)
+def test_a_lora_of_the_5b_model_keeps_state_for_its_adapter_alone(policy, bytes_per_weight):
+    stage = stage_of(
+        mesh=MeshSpec(),
+        batch=1,
+        dtype="bfloat16",
+        lora=LoRASpec(rank=128),
+        quant=QuantSpec(policy),
+        ema=None,
+    )
+    report = estimate(stage, PlanSpec("l40s", frames=32, compile=False))
+    state, adapter = report["state_bytes_per_device"], 4 * 322_437_120
+    assert state["parameters"] == adapter and state["average"] == 0
+    assert state["moments"] == pytest.approx(2 * adapter, rel=1e-6)
+    packed = 4_907_335_680  # weights of the 300 matrices
+    rest = 2 * (4_999_787_712 - packed)
+    assert state["frozen_parameters"] == pytest.approx(packed * bytes_per_weight + rest, rel=2e-3)
+    full = estimate(
+        dataclasses.replace(stage, lora=None, quant=QuantSpec()),
+        PlanSpec("l40s", frames=32, compile=False),
+    )
+    assert 0.6 < report["flops_per_step"] / full["flops_per_step"] < 0.9
+    assert state["frozen_parameters"] > full["state_bytes_per_device"]["frozen_parameters"] == 0
+
+
+def test_the_planned_step_of_a_lora_compiles_sharded():
+    mesh = MeshSpec(data=2, fsdp=2)
+    stage = stage_of(mesh=mesh, batch=4, lora=LoRASpec(rank=4, dropout=0.1))
+    step = PlannedStep(stage, MODEL, CLIP)
+    mesh = make_mesh(stage.mesh, jax.devices()[:4])
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    volumes = traffic(lower(step, mesh).compile(compiler_options=options).as_text(), mesh.size)
+    # A gradient is reduced for both factors of 10 linears, inside the scan over layers.
+    assert volumes["reduce-scatter"].count == 20 * MODEL.layers
+    assert not volumes["all-to-all"].count
+
+
 def test_the_clip_is_read_from_the_manifest_even_before_any_clip_is_encoded(tmp_path):
     spec = EncodeSpec(join=JoinSpec(chunks=6, chunk_frames=4), size=(480, 832))
     Manifest(identity=dataclasses.asdict(spec), versions={}).write(tmp_path)
@@ -170,6 +211,7 @@ def test_descriptions_and_topologies_of_chips():
     for chip in CHIPS.values():
         text = chip.description()
         assert text.count("{") == text.count("}") and str(chip.memory_bytes) in text
+    assert "shared_memory_per_core: 102400" in CHIPS["l40s"].description()
     assert CHIPS["gb200"].topology(32) == "1x8x4"
     assert CHIPS["h200"].topology(8) == "1x1x8"
     assert CHIPS["h200"].topology(12) == "1x3x4"
