@@ -25,6 +25,7 @@ from longlive_jax.spec import Failure, UserError, nearest
 
 VERBS = {
     "sample": "sample a video from a shot script",
+    "compare": "sample a script with several models or settings, and show them side by side",
     "demo": "sample a short video from the built-in model, and judge it",
     "train": "train the model of a recipe, such as --config=small_world:vae",
     "curves": "plot the metrics of several training runs in one picture",

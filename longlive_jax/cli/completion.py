@@ -20,8 +20,11 @@ SHELLS = ("bash", "zsh", "fish")
 SETTING = "--config."
 """Start of the options that set any setting; bash and zsh offer them only after it."""
 
-RECIPES_FOR = {"plan": "train"}
+RECIPES_FOR = {"compare": "sample", "plan": "train"}
 """Verb -> the verb whose recipes it takes, where that is another one."""
+
+SETTINGS_FOR = {"compare": "sample"}
+"""Verb -> the verb whose settings it takes, where that is another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,8 @@ def command_words(name: str) -> Iterator[Word]:
 
 def _setting_words(name: str) -> Iterator[Word]:
     """`--config.SETTING` of the groups of a verb, once each."""
-    names = [group for group in group_names() if group.split(" ")[0] == name]
+    verb = SETTINGS_FOR.get(name, name)
+    names = [group for group in group_names() if group.split(" ")[0] == verb]
     rows = {row.path: row for group in names for row in find_group(group).rows}
     for row in rows.values():
         choices = row.type.split(" | ") if " | " in row.type else ()

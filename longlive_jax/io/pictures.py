@@ -16,10 +16,12 @@ __all__ = [
     "check_image",
     "default_scale",
     "enlarge",
+    "picture_cells",
     "read_image",
     "strip",
     "to_pixels",
     "to_uint8",
+    "unreadable_note",
 ]
 
 MARGIN = 6
@@ -146,7 +148,7 @@ def strip(
     if not shots or len(shots) != len(captions):
         raise ValueError(f"need one caption per shot, got {len(captions)} for {len(shots)} shots")
     # 1. Frames and wrapped captions, and the height of every row.
-    rows = [_cells(shot, columns, cell_width) for shot in shots]
+    rows = [picture_cells(shot, columns, cell_width) for shot in shots]
     inner = columns * (rows[0][0].width + MARGIN) - MARGIN
     fonts, texts, notes = _captions(captions, inner)
     line = FONT_SIZE + 4
@@ -177,11 +179,16 @@ def _captions(
         fonts.append(font)
         texts.append(wrap(f"{number}. {text}", font, width))
         if missing:
-            notes.append(
-                f"caption {number}: no installed font has {missing[:12]!r}, shown as "
-                f"{text[:12]}...; install one, such as Noto Sans CJK"
-            )
+            notes.append(unreadable_note(f"caption {number}", missing, text))
     return fonts, texts, tuple(notes)
+
+
+def unreadable_note(what: str, missing: str, text: str) -> str:
+    """A note on a text with `missing` characters that is drawn as `text` (`fonts.caption_font`)."""
+    return (
+        f"{what}: no installed font has {missing[:12]!r}, shown as {text[:12]}...; install one, "
+        "such as Noto Sans CJK"
+    )
 
 
 def add_caption(
@@ -201,7 +208,11 @@ def add_caption(
     return np.concatenate([frames, bands], axis=1)
 
 
-def _cells(shot: np.ndarray, columns: int, cell_width: int) -> list[Image.Image]:
+def picture_cells(shot: np.ndarray, columns: int, cell_width: int) -> list[Image.Image]:
+    """At most `columns` evenly spaced frames of a shot, as the cells of a strip.
+
+    Raises ValueError for anything but frames `[f, h, w, 3]`.
+    """
     shot = np.asarray(shot)
     if shot.ndim != 4 or shot.shape[-1] != 3 or not len(shot):
         raise ValueError(f"a shot must be [f, h, w, 3] with at least one frame, got {shot.shape}")
