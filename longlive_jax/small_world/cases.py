@@ -1,27 +1,13 @@
 """The cases of an evaluation, and the resumable run over them."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from longlive_jax.io.checkpoint import weights_fingerprint
-from longlive_jax.io.models import load_model
-from longlive_jax.quant.packed import resident_bytes
-from longlive_jax.sampling.pipeline import Pipeline
-from longlive_jax.sampling.settings import LOADED_WITH, SampleSpec, SolverName, spec_for
-from longlive_jax.small_world.evaluator import (
-    EvaluationSet,
-    Example,
-    SampledVideos,
-    VAEReconstruction,
-    VideoProgress,
-    ground_truth,
-    measure,
-)
+from longlive_jax.sampling.settings import SolverName
+from longlive_jax.small_world.case_runner import Case, CaseRunner
+from longlive_jax.small_world.evaluator import EvaluationSet, VideoProgress
 from longlive_jax.small_world.report import (
     is_done,
     markdown,
@@ -30,6 +16,8 @@ from longlive_jax.small_world.report import (
     write_report,
     write_strip,
 )
+from longlive_jax.small_world.table_report import write_table_picture
+from longlive_jax.small_world.tables import TableSpec, check_tables, table_results, training_cost
 from longlive_jax.spec import UserError, nearest
 
 PARTS = ("ceilings", "steps", "long", "sinks", "compared")
@@ -62,8 +50,12 @@ class EvaluateSpec:
       long: evaluation set of part `long`, for drift.
       returning: evaluation set of part `sinks`, with long shots and few subjects, which return.
       compared: cases of part `compared`; each has a `name`, fields of `SampleSpec`, and
-        optionally a `checkpoint` with other weights.
+        optionally a `checkpoint` with other weights, an `adapter` (`PATH` or `PATH:SCALE`) to plug
+        in, and a `log`, the work directory of the training whose time and memory the tables state.
       comparison: evaluation set of part `compared`.
+      tables: tables of these cases; the name of one in `--parts` selects its rows.
+      runs: folder that relative paths in `compared` start from; empty for the working directory.
+      parts: what to evaluate unless `--parts` says it: names of PARTS and of tables.
     """
 
     sample: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -75,6 +67,9 @@ class EvaluateSpec:
     returning: EvaluationSet = RETURNING
     compared: tuple[dict[str, Any], ...] = ()
     comparison: EvaluationSet = COMPARED
+    tables: tuple[TableSpec, ...] = ()
+    runs: str = ""
+    parts: tuple[str, ...] = PARTS
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -83,25 +78,8 @@ class EvaluateSpec:
         for row in self.compared:
             if names.count(row.get("name", "")) != 1 or not row.get("name"):
                 raise ValueError(f"evaluate.compared: {row} needs a unique name")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One row of the report.
-
-    Attributes:
-      part: part of the evaluation, one of PARTS.
-      name: unique name.
-      videos: evaluation set.
-      changes: fields of `SampleSpec` that differ from the run's; None if nothing is sampled.
-      checkpoint: checkpoint with other weights; None for the run's checkpoint.
-    """
-
-    part: str
-    name: str
-    videos: EvaluationSet
-    changes: Mapping[str, Any] | None = None
-    checkpoint: Path | None = None
+        check_tables(self.tables, names, PARTS)
+        select_cases(self, self.parts)
 
 
 SINKS = {
@@ -125,79 +103,32 @@ def cases(spec: EvaluateSpec) -> list[Case]:
         Case("sinks", name, spec.returning, {"global_sinks": first, "shot_sinks": shot})
         for name, (first, shot) in SINKS.items()
     ]
-    return rows + [_compared(dict(row), spec.comparison) for row in spec.compared]
+    return rows + [_compared(dict(row), spec) for row in spec.compared]
 
 
-def _compared(row: dict[str, Any], videos: EvaluationSet) -> Case:
+def _compared(row: dict[str, Any], spec: EvaluateSpec) -> Case:
     """The case of one entry of `EvaluateSpec.compared`."""
-    name, folder = row.pop("name", ""), row.pop("checkpoint", None)
-    return Case("compared", name, videos, row, None if folder is None else Path(folder))
+    name = row.pop("name", "")
+    paths = {key: row.pop(key, None) for key in ("checkpoint", "adapter", "log")}
+    checkpoint, adapter, log = (
+        None if path is None else Path(spec.runs) / path for path in paths.values()
+    )
+    plugged = None if adapter is None else str(adapter)
+    return Case("compared", name, spec.comparison, row, checkpoint, plugged, log)
 
 
-def check_parts(parts: Sequence[str]) -> None:
-    """Raises UserError if a part does not exist."""
-    for part in parts:
-        if part not in PARTS:
-            raise UserError(f"--parts: unknown part {part!r}{nearest(part, PARTS)}")
+def select_cases(spec: EvaluateSpec, parts: Sequence[str]) -> list[Case]:
+    """The cases of `parts`, which are names of PARTS and of tables, in the order of the report.
 
-
-class CaseRunner:
-    """Measures cases; they share weights and, where possible, compiled functions.
-
-    Args:
-      checkpoint: checkpoint of the run.
-      sample: fields of `SampleSpec` that override the checkpoint's.
+    Raises UserError for a part that does not exist.
     """
-
-    def __init__(self, checkpoint: Path, sample: Mapping[str, Any]):
-        self.checkpoint = checkpoint
-        self.weights = weights_fingerprint(checkpoint)
-        self._sample = dict(sample)
-        self._loaded: tuple[str, Pipeline] | None = None
-
-    def settings(self, case: Case) -> SampleSpec | None:
-        """Complete sampler settings of a case; None if nothing is sampled."""
-        if case.changes is None:
-            return None
-        folder = case.checkpoint or self.checkpoint
-        return spec_for(folder, {**self._sample, **case.changes})
-
-    def dependencies(self, case: Case, batch: int) -> dict[str, Any]:
-        """Everything that a case's result depends on, ready for JSON."""
-        settings = self.settings(case)
-        sample = None if settings is None else dataclasses.asdict(settings)
-        videos = dataclasses.asdict(case.videos)
-        weights = self.weights if case.checkpoint is None else weights_fingerprint(case.checkpoint)
-        return {"sample": sample, "footage": videos, "batch": batch, "weights": weights}
-
-    def measure(self, case: Case, batch: int, on_progress: VideoProgress) -> tuple[dict, Example]:
-        """The result of one case, and an example video."""
-        if case.name == "truth":
-            return measure(ground_truth, case.videos, batch=batch, on_progress=on_progress)
-        if case.name == "vae":
-            source = VAEReconstruction(load_model(self.checkpoint, "vae"))
-            result, example = measure(source, case.videos, batch=batch, on_progress=on_progress)
-            return {**result, **source.fidelity()}, example
-        pipe = self._pipe(case)
-        sampled = SampledVideos(pipe)
-        result, example = measure(sampled, case.videos, batch=batch, on_progress=on_progress)
-        return {**result, "bytes": _resident(pipe)}, example
-
-    def _pipe(self, case: Case) -> Pipeline:
-        """A pipeline with the case's settings; the last one is cached for reuse."""
-        folder, changes = case.checkpoint or self.checkpoint, dict(case.changes or {})
-        loading = {key: changes.pop(key) for key in LOADED_WITH if key in changes}
-        key = json.dumps([str(folder), loading], sort_keys=True)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # one set of weights in memory at a time
-            self._loaded = key, Pipeline.from_checkpoint(folder, **self._sample | loading)
-        return self._loaded[1].with_settings(**changes)
-
-
-def _resident(pipe: Pipeline) -> dict[str, int]:
-    """Bytes of the DiT, and of one video's KV cache (both halves with guidance)."""
-    cache = jax.eval_shape(lambda: pipe.engine.cache(1, pipe.spec.size))
-    return {"dit": sum(resident_bytes(pipe.engine.params).values()), "cache": cache.nbytes}
+    tables = {table.name: table for table in spec.tables}
+    known = (*PARTS, *tables)
+    for part in parts:
+        if part not in known:
+            raise UserError(f"parts: unknown part {part!r}{nearest(part, known)}")
+    rows = {row for part in parts if part in tables for row in tables[part].rows}
+    return [case for case in cases(spec) if case.part in parts or case.name in rows]
 
 
 def evaluate(
@@ -211,27 +142,28 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures the cases of `parts` that are not in the report yet; writes and returns the report.
 
-    Writes report.json and a strip of frames after every case, and at the end report.md and
-    rates.png. A case is measured again if anything that it depends on has changed.
+    Writes report.json and a strip of frames after every case, and at the end report.md and the
+    pictures. A case is measured again if anything that it depends on has changed.
 
     Args:
       spec: settings.
       checkpoint: directory of the checkpoint to evaluate.
       out: directory of the report.
-      parts: parts to evaluate, a subset of PARTS.
+      parts: parts to evaluate, of PARTS and the names of tables.
       about: facts on the machine for the report's header.
       progress: called at the start of every case.
 
     Raises:
-      UserError: if the checkpoint is invalid, a part is unknown, or report.json is not a report.
+      UserError: if a file is missing or invalid, or a part is unknown.
     """
-    check_parts(parts)
+    # 1. What the cases depend on.
+    wanted = select_cases(spec, parts)
     runner, path = CaseRunner(checkpoint, spec.sample), out / "report.json"
     report = read_report(path)
     report["about"] = {"checkpoint": str(checkpoint), "weights": runner.weights, **about}
-    all_cases = cases(spec)
-    wanted = [case for case in all_cases if case.part in parts]
     dependencies = {case.name: runner.dependencies(case, spec.batch) for case in wanted}
+    costs = {case.name: training_cost(case.log) for case in wanted if case.log is not None}
+    # 2. The cases that are missing.
     for case in wanted:
         if is_done(report, case.name, dependencies[case.name]):
             continue
@@ -239,9 +171,21 @@ def evaluate(
         report["cases"][case.name] = {"asked": dependencies[case.name], **result}
         write_strip(out / f"{case.name.replace(' ', '_')}.png", example)
         write_report(path, report)
-    order = [case.name for case in all_cases if case.name in report["cases"]]
+    # 3. The report.
+    for name, cost in costs.items():
+        report["cases"][name]["training"] = cost
+    _write_outputs(report, spec, out)
+    return report
+
+
+def _write_outputs(report: dict[str, Any], spec: EvaluateSpec, out: Path) -> None:
+    """Sorts the cases of a report and adds its tables; writes it and its pictures."""
+    order = [case.name for case in cases(spec) if case.name in report["cases"]]
     report["cases"] = {name: report["cases"][name] for name in order}
-    write_report(path, report)
+    results = {table.name: table_results(table, report["cases"]) for table in spec.tables}
+    report["tables"] = {name: result for name, result in results.items() if result is not None}
+    write_report(out / "report.json", report)
+    for name, table in report["tables"].items():
+        write_table_picture(table, report["cases"], out / f"{name}.png")
     (out / "report.md").write_text(markdown(report))
     write_chart(report, out / "rates.png")
-    return report

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from longlive_jax.small_world import (
 )
 from longlive_jax.small_world.judge import VideoVerdict, judge_video
 from longlive_jax.small_world.metrics import rate, summary
+from longlive_jax.small_world.paired import outcomes
 from longlive_jax.typing import Array, Params, UInt8
 
 type VideoSource = Callable[[Sequence[VideoSpec], Sequence[int]], Iterable[np.ndarray]]
@@ -188,7 +190,8 @@ def measure(
     Returns:
       The results, and the first video as an example. The results are those of `metrics.summary`,
       identity rates of returning subjects by first appearance (`returns`), the most frequent
-      mistakes (`mistakes`), the number of shots (`shots`), and durations (`times`).
+      mistakes (`mistakes`), the outcomes of single shots (`outcomes`), the number of shots
+      (`shots`), and durations (`times`).
     """
     specs = evaluation_set.specs(batch)
     frames = frame_count(evaluation_set.chunks)
@@ -217,10 +220,19 @@ def measure(
             examples.append(_example(videos[0], group[0]))
         generation.append(generated - start)
         judging += time.perf_counter() - generated
-    result = {**summary(verdicts), "returns": _returns(verdicts), "mistakes": _mistakes(verdicts)}
-    result["shots"] = sum(len(spec.shots) for spec in specs)
-    result["times"] = _times(generation, judging, batch * frames)
-    return result, examples[0]
+    times = _times(generation, judging, batch * frames)
+    return {**_rates_and_counts(verdicts), "times": times}, examples[0]
+
+
+def _rates_and_counts(verdicts: Sequence[VideoVerdict]) -> dict[str, Any]:
+    """What `measure` returns of the verdicts."""
+    return {
+        **summary(verdicts),
+        "returns": _returns(verdicts),
+        "mistakes": _mistakes(verdicts),
+        "outcomes": outcomes(verdicts),
+        "shots": sum(len(verdict.shots) for verdict in verdicts),
+    }
 
 
 def _batches(specs: list[VideoSpec], batch: int) -> Iterator[tuple[int, list[VideoSpec]]]:

@@ -1,8 +1,8 @@
 """Evaluation reports: resumable JSON, Markdown tables, a bar chart, and strips of frames.
 
-A report is plain JSON: `{"about": {...}, "cases": {name: result}}` with results from
-`evaluator.measure`. The key `asked` of a case holds everything that its result depends on, which
-decides whether the case must be measured again.
+A report is plain JSON: `{"about": {...}, "cases": {name: result}, "tables": {name: table}}` with
+results from `evaluator.measure` and `tables.table_results`. The key `asked` of a case holds
+everything that its result depends on, which decides whether the case must be measured again.
 """
 
 import json
@@ -12,6 +12,8 @@ from typing import Any
 
 from longlive_jax.io.pictures import strip
 from longlive_jax.small_world.evaluator import Example
+from longlive_jax.small_world.markdown import rate_text, table_text
+from longlive_jax.small_world.table_report import tables_markdown
 from longlive_jax.spec import UserError
 
 RATES = {
@@ -64,9 +66,13 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def is_done(report: Mapping[str, Any], name: str, dependencies: Mapping[str, Any]) -> bool:
-    """Whether the report has this case, measured with the same dependencies."""
-    recorded = report["cases"].get(name, {}).get("asked")
-    return recorded == json.loads(json.dumps(dependencies))
+    """Whether the report has this case, measured with the same dependencies.
+
+    Reports of earlier versions have no outcomes of single shots, so their cases are measured again.
+    """
+    recorded = report["cases"].get(name, {})
+    is_same = recorded.get("asked") == json.loads(json.dumps(dependencies))
+    return is_same and "outcomes" in recorded
 
 
 def target_results(report: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, bool]]:
@@ -93,6 +99,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         # Header and rates.
         "# Small world evaluation",
         _about(report["about"]),
+        *tables_markdown(report),
+        "## Rates",
         _RATES_NOTE,
         _case_table(["steps", "shots", *RATES.values(), "extra cuts"], cases, _rates),
         # Drift and identity.
@@ -150,7 +158,7 @@ def _targets(report: Mapping[str, Any]) -> str:
         [case, metric_name(key), _number(value), _number(target), "yes" if is_met else "no"]
         for case, key, value, target, is_met in target_results(report)
     ]
-    return _table(["case", "metric", "measured", "target", "met"], rows)
+    return table_text(["case", "metric", "measured", "target", "met"], rows)
 
 
 def _about(about: Mapping[str, Any]) -> str:
@@ -163,25 +171,18 @@ def _case_table(
     cells: Callable[[Mapping[str, Any]], list[str]],
 ) -> str:
     """A table with one row per case: its name and `cells(case)`."""
-    return _table(["case", *head], [[name, *cells(case)] for name, case in cases.items()])
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return table_text(["case", *head], [[name, *cells(case)] for name, case in cases.items()])
 
 
 def _rates(case: Mapping[str, Any]) -> list[str]:
     sample = case["asked"]["sample"]
     steps = "–" if sample is None else str(sample["steps"])
-    return [steps, str(case["shots"]), *(_rate(case[k]) for k in RATES), str(case["extra_cuts"])]
-
-
-def _rate(entry: Mapping[str, Any]) -> str:
-    if entry["rate"] is None:
-        return "–"
-    rate, low, high = (100 * entry[k] for k in ("rate", "low", "high"))
-    return f"{rate:.1f} ({low:.1f}–{high:.1f})"
+    return [
+        steps,
+        str(case["shots"]),
+        *(rate_text(case[k]) for k in RATES),
+        str(case["extra_cuts"]),
+    ]
 
 
 def _quarters(case: Mapping[str, Any]) -> list[str]:
@@ -196,7 +197,9 @@ def _quarters(case: Mapping[str, Any]) -> list[str]:
 
 
 def _returns(case: Mapping[str, Any]) -> list[str]:
-    return [_rate(group[kind]) for group in case["returns"].values() for kind in ("mark", "size")]
+    return [
+        rate_text(group[kind]) for group in case["returns"].values() for kind in ("mark", "size")
+    ]
 
 
 def _costs(case: Mapping[str, Any]) -> list[str]:

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 
+from longlive_jax.adapters import load_adapter
 from longlive_jax.cli.app import run
 from longlive_jax.io.builtin import builtin_checkpoint
+from longlive_jax.io.checkpoint import weights_fingerprint
 from longlive_jax.models.wan import DiTConfig
 from longlive_jax.parallel.mesh import MeshSpec
+from longlive_jax.quant.lora import LoRASpec
 from longlive_jax.sampling.settings import save_settings, spec_for
 from longlive_jax.small_world import world
 from longlive_jax.small_world.stage_dit import DiTStage, SampleDefaults
@@ -35,11 +38,11 @@ def corpus(tmp_path_factory):
     return tmp_path_factory.mktemp("corpus") / "corpus.npz"
 
 
-def losses(folder, corpus, *changes):
-    """Runs the stage in a new folder and returns the loss of every step."""
+def losses(folder, corpus, *changes, base=None):
+    """Runs the stage in a new folder, on a checkpoint, and returns the loss of every step."""
     folder.mkdir()
     out, workdir = folder / "checkpoint", folder / "work"
-    shutil.copytree(builtin_checkpoint(), out)
+    shutil.copytree(builtin_checkpoint() if base is None else base, out)
     workdir.mkdir()
     if corpus.exists():
         shutil.copy(corpus, workdir)
@@ -64,6 +67,23 @@ def test_twenty_steps_on_eight_devices_equal_one_device(tmp_path, corpus, change
     assert len(want) == 20
     assert got == pytest.approx(want, rel=1e-3)
     assert got[:3] == pytest.approx(want[:3], rel=1e-5)
+
+
+def test_an_adapter_on_eight_devices_equals_one_and_joins_the_checkpoint(tmp_path, corpus):
+    # 1. A model to adapt.
+    few = ("loop.steps=1", "recycling=none", "ema.start=1")
+    losses(tmp_path / "base", corpus, *few)
+    base = tmp_path / "base" / "checkpoint"
+    # 2. Adapters for it, on one device and on eight.
+    lora = (*few, "loop.steps=3", "start=checkpoint", "lora.rank=4", "optim.lr=1e-2")
+    want = losses(tmp_path / "one", corpus, *lora, base=base)
+    got = losses(tmp_path / "eight", corpus, *lora, *MESH, base=base)
+    assert len(want) == 3 and got == pytest.approx(want, rel=1e-4)
+    # 3. The checkpoint has both.
+    trained = tmp_path / "eight" / "checkpoint"
+    adapter = load_adapter(trained)
+    assert adapter.base == weights_fingerprint(base, "dit") == weights_fingerprint(trained, "dit")
+    assert adapter.rank == 4 and len(adapter.targets) == 10
 
 
 def stage(**settings):
@@ -93,6 +113,7 @@ def test_sampler_settings_follow_the_windows_and_the_loss(tmp_path):
     [
         ({"mesh": MeshSpec(sp=4)}, r"2 attention heads do not split over mesh\.sp = 4"),
         ({"mesh": MeshSpec(data=3)}, r"16 samples in a batch do not split over mesh\.data"),
+        ({"lora": LoRASpec(rank=4)}, "lora needs start='checkpoint'"),
         ({"loop": LoopSpec(accumulate=3)}, r"batch = 16 does not divide by loop\.accumulate = 3"),
     ],
 )
