@@ -27,12 +27,15 @@ SMALLER: dict[str, str] = {
     # A model call per chunk instead of the checkpoint's number of steps.
     r"sample\b(?!.*--steps)": "--steps=1",
     r"demo\b": "--steps=1",
+    r"compare\b": "--config.sample.steps=1",
     # The 5B recipes, on a checkpoint of tiny models and a dataset of seven short clips.
     r"data check DATASET": "--size=64x32 --chunk=2",
     r"data encode": "--size=64x32 --chunks=4 --dtype=float32 --pad",
     RECIPE + "ar_5b": f"{ONE_DEVICE} --config.loop.steps=1 --config.recycling=none "
     "--config.ffn_chunks=1 --config.dtype=float32 --config.cut.size=(64,32) "
     "--config.cut.chunks=4 --config.cut.pad=true",
+    RECIPE + "lora_5b": "--config.loop.steps=1 --config.ffn_chunks=1 --config.dtype=float32 "
+    "--config.cut.size=(64,32) --config.lora.rank=4",
     RECIPE + "own_clips": "--config.loop.steps=1",
     RECIPE + "own_clips:vae": "--config.phases=[{'steps':1,'batch':2,'frames':1}]",
     r"convert --source=PATH/TO/WEIGHTS": "--heads=4 --text_len=48 --overwrite",
@@ -42,6 +45,9 @@ SMALLER: dict[str, str] = {
     "--config.phases=[{'steps':1,'batch':2,'frames':1}]",
     RECIPE + r"small_world(\.py)?:text": "--config.loop.steps=1 --config.batch=4 "
     "--config.model.layers=1",
+    RECIPE + r"small_world(\.py)?:dmd": "--config.loop.steps=1 --config.batch=2 "
+    "--config.rollout.chunks=2 --config.shot_chunks=(1,2) --config.lora.rank=4 --config.unroll=1 "
+    "--config.dtype=float32 --config.preview.prompts=()",
     RECIPE + r"small_world(\.py)?:(ar|recycled)": f"--config.loop.steps=1 {TINY_DIT}",
     r"evaluate\b": f"--parts=ceilings {TINY_EVALUATION} --config.evaluate.batch=2",
     # Estimates for Wan2.2 without a compiler for GPUs, one kernel of 20, a short benchmark.
@@ -160,6 +166,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "serves until it is stopped; test_site builds the site": (".venv/bin/mkdocs serve", check_tool),
     "all stages, hours; its commands are on the page of the small world": (
         "./launch/small_world.sh",
+        check_script,
+    ),
+    "trains for an hour or more; its commands are on the page of distillation": (
+        "./launch/few_steps.sh",
         check_script,
     ),
 }
