@@ -83,7 +83,7 @@ def _train_group() -> SettingGroup:
     stages = ", ".join(STAGES)
     rows = (SettingRow("stage", " | ".join(STAGES), "required", "what to train"),)
     notes = (
-        f"Every stage ({stages}) has these settings and its own: `longlive settings STAGE`.",
+        f"`longlive settings STAGE` lists these and the stage's own, for {stages}.",
         "With the values of a recipe: `longlive settings RECIPE`, or `longlive train "
         "--config=RECIPE --help`.",
     )

@@ -93,7 +93,7 @@ def test_training(capsys):
 
 def test_evaluation_parts(capsys):
     given = {name: name for name in ("evaluate.long.chunks", "evaluate.short.seed")}
-    effects.note_evaluate(given, types.SimpleNamespace(), ["steps"])
+    effects.note_evaluate(given, types.SimpleNamespace(tables=()), ["steps"])
     assert capsys.readouterr().err == (
         "note: evaluate.long.chunks has no effect: only long uses it, and --parts is steps\n"
     )

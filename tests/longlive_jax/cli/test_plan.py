@@ -75,7 +75,7 @@ def test_keys_of_the_json_report(capsys):
         "peak_bytes_per_device fits device_bytes reserved_bytes precision clips_from"
     )
     assert " ".join(report["state_bytes_per_device"]) == (
-        "parameters average moments error_buffers batch"
+        "parameters frozen_parameters average moments error_buffers batch"
     )
     assert " ".join(report["activation_bytes_per_device"]) == (
         "layer_inputs keys_and_values_of_a_layer keys_and_values_of_texts"
@@ -120,7 +120,10 @@ def test_the_table_tells_whether_the_step_fits(capsys, monkeypatch):
             "--chip=h200 --config.loop.accumulate=3",
             "batch = 8 does not divide by loop.accumulate = 3",
         ),
-        ("--chip=h200 --config.stage=vae", "config.stage must be 'clips' for a plan, got 'vae'"),
+        (
+            "--chip=h200 --config.stage=vae",
+            "config.stage must be 'clips' or 'dmd' for a plan, got 'vae'",
+        ),
         ("--chip=h200 --frame=8", "unknown option '--frame'; did you mean '--frames'?"),
         ("--mesh=sp=4", "--chip"),
     ],

@@ -82,7 +82,7 @@ def test_search(capsys):
 
 def test_options_of_verbs_without_recipes(capsys):
     settings = rows(capsys, "data", "encode")
-    assert settings["--chunks"]["default"] == "12" and settings["--source"]["default"] == "required"
+    assert settings["--chunks"]["default"] == "12" and settings["--out"]["default"] == "required"
     assert settings["--compute"]["type"] == "auto | float32 | bfloat16"
     assert "--lora" in printed(capsys, "quantize")
 

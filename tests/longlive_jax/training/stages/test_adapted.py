@@ -20,10 +20,12 @@ SETTINGS = (
     "batch=4", "dtype=float32", "loop.log_every=1", "loop.save_every=2", "optim.lr=1e-2",
     "optim.warmup=0", "ema.start=1", "window=none", "lora.rank=4",
 )  # fmt: skip
-FROZEN = {"none": (2e-4, 2e-4), "fp8": (2e-4, 2e-4), "nvfp4_frozen": (2e-3, 2e-2)}
-"""Precision of the frozen model, and how far losses and gradient norms may differ between meshes:
-the rounding noise of NVFP4's gradients depends on the mesh (exact with rounding to nearest:
-objectives/dmd/test_sharded.py)."""
+FROZEN = {"none": 2e-4, "fp8": 2e-4, "nvfp4_frozen": 2e-2}
+"""Precision of the frozen model, and how far numbers may differ between meshes after an update: the
+rounding noise of NVFP4's gradients depends on the mesh. (With rounding to nearest they are equal:
+objectives/dmd/test_sharded.py.)"""
+FIRST_LOSS = 2e-4
+"""Before the first update nothing is rounded stochastically."""
 
 
 def command(data_dir, workdir, *changes):
@@ -47,9 +49,10 @@ def test_the_adapter_trains_on_eight_devices_like_on_one(data_dir, tmp_path, pol
     for workdir, mesh in ((single, ONE_DEVICE), (eight, EIGHT_DEVICES)):
         assert run(command(data_dir, workdir, mesh, *settings)) == 0
     for want, got in zip(records(single), records(eight), strict=True):
-        for name, limit in zip(("loss", "grad_norm"), FROZEN[policy], strict=True):
-            assert got[name] == pytest.approx(want[name], rel=limit), (want, got)
-    assert held_out_error(eight) == pytest.approx(held_out_error(single), rel=FROZEN[policy][0])
+        for name in ("loss", "grad_norm"):
+            assert got[name] == pytest.approx(want[name], rel=FROZEN[policy]), (want, got)
+    assert losses(eight)[0] == pytest.approx(losses(single)[0], rel=FIRST_LOSS)
+    assert held_out_error(eight) == pytest.approx(held_out_error(single), rel=FROZEN[policy])
     assert (eight / "sample_000002.png").exists() == (policy == "nvfp4_frozen")
 
 
