@@ -57,7 +57,8 @@ def belongings(tmp_path_factory):
     save_component(checkpoint, "vae", params, vae, overwrite=True)
     params = activate_outputs(params_of(DiT(DIT, rngs=nnx.Rngs(0))))
     save_component(checkpoint, "dit", params, DIT)
-    shutil.copytree(checkpoint, folder / "checkpoints" / "wan22_5b")
+    for name in ("wan22_5b", "ar_5b"):
+        shutil.copytree(checkpoint, folder / "checkpoints" / name)
     # 2. Videos and a script.
     for name, *lengths in (("a", 40), ("b", 18, 16), ("c", 30, 20), ("d", 33), ("e", 31, 9)):
         write_sample(folder / "DATASET", name, *lengths)

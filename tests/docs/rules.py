@@ -34,6 +34,11 @@ SMALLER: dict[str, str] = {
     RECIPE + "ar_5b": f"{ONE_DEVICE} --config.loop.steps=1 --config.recycling=none "
     "--config.ffn_chunks=1 --config.dtype=float32 --config.cut.size=(64,32) "
     "--config.cut.chunks=4 --config.cut.pad=true",
+    RECIPE + "dmd_5b": f"{ONE_DEVICE} --config.loop.steps=1 --config.ffn_chunks=1 "
+    "--config.dtype=float32 --config.stream_dtype=float32 --config.lora.rank=4 "
+    "--config.rollout.steps=2 --config.rollout.chunks=2 --config.chunks_per_shot=1 "
+    "--config.precision.student=none --config.precision.teacher=none "
+    "--config.precision.critic=none --config.preview.prompts=()",
     RECIPE + "lora_5b": "--config.loop.steps=1 --config.ffn_chunks=1 --config.dtype=float32 "
     "--config.cut.size=(64,32) --config.lora.rank=4",
     RECIPE + "own_clips": "--config.loop.steps=1",
