@@ -31,6 +31,7 @@ ILLUSTRATIONS = {
     "longlive_jax/quant/recipe.py": "formulas",
     "longlive_jax/training/checkpointing.py": "files of a work directory",
     "longlive_jax/training/objectives/teacher_forcing.py": "a chain of calls",
+    "longlive_jax/training/objectives/dmd/losses.py": "a chain of calls",
 }
 """Files whose blocks are not code, and what they are."""
 
