@@ -173,9 +173,5 @@ NOT_RUN: dict[str, tuple[str, Callable[[list[str]], None]]] = {
         "./launch/small_world.sh",
         check_script,
     ),
-    "trains for an hour or more; its commands are on the page of distillation": (
-        "./launch/few_steps.sh",
-        check_script,
-    ),
 }
 """Reason -> beginning of the command, and the check that runs instead."""
